@@ -1,0 +1,56 @@
+"""distclip: every rank clips identically."""
+
+from distclip.clipper import GradClipper
+from distclip.errors import (
+    AgreementError,
+    ConfigError,
+    DistclipError,
+    ExchangeError,
+    GradientError,
+    NonFiniteError,
+    PlacementError,
+)
+from distclip.exchange import LOCAL
+from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from distclip.groups import Exempt, by_name, per_layer, per_param_group, per_parameter
+from distclip.placement import PRIVATE
+from distclip.policies import FixedNorm, FixedValue, LocalStats, Normalize, Policy
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale
+from distclip.report import JSONLSink, LoggingSink, Sink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOCAL",
+    "PRIVATE",
+    "AgreementError",
+    "Clamp",
+    "ClipReport",
+    "ConfigError",
+    "Culprit",
+    "DistclipError",
+    "Exempt",
+    "ExchangeError",
+    "FixedNorm",
+    "FixedValue",
+    "GradClipper",
+    "GradientError",
+    "JSONLSink",
+    "LocalStats",
+    "LoggingSink",
+    "NonFiniteError",
+    "Normalize",
+    "Norms",
+    "PlacementError",
+    "Policy",
+    "Scale",
+    "Sink",
+    "by_name",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "per_layer",
+    "per_param_group",
+    "per_parameter",
+]

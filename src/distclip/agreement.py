@@ -1,0 +1,305 @@
+"""Stage 2a: who holds what with whom. Two small all-reduces make every rank's table known to all, and all compute alike.
+
+A rank says (1) its holdings: few, each a region and the sets of ranks it is copied over, and (2) its table: for each parameter
+an 8-byte key of the name and which holding it has. Ranks of the same structure have equal tables, so a table travels once however
+many ranks share it: the traffic grows with ranks + distinct tables x parameters, not with ranks x parameters.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.errors import AgreementError, ConfigError
+from distclip.exchange import Channel
+from distclip.records import Holding, Piece, Row, Share
+
+_TEXT_WORDS, _SCOPES = 8, 6
+_HOLDING_WORDS = _TEXT_WORDS + 1 + _SCOPES
+_ROW_WORDS = 4  # key of the name, holding, key of the shape, key of the group
+
+
+def key(text: str) -> int:
+    """8 bytes of a hash, as an int64."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class Seen(NamedTuple):
+    """A holding of another rank, as it came over the wire."""
+
+    how: str
+    region: int
+    scopes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What every rank knows of every rank."""
+
+    holdings: list[list[Seen]]  # [ranks]
+    ranks_of: list[list[int]]  # [tables]: positions of the ranks that have it
+    rows: list[Tensor]  # [tables] of [parameters, 4] int64
+    mine: int  # this rank's table
+    counts: list[int]  # [patterns]: matches over all ranks
+
+
+def exchange_tables(
+    channel: Channel, pieces: Sequence[Piece], group_of: Sequence[str], counts: Sequence[int], device: torch.device
+) -> Tables:
+    """Two all-reduces: sizes and digests, then holdings and each distinct table once."""
+    holdings = list(dict.fromkeys(piece.holding for piece in pieces))
+    ordinal = {holding: i for i, holding in enumerate(holdings)}
+    rows = [
+        (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group))
+        for piece, group in zip(pieces, group_of, strict=True)
+    ]
+    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, _ROW_WORDS)
+    digest = key(str(rows))
+    heads = channel.slots(torch.tensor([digest, len(rows), len(holdings)]), device, "the set-up's table of sizes").tolist()
+
+    first = {d: rank for rank, (d, _, _) in reversed(list(enumerate(heads)))}  # digest → first rank that has it
+    senders = sorted(set(first.values()))
+    words = [h * _HOLDING_WORDS for _, _, h in heads] + [heads[rank][1] * _ROW_WORDS for rank in senders]
+    starts = [0, *torch.tensor(words).cumsum(0).tolist()]
+    buffer = torch.zeros(starts[-1] + len(counts), dtype=torch.int64)
+    _put(buffer, starts[channel.rank], torch.tensor([_encode(h) for h in holdings], dtype=torch.int64))
+    if channel.rank in senders:
+        _put(buffer, starts[channel.size + senders.index(channel.rank)], table)
+    _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64))
+    buffer = channel.reduce_(buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables").cpu()
+
+    blocks = [buffer[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return Tables(
+        holdings=[[_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()] for block in blocks[: channel.size]],
+        ranks_of=[[rank for rank, head in enumerate(heads) if first[head[0]] == sender] for sender in senders],
+        rows=[block.reshape(-1, _ROW_WORDS) for block in blocks[channel.size :]],
+        mine=senders.index(first[digest]),
+        counts=buffer[starts[-1] :].tolist(),
+    )
+
+
+def _put(buffer: Tensor, start: int, words: Tensor) -> None:
+    buffer[start : start + words.numel()] = words.flatten()
+
+
+def _encode(holding: Holding) -> list[int]:
+    text = holding.how.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
+    scopes = [key(scope) for scope in holding.scopes]
+    if len(scopes) > _SCOPES:
+        raise ConfigError(f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported")
+    letters = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)]
+    return [*letters, key(holding.region), *scopes, *[0] * (_SCOPES - len(scopes))]
+
+
+def _decode(words: list[int]) -> Seen:
+    text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[:_TEXT_WORDS])
+    return Seen(text.decode(errors="replace").rstrip(), words[_TEXT_WORDS], tuple(w for w in words[_TEXT_WORDS + 1 :] if w))
+
+
+class Component(NamedTuple):
+    """Ranks that hold one parameter together: copies and sibling parts."""
+
+    ranks: tuple[int, ...]  # positions
+    how: str
+    copies: int  # h of its first part
+
+
+class Place(NamedTuple):
+    """One holder's place among those that hold the same part."""
+
+    component: int
+    holders: int
+    index: int  # among them
+    members: int  # entries of the whole component
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The holders of every parameter, computed alike on all ranks."""
+
+    shares: list[Share]  # [this rank's pieces]
+    slot: list[int]  # [this rank's pieces]: position in the vector that checks the tiling
+    members: list[int]  # [this rank's pieces]
+    slots: int
+    components: list[tuple[Component, list[int]]]  # with the slots of its parameters
+    misshapen: set[int]  # keys of names that have several shapes
+
+
+def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
+    """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions. Sends nothing.
+
+    Parameters that the same holdings of the same tables hold are one case, so the joining is done once a case, not once a name.
+    """
+    owner = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(tables.rows)])
+    rows = torch.cat(tables.rows)
+    names, name_of = torch.unique(rows[:, 0], return_inverse=True)
+    mark = _mixed(owner * 1_000_003 + rows[:, 1] + 1)
+    signature = torch.zeros(len(names), dtype=torch.int64).index_add_(0, name_of, mark)
+    cases, case_of = torch.unique(signature, return_inverse=True)
+    places, components = _cases(tables, owner, rows, name_of, case_of, len(cases))
+
+    per_case = torch.tensor([len(c) for c in components])
+    per_name = per_case[case_of]
+    base = (per_name.cumsum(0) - per_name).tolist()
+    index = {k: i for i, k in enumerate(names.tolist())}
+    case_list = case_of.tolist()
+    shares: list[Share] = []
+    slot: list[int] = []
+    members: list[int] = []
+    copy_of: dict[tuple[int, int], int] = defaultdict(int)  # a rank may hold a tied parameter under two names
+    ordinals = tables.rows[tables.mine][:, 1].tolist()
+    for piece, ordinal in zip(pieces, ordinals, strict=True):
+        name_key = key(piece.key_name)
+        at = index[name_key]
+        found = places[case_list[at]][rank, ordinal]
+        place = found[min(copy_of[at, ordinal], len(found) - 1)]
+        copy_of[at, ordinal] += 1
+        shares.append(Share(place.holders, _weight(name_key, place)))
+        slot.append(base[at] + place.component)
+        members.append(place.members)
+    names_of_case: dict[int, list[int]] = defaultdict(list)
+    for at, case in enumerate(case_list):
+        names_of_case[case].append(at)
+    table = [
+        (component, [base[at] + i for at in names_of_case[case]])
+        for case, found in enumerate(components)
+        for i, component in enumerate(found)
+    ]
+    return Holders(shares, slot, members, int(per_name.sum()), table, _misshapen(tables, rows, names, name_of, case_list, places, owner))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Spreads small integers over 64 bits (splitmix64's steps, on wrapping int64)."""
+    x = x * -7046029254386353131
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)
+
+
+_Places = dict[tuple[int, int], list[Place]]
+
+
+def _cases(
+    tables: Tables, owner: Tensor, rows: Tensor, name_of: Tensor, case_of: Tensor, count: int
+) -> tuple[list[_Places], list[list[Component]]]:
+    """For each case the place of every (rank, holding) and the components, from one example name."""
+    example = torch.full((count,), -1).scatter_(0, case_of, torch.arange(len(case_of)))
+    is_example = torch.zeros(len(case_of), dtype=torch.bool)
+    is_example[example] = True
+    entries: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    chosen = is_example[name_of]
+    for table, ordinal, case in zip(
+        owner[chosen].tolist(), rows[chosen, 1].tolist(), case_of[name_of[chosen]].tolist(), strict=True
+    ):
+        entries[case] += [(rank, ordinal) for rank in tables.ranks_of[table]]
+    solved = [_joined(tables, sorted(entries[case])) for case in range(count)]
+    return [places for places, _ in solved], [components for _, components in solved]
+
+
+def _joined(tables: Tables, entries: list[tuple[int, int]]) -> tuple[_Places, list[Component]]:
+    parent: dict[int, int] = {}
+
+    def root(scope: int) -> int:
+        while parent.setdefault(scope, scope) != scope:
+            parent[scope] = parent[parent[scope]]
+            scope = parent[scope]
+        return scope
+
+    for rank, ordinal in entries:
+        first, *others = tables.holdings[rank][ordinal].scopes
+        for scope in others:
+            parent[root(scope)] = root(first)
+    together: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for rank, ordinal in entries:
+        together[root(tables.holdings[rank][ordinal].scopes[0])].append((rank, ordinal))
+
+    places: _Places = defaultdict(list)
+    components: list[Component] = []
+    for number, members in enumerate(together.values()):
+        holders: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for rank, ordinal in members:
+            holders[tables.holdings[rank][ordinal].region].append((rank, ordinal))
+        for same in holders.values():
+            for i, (rank, ordinal) in enumerate(same):
+                places[rank, ordinal].append(Place(number, len(same), i, len(members)))
+        hows = dict.fromkeys(tables.holdings[rank][ordinal].how for rank, ordinal in members)
+        ranks = tuple(sorted({rank for rank, _ in members}))
+        components.append(Component(ranks, " / ".join(hows), len(next(iter(holders.values())))))
+    return places, components
+
+
+def _misshapen(
+    tables: Tables, rows: Tensor, names: Tensor, name_of: Tensor, case_list: list[int], places: list[_Places], owner: Tensor
+) -> set[int]:
+    """Keys of names whose copies or parts disagree about the whole parameter's shape."""
+    shape = torch.zeros(len(names), dtype=torch.int64).scatter_(0, name_of, rows[:, 2])
+    suspects = name_of[rows[:, 2] != shape[name_of]].unique().tolist()
+    out: set[int] = set()
+    for at in suspects:
+        shapes: dict[int, set[int]] = defaultdict(set)
+        for i in (name_of == at).nonzero().flatten().tolist():
+            ordinal = int(rows[i, 1])
+            for rank in tables.ranks_of[int(owner[i])]:
+                for place in places[case_list[at]][rank, ordinal]:
+                    shapes[place.component].add(int(rows[i, 2]))
+        if any(len(found) > 1 for found in shapes.values()):
+            out.add(int(names[at]))
+    return out
+
+
+def _weight(name_key: int, place: Place) -> float:
+    """This holder's weight in the drift sum: between 1/8 and 1 in size, zero-sum over the holders, 0 for a single one."""
+    if place.holders == 1:
+        return 0.0
+    draw = random.Random(name_key)
+    size = draw.uniform(0.5, 1.0) * draw.choice((-1.0, 1.0))
+    return size * pattern(place.holders)[place.index]
+
+
+_PATTERNS: dict[int, tuple[float, ...]] = {}
+
+
+def pattern(holders: int) -> tuple[float, ...]:
+    """Zero-sum numbers, each between 1/4 and 1 in size, of which no small subset sums to zero (as pairs of +1 and -1 would)."""
+    if holders not in _PATTERNS:
+        draw = random.Random(holders)
+        while True:
+            raw = [draw.uniform(0.5, 1.0) * (1 if i % 2 else -1) for i in range(holders)]
+            mean = sum(raw) / holders
+            centred = [x - mean for x in raw]
+            largest = max(map(abs, centred))
+            scaled = tuple(x / largest for x in centred)
+            if min(map(abs, scaled)) >= 0.25:
+                _PATTERNS[holders] = scaled
+                break
+    return _PATTERNS[holders]
+
+
+def rows_of(holders: Holders, elements: Tensor, channel: Channel) -> tuple[Row, ...]:
+    """The lines of the ownership table. `elements`: [slots] float64, each parameter's global number of elements."""
+    merged: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(lambda: [0, 0])
+    for component, slots in holders.components:
+        ranks = tuple(channel.ranks[position] for position in component.ranks)
+        line = merged[component.how, ranks, component.copies]
+        line[0] += len(slots)
+        line[1] += round(float(elements[slots].sum()))
+    return tuple(Row(count, total, how, ranks, copies) for (how, ranks, copies), (count, total) in merged.items())
+
+
+def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what: str) -> None:
+    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks."""
+    said: dict[str, list[int]] = defaultdict(list)
+    for rank, text in zip(channel.ranks, channel.texts("\n".join(problems), device, what), strict=True):
+        for line in text.splitlines():
+            said[line].append(rank)
+    if said:
+        from distclip.exchange import brief
+
+        raise AgreementError("\n".join(f"rank {brief(ranks)}: {line}" for line, ranks in said.items()))

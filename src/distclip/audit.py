@@ -1,0 +1,116 @@
+"""The failure path: who differs from whom, by name. Talks more than a step may, and only when something is wrong or on demand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distclip.errors import AgreementError
+from distclip.exchange import Channel, brief
+from distclip.plan import Plan
+from distclip.records import Culprit
+
+NAMED = 10  # parameters or culprits that a report names
+
+_REMEDY = (
+    "If these are different parameters under one name (pipeline stages, experts), declare "
+    "replicated_over={pattern: process group | distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip "
+    "after the reduction. If they should be equal, one replica has diverged: restore it from a checkpoint or another rank"
+)
+
+
+def compare_replicas(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], tolerance: float, step: int, device: torch.device) -> None:
+    """A collective: AgreementError on all ranks if copies of a gradient differ, naming up to ten parameters with their ranks.
+
+    Args:
+        grads: piece → this rank's local gradient.
+        tolerance: relative, of each parameter's sum of squares.
+    """
+    worst = _suspects(channel, plan, grads, tolerance, device)
+    if not worst:
+        return
+    lines = []
+    for i, slot in enumerate(plan.slot_of):
+        if slot in worst and plan.shares[i].holders > 1:
+            piece, grad = plan.pieces[i], grads.get(i)
+            what = "no gradient" if grad is None else f"norm {_fingerprint(grad)[0].sqrt().item():.9g}"
+            lines.append(f"{piece.key_name}\t{piece.holding.region}\t{' & '.join(piece.holding.scopes)}\t{what}")
+    copies: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True):
+        for line in text.splitlines():
+            name, region, scopes, what = line.split("\t")
+            copies[name, region, scopes][what].append(rank)
+    said = [
+        f"{name}: " + ", ".join(f"{what} on rank {brief(ranks)}" for what, ranks in seen.items())
+        for (name, _, _), seen in sorted(copies.items())
+    ]
+    raise AgreementError(f"step {step}: gradients that should be copies are not equal:\n" + "\n".join(said) + f"\n{_REMEDY}")
+
+
+def _suspects(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], tolerance: float, device: torch.device) -> set[int]:
+    """Slots of up to ten parameters whose copies differ most. One all-reduce of four numbers a parameter."""
+    table = torch.zeros(4, plan.slots, dtype=torch.float64)
+    for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
+        if i in grads:
+            square, signed = (x.cpu() for x in _fingerprint(grads[i]))
+            table[0, slot] += share.weight * square
+            table[1, slot] += share.weight * signed
+            table[2, slot] += share.weight
+            table[3, slot] += square / share.holders
+    table = channel.reduce_(table.to(channel.device_for(device)), "sum", "the audit's comparison").cpu()
+    off = torch.maximum(table[0].abs(), table[1].abs()) / table[3].clamp(min=1e-300)
+    off = torch.where(table[2].abs() > 1e-6, torch.inf, off.nan_to_num(nan=torch.inf))
+    return {int(i) for i in off.argsort(descending=True)[:NAMED] if off[i] > tolerance}
+
+
+def _fingerprint(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of squares, and of signed squares weighted by position: it also tells permuted and negated copies apart."""
+    grad = grad.to_dense() if grad.is_sparse else grad
+    grad = torch.view_as_real(grad) if grad.is_complex() else grad
+    square = signed = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for start, chunk in enumerate(grad.reshape(-1).split(1 << 20)):
+        x = chunk.double()
+        place = torch.arange(x.numel(), device=x.device, dtype=torch.int64) + start * 7919
+        square = square + x.square().sum()
+        signed = signed + (x.abs() * x * (0.5 + (place * 2654435761 % 65521) / 65521)).sum()
+    return square, signed
+
+
+def name_culprits(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], device: torch.device) -> tuple[Culprit, ...]:
+    """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has some."""
+    lines: list[str] = []
+    for i, grad in grads.items():
+        values = grad.coalesce().values() if grad.is_sparse else grad
+        if len(lines) < NAMED and not values.isfinite().all():
+            lines.append(f"{plan.pieces[i].name}\t{'NaN' if values.isnan().any() else 'inf'}")
+    found: list[tuple[int, Culprit]] = []
+    for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the search for culprits"), strict=True):
+        for i, line in enumerate(text.splitlines()):
+            name, kind = line.split("\t")
+            found.append((i, Culprit(name, rank, kind)))
+    return tuple(culprit for _, culprit in sorted(found)[:NAMED])
+
+
+def name_disagreement(channel: Channel, doing: Mapping[str, object], step: int, device: torch.device) -> AgreementError:
+    """A collective: the error that says which rank did what."""
+    mine = ", ".join(f"{k} {v}" for k, v in doing.items())
+    said: dict[str, list[int]] = defaultdict(list)
+    for rank, text in zip(channel.ranks, channel.texts(mine, device, "the comparison of calls"), strict=True):
+        said[text].append(rank)
+    lines = [f"rank {brief(ranks)}: {text}" for text, ranks in said.items()]
+    return AgreementError(
+        f"at step {step} ranks did not do the same; every rank must make the same calls of the clipper in the same order:\n"
+        + "\n".join(lines)
+    )
+
+
+def name_faults(channel: Channel, faults: Sequence[str], device: torch.device) -> str:
+    """A collective: what each rank found wrong, one line each."""
+    said: dict[str, list[int]] = defaultdict(list)
+    for rank, text in zip(channel.ranks, channel.texts("\n".join(faults), device, "the report of faults"), strict=True):
+        for line in text.splitlines():
+            said[line].append(rank)
+    return "\n".join(f"rank {brief(ranks)}: {line}" for line, ranks in said.items())

@@ -1,0 +1,111 @@
+"""Stage 4: the one collective of a step, and the channel over which set-up and failure paths talk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip.errors import ConfigError, ExchangeError
+
+
+class _Local:
+    def __repr__(self) -> str:
+        return "distclip.LOCAL"
+
+
+LOCAL: Final = _Local()
+
+
+class Channel:
+    """A process group as distclip uses it: all-reduces of small vectors. One process without a group is a channel of one.
+
+    Args:
+        group: the process group, or None for this process alone.
+        ranks: global ranks of the group, in order.
+        rank: this process's position in `ranks`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, ranks: Sequence[int] = (0,), rank: int = 0) -> None:
+        self.group, self.ranks, self.rank = group, tuple(ranks), rank
+        self.size = len(self.ranks)
+        self.global_rank = self.ranks[rank]
+
+    @classmethod
+    def over(cls, process_group: dist.ProcessGroup | _Local | None) -> Channel:
+        """The channel of `process_group`: None is the default group, or this process alone where none is initialised.
+
+        Raises:
+            ConfigError: this rank is not in the group.
+        """
+        if isinstance(process_group, _Local):
+            here = dist.get_rank() if dist.is_initialized() else 0
+            return cls(None, (here,))
+        if process_group is None:
+            if not (dist.is_available() and dist.is_initialized()):
+                return cls(None)
+            process_group = dist.group.WORLD
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise ConfigError(
+                f"process_group is {process_group!r}, of which this rank ({dist.get_rank()}) is no member; "
+                "build the clipper on the ranks of the group only, or pass distclip.LOCAL"
+            )
+        return cls(process_group, dist.get_process_group_ranks(process_group), process_group.rank())
+
+    def device_for(self, compute: torch.device) -> torch.device:
+        """Where a message from `compute` is reduced: there, if the group has a backend for it, else where it has one."""
+        if self.group is None:
+            return compute
+        try:
+            known = dist.get_backend_config(self.group)
+        except (ValueError, KeyError, RuntimeError):  # a group that was never registered: threads as ranks
+            return torch.device("cpu")
+        backends = dict(pair.split(":") for pair in str(known).split(",") if ":" in pair)
+        if not backends or compute.type in backends:
+            return compute
+        return torch.device("cuda", torch.cuda.current_device()) if "cuda" in backends else torch.device("cpu")
+
+    def reduce_(self, vector: Tensor, op: Literal["sum", "max"], what: str) -> Tensor:
+        """All-reduce `vector` in place and return it. ExchangeError, which names `what`, if the collective fails or times out."""
+        if self.group is None:
+            return vector
+        try:
+            dist.all_reduce(vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"distclip: {what} failed on rank {self.global_rank}: all_reduce({op.upper()}) of {vector.numel()} "
+                f"{str(vector.dtype).removeprefix('torch.')} over ranks {brief(self.ranks)}: {error}. A rank was lost, is stuck, or "
+                "did not make this call: look at the logs of the others"
+            ) from error
+        return vector
+
+    def slots(self, words: Tensor, device: torch.device, what: str) -> Tensor:
+        """[n] int64 of equal length on every rank → [ranks, n] on the CPU. One all-reduce."""
+        table = torch.zeros(self.size, words.numel(), dtype=torch.int64)
+        table[self.rank] = words
+        return self.reduce_(table.to(self.device_for(device)), "sum", what).cpu()
+
+    def texts(self, text: str, device: torch.device, what: str) -> list[str]:
+        """Every rank's text. Two all-reduces; for set-up and failure paths."""
+        data = text.encode()
+        sizes = self.slots(torch.tensor([len(data)]), device, what).flatten().tolist()
+        start = sum(sizes[: self.rank])
+        joined = torch.zeros(sum(sizes), dtype=torch.int32)
+        joined[start : start + len(data)] = torch.tensor(list(data), dtype=torch.int32)
+        whole = bytes(self.reduce_(joined.to(self.device_for(device)), "sum", what).cpu().tolist())
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        return [whole[end - size : end].decode() for size, end in zip(sizes, ends, strict=True)]
+
+
+def brief(ranks: Sequence[int]) -> str:
+    """0-3,6 for (0, 1, 2, 3, 6)."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,67 @@
+"""FSDP1's private handles, read in this file alone: which part of each parameter the flat shards of this rank hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from distclip.errors import PlacementError
+
+
+@dataclass(frozen=True, slots=True)
+class FlatShard:
+    """One parameter of an FSDP1 unit."""
+
+    groups: tuple[ProcessGroup, ...]  # over which the unit is sharded and replicated
+    part: tuple[int, int]  # (index, of how many); (0, 1) where the unit is not sharded
+    shape: tuple[int, ...]  # of the whole parameter
+    numel: int  # of the whole parameter
+    local_shape: tuple[int, ...]  # of this rank's gradient
+
+
+def is_flattened(param: Tensor) -> bool:
+    """FSDP1 marks its parameters, whichever `use_orig_params`."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def flat_shards(module: nn.Module) -> dict[int, FlatShard]:
+    """id(parameter) → its shard, for all FSDP1 units in `module`.
+
+    Raises:
+        PlacementError: this torch keeps its handles elsewhere.
+    """
+    shards: dict[int, FlatShard] = {}
+    for unit in module.modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            try:
+                shards |= _of_unit(unit)
+            except AttributeError as error:
+                raise PlacementError(
+                    f"FSDP1: this torch keeps its flat parameters in another way ({error}); "
+                    "use a torch that distclip names as supported, or FSDP2's fully_shard"
+                ) from error
+    return shards
+
+
+def _of_unit(unit: Any) -> dict[int, FlatShard]:
+    handle = unit._handle
+    if handle is None:
+        return {}
+    flat, group = handle.flat_param, handle.process_group
+    groups = (group,) if getattr(unit, "_inter_node_pg", None) is None else (group, unit._inter_node_pg)
+    sharded = bool(handle.uses_sharded_strategy)
+    part = (group.rank(), group.size()) if sharded else (0, 1)
+    if not handle._use_orig_params:
+        # padding of the flat parameter carries zero gradients: it counts as elements, never in the norm
+        local = tuple(flat._sharded_size) if sharded else tuple(flat._unpadded_unsharded_size)
+        numel = local[0] * part[1]
+        return {id(flat): FlatShard(groups, part, (numel,), numel, local)}
+    shards: dict[int, FlatShard] = {}
+    for param, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+        local = ((info.numel_in_shard or 0,) if info.in_shard else (0,)) if sharded else tuple(shape)
+        shards[id(param)] = FlatShard(groups, part, tuple(shape), shape.numel(), local)
+    return shards

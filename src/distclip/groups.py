@@ -1,0 +1,128 @@
+"""Which parameters share a norm and a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distclip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """A group that is never clipped.
+
+    Args:
+        in_total: whether its gradients count in `total_norm`.
+    """
+
+    in_total: bool = False
+
+
+Rule: TypeAlias = "float | Exempt | Any"  # a threshold, no clipping, or a policy
+
+
+class Grouping(Protocol):
+    """Gives each parameter the name of its group."""
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]: ...
+
+    def rules(self) -> Mapping[str, Rule]:
+        """Group name → its own rule; groups without one follow the clipper's policy."""
+        ...
+
+    def patterns(self) -> Sequence[str]:
+        """Patterns that must each match a parameter on some rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class _One:
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        return ["all"] * len(names)
+
+    def rules(self) -> Mapping[str, Rule]:
+        return {}
+
+    def patterns(self) -> Sequence[str]:
+        return ()
+
+
+@dataclass(frozen=True)
+class _PerParameter(_One):
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        return list(names)
+
+
+@dataclass(frozen=True)
+class _PerLayer(_One):
+    depth: int = 1
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        return [".".join(name.split(".")[:-1][: self.depth]) or name for name in names]
+
+
+@dataclass(frozen=True, eq=False)
+class _PerParamGroup(_One):
+    optimizer: Optimizer
+
+    def __repr__(self) -> str:
+        return f"per_param_group({len(self.optimizer.param_groups)} groups)"
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        groups = {id(p): f"param_group {i}" for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        return [groups.get(id(param), "rest") for param in params]
+
+
+@dataclass(frozen=True)
+class _ByName:
+    table: Mapping[str, Rule]
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        return [next((p for p in self.table if fnmatchcase(name, p)), "rest") for name in names]
+
+    def rules(self) -> Mapping[str, Rule]:
+        return self.table
+
+    def patterns(self) -> Sequence[str]:
+        return tuple(self.table)
+
+
+ONE: Grouping = _One()
+
+
+def per_parameter() -> Grouping:
+    """Each parameter by its own norm (Keras' `clipnorm`)."""
+    return _PerParameter()
+
+
+def per_layer(depth: int = 1) -> Grouping:
+    """Parameters whose names share their first `depth` components, the parameter's own left aside.
+
+    Raises:
+        ConfigError: depth < 1.
+    """
+    if depth < 1:
+        raise ConfigError(f"per_layer: depth={depth}; it counts the components of a name, from 1")
+    return _PerLayer(depth)
+
+
+def per_param_group(optimizer: Optimizer) -> Grouping:
+    """The optimizer's param groups; parameters that it does not have form the group `rest`."""
+    return _PerParamGroup(optimizer)
+
+
+def by_name(table: Mapping[str, Rule]) -> Grouping:
+    """Shell-style pattern → threshold, policy or `Exempt`. The first match wins; what none matches is the group `rest`.
+
+    Raises:
+        ConfigError: the table is empty, or names a group `rest`.
+    """
+    if not table or "rest" in table:
+        raise ConfigError(f"by_name({dict(table)!r}): give at least one pattern; `rest` is the group of what no pattern matches")
+    return _ByName(dict(table))

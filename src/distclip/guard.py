@@ -1,0 +1,69 @@
+"""Stage 6: finite? agreed? drifted? a streak? → go on, skip or raise, alike on every rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, TypeAlias
+
+from distclip.errors import NonFiniteError
+from distclip.records import Culprit
+from distclip.wire import Flags
+
+OnNonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
+MODES = ("skip", "raise", "propagate")
+
+
+class Verdict(Enum):
+    """In the order in which they are judged."""
+
+    DISAGREE = "ranks made different calls"
+    FAULT = "a rank found something wrong"
+    NONFINITE = "inf or NaN"
+    RAGGED = "only some holders have a gradient"
+    DRIFT = "copies differ"
+    FINE = "go on"
+
+
+def judge(flags: Flags, tolerance: float | None) -> Verdict:
+    """From numbers that are equal on every rank. Drift and presence are judged on finite steps only: one replica's NaN is a bad step."""
+    if not flags.agreed:
+        return Verdict.DISAGREE
+    if flags.fault:
+        return Verdict.FAULT
+    if flags.bad or not math.isfinite(flags.total):
+        return Verdict.NONFINITE
+    # the weights are at least 1/8, so one missing gradient shows, and rounding does not
+    if abs(flags.ragged) > 1e-6:
+        return Verdict.RAGGED
+    if tolerance is not None and abs(flags.drift) > tolerance * flags.total:
+        return Verdict.DRIFT
+    return Verdict.FINE
+
+
+@dataclass(slots=True)
+class Streak:
+    """Steps in a row that were not finite."""
+
+    mode: OnNonfinite
+    limit: int
+    length: int = 0
+
+    def good(self) -> None:
+        self.length = 0
+
+    def bad(self, patient: bool) -> bool:
+        """Counts a bad step; True if it must end in an error. `patient`: a scaler is looking for its scale, `raise` waits for the limit."""
+        self.length += 1
+        if self.mode == "propagate":
+            return False
+        return self.length > self.limit or (self.mode == "raise" and not patient)
+
+    def error(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...]) -> NonFiniteError:
+        who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)
+        many = f", the {self.length}th such step in a row (skip_limit={self.limit})" if self.length > 1 else ""
+        return NonFiniteError(
+            f"step {step}: {nonfinite} gradient tensors are not finite{many}: {who or 'only their sum overflows'}. "
+            "Look at the loss, the data and the learning rate of that step; on_nonfinite='skip' leaves such steps out"
+        )

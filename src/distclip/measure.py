@@ -1,0 +1,144 @@
+"""Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank.
+
+Nothing here communicates. On the CPU large float32 tensors are read in rows of 64 by torch's vectorised norm, and the
+rows are summed in float64; what float32 cannot hold is read again in float64. On other devices everything is computed
+in float64 by the device, without a host read and without a branch on values.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+ROW = 64
+CHUNK = 1 << 20
+SMALL = 1024  # up to here a float64 norm costs less than the Python calls of the row-wise path
+# Flushed or subnormal squares cost a row at most 64 * 2^-126 < 1e-36, which is 1e-9 of this.
+ROW_FLOOR = 1e-27
+
+
+@torch.no_grad()
+def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [len(tensors)], on the first one's device.
+
+    Args:
+        tensors: Plain local tensors (no DTensors) of any floating or complex dtype, dense or sparse, on any devices.
+        p: Order of the norm, 0 < p <= 8 or inf.
+
+    An inf or NaN among the elements makes its sum non-finite; an empty tensor gives 0 for every p. float64 gradients
+    overflow where torch's norm does. Temporaries are bounded on the CPU. Raises nothing; never communicates.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    home = tensors[0].device
+    values = [_values(tensor) for tensor in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, value in enumerate(values):
+        if value.numel():
+            by_device.setdefault(value.device, []).append(index)
+    sums = torch.zeros(len(values), dtype=torch.float64, device=home)
+    for device, indices in by_device.items():
+        compute = _sums_on_cpu if device.type == "cpu" else _sums_on_device
+        part = compute([values[index] for index in indices], p).to(home)
+        if len(indices) == len(values):
+            return part
+        sums[torch.tensor(indices).to(home, non_blocking=True)] = part
+    return sums
+
+
+@torch.no_grad()
+def norm_of(sums: Tensor, p: float) -> Tensor:
+    """Turn float64 power sums (maxima where `p` is inf) of any shape into norms of the same shape and dtype."""
+    if p == math.inf or p == 1:
+        return sums.clone()
+    return sums.sqrt() if p == 2 else sums.pow(1 / p)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The stored elements: those of a sparse tensor are coalesced first, since equal indices add up."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        return tensor.coalesce().values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
+
+
+def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
+    """[n] float64 on the tensors' one device, computed there."""
+    norms: list[Tensor | None] = [None] * len(tensors)
+    real = [index for index, tensor in enumerate(tensors) if not tensor.is_complex()]
+    if real:
+        found = torch._foreach_norm([tensors[index] for index in real], p, dtype=torch.float64)
+        for index, norm in zip(real, found, strict=True):
+            norms[index] = norm
+    for index, tensor in enumerate(tensors):
+        if tensor.is_complex():
+            norms[index] = torch.linalg.vector_norm(tensor, p, dtype=torch.complex128)
+    return _powers(torch.stack([norm for norm in norms if norm is not None]), p)
+
+
+def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
+    """[n] float64: small tensors in one call, each large one in chunks."""
+    sums: list[float] = [0.0] * len(tensors)
+    small = [index for index, tensor in enumerate(tensors) if tensor.numel() <= SMALL]
+    if small:
+        for index, value in zip(small, _sums_on_device([tensors[i] for i in small], p).tolist(), strict=True):
+            sums[index] = value
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() > SMALL:
+            sums[index] = _combine([_chunk_sum(chunk, p) for chunk in _chunks(tensor)], p)
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def _combine(parts: list[float], p: float) -> float:
+    if p == math.inf:
+        return math.nan if any(math.isnan(part) for part in parts) else max(parts)
+    return sum(parts)
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Contiguous 1-D pieces of at most CHUNK elements: views where some order of the dimensions is contiguous."""
+    ordered = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    if ordered.is_contiguous():
+        yield from ordered.view(-1).split(CHUNK)
+    elif tensor.numel() <= CHUNK:
+        yield tensor.reshape(-1)
+    else:
+        longest = max(range(tensor.ndim), key=tensor.size)
+        for half in tensor.chunk(2, dim=longest):
+            yield from _chunks(half)
+
+
+def _chunk_sum(chunk: Tensor, p: float) -> float:
+    """The power sum of a contiguous 1-D piece of any dtype."""
+    exact = chunk.is_complex() or chunk.dtype == torch.float64 or p not in (1, 2, math.inf)
+    if exact:
+        return _exact_sum(chunk, p)
+    chunk = chunk.float()
+    whole = chunk.numel() // ROW * ROW
+    if not whole:
+        return _exact_sum(chunk, p)
+    rows = chunk[:whole].view(-1, ROW)
+    body = _row_sum(rows, p)
+    if p != math.inf and not len(rows) * ROW_FLOOR <= body < math.inf and (body != 0 or bool(rows.any())):
+        body = _exact_sum(chunk[:whole], p)
+    return body if whole == chunk.numel() else _combine([body, _exact_sum(chunk[whole:], p)], p)
+
+
+def _row_sum(rows: Tensor, p: float) -> float:
+    """The power sum of float32 [n, ROW], each row reduced in float32."""
+    norms = torch.linalg.vector_norm(rows, p, dim=1).double()
+    return float(norms.amax() if p == math.inf else _powers(norms, p).sum())
+
+
+def _exact_sum(chunk: Tensor, p: float) -> float:
+    """The power sum of a piece of any dtype, all in float64."""
+    size = chunk.to(torch.complex128).abs() if chunk.is_complex() else chunk.double().abs()
+    return float(size.amax() if p == math.inf else _powers(size, p).sum())
+
+
+def _powers(size: Tensor, p: float) -> Tensor:
+    """`size` to the p: float64 of the same shape; `size` itself for p = 1 and inf."""
+    if p == math.inf or p == 1:
+        return size
+    return size * size if p == 2 else size.pow(p)

@@ -1,0 +1,158 @@
+"""Stage 1: parameter → piece. What does this rank hold, and together with whom? Reads specs and handles; sends nothing.
+
+Instances of the one idea (name, region, replica set):
+  plain tensor          the whole parameter, copied over all ranks that have the name
+  inside DDP            the whole parameter, copied over DDP's process group
+  DTensor               the part at this rank's mesh coordinate, copied along the Replicate dimensions of its mesh
+  FSDP1                 the flat shard's part, copied over the replicating group of HYBRID_SHARD
+  declared              as above, and over the group that `replicated_over` names; `PRIVATE`: a parameter of this rank alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
+
+from distclip.errors import ConfigError, PlacementError
+from distclip.fsdp1 import FlatShard, is_flattened
+from distclip.naming import Named
+from distclip.records import Holding, Piece
+
+
+class _Private:
+    def __repr__(self) -> str:
+        return "distclip.PRIVATE"
+
+
+PRIVATE: Final = _Private()
+ReplicatedOver: TypeAlias = Mapping[str, "ProcessGroup | _Private"]
+Shared: TypeAlias = Sequence[Sequence[str]]
+
+EVERYWHERE = "all ranks with the name"
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the caller declared beyond what can be read from the parameters."""
+
+    replicated_over: ReplicatedOver
+    shared: Shared
+
+    def patterns(self) -> list[str]:
+        """Patterns and names of which each must match on some rank."""
+        return [*self.replicated_over, *(name for names in self.shared for name in names)]
+
+
+def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[Named, Piece]]:
+    """The pieces that this rank holds, with their parameters; those on a mesh without this rank are left out.
+
+    Raises:
+        PlacementError: an FSDP1 parameter outside its root, or a DTensor that holds unreduced sums.
+        ConfigError: a declared group does not contain this rank.
+    """
+    out = [(n, _piece(n, declared, rank)) for n in named]
+    return [(n, piece) for n, piece in out if piece is not None]
+
+
+def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
+    over = _declared_scope(named.name, declared.replicated_over, rank)
+    around = tuple(ranks_token(group) for group in named.around)
+    key, tied = named.name, ()
+    for names in declared.shared:
+        if named.name in names:
+            key, tied = names[0], ("shared " + " = ".join(names),)
+    extra = (*around, *over, *tied)
+    if over == (private_token(rank),):
+        extra = over
+    if named.shard is not None:
+        return _flat(named, key, named.shard, extra)
+    if is_flattened(named.param):
+        raise PlacementError(
+            f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the outermost "
+            "FullyShardedDataParallel module itself: GradClipper(model, ...), neither model.module nor its parameters"
+        )
+    spec = named.param if isinstance(named.param, DTensor) else getattr(named.param, "_st_info", None)
+    if spec is not None:
+        return _distributed(named, key, spec, extra)
+    param = named.param
+    how = "whole, in DDP" if around else "whole"
+    if over:
+        how = "private" if over == (private_token(rank),) else "whole, declared"
+    holding = Holding(how, "whole", extra or (EVERYWHERE,))
+    shape = tuple(param.shape)
+    return Piece(named.name, key, holding, shape, param.numel(), shape, None)
+
+
+def _flat(named: Named, key: str, shard: FlatShard, extra: tuple[str, ...]) -> Piece:
+    index, parts = shard.part
+    how = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
+    holding = Holding(how, f"flat {index}/{parts}", (*map(ranks_token, shard.groups), *extra))
+    return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
+
+
+def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> Piece | None:
+    """`spec`: a DTensor, or the spec that DDP keeps of a DTensor which it made local."""
+    # under DDP the device_mesh attribute of the kept spec is called `mesh`
+    mesh = spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
+    placements: tuple[Placement, ...] = tuple(spec.placements)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    if any(isinstance(p, Partial) for p in placements):
+        raise PlacementError(
+            f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the parameter to Shard or Replicate"
+        )
+    sizes = tuple(mesh.mesh.shape)
+    # Shard, _StridedShard, and whatever else splits: all that is not Replicate gives this rank a part of its own
+    parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not isinstance(p, Replicate)]
+    how = f"{', '.join(map(_short, placements))} on a {' x '.join(map(str, sizes))} mesh"
+    scopes = ("ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist()))), *extra)
+    param, shape = named.param, tuple(spec.shape)
+    is_dtensor = isinstance(param, DTensor)
+    local = param.to_local() if is_dtensor else param
+    holding = Holding(how, " ".join(parts) or "whole", scopes)
+    numel = torch.Size(shape).numel()
+    return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor else None)
+
+
+def _short(placement: Placement) -> str:
+    return "Replicate" if isinstance(placement, Replicate) else str(placement).replace("S(", "Shard(").lstrip("_")
+
+
+def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str, ...]:
+    for pattern, group in declared.items():
+        if fnmatchcase(name, pattern):
+            if isinstance(group, _Private):
+                return (private_token(rank),)
+            ranks = get_process_group_ranks(group)
+            if rank not in ranks:
+                raise ConfigError(
+                    f"replicated_over[{pattern!r}] is the group of ranks {ranks}, and this is rank {rank}; "
+                    "on each rank pass the group that this rank's copies of the parameter are in"
+                )
+            return (ranks_token(group),)
+    return ()
+
+
+def ranks_token(group: ProcessGroup) -> str:
+    return "ranks " + ",".join(map(str, sorted(get_process_group_ranks(group))))
+
+
+def private_token(rank: int) -> str:
+    return f"private to {rank}"
+
+
+def local_tensor(grad: Tensor) -> Tensor:
+    """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills it."""
+    if isinstance(grad, DTensor):
+        grad = grad.to_local()
+    wait = getattr(grad, "wait", None)  # AsyncCollectiveTensor
+    return wait() if wait is not None else grad

@@ -1,0 +1,165 @@
+"""Stage 2: the one agreement, made when the clipper is built: holders → shares, the same groups and configuration on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distclip.agreement import exchange_tables, find_holders, key, refuse, rows_of
+from distclip.errors import AgreementError, ConfigError
+from distclip.exchange import Channel, brief
+from distclip.records import Piece, Row, Share
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What this rank measures and what it counts. Printing it gives the ownership table and never communicates."""
+
+    pieces: tuple[Piece, ...]
+    shares: tuple[Share, ...]
+    groups: tuple[str, ...]  # sorted, equal on every rank
+    group_of: tuple[int, ...]  # [pieces]
+    rows: tuple[Row, ...]  # of all ranks
+    ranks: tuple[int, ...]
+    norm_type: float
+    words: int  # float64 numbers in the one message of a step
+    slot_of: tuple[int, ...]  # [pieces]: where the audit sums each parameter
+    slots: int  # parameters over all ranks
+
+    def __str__(self) -> str:
+        head = ("parameters", "elements", "held as", "over ranks", "copies")
+        lines = [(f"{r.parameters:,}", f"{r.elements:,}", r.how, brief(r.ranks), str(r.copies)) for r in self.rows]
+        width = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+        right = (0, 1, 4)
+
+        def text(line: tuple[str, ...]) -> str:
+            return "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()
+
+        names = [piece.name for piece in self.pieces]
+        shown = ", ".join(names[:4] + (["…"] if len(names) > 5 else []) + names[4:][-1:])
+        total, elements = sum(r.parameters for r in self.rows), sum(r.elements for r in self.rows)
+        message = f"one all_reduce of {self.words} float64 numbers ({8 * self.words} bytes) a step" if len(self.ranks) > 1 else "no message: one process"
+        return "\n".join(
+            [
+                f"distclip plan: {total:,} parameters, {elements:,} elements, {_count(len(self.groups), 'group')}, "
+                f"{self.norm_type:g}-norm over {_count(len(self.ranks), 'rank')}",
+                *map(text, (head, *lines)),
+                f"this rank holds {_count(len(names), 'piece')}: {shown}",
+                message,
+            ]
+        )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def agree_on_call(channel: Channel, config: Mapping[str, str], error: Exception | None, device: torch.device) -> None:
+    """A collective of two words a rank: does every rank build the same clipper, without an error of its own?
+
+    Raises:
+        Exception: `error`, on the rank that had it.
+        AgreementError: on all ranks, if one of them had an error or another configuration.
+    """
+    if channel.size > 1:
+        digest = key(str(sorted(config.items()))) if error is None else 0
+        heads = channel.slots(torch.tensor([digest, int(error is not None)]), device, "the set-up's first message")
+        if heads[:, 1].any():
+            said = channel.texts(f"{type(error).__name__}: {error}" if error else "", device, "the report of a set-up error")
+            if error is None:
+                who = [f"rank {r}: {text}" for r, text in zip(channel.ranks, said, strict=True) if text]
+                raise AgreementError("another rank could not build its GradClipper:\n" + "\n".join(who))
+        elif (heads[:, 0] != heads[0, 0]).any():
+            _name_difference(channel, config, device)
+    if error is not None:
+        raise error
+
+
+def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.device) -> None:
+    said = channel.texts("\n".join(f"{k}={v!r}" for k, v in sorted(config.items())), device, "the comparison of configurations")
+    options: dict[str, dict[str, list[int]]] = {}
+    for rank, text in zip(channel.ranks, said, strict=True):
+        for line in text.splitlines():
+            name, _, value = line.partition("=")
+            options.setdefault(name, {}).setdefault(value, []).append(rank)
+    lines = [
+        f"{name}: " + "; ".join(f"{value} on rank {brief(ranks)}" for value, ranks in values.items())
+        for name, values in options.items()
+        if len(values) > 1 or sum(map(len, values.values())) < channel.size
+    ]
+    raise AgreementError("ranks built different GradClippers; pass the same options on all of them:\n" + "\n".join(lines))
+
+
+def make_plan(
+    channel: Channel,
+    pieces: Sequence[Piece],
+    group_of: Sequence[str],
+    patterns: Mapping[str, int],
+    norm_type: float,
+    device: torch.device,
+) -> Plan:
+    """A collective on all ranks: three small all-reduces, more only to name what is wrong.
+
+    Args:
+        group_of: [pieces] the group's name of each.
+        patterns: pattern or name that must match on some rank → how often it does on this one.
+
+    Raises:
+        AgreementError: shapes differ between holders, or parts do not add up to the whole.
+        ConfigError: a pattern matches nothing on any rank, or no rank has a parameter.
+    """
+    tables = exchange_tables(channel, pieces, group_of, list(patterns.values()), device)
+    for pattern, count in zip(patterns, tables.counts, strict=True):
+        if not count:
+            raise ConfigError(f"{pattern!r} matches no parameter on any rank; print(clipper.plan) shows names as they are matched")
+    if not sum(map(len, tables.rows)):
+        raise ConfigError("params holds no parameters on any rank; pass the model, or (name, parameter) pairs")
+    holders = find_holders(tables, channel.rank, pieces)
+    if holders.misshapen:
+        local = [f"{p.name} has shape {p.shape}" for p in pieces if key(p.key_name) in holders.misshapen]
+        refuse(channel, local, device, "the comparison of shapes")
+
+    sums = torch.zeros(2, holders.slots, dtype=torch.float64)
+    for piece, share, slot, members in zip(pieces, holders.shares, holders.slot, holders.members, strict=True):
+        sums[0, slot] += piece.local_numel / share.holders
+        sums[1, slot] += piece.numel / members
+    sums = channel.reduce_(sums.to(channel.device_for(device)), "sum", "the set-up's count of elements").cpu()
+    lost = (sums[0] - sums[1]).abs() > 1e-6 * sums[1] + 1e-3
+    if lost.any():
+        local = [
+            f"{p.name} ({p.holding.how}): the parts held add up to {sums[0, s]:.0f} elements of {sums[1, s]:.0f}; every rank that "
+            "holds a part must be in process_group, and copies must be declared by replicated_over"
+            for p, s in zip(pieces, holders.slot, strict=True)
+            if lost[s]
+        ]
+        refuse(channel, local, device, "the comparison of elements")
+    groups = _groups(channel, tables.rows, group_of, device)
+    index = {name: i for i, name in enumerate(groups)}
+    return Plan(
+        pieces=tuple(pieces),
+        shares=tuple(holders.shares),
+        groups=groups,
+        group_of=tuple(index[name] for name in group_of),
+        rows=rows_of(holders, sums[1], channel),
+        ranks=channel.ranks,
+        norm_type=norm_type,
+        words=len(groups),
+        slot_of=tuple(holders.slot),
+        slots=holders.slots,
+    )
+
+
+def _groups(channel: Channel, rows: Sequence[Tensor], group_of: Sequence[str], device: torch.device) -> tuple[str, ...]:
+    """All groups' names, sorted. Only names that some rank lacks are sent."""
+    keys = [set(table[:, 3].tolist()) for table in rows]
+    everywhere = set.intersection(*keys)
+    here = {key(name): name for name in group_of}
+    names = set(here.values())
+    if set.union(*keys) != everywhere:
+        some = sorted(name for k, name in here.items() if k not in everywhere)
+        for text in channel.texts("\n".join(some), device, "the exchange of group names"):
+            names |= set(text.splitlines())
+    return tuple(sorted(names))

@@ -1,0 +1,55 @@
+"""A constant threshold for the norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigError
+from distclip.records import Norms, Scale
+
+
+def checked_threshold(name: str, value: float, allow_zero: bool) -> float:
+    """The threshold as a float. ConfigError (a ValueError) if it is negative, NaN, or a zero that was not asked for."""
+    value = float(value)
+    if math.isnan(value) or value < 0:
+        raise ConfigError(f"{name}={value!r} is not a threshold; it must be positive (math.inf only measures)")
+    if value == 0 and not allow_zero:
+        raise ConfigError(f"{name}=0 sets every gradient to zero; if that is meant, say allow_zero=True on the policy, else use math.inf")
+    return value
+
+
+@dataclass(frozen=True)
+class FixedNorm:
+    """g ← g · c / max(|g|, c): the direction is kept, the norm is at most c = `max_norm`.
+
+    Exactly 1, and no gradient is touched, where |g| ≤ c. Pascanu, Mikolov, Bengio 2013 (arXiv:1211.5063), algorithm 1.
+
+    Args:
+        max_norm: in the gradients' own unit; `math.inf` only measures.
+        allow_zero: accept 0, which zeroes every gradient.
+
+    Raises:
+        ConfigError: negative, NaN, or zero without `allow_zero`.
+    """
+
+    max_norm: float
+    allow_zero: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        checked_threshold("max_norm", self.max_norm, self.allow_zero)
+
+    def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]:
+        return ()
+
+    def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale, tuple[Tensor, ...]]:
+        threshold = torch.full_like(norms.per_group, self.max_norm)
+        return Scale(coefficient(norms.per_group, threshold), threshold), state
+
+
+def coefficient(norm: Tensor, threshold: Tensor) -> Tensor:
+    """threshold / max(norm, threshold), and exactly 1 also where both are 0 or inf. [groups] float64."""
+    return torch.where(norm > threshold, threshold / norm, torch.ones_like(norm))

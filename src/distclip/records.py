@@ -1,0 +1,145 @@
+"""Frozen records handed from stage to stage. Shape, dtype and meaning stand beside each field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How this rank holds a part of a parameter. Pieces of one parameter are copies if their regions are equal and their scopes meet."""
+
+    how: str  # as the plan prints it
+    region: str  # which part: equal if and only if the data is the same
+    scopes: tuple[str, ...]  # identities of the sets of ranks that hold copies or sibling parts; a set that two ranks share joins them
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of one parameter that this rank holds."""
+
+    name: str  # as the user knows it, wrapper prefixes stripped
+    key_name: str  # the name under which it is agreed: the first of a `shared=` tuple, else `name`
+    holding: Holding
+    shape: tuple[int, ...]  # of the whole parameter
+    numel: int  # of the whole parameter
+    local_shape: tuple[int, ...]  # of this rank's gradient tensor
+    placements: tuple[Placement, ...] | None  # of the gradient, where it is a DTensor
+
+    @property
+    def local_numel(self) -> int:
+        count = 1
+        for size in self.local_shape:
+            count *= size
+        return count
+
+
+class Share(NamedTuple):
+    """What the set-up agreed on for one piece."""
+
+    holders: int  # h: it counts 1/h here
+    weight: float  # of the drift sum: zero-sum over the holders, at least 1/8 in size where h > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the ownership table: parameters that are held alike over the same ranks."""
+
+    parameters: int
+    elements: int  # of the whole parameters
+    how: str
+    ranks: tuple[int, ...]
+    copies: int  # h
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """The reduced value: equal on every rank, bit for bit."""
+
+    per_group: Tensor  # [groups] float64: norm of each group, before clipping
+    total: Tensor  # [] float64: norm over the groups that count in the total
+    finite: Tensor  # [] bool: total, every group and every gradient tensor are finite
+    nonfinite: Tensor  # [] int64: gradient tensors with inf or NaN over all ranks (with p = inf: the largest count of a rank)
+    stats: Tensor  # [stats] float64: what the policy's `local_stats` added, group by group
+    norm_type: float  # p
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Multiply each group's gradients by its coefficient."""
+
+    coef: Tensor  # [groups] float64
+    threshold: Tensor  # [groups] float64, for the report
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """Clamp each group's elements to [-value, value]."""
+
+    value: Tensor  # [groups] float64
+    clipped: Tensor  # [groups] bool: some element on some rank was beyond its value
+    norm_after: Tensor  # [groups] float64
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to the gradients: the policies' answers side by side, one entry a group."""
+
+    coef: Tensor  # [groups] float64: 1 where the group is clamped
+    threshold: Tensor  # [groups] float64
+    clipped: Tensor  # [groups] bool
+    norms_after: Tensor  # [groups] float64
+    clamped: frozenset[int]  # groups whose elements are clamped to the threshold
+
+
+class Culprit(NamedTuple):
+    """A gradient tensor that is not finite."""
+
+    parameter: str
+    rank: int
+    kind: str  # "inf" or "NaN"
+
+
+@dataclass(frozen=True, slots=True)
+class ClipReport:
+    """What one call saw and did. All tensors are on the compute device and equal on every rank; reading one there is a host sync.
+
+    Norms are those after unscaling and `grad_scale`.
+    """
+
+    step: int  # calls of this clipper, from 1
+    total_norm: Tensor  # [] float32 (float64 for float64 parameters): before clipping
+    norm_after: Tensor  # []: after it
+    clipped: Tensor  # [] bool: some group was scaled or clamped
+    skipped: Tensor  # [] bool: gradients were not finite and the step is not taken
+    nonfinite: Tensor  # [] int64
+    coefs: Tensor  # [groups]
+    threshold: Tensor  # [groups]
+    group_norms: Tensor  # [groups]: before clipping
+    groups: tuple[str, ...]
+    culprits: tuple[Culprit, ...] = ()
+
+    @property
+    def clip_coef(self) -> Tensor:
+        """[]: the coefficient, where there is one group. ValueError where there are several: read `coefs`."""
+        if len(self.groups) != 1:
+            raise ValueError(f"clip_coef: this clipper has {len(self.groups)} groups; read report.coefs and report.groups")
+        return self.coefs[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python numbers, lists and strings. This is the host read: it waits for the device."""
+        tensors: Mapping[str, Tensor] = {
+            name: getattr(self, name)
+            for name in ("total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold", "group_norms")
+        }
+        out: dict[str, Any] = {"step": self.step} | {name: value.tolist() for name, value in tensors.items()}
+        if len(self.groups) == 1:
+            out["clip_coef"] = out["coefs"][0]
+        out["groups"] = list(self.groups)
+        out["culprits"] = [culprit._asdict() for culprit in self.culprits]
+        return out

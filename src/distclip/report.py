@@ -1,0 +1,81 @@
+"""Stage 8: reports → sinks. The only stage that a training run needs the host for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+from distclip.records import ClipReport
+
+
+class Sink(Protocol):
+    """Takes each report, on the first rank of the clipper's group alone."""
+
+    def write(self, report: ClipReport) -> None: ...
+
+
+class JSONLSink:
+    """One JSON object a line and step, flushed at once; inf and NaN are written as null.
+
+    Args:
+        path: appended to; folders are made.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def write(self, report: ClipReport) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nonfinite(report.to_dict()), allow_nan=False) + "\n")
+
+
+class LoggingSink:
+    """One line a step through Python's logging: warnings for skipped steps, else `level`.
+
+    Args:
+        logger: default "distclip".
+        level: of ordinary steps.
+        every: log each `every`-th step, and all skipped ones.
+    """
+
+    def __init__(self, logger: logging.Logger | None = None, level: int = logging.INFO, every: int = 1) -> None:
+        self.logger, self.level, self.every = logger or logging.getLogger("distclip"), level, every
+
+    def write(self, report: ClipReport) -> None:
+        said = report.to_dict()
+        if said["skipped"]:
+            who = "; ".join(f"{c['parameter']} on rank {c['rank']}: {c['kind']}" for c in said["culprits"])
+            self.logger.warning("step %d skipped: %d gradients not finite %s", said["step"], said["nonfinite"], who)
+        elif report.step % self.every == 0:
+            coefs = ", ".join(f"{c:.4g}" for c in said["coefs"][:4]) + (", …" if len(said["coefs"]) > 4 else "")
+            self.logger.log(self.level, "step %d: norm %.6g, coefficient %s", said["step"], said["total_norm"], coefs)
+
+
+def write_all(sinks: list[Sink], report: ClipReport) -> list[Sink]:
+    """Write to each; one that fails is reported once and left out from then on. Returns those that go on."""
+    alive: list[Sink] = []
+    for sink in sinks:
+        try:
+            sink.write(report)
+            alive.append(sink)
+        except Exception as error:
+            warnings.warn(
+                f"{type(sink).__name__} failed at step {report.step} and is switched off, training goes on: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return alive
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nonfinite(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list):
+        return [_without_nonfinite(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
