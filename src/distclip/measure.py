@@ -111,7 +111,7 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 def _chunk_sum(chunk: Tensor, p: float) -> float:
     """The power sum of a contiguous 1-D piece of any dtype."""
-    exact = chunk.is_complex() or chunk.dtype == torch.float64 or p not in (1, 2, math.inf)
+    exact = chunk.is_complex() or chunk.dtype == torch.float64 or p not in (2, math.inf)
     if exact:
         return _exact_sum(chunk, p)
     chunk = chunk.float()
