@@ -1,0 +1,161 @@
+"""Drop-ins with torch.nn.utils' signatures: on plain tensors they send nothing; on DTensors they give the global norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Replicate
+from torch.nn import utils as torch_utils
+
+from distclip.apply import clamp_, scale_
+from distclip.errors import ConfigError, PlacementError
+from distclip.fsdp1 import is_flattened
+from distclip.measure import norm_of, power_sums
+from distclip.placement import local_tensor
+
+TensorOrTensors: TypeAlias = "Tensor | Iterable[Tensor]"
+
+_SUPPORTED = ("cpu", "cuda")
+
+
+def clip_grad_norm_(
+    parameters: TensorOrTensors, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, right in low precision and on any mixture of DTensors.
+
+    Plain tensors: nothing is sent; float16 and bfloat16 gradients give a float32 norm. DTensors: one functional all-reduce for each
+    dimension of the meshes given. The coefficient is torch's: max_norm / (total_norm + 1e-6), at most 1.
+
+    Returns:
+        The norm before clipping: a Replicate DTensor if all gradients are DTensors of one mesh, else a 0-dim tensor.
+
+    Raises:
+        ConfigError (a ValueError): `max_norm` is negative or NaN.
+        PlacementError: an FSDP1 shard, whose norm this function cannot know; or a Partial gradient.
+        RuntimeError: torch's, for a norm that is not finite, with `error_if_nonfinite`.
+    """
+    generator = not isinstance(parameters, (Tensor, Sequence))
+    params = _listed(parameters)
+    if not params and generator:
+        return torch_utils.clip_grad_norm_((p for p in params), max_norm)  # torch's own warning
+    max_norm = float(max_norm)
+    if math.isnan(max_norm) or max_norm < 0:
+        raise ConfigError(f"max_norm={max_norm!r} is not a threshold: a negative one would turn gradients around; pass 0 or more")
+    for i, param in enumerate(params):
+        if is_flattened(param):
+            raise PlacementError(
+                f"parameter {i} is a shard of an FSDP1 module: its norm on this rank is not the global one. Use "
+                "distclip.GradClipper(model, max_norm=...) on the outermost FullyShardedDataParallel module, or its own clip_grad_norm_"
+            )
+    total = get_total_norm([p.grad for p in params if p.grad is not None], norm_type, error_if_nonfinite, foreach)
+    clip_grads_with_norm_(params, max_norm, total, foreach)
+    return total
+
+
+def get_total_norm(
+    tensors: TensorOrTensors, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """The p-norm of all tensors as if they were one vector; a tensor listed twice counts once. See `clip_grad_norm_`."""
+    given = _distinct(_listed(tensors))
+    p = float(norm_type)
+    if not given:
+        return torch.tensor(0.0)
+    sharded = [t for t in given if isinstance(t, DTensor)]
+    outside = any(t.device.type not in _SUPPORTED for t in given)
+    if not sharded and (outside or not 0 < p <= math.inf):
+        return torch_utils.get_total_norm(given, p, error_if_nonfinite, foreach)
+    norm = _global_norm(sharded, [t for t in given if not isinstance(t, DTensor)], p)
+    if error_if_nonfinite and not _whole(norm).isfinite():
+        torch_utils.get_total_norm([_whole(norm)], p, error_if_nonfinite=True)  # raises, in torch's words
+    return norm
+
+
+def clip_grads_with_norm_(parameters: TensorOrTensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
+    """Scale gradients in place by min(1, max_norm / (total_norm + 1e-6)), at float32 precision or better. Sends nothing."""
+    params = _listed(parameters)
+    grads = _distinct([p.grad for p in params if p.grad is not None])
+    if not grads:
+        return
+    if any(g.device.type not in _SUPPORTED for g in grads):
+        torch_utils.clip_grads_with_norm_(params, max_norm, total_norm, foreach)
+        return
+    coef = (float(max_norm) / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
+    if coef.device.type == "cpu" and coef == 1:
+        return
+    with torch.no_grad():
+        scale_([local_tensor(g) for g in grads], coef)
+
+
+def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
+    """Clamp gradients to [-clip_value, clip_value] in place; shards are clamped where they are. Sends nothing."""
+    params = _listed(parameters)
+    grads = _distinct([p.grad for p in params if p.grad is not None])
+    value = float(clip_value)
+    if math.isnan(value) or value < 0:
+        raise ConfigError(f"clip_value={clip_value!r} is not a bound; pass 0 or more")
+    if any(g.device.type not in _SUPPORTED for g in grads):
+        torch_utils.clip_grad_value_(params, clip_value, foreach)
+        return
+    with torch.no_grad():
+        clamp_([local_tensor(g) for g in grads], torch.tensor(value, dtype=torch.float64))
+
+
+def _listed(tensors: TensorOrTensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def _global_norm(sharded: list[DTensor], plain: list[Tensor], p: float) -> Tensor:
+    meshes: dict[Any, list[DTensor]] = {}
+    for tensor in sharded:
+        if any(placement.is_partial() for placement in tensor.placements):
+            raise PlacementError(
+                f"a gradient of shape {tuple(tensor.shape)} has placements {tensor.placements}: Partial sums that are not reduced yet; "
+                "before clipping: p.grad = p.grad.redistribute(placements=p.placements)"
+            )
+        meshes.setdefault(tensor.device_mesh, []).append(tensor)
+    device = (sharded or plain)[0].device
+    dtype = torch.float32
+    for tensor in (*sharded, *plain):
+        dtype = torch.promote_types(dtype, tensor.real.dtype if tensor.is_complex() else tensor.dtype)
+    parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
+    if plain:
+        parts.append(_combined(power_sums(plain, p), p).to(device))
+    norm = norm_of(_combined(torch.stack(parts), p), p).to(dtype)
+    if len(meshes) == 1 and not plain:
+        mesh = next(iter(meshes))
+        return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return norm
+
+
+def _combined(sums: Tensor, p: float) -> Tensor:
+    return sums.max() if math.isinf(p) else sums.sum()
+
+
+def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
+    """The power sum (maximum) over one mesh: 0-dim float64. One functional all-reduce for each of its dimensions."""
+    sums = power_sums([local_tensor(t) for t in tensors], p)
+    if math.isinf(p):
+        # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
+        packed, op = torch.stack([sums.nan_to_num(nan=math.inf, posinf=math.inf).max(), sums.isnan().any().double()]), "max"
+    else:
+        copies = [math.prod(n for n, q in zip(mesh.mesh.shape, t.placements) if isinstance(q, Replicate)) for t in tensors]
+        packed, op = (sums / torch.tensor(copies, dtype=torch.float64, device=sums.device)).sum().reshape(1), "sum"
+    partial = DTensor.from_local(packed.to(mesh.device_type), mesh, [Partial(op)] * mesh.ndim, run_check=False)
+    reduced = local_tensor(partial.redistribute(placements=[Replicate()] * mesh.ndim))
+    if math.isinf(p):
+        return torch.where(reduced[1] > 0, math.nan, reduced[0])
+    return reduced[0]

@@ -1,0 +1,201 @@
+"""Runs a function on several gloo ranks, and counts collectives. For distclip's own tests and its users'."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class World:
+    """A pool of forked gloo ranks on this machine that stays up between calls.
+
+    Args:
+        size: number of ranks; each uses one thread.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._ranks: list[tuple[Any, Any, Path]] = []
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        """`fn(*args)` on every rank, a module-level function; the answers by rank.
+
+        Raises:
+            AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout` seconds (their stacks). The pool is
+                then ended, and starts anew at the next call.
+        """
+        if not self._ranks:
+            self._start()
+        for _, pipe, _ in self._ranks:
+            pipe.send((fn, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout
+        while len(answers) < self.size and time.monotonic() < end:
+            for rank, (process, pipe, _) in enumerate(self._ranks):
+                if rank in answers:
+                    continue
+                if pipe.poll(0.002):
+                    answers[rank] = pipe.recv()
+                elif not process.is_alive():
+                    answers[rank] = (False, "the process died")
+                if rank in answers and not answers[rank][0]:
+                    end = min(end, time.monotonic() + 5)  # the others may be waiting for this one
+        wrong: dict[str, list[int]] = {}
+        for rank in range(self.size):
+            ok, said = answers.get(rank) or (False, f"hangs:\n{self._stack(rank)}")
+            if not ok:
+                wrong.setdefault(said, []).append(rank)
+        if wrong:
+            self.close()
+            raise AssertionError("\n".join(f"ranks {ranks}: {text}" for text, ranks in wrong.items()))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def close(self) -> None:
+        """End the ranks; the next `run` starts new ones."""
+        for process, pipe, _ in self._ranks:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._ranks = []
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="distclip-world-"))
+        fork = multiprocessing.get_context("fork")
+        for rank in range(self.size):
+            ours, theirs = fork.Pipe()
+            log = folder / f"stack{rank}"
+            process = fork.Process(target=_serve, args=(rank, self.size, folder / "store", theirs, log), daemon=True)
+            process.start()
+            self._ranks.append((process, ours, log))
+
+    def _stack(self, rank: int) -> str:
+        process, _, log = self._ranks[rank]
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return log.read_text()[-3000:]
+
+
+def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
+    with log.open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
+        torch.set_num_threads(1)
+        file_store = dist.FileStore(str(store), size)
+        dist.init_process_group("gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=30))
+        while True:
+            fn, args = pipe.recv()
+            try:
+                answer = (True, fn(*args))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            pipe.send(answer)
+
+
+class ThreadGroup(dist.ProcessGroup):
+    """A process group whose ranks are threads of one process: all-reduces are real, ordered by rank, and end in an error after `timeout_s`."""
+
+    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+        super().__init__(rank, size)
+        self._meeting = meeting
+        self.calls = 0
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.calls += 1
+        op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        self._meeting.reduce_(self.rank(), tensors[0], op)
+        return _Done()
+
+
+class _Done:
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+
+class _Meeting:
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.size, self.timeout_s = size, timeout_s
+        self.barrier = threading.Barrier(size)
+        self.tensors: list[Tensor | None] = [None] * size
+        self.result: Tensor | None = None
+
+    def reduce_(self, rank: int, tensor: Tensor, op: Any) -> None:
+        self.tensors[rank] = tensor
+        self._wait()
+        if rank == 0:
+            stacked = torch.stack([t for t in self.tensors if t is not None])
+            self.result = stacked.sum(0, dtype=tensor.dtype) if op == dist.ReduceOp.SUM else stacked.amax(0)
+        self._wait()
+        assert self.result is not None
+        tensor.copy_(self.result)
+        self._wait()
+
+    def _wait(self) -> None:
+        try:
+            self.barrier.wait(self.timeout_s)
+        except threading.BrokenBarrierError:
+            raise RuntimeError(f"not all of {self.size} threads came within {self.timeout_s:g} s") from None
+
+
+def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """`fn(group, *args)` on `size` threads as ranks; the answers by rank. A rank that raises ends the others' waiting."""
+    meeting = _Meeting(size, timeout_s)
+    answers: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            answers[rank] = fn(ThreadGroup(rank, size, meeting), *args)
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s)
+    if errors:
+        raise errors[0]
+    return answers
+
+
+class Counted(TorchDispatchMode):
+    """Names of the collectives issued inside the block: native, functional, and those that DTensor makes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional") and "wait" not in str(func) and "_wrap" not in str(func):
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_collectives() -> Iterator[Counted]:
+    """`with count_collectives() as seen: ...; assert seen.names == ["allreduce_"]`"""
+    with Counted() as seen:
+        yield seen
