@@ -19,9 +19,10 @@ def ranks():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    before = dict(os.environ)
+    def environment():
+        return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+
+    before = environment()
     yield
-    os.environ.pop("PYTEST_CURRENT_TEST", None)
-    before.pop("PYTEST_CURRENT_TEST", None)
-    assert dict(os.environ) == before
+    assert environment() == before
     assert not dist.is_initialized()

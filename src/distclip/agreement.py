@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distclip.errors import AgreementError, ConfigError
-from distclip.exchange import Channel
+from distclip.exchange import Channel, brief
 from distclip.records import Holding, Piece, Row, Share
 
 _TEXT_WORDS, _SCOPES = 8, 6
@@ -75,7 +76,7 @@ def exchange_tables(
     _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64))
     buffer = channel.reduce_(buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables").cpu()
 
-    blocks = [buffer[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    blocks = [buffer[a:b] for a, b in pairwise(starts)]
     return Tables(
         holdings=[[_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()] for block in blocks[: channel.size]],
         ranks_of=[[rank for rank, head in enumerate(heads) if first[head[0]] == sender] for sender in senders],
@@ -93,7 +94,9 @@ def _encode(holding: Holding) -> list[int]:
     text = holding.how.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
     scopes = [key(scope) for scope in holding.scopes]
     if len(scopes) > _SCOPES:
-        raise ConfigError(f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported")
+        raise ConfigError(
+            f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported"
+        )
     letters = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)]
     return [*letters, key(holding.region), *scopes, *[0] * (_SCOPES - len(scopes))]
 
@@ -195,9 +198,7 @@ def _cases(
     is_example[example] = True
     entries: dict[int, list[tuple[int, int]]] = defaultdict(list)
     chosen = is_example[name_of]
-    for table, ordinal, case in zip(
-        owner[chosen].tolist(), rows[chosen, 1].tolist(), case_of[name_of[chosen]].tolist(), strict=True
-    ):
+    for table, ordinal, case in zip(owner[chosen].tolist(), rows[chosen, 1].tolist(), case_of[name_of[chosen]].tolist(), strict=True):
         entries[case] += [(rank, ordinal) for rank in tables.ranks_of[table]]
     solved = [_joined(tables, sorted(entries[case])) for case in range(count)]
     return [places for places, _ in solved], [components for _, components in solved]
@@ -300,6 +301,4 @@ def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what
         for line in text.splitlines():
             said[line].append(rank)
     if said:
-        from distclip.exchange import brief
-
         raise AgreementError("\n".join(f"rank {brief(ranks)}: {line}" for line, ranks in said.items()))

@@ -40,10 +40,12 @@ class GradClipper:
 
     Args:
         params: a module, a list of modules (the pipeline stages of this rank), (name, parameter) pairs, or parameters.
-        max_norm: threshold of the global norm, in the gradients' unit; `math.inf` only measures. Exactly one of `max_norm` and `policy`.
+        max_norm: threshold of the global norm, in the gradients' unit; `math.inf` only measures. Exactly one of `max_norm` and
+            `policy`.
         policy: what to do with the norm: `FixedNorm`, `FixedValue`, `Normalize`, or an object with `init` and `decide`.
         norm_type: p of the norm, 0 < p ≤ 8 or inf.
-        groups: which parameters share a norm: None (all), `per_parameter()`, `per_layer(depth)`, `per_param_group(optimizer)`, `by_name({...})`.
+        groups: which parameters share a norm: None (all), `per_parameter()`, `per_layer(depth)`, `per_param_group(optimizer)` or
+            `by_name({...})`.
         on_nonfinite: `skip` the step, `raise` NonFiniteError, or `propagate` the gradients as they are; alike on all ranks.
         process_group: None is the default group; `distclip.LOCAL` this process alone.
         replicated_over: name pattern → the group over which those parameters are copies, or `distclip.PRIVATE`.
@@ -154,7 +156,7 @@ class GradClipper:
         if not (hasattr(self._main, "init") and hasattr(self._main, "decide")):
             raise ConfigError(f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)")
         self._norm_type = float(cast(float, given["norm_type"]))
-        if not (0 < self._norm_type <= 8 or math.isinf(self._norm_type) and self._norm_type > 0):
+        if not (0 < self._norm_type <= 8 or (math.isinf(self._norm_type) and self._norm_type > 0)):
             raise ConfigError(f"norm_type={given['norm_type']!r}: p must be above 0 and at most 8, or math.inf")
         if given["on_nonfinite"] not in MODES:
             raise ConfigError(f"on_nonfinite={given['on_nonfinite']!r}; it is one of {', '.join(map(repr, MODES))}")
@@ -179,7 +181,7 @@ class GradClipper:
 
     # Each step
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
     def clip_(self, optimizer: Optimizer | None = None, scaler: Any = None, grad_scale: float = 1.0) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce, on every rank.
@@ -205,11 +207,9 @@ class GradClipper:
         self._write(report)
         return report
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
-    def step(
-        self, *optimizers: Optimizer, scaler: Any = None, update_scaler: bool = True, grad_scale: float = 1.0
-    ) -> ClipReport:
+    def step(self, *optimizers: Optimizer, scaler: Any = None, update_scaler: bool = True, grad_scale: float = 1.0) -> ClipReport:
         """Clip, then step the optimizers; a step that is not finite calls none of them. One all-reduce.
 
         Raises:
@@ -225,7 +225,7 @@ class GradClipper:
         self._write(report)
         return report
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
     def measure(self) -> ClipReport:
         """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One all-reduce."""
@@ -310,7 +310,9 @@ class GradClipper:
             raise GradientError(f"step {self._step}: " + audit.name_faults(self._channel, grads.faults, self._device))
         if verdict in (Verdict.RAGGED, Verdict.DRIFT):
             self._compare(grads)
-            raise AgreementError(f"step {self._step}: copies of gradients differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much")
+            raise AgreementError(
+                f"step {self._step}: copies of gradients differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
+            )
         if not flags.count and not self._warned and not passive:
             self._warned = True
             warnings.warn(
@@ -379,15 +381,15 @@ class GradClipper:
         return {**counters, "policy": describe(self._main), "groups": "\n".join(self.plan.groups), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave, on this or another world size and sharding. Sends nothing.
+        """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
 
         Raises:
             ConfigError: it belongs to another policy or to other groups.
         """
         for name, own in (("policy", describe(self._main)), ("groups", "\n".join(self.plan.groups))):
             if state.get(name) != own:
-                raise ConfigError(f"the checkpoint's {name} is {state.get(name)!r}, this clipper's {own!r}; build it as the saved one was")
+                raise ConfigError(
+                    f"the checkpoint's {name} is {state.get(name)!r}, this clipper's {own!r}; build the clipper as the saved one was"
+                )
         self._step, self._streak.length = int(state["step"]), int(state["bad_in_a_row"])
-        self._state = tuple(
-            tuple(state[f"{i}.{j}"].to(t.device, t.dtype) for j, t in enumerate(own)) for i, own in enumerate(self._state)
-        )
+        self._state = tuple(tuple(state[f"{i}.{j}"].to(t.device, t.dtype) for j, t in enumerate(own)) for i, own in enumerate(self._state))

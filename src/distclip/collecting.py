@@ -65,7 +65,9 @@ def collect(params: Sequence[Tensor], pieces: Sequence[Piece], slots: Sequence[S
 def _misplaced(grad: Tensor, piece: Piece) -> str | None:
     if isinstance(grad, DTensor):
         if piece.placements is None:
-            return f"the gradient of {piece.name} is a DTensor with placements {grad.placements}, its parameter is not; call clipper.rebuild()"
+            return (
+                f"the gradient of {piece.name} is a DTensor with placements {grad.placements}, its parameter is not; call clipper.rebuild()"
+            )
         if grad.placements != piece.placements:
             if any(placement.is_partial() for placement in grad.placements):
                 return (
@@ -78,5 +80,5 @@ def _misplaced(grad: Tensor, piece: Piece) -> str | None:
                 "p.grad = p.grad.redistribute(placements=p.placements)"
             )
     elif piece.placements is not None:
-        return f"the gradient of {piece.name} is a plain tensor, its parameter a DTensor with placements {piece.placements}; call clipper.rebuild()"
+        return f"the gradient of {piece.name} is a plain tensor, its parameter a DTensor, {piece.placements}; call clipper.rebuild()"
     return None

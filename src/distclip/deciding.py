@@ -89,9 +89,7 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
 
 def kept(old: State, new: State, finite: Tensor) -> State:
     """The new state where the step was finite, else the old one: selected, never multiplied."""
-    return tuple(
-        tuple(torch.where(finite, n, o) for o, n in zip(before, now, strict=True)) for before, now in zip(old, new, strict=True)
-    )
+    return tuple(tuple(torch.where(finite, n, o) for o, n in zip(before, now, strict=True)) for before, now in zip(old, new, strict=True))
 
 
 def describe_rules(rules: Mapping[str, Any], describe: Any) -> str:

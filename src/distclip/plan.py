@@ -41,7 +41,11 @@ class Plan:
         names = [piece.name for piece in self.pieces]
         shown = ", ".join(names[:4] + (["…"] if len(names) > 5 else []) + names[4:][-1:])
         total, elements = sum(r.parameters for r in self.rows), sum(r.elements for r in self.rows)
-        message = f"one all_reduce of {self.words} float64 numbers ({8 * self.words} bytes) a step" if len(self.ranks) > 1 else "no message: one process"
+        message = (
+            f"one all_reduce of {self.words} float64 numbers ({8 * self.words} bytes) a step"
+            if len(self.ranks) > 1
+            else "no message: one process"
+        )
         return "\n".join(
             [
                 f"distclip plan: {total:,} parameters, {elements:,} elements, {_count(len(self.groups), 'group')}, "

@@ -114,7 +114,7 @@ def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
 
 
 class ThreadGroup(dist.ProcessGroup):
-    """A process group whose ranks are threads of one process: all-reduces are real, ordered by rank, and end in an error after `timeout_s`."""
+    """A process group whose ranks are threads: all-reduces are real, ordered by rank, and end in an error after a time-out."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         super().__init__(rank, size)

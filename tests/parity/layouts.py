@@ -215,7 +215,11 @@ def tp_colwise_rowwise():
 
 @layout
 def tp_sequence_parallel():
-    plan = {"up": ColwiseParallel(input_layouts=Shard(0)), "down": RowwiseParallel(output_layouts=Shard(0)), "norm": SequenceParallel(sequence_dim=0)}
+    plan = {
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+        "norm": SequenceParallel(sequence_dim=0),
+    }
     model = parallelize_module(Net(norm=True), mesh(4), plan)
     y = model(drawn(f"x{dist.get_rank()}", 2, 8))
     y = y.to_local() if hasattr(y, "to_local") else y

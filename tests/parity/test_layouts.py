@@ -32,7 +32,14 @@ def clip_layout(name):
         with count_collectives() as seen:
             report = clipper.clip_()
         coef = report.clip_coef.item()
-        worst = max((((g.to_dense().double() - coef * b.to_dense().double()).abs() - tolerance(b)).max().item() for g, b in zip(grads, before) if g.numel()), default=0.0)
+        worst = max(
+            (
+                ((g.to_dense().double() - coef * b.to_dense().double()).abs() - tolerance(b)).max().item()
+                for g, b in zip(grads, before)
+                if g.numel()
+            ),
+            default=0.0,
+        )
         rows.append((p, want, report.total_norm.item(), coef, worst, Counter(seen.names), str(clipper.plan)))
         for g, b in zip(grads, before):
             g.copy_(b)

@@ -60,5 +60,3 @@ class FixedValue:
                 out[1] = torch.maximum(out[1], after) if norm_type == float("inf") else out[1] + share * after
         out[1] *= scale if norm_type == float("inf") else scale**norm_type
         return out
-
-
