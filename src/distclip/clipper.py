@@ -313,7 +313,7 @@ class GradClipper:
             raise AgreementError(
                 f"step {self._step}: copies of gradients differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
             )
-        if not flags.count and not self._warned and not passive:
+        if not flags.present and not self._warned and not passive:
             self._warned = True
             warnings.warn(
                 "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad(); "
@@ -388,8 +388,6 @@ class GradClipper:
         """
         for name, own in (("policy", describe(self._main)), ("groups", "\n".join(self.plan.groups))):
             if state.get(name) != own:
-                raise ConfigError(
-                    f"the checkpoint's {name} is {state.get(name)!r}, this clipper's {own!r}; build the clipper as the saved one was"
-                )
+                raise ConfigError(f"the checkpoint's {name} is {state.get(name)!r}, this clipper's {own!r}; build it as the saved one was")
         self._step, self._streak.length = int(state["step"]), int(state["bad_in_a_row"])
         self._state = tuple(tuple(state[f"{i}.{j}"].to(t.device, t.dtype) for j, t in enumerate(own)) for i, own in enumerate(self._state))

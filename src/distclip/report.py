@@ -66,7 +66,7 @@ def write_all(sinks: list[Sink], report: ClipReport) -> list[Sink]:
             alive.append(sink)
         except Exception as error:
             warnings.warn(
-                f"{type(sink).__name__} failed at step {report.step} and is off from now on, training goes on: {type(error).__name__}: {error}",
+                f"{type(sink).__name__} failed at step {report.step} and is off from now on: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )

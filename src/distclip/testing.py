@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -195,7 +195,7 @@ class Counted(TorchDispatchMode):
 
 
 @contextmanager
-def count_collectives() -> Iterator[Counted]:
+def count_collectives() -> Generator[Counted]:
     """`with count_collectives() as seen: ...; assert seen.names == ["allreduce_"]`"""
     with Counted() as seen:
         yield seen

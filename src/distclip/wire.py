@@ -31,7 +31,7 @@ class Flags(NamedTuple):
 
     drift: float
     ragged: float
-    count: float
+    present: float
     bad: float
     fault: float
     agreed: bool

@@ -28,7 +28,7 @@ def clip_layout(name):
     before = [g.clone() for g in grads]
     for p in NORMS:
         want = total_norm(case.want, p)
-        clipper = distclip.GradClipper(case.params, max_norm=want / 2, norm_type=p, **case.options)
+        clipper = case.built[p] if case.built else distclip.GradClipper(case.params, max_norm=want / 2, norm_type=p, **case.options)
         with count_collectives() as seen:
             report = clipper.clip_()
         coef = report.clip_coef.item()
