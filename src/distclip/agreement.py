@@ -119,7 +119,7 @@ class Place(NamedTuple):
 
     component: int
     holders: int
-    index: int  # among them
+    position: int  # among them
     members: int  # entries of the whole component
 
 
@@ -261,7 +261,7 @@ def _weight(name_key: int, place: Place) -> float:
         return 0.0
     draw = random.Random(name_key)
     size = draw.uniform(0.5, 1.0) * draw.choice((-1.0, 1.0))
-    return size * pattern(place.holders)[place.index]
+    return size * pattern(place.holders)[place.position]
 
 
 _PATTERNS: dict[int, tuple[float, ...]] = {}

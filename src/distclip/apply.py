@@ -17,7 +17,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """
     for (device, dtype), same in _alike(tensors).items():
         wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-        torch._foreach_mul_(same, factor.to(device, wide))  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_mul_(same, factor.to(device, wide))
 
 
 def clamp_(tensors: Sequence[Tensor], value: Tensor) -> None:
@@ -41,7 +41,7 @@ def _alike(tensors: Sequence[Tensor], coalesce: bool = False) -> dict[tuple[torc
             if coalesce and not tensor.is_coalesced():
                 whole = tensor.coalesce()
                 tensor.copy_(whole)
-            tensor = tensor._values()  # pyright: ignore[reportPrivateUsage]
+            tensor = tensor._values()
         if tensor.numel():
             out[tensor.device, tensor.dtype].append(tensor)
     return out

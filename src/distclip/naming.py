@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -83,7 +83,7 @@ def _of_items(items: list[Any]) -> Found:
     for i, item in enumerate(items):
         if isinstance(item, Tensor):
             found.named.append(Named(str(i), item, positional=True))
-        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):
             found.named.append(Named(strip(item[0]), item[1]))
         else:
             raise ConfigError(
@@ -127,20 +127,20 @@ def _walk(
         return
     seen.add(id(module))
     if isinstance(module, DistributedDataParallel):
-        around = (*around, module.process_group)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        around = (*around, cast(ProcessGroup, module.process_group))
         for name, param in module.module.named_parameters():
             if name in module.parameters_to_ignore:  # DDP does not synchronise these
                 yield Named(strip(f"{path}{name}"), param, around[:-1], shards.get(id(param)))
-    for key, param in module._parameters.items():  # pyright: ignore[reportPrivateUsage]
+    for key, param in module._parameters.items():
         if param is not None:
             name = strip(f"{path}{key}")
-            slots.append(Slot(module._parameters, key, param, name))  # pyright: ignore[reportPrivateUsage]
+            slots.append(Slot(module._parameters, key, param, name))
             yield Named(name, param, around, shards.get(id(param)))
-    for key, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
+    for key, child in module._modules.items():
         if child is not None:
             transparent = isinstance(module, (DistributedDataParallel, DataParallel))
             below = path if transparent or key in _WRAPPERS else f"{path}{key}."
-            slots.append(Slot(module._modules, key, child, strip(below)))  # pyright: ignore[reportPrivateUsage]
+            slots.append(Slot(module._modules, key, child, strip(below)))
             yield from _walk(child, below, around, slots, shards, seen)
 
 

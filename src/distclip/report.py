@@ -75,7 +75,7 @@ def write_all(sinks: list[Sink], report: ClipReport) -> list[Sink]:
 
 def _without_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_nonfinite(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {k: _without_nonfinite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_without_nonfinite(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_without_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -117,7 +117,7 @@ class ThreadGroup(dist.ProcessGroup):
     """A process group whose ranks are threads: all-reduces are real, ordered by rank, and end in an error after a time-out."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]: torch's stub knows another constructor
         self._meeting = meeting
         self.calls = 0
 
