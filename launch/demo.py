@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from data import temporal_order
-from models import Recurrent
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -19,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distclip
+from data import temporal_order
+from models import Recurrent
 
 STEPS, BATCH, LR, SEED, TESTS = 800, 64, 0.03, 0, 2000
 OUT = Path("runs/demo")
@@ -94,7 +94,9 @@ def show(runs: list[Run]) -> None:
         )
     console = Console(width=120)
     console.print(table)
-    console.print("Chance is 25 %. What this shows: clipping allows a far larger learning rate. Without it a smaller one also learns (1e-4).")
+    console.print(
+        "Chance is 25 %. What this shows: clipping allows a far larger learning rate. Without it a smaller one also learns (1e-4)."
+    )
 
 
 def plot(runs: list[Run], path: Path) -> None:

@@ -375,7 +375,7 @@ class GradClipper:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with weights_only=True."""
+        """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with `weights_only`."""
         tensors = {f"{i}.{j}": t for i, state in enumerate(self._state) for j, t in enumerate(state)}
         counters = {"step": torch.tensor(self._step), "bad_in_a_row": torch.tensor(self._streak.length)}
         return {**counters, "policy": describe(self._main), "groups": "\n".join(self.plan.groups), **tensors}

@@ -1,0 +1,107 @@
+"""What a training run can be told, in YAML and on the command line. An unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+
+@dataclass
+class Data:
+    name: Literal["temporal_order", "images", "text"] = "temporal_order"
+    folder: str = ""  # of Fashion-MNIST's idx files; empty: images made on the spot
+    seed: int = 0
+
+
+@dataclass
+class Training:
+    steps: int = 200  # optimizer steps
+    batch: int = 64  # sequences per step, over all ranks and micro-steps
+    accumulate: int = 1  # micro-steps per step
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.03
+    warmup: int = 0  # steps of linear learning-rate warm-up; cosine decay to 0 after it
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+
+
+@dataclass
+class Clip:
+    mode: Literal["none", "norm", "value", "normalize"] = "norm"  # none still measures
+    threshold: float = 1.0  # of the norm, or of each element
+    on_nonfinite: Literal["skip", "raise", "propagate"] = "skip"
+
+
+@dataclass
+class Output:
+    log: str = ""  # JSONL file, one line a step
+    checkpoint: str = ""  # folder; resumed from if it holds a checkpoint
+    every: int = 100  # steps between checkpoints
+
+
+@dataclass
+class Config:
+    model: Literal["recurrent", "lstm", "gpt"] = "recurrent"
+    strategy: str = "ddp"  # see strategies.py
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    clip: Clip = field(default_factory=Clip)
+    output: Output = field(default_factory=Output)
+
+
+def read(arguments: Sequence[str]) -> Config:
+    """`--config FILE --training.lr 0.1 …` → Config. SystemExit, with the nearest known key, for an unknown one."""
+    known = [*_keys(Config), "config", "help"]
+    for key, where in _given(arguments):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            sys.exit(f"{where}: unknown key {key!r}{hint} The keys are: {', '.join(sorted(known[:-2]))}")
+    parser = ArgumentParser(prog="train.py", description="One training program for all launchers")
+    parser.add_argument("--config", action="config", help="a YAML file; see configs/")
+    parser.add_class_arguments(Config)
+    values = parser.parse_args(list(arguments))
+    values.pop("config", None)
+    return _build(Config, values.as_dict())
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    return kind(**{k: _build(hints[k], dict(v)) if is_dataclass(hints[k]) else v for k, v in values.items()})
+
+
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        if is_dataclass(hints[f.name]):
+            yield from _keys(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    files = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
+    for file in files:
+        try:
+            with open(file, encoding="utf-8") as stream:
+                table = yaml.safe_load(stream) or {}
+        except FileNotFoundError:
+            sys.exit(f"--config {file}: there is no such file; configs/ holds some")
+        yield from ((key, file) for key in _flat(table))
+    for argument in arguments:
+        if argument.startswith("--"):
+            yield argument[2:].split("=")[0], "command line"
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
