@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_type_hints
 
 import yaml
@@ -86,7 +87,7 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    files = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
+    files = [b for a, b in pairwise(arguments) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
     for file in files:
         try:
             with open(file, encoding="utf-8") as stream:

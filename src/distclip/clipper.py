@@ -194,6 +194,7 @@ class GradClipper:
         Raises:
             NonFiniteError, AgreementError, GradientError: on all ranks alike, before any gradient was touched.
         """
+        self._refuse_scaler(scaler)
         norms, decision, grads, report = self._run("clip_", grad_scale)
         if report.skipped:
             if self._moved:
@@ -217,6 +218,7 @@ class GradClipper:
         """
         if not optimizers:
             raise ConfigError("step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()")
+        self._refuse_scaler(scaler)
         norms, decision, grads, report = self._run("step", grad_scale)
         if not report.skipped:
             self._apply(decision, grads, grad_scale, bool(norms.finite))
@@ -236,6 +238,14 @@ class GradClipper:
         """A collective: AgreementError, naming parameters and ranks, if gradients that should be copies are not equal."""
         grads = self._run("audit", 1.0)[2]
         self._compare(grads)
+
+    @staticmethod
+    def _refuse_scaler(scaler: Any) -> None:
+        """A scaler is the same object of the program on every rank, so that this refusal is alike on all."""
+        if scaler is not None and scaler.is_enabled():
+            raise ConfigError(
+                "scaler= is not supported yet; train in bfloat16 or float32, or unscale with scaler.unscale_(optimizer) before clip_()"
+            )
 
     def _run(self, operation: str, grad_scale: float) -> tuple[Norms, Decision, Grads, ClipReport]:
         """Collect → measure → exchange → decide → guard: everything before a gradient is touched."""

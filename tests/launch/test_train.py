@@ -35,7 +35,7 @@ def lines(path):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, config):
     def run(name, steps):
         return start(
-            "--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, "--training.steps", str(steps), "--training.warmup", "1000",
+            "--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, "--training.steps", str(steps), "--training.warmup", "1000", "--clip.threshold", "0.1",
             "--output.log", str(tmp_path / f"{name}.jsonl"), "--output.checkpoint", str(tmp_path / name),
         )  # fmt: skip
 
@@ -61,10 +61,13 @@ def test_all_models_run_in_one_process(tmp_path):
         (["--training.lrr", "1"], ["command line: unknown key 'training.lrr'; did you mean 'training.lr'?"]),
         (["--strategy", "fsdp3"], ["strategy: 'fsdp3' needs a launcher"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
-        (["--strategy", "single", "--model", "lstm", "--data.name", "images", "--data.folder", "nowhere"], ["train-images-idx3-ubyte(.gz) is not there"]),
+        (
+            ["--strategy", "single", "--model", "lstm", "--data.name", "images", "--data.folder", "nowhere"],
+            ["train-images-idx3-ubyte(.gz) is not there"],
+        ),
         (["--strategy", "single", "--model", "gpt"], ["data.name='temporal_order' does not fit model='gpt'"]),
     ],
-)  # fmt: skip
+)
 def test_slips_are_told(arguments, words):
     code, said = start(*arguments, ranks=0)
     assert code != 0

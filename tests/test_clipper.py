@@ -1,0 +1,221 @@
+"""One process: coefficient, modes, groups, policies, state, sinks, and refusals of arguments."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import distclip
+
+INF, NAN = math.inf, math.nan
+
+
+def named(*grads, dtype=torch.float32):
+    out = []
+    for i, grad in enumerate(grads):
+        grad = torch.as_tensor(grad, dtype=dtype)
+        p = nn.Parameter(torch.zeros_like(grad))
+        p.grad = grad.clone()
+        out.append((f"layer{i}.weight", p))
+    return out
+
+
+def test_within_the_threshold_nothing_is_written():
+    params = named([3.0, 4.0])
+    version = params[0][1].grad._version
+    report = distclip.GradClipper(params, 5.0).clip_()
+    assert report.clip_coef == 1 and not report.clipped and params[0][1].grad._version == version
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e20])
+def test_no_epsilon(size):
+    params = named([3 * size, 4 * size])
+    report = distclip.GradClipper(params, 2.5 * size).clip_()
+    assert report.clip_coef.item() == pytest.approx(0.5, rel=1e-6)
+    assert params[0][1].grad.tolist() == pytest.approx([1.5 * size, 2 * size], rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tiny_coefficient_is_not_rounded_to_the_gradients_dtype(dtype):
+    params = named([60000.0] * 64, dtype=dtype)
+    report = distclip.GradClipper(params, 1e-2).clip_()
+    assert report.clip_coef < 6e-8
+    assert params[0][1].grad.double().norm().item() == pytest.approx(1e-2, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, weight_decay=0.1), lambda ps: torch.optim.AdamW(ps, 0.1)]
+)
+@pytest.mark.parametrize("bad", [INF, NAN])
+def test_a_skipped_step_moves_nothing(make, bad):
+    params = named([1.0, 2.0])
+    p = params[0][1]
+    optimizer, clipper = make([p]), distclip.GradClipper(params, 1.0)
+    clipper.clip_()
+    optimizer.step()
+    for act in (lambda: (clipper.clip_(), optimizer.step()), lambda: clipper.step(optimizer)):
+        p.grad = torch.tensor([1.0, bad])
+        before = p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items() if v is not None}
+        act()
+        assert torch.equal(p, before[0])
+        assert all(torch.equal(optimizer.state[p][k], v) for k, v in before[1].items())
+    p.grad = torch.tensor([1.0, 2.0])
+    assert not clipper.step(optimizer).skipped and not torch.equal(p, before[0])
+
+
+def test_the_streak_ends_in_an_error_and_names_culprits_first():
+    params = named([1.0], [1.0])
+    clipper = distclip.GradClipper(params, 1.0, skip_limit=2)
+    for i in range(2):
+        params[1][1].grad = torch.tensor([INF])
+        report = clipper.clip_()
+        assert report.skipped and report.culprits == ((("layer1.weight", 0, "inf"),) if i == 0 else ())
+    params[1][1].grad = torch.tensor([INF])
+    with pytest.raises(distclip.NonFiniteError, match=r"step 3: 1 gradient tensors .* 3th such step .*layer1.weight on rank 0: inf"):
+        clipper.clip_()
+
+
+def test_groups_have_norms_of_their_own():
+    params = named([3.0, 4.0], [6.0, 8.0], [1.0])
+    rules = {"layer1.*": 5.0, "layer2.*": distclip.Exempt()}
+    report = distclip.GradClipper(params, 2.5, groups=distclip.by_name(rules)).clip_()
+    assert report.groups == ("layer1.*", "layer2.*", "rest")
+    assert report.group_norms.tolist() == [10, 1, 5] and report.coefs.tolist() == [0.5, 1, 0.5]
+    assert report.total_norm.item() == pytest.approx(math.hypot(10, 5))
+    assert [p.grad.tolist() for _, p in params] == [[1.5, 2], [3, 4], [1]]
+    with pytest.raises(ValueError, match="3 groups; read report.coefs"):
+        _ = report.clip_coef
+
+
+@pytest.mark.parametrize(
+    "groups, names", [(distclip.per_parameter(), ("layer0.weight", "layer1.weight")), (distclip.per_layer(), ("layer0", "layer1"))]
+)
+def test_per_parameter_and_per_layer(groups, names):
+    report = distclip.GradClipper(named([3.0, 4.0], [6.0, 8.0]), 5.0, groups=groups).clip_()
+    assert report.groups == names and report.coefs.tolist() == [1, 0.5]
+
+
+def test_per_param_group():
+    params = named([3.0, 4.0], [6.0, 8.0])
+    optimizer = torch.optim.SGD([{"params": [params[1][1]]}], 0.1)
+    report = distclip.GradClipper(params, 5.0, groups=distclip.per_param_group(optimizer)).clip_()
+    assert report.groups == ("param_group 0", "rest") and report.group_norms.tolist() == [10, 5]
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, INF])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_value_clipping_reports_what_it_did(p, scale):
+    params = named([1.0, -8.0, 2.0], [0.5])
+    report = distclip.GradClipper(params, policy=distclip.FixedValue(1.5), norm_type=p).clip_(grad_scale=scale)
+    raw = torch.tensor([1.0, -8.0, 2.0, 0.5]).double() * scale
+    want = raw.clamp(-1.5, 1.5)
+    assert torch.cat([q.grad for _, q in params]).tolist() == want.tolist()
+    assert report.clipped and report.norm_after.item() == pytest.approx(want.norm(p).item(), rel=1e-6)
+    assert report.total_norm.item() == pytest.approx(raw.norm(p).item(), rel=1e-6)
+
+
+def test_normalize_lengthens_too_and_leaves_zero_alone():
+    params = named([0.3, 0.4])
+    distclip.GradClipper(params, policy=distclip.Normalize(10.0)).clip_()
+    assert params[0][1].grad.tolist() == pytest.approx([6, 8])
+    assert distclip.GradClipper(named([0.0]), policy=distclip.Normalize(10.0)).clip_().clip_coef == 1
+
+
+def test_grad_scale_is_one_factor_with_the_coefficient():
+    params = named([6.0, 8.0])
+    report = distclip.GradClipper(params, 2.5).clip_(grad_scale=0.5)
+    assert (report.total_norm, report.clip_coef, report.norm_after) == (5, 0.5, 2.5)
+    assert params[0][1].grad.tolist() == [1.5, 2.0]
+
+
+class Running:
+    """A user's own policy: threshold = twice the mean norm so far."""
+
+    def init(self, groups, device):
+        return (torch.zeros(groups, dtype=torch.float64, device=device), torch.zeros(groups, dtype=torch.float64, device=device))
+
+    def decide(self, norms, state):
+        total, count = state
+        threshold = torch.where(count > 0, 2 * total / count.clamp(min=1), INF)
+        coef = torch.where(norms.per_group > threshold, threshold / norms.per_group, 1.0)
+        return distclip.Scale(coef, threshold), (total + norms.per_group, count + 1)
+
+
+def test_a_users_policy_keeps_its_state_from_bad_steps_and_over_checkpoints():
+    params = named([3.0, 4.0])
+    p = params[0][1]
+    clipper = distclip.GradClipper(params, policy=Running())
+
+    def step(clipper, *grad):
+        p.grad = torch.tensor(grad)
+        return clipper.clip_()
+
+    assert step(clipper, 3.0, 4.0).threshold == INF
+    assert step(clipper, NAN, 1.0).skipped
+    assert step(clipper, 30.0, 40.0).threshold == 10
+    file = io.BytesIO()
+    torch.save(clipper.state_dict(), file)
+    file.seek(0)
+    again = distclip.GradClipper(params, policy=Running())
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert step(again, 1.0, 0.0).threshold == 55 and int(again.state_dict()["step"]) == 4
+    with pytest.raises(ValueError, match="the checkpoint's policy is 'Running'"):
+        distclip.GradClipper(params, 1.0).load_state_dict(clipper.state_dict())
+
+
+def test_sinks(tmp_path, caplog):
+    class Full:
+        def write(self, report):
+            raise OSError("no space left")
+
+    params = named([3.0, 4.0])
+    log = tmp_path / "runs" / "a.jsonl"
+    clipper = distclip.GradClipper(params, 2.5, sinks=[Full(), distclip.JSONLSink(log), distclip.LoggingSink()])
+    caplog.set_level("INFO", logger="distclip")
+    with pytest.warns(RuntimeWarning, match="Full failed at step 1 and is off from now on: OSError: no space left"):
+        clipper.clip_()
+    params[0][1].grad = torch.tensor([NAN, 1.0])
+    clipper.clip_()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert rows[0]["total_norm"] == 5 and rows[0]["clip_coef"] == 0.5
+    assert rows[1]["skipped"] and rows[1]["total_norm"] is None and rows[1]["culprits"][0]["kind"] == "NaN"
+    assert "norm 5" in caplog.text and "step 2 skipped" in caplog.text
+
+
+def test_clipping_before_backward_is_told_once():
+    clipper = distclip.GradClipper(nn.Linear(2, 2), 1.0)
+    with pytest.warns(RuntimeWarning, match="after backward"):
+        clipper.clip_()
+    clipper.clip_()
+
+
+REFUSED = {
+    "no threshold": (lambda: distclip.GradClipper(nn.Linear(2, 2)), "exactly one of max_norm and policy, not neither"),
+    "zero": (lambda: distclip.GradClipper(nn.Linear(2, 2), 0), "max_norm=0 sets every gradient to zero.*allow_zero=True"),
+    "negative": (lambda: distclip.FixedValue(-1), "clip_value=-1.0 is not a threshold"),
+    "nan": (lambda: distclip.Normalize(NAN), "norm=nan is not a threshold"),
+    "nothing": (lambda: distclip.GradClipper([], 1.0), "params holds no parameters"),
+    "no policy": (lambda: distclip.GradClipper(nn.Linear(2, 2), policy="norm"), "policy='norm' has no init and decide"),
+    "p": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, norm_type=9), "norm_type=9: p must be above 0 and at most 8"),
+    "mode": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, on_nonfinite="zero"), "on_nonfinite='zero'; it is one of 'skip', 'raise', 'propagate'"),
+    "tolerance": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, drift_tolerance=-1.0), "drift_tolerance=-1.0 must be positive"),
+    "item": (lambda: distclip.GradClipper([3], 1.0), r"params\[0\] is a int"),
+    "names": (lambda: distclip.GradClipper([named([1.0])[0], named([1.0])[0]], 1.0), "two different parameters are named 'layer0.weight'"),
+    "by_name": (lambda: distclip.by_name({}), "give at least one pattern"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, text", REFUSED.values(), ids=REFUSED)
+def test_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_an_enabled_scaler_is_refused_and_a_disabled_one_is_none():
+    params = named([3.0, 4.0])
+    with pytest.raises(ValueError, match="scaler= is not supported yet"):
+        distclip.GradClipper(params, 1.0).clip_(scaler=torch.amp.GradScaler("cpu"))
+    assert distclip.GradClipper(params, 1.0).clip_(scaler=torch.amp.GradScaler("cpu", enabled=False)).total_norm == 5

@@ -1,0 +1,65 @@
+"""Power sums against a float64 oracle: any size, any dtype, any p."""
+
+import math
+
+import pytest
+import torch
+
+from distclip.measure import norm_of, power_sums
+from parity.oracle import NORMS, total_norm
+
+SOURCE = torch.Generator().manual_seed(1)
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=SOURCE)
+
+
+KINDS = {
+    "random": randn(100_003),
+    "rows": randn(64 * 50),
+    "few": randn(5),
+    "scalar": randn(),
+    "constant": torch.full((100_000,), 0.1),
+    "huge": randn(1000) * 1e20,
+    "tiny": randn(1000) * 1e-25,
+    "both": torch.cat([randn(5000) * 1e-25, randn(300) * 1e18]),
+    "mostly zeros": torch.cat([torch.zeros(90_000), randn(70), torch.zeros(5000)]),
+    "tiny among zeros": torch.cat([torch.zeros(90_000), torch.full((70,), 1e-30)]),
+    "transposed": randn(300, 70).t(),
+    "every other": randn(10_000)[::2],
+    "double": randn(1000).double() * 1e100,
+    "bf16": (randn(10_000) * 1e25).bfloat16(),
+    "fp16": torch.full((10_000,), 60000.0).half(),
+    "small fp16": (randn(3000) * 1e-6).half(),
+    "complex": torch.complex(randn(500), randn(500)),
+}
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm(kind, p):
+    if kind == "double" and p == 8:
+        pytest.skip("float64 overflows where torch's does")
+    tensor = KINDS[kind]
+    got = norm_of(power_sums([tensor], p), p).item()
+    want = total_norm([tensor.abs() if tensor.is_complex() else tensor], p)
+    assert got == pytest.approx(want, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so(bad, p):
+    for place in (0, 70, 3999):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            grad = randn(4000).to(dtype)
+            grad[place] = bad
+            assert power_sums([randn(3), grad], p).isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_empty_and_sparse(p):
+    rows = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), randn(3, 2), (5, 2), check_invariants=True)
+    sums = power_sums([torch.empty(0, 4), rows], p)
+    assert sums[0] == 0 and norm_of(sums, p)[1].item() == pytest.approx(total_norm([rows], p), rel=1e-6)
+    assert power_sums([], p).shape == (0,)
