@@ -20,7 +20,9 @@ def ranks():
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     def environment():
-        return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+        return {
+            k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+        }  # set by pytest and torch
 
     before = environment()
     yield

@@ -86,7 +86,7 @@ def test_groups_have_norms_of_their_own():
     assert report.group_norms.tolist() == [10, 1, 5] and report.coefs.tolist() == [0.5, 1, 0.5]
     assert report.total_norm.item() == pytest.approx(math.hypot(10, 5))
     assert [p.grad.tolist() for _, p in params] == [[1.5, 2], [3, 4], [1]]
-    with pytest.raises(ValueError, match="3 groups; read report.coefs"):
+    with pytest.raises(ValueError, match=r"3 groups; read report\.coefs"):
         _ = report.clip_coef
 
 
@@ -200,7 +200,10 @@ REFUSED = {
     "nothing": (lambda: distclip.GradClipper([], 1.0), "params holds no parameters"),
     "no policy": (lambda: distclip.GradClipper(nn.Linear(2, 2), policy="norm"), "policy='norm' has no init and decide"),
     "p": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, norm_type=9), "norm_type=9: p must be above 0 and at most 8"),
-    "mode": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, on_nonfinite="zero"), "on_nonfinite='zero'; it is one of 'skip', 'raise', 'propagate'"),
+    "mode": (
+        lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, on_nonfinite="zero"),
+        "on_nonfinite='zero'; it is one of 'skip', 'raise', 'propagate'",
+    ),
     "tolerance": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, drift_tolerance=-1.0), "drift_tolerance=-1.0 must be positive"),
     "item": (lambda: distclip.GradClipper([3], 1.0), r"params\[0\] is a int"),
     "names": (lambda: distclip.GradClipper([named([1.0])[0], named([1.0])[0]], 1.0), "two different parameters are named 'layer0.weight'"),

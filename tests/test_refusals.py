@@ -124,13 +124,17 @@ def a_rank_that_is_a_call_behind():
 
 REFUSED = {
     other_threshold: r"AgreementError: ranks built different .*policy: .*FixedNorm\(max_norm=1.0\).* on rank 0-2; .*2.0.* on rank 3",
-    a_bad_threshold_on_one_rank: r"(ConfigError: max_norm=-1.0 is not a threshold|AgreementError: another rank.*rank 3: ConfigError: max_norm=-1.0)",
+    a_bad_threshold_on_one_rank: (
+        r"(ConfigError: max_norm=-1.0 is not a threshold|AgreementError: another rank.*rank 3: ConfigError: max_norm=-1.0)"
+    ),
     other_shape: r"AgreementError: rank 0-2: w has shape \(4,\)\nrank 3: w has shape \(5,\)",
     other_policy_and_groups: r"AgreementError: ranks built different.*groups: .*policy: .*Normalize",
     replica_differs: r"AgreementError: step 1: .*\nlayer.weight: norm \S+ on rank 0-2, norm \S+ on rank 3\n.*replicated_over",
     two_pairs_of_equal_replicas: r"layer.weight: norm \S+ on rank 0-1, norm \S+ on rank 2-3",
     gradients_on_half_of_the_ranks: r"a: norm \S+ on rank 0-1, no gradient on rank 2-3\nb: ",
-    partial_gradient: r"GradientError: step 1: rank 0-3: the gradient of norm has placements .*Partial.*redistribute\(placements=p.placements\)",
+    partial_gradient: (
+        r"GradientError: step 1: rank 0-3: the gradient of norm has placements .*Partial.*redistribute\(placements=p.placements\)"
+    ),
     unreduced_ddp: r"AgreementError: .*no_sync",
     inside_of_fsdp1: r"PlacementError: .*pass the outermost FullyShardedDataParallel module",
     unsharded_fsdp1: r"GradientError: .*(local shape|no gradient|not sharded)",

@@ -61,7 +61,7 @@ class Channel:
             return compute
         try:
             known = dist.get_backend_config(self.group)
-        except (ValueError, KeyError, RuntimeError):  # a group that was never registered: threads as ranks
+        except (ValueError, KeyError, RuntimeError, TypeError):  # a group that was never registered: threads as ranks
             return torch.device("cpu")
         backends = dict(pair.split(":") for pair in str(known).split(",") if ":" in pair)
         if not backends or compute.type in backends:

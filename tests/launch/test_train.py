@@ -35,7 +35,8 @@ def lines(path):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, config):
     def run(name, steps):
         return start(
-            "--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, "--training.steps", str(steps), "--training.warmup", "1000", "--clip.threshold", "0.1",
+            "--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, "--training.steps", str(steps), "--training.warmup", "1000",
+            "--clip.threshold", "0.1",
             "--output.log", str(tmp_path / f"{name}.jsonl"), "--output.checkpoint", str(tmp_path / name),
         )  # fmt: skip
 
