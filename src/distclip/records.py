@@ -75,6 +75,7 @@ class Scale:
 
     coef: Tensor  # [groups] float64
     threshold: Tensor  # [groups] float64, for the report
+    skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Clamp:
     value: Tensor  # [groups] float64
     clipped: Tensor  # [groups] bool: some element on some rank was beyond its value
     norm_after: Tensor  # [groups] float64
+    skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
 
 
 @dataclass(frozen=True, slots=True)
