@@ -46,6 +46,7 @@ class Seen:
     step: int
     call: Call
     grads: Grads | None  # None once they may have changed
+    faults: list[str]  # what this rank found wrong
     sums: Tensor  # [pieces] float64
     has: Tensor  # [pieces] float64
 
@@ -359,7 +360,7 @@ class GradClipper:
             grads.faults.append(f"{type(error).__name__}: {error}")
         tokens = torch.tensor([self._step & 0xFFFF, key(call.text + self._config) & 0xFFFF], dtype=torch.float64, device=device)
         message = self._wire.pack(sums, has, stats, found, bool(grads.faults), torch.cat([tokens, self._last]))
-        return Seen(self._step, call, grads, sums, has), message.to(self._channel.device_for(device))
+        return Seen(self._step, call, grads, grads.faults, sums, has), message.to(self._channel.device_for(device))
 
     def _local_stats(self, stats: Tensor, grads: Grads, call: Call) -> None:
         """What policies want to know besides the norm; gradients with and without a scaler's scale apart."""
@@ -404,8 +405,7 @@ class GradClipper:
         if call.problem is not None:
             raise call.problem
         if verdict is Verdict.FAULT:
-            faults = seen.grads.faults if seen.grads else ["this rank met an error at that step"]
-            raise GradientError(f"step {step}: " + audit.name_faults(self._channel, faults, self._device))
+            raise GradientError(f"step {step}: " + audit.name_faults(self._channel, seen.faults, self._device))
         if verdict in (Verdict.RAGGED, Verdict.DRIFT):
             self._compare(step, self._prints(seen))
             raise AgreementError(

@@ -32,11 +32,11 @@ def judge(flags: Flags, tolerance: float | None) -> Verdict:
         return Verdict.DISAGREE
     if flags.fault:
         return Verdict.FAULT
-    if flags.bad or not math.isfinite(flags.total):
+    if flags.bad != 0 or not math.isfinite(flags.total):
         return Verdict.NONFINITE
-    if abs(flags.ragged) > RAGGED:
+    if not abs(flags.ragged) <= RAGGED:
         return Verdict.RAGGED
-    if tolerance is not None and abs(flags.drift) > tolerance * flags.total:
+    if tolerance is not None and not abs(flags.drift) <= tolerance * flags.total:
         return Verdict.DRIFT
     return Verdict.FINE
 
