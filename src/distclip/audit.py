@@ -98,15 +98,14 @@ def name_culprits(channel: Channel, plan: Plan, sums: Sequence[float], device: t
     return tuple(culprit for _, culprit in sorted(found)[:NAMED])
 
 
-def name_disagreement(channel: Channel, doing: Mapping[str, object], step: int, device: torch.device) -> AgreementError:
+def name_disagreement(channel: Channel, doing: str, device: torch.device) -> AgreementError:
     """A collective: the error that says which rank did what."""
-    mine = ", ".join(f"{k} {v}" for k, v in doing.items())
     said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(channel.ranks, channel.texts(mine, device, "the comparison of calls"), strict=True):
+    for rank, text in zip(channel.ranks, channel.texts(doing, device, "the comparison of calls"), strict=True):
         said[text].append(rank)
     lines = [f"rank {brief(ranks)}: {text}" for text, ranks in said.items()]
     return AgreementError(
-        f"at step {step} ranks did not do the same; every rank must make the same calls of the clipper in the same order:\n"
+        "ranks did not do the same; every rank must make the same calls of the clipper in the same order, and decide alike:\n"
         + "\n".join(lines)
     )
 

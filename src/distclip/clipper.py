@@ -47,6 +47,7 @@ class Seen:
     call: Call
     grads: Grads | None  # None once they may have changed
     faults: list[str]  # what this rank found wrong
+    last: Tensor  # [1] float64: the token of the decision before
     sums: Tensor  # [pieces] float64
     has: Tensor  # [pieces] float64
 
@@ -190,6 +191,8 @@ class GradClipper:
         self._tolerance = tolerance and tolerance * min(1.0, p)
         self._streak = Streak(self._options.on_nonfinite, self._options.skip_limit)
         self._last = torch.zeros(1, dtype=torch.float64, device=device)
+        draw = torch.Generator().manual_seed(1)
+        self._mixers = torch.randint(1 << 62, (2, len(plan.groups)), generator=draw).bitwise_or(1).to(device)
         self._warned = False
         self._may_wait = device.type == "cuda"  # elsewhere reading a number costs nothing
         self._unjudged: Mirror[Seen] = Mirror()
@@ -335,7 +338,7 @@ class GradClipper:
         stop = stop if skips else torch.zeros_like(stop)
         if not call.passive:
             self._state = kept(self._state, state, norms.finite & (stop == 0))
-            self._last = (decision.coef.view(torch.int64).sum() & 0xFFFF).double().reshape(1)
+            self._last = self._token(decision)
         report = self._report(call, norms, decision, stop > 0, culprits)
         return Outcome(decision, grads, norms.finite, stop, known, report)
 
@@ -360,7 +363,7 @@ class GradClipper:
             grads.faults.append(f"{type(error).__name__}: {error}")
         tokens = torch.tensor([self._step & 0xFFFF, key(call.text + self._config) & 0xFFFF], dtype=torch.float64, device=device)
         message = self._wire.pack(sums, has, stats, found, bool(grads.faults), torch.cat([tokens, self._last]))
-        return Seen(self._step, call, grads, grads.faults, sums, has), message.to(self._channel.device_for(device))
+        return Seen(self._step, call, grads, grads.faults, self._last, sums, has), message.to(self._channel.device_for(device))
 
     def _local_stats(self, stats: Tensor, grads: Grads, call: Call) -> None:
         """What policies want to know besides the norm; gradients with and without a scaler's scale apart."""
@@ -386,6 +389,11 @@ class GradClipper:
         finite = sums.sum().isfinite() & (bad == 0)
         return Norms(norm_of(sums, p), total, finite, bad.to(torch.int64), stats, p)
 
+    def _token(self, decision: Decision) -> Tensor:
+        """[1] float64 below 65536: a hash of the decision's bits, which the next message compares over the ranks."""
+        bits = torch.stack([decision.coef, decision.threshold]).view(torch.int64)
+        return (((bits * self._mixers) >> 40).sum() & 0xFFFF).double().reshape(1)
+
     # Judging: alike on every rank, from the reduced message
 
     def _settle(self) -> None:
@@ -400,8 +408,8 @@ class GradClipper:
         call, step, flags = seen.call, seen.step, self._wire.flags(message)
         verdict = judge(flags, None if call.operation == "audit" else self._tolerance)
         if verdict is Verdict.DISAGREE:
-            doing = {"call": step, "of": call.text, "after decision": int(self._last)}
-            raise audit.name_disagreement(self._channel, doing, step, self._device)
+            doing = f"call {step}, {call.text}, after decision {int(seen.last):04x}, options {key(self._config) & 0xFFFF:04x}"
+            raise audit.name_disagreement(self._channel, doing, self._device)
         if call.problem is not None:
             raise call.problem
         if verdict is Verdict.FAULT:

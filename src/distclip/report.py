@@ -54,7 +54,8 @@ class LoggingSink:
         said = report.to_dict()
         if said["skipped"]:
             who = "; ".join(f"{c['parameter']} on rank {c['rank']}: {c['kind']}" for c in said["culprits"])
-            self.logger.warning("step %d skipped: %d gradients not finite %s", said["step"], said["nonfinite"], who)
+            what = "1 gradient is" if said["nonfinite"] == 1 else f"{said['nonfinite']} gradients are"
+            self.logger.warning("step %d skipped: %s not finite%s", said["step"], what, f": {who}" if who else "")
         elif report.step % self.every == 0:
             coefs = ", ".join(f"{c:.4g}" for c in said["coefs"][:4]) + (", …" if len(said["coefs"]) > 4 else "")
             self.logger.log(self.level, "step %d: norm %.6g, coefficient %s", said["step"], said["total_norm"], coefs)
