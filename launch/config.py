@@ -28,7 +28,7 @@ class Training:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.03
     warmup: int = 0  # steps of linear learning-rate warm-up; cosine decay to 0 after it
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16 with a GradScaler
     seed: int = 0
 
 
@@ -37,6 +37,15 @@ class Clip:
     mode: Literal["none", "norm", "value", "normalize"] = "norm"  # none still measures
     threshold: float = 1.0  # of the norm, or of each element
     on_nonfinite: Literal["skip", "raise", "propagate"] = "skip"
+
+
+@dataclass
+class Inject:
+    """A gradient element that goes wrong on one rank, to see that no rank steps."""
+
+    kind: Literal["none", "overflow", "nan"] = "none"
+    step: int = 10  # from 0
+    rank: int = 0
 
 
 @dataclass
@@ -53,6 +62,7 @@ class Config:
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     clip: Clip = field(default_factory=Clip)
+    inject: Inject = field(default_factory=Inject)
     output: Output = field(default_factory=Output)
 
 

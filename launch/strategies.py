@@ -22,8 +22,11 @@ class Spread:
     precision: Callable[[], AbstractContextManager[object]]
 
 
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(precision: str, device: str) -> Callable[[], AbstractContextManager[object]]:
-    return lambda: torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return lambda: torch.autocast(device, LOW[precision]) if precision in LOW else nullcontext()
 
 
 def single(model: nn.Module, precision: str, device: str) -> Spread:
@@ -37,7 +40,8 @@ def ddp(model: nn.Module, precision: str, device: str) -> Spread:
 
 def fsdp2(model: nn.Module, precision: str, device: str) -> Spread:
     """Each child that has parameters is a unit; blocks of a list are units of their own."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    low = LOW.get(precision)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32)
     for child in model.children():
         for unit in child if isinstance(child, nn.ModuleList) else [child]:
             if any(True for _ in unit.parameters()) and not isinstance(unit, nn.RNNBase):  # recurrent kernels keep flat copies of weights
@@ -55,7 +59,7 @@ def fsdp2(model: nn.Module, precision: str, device: str) -> Spread:
 STRATEGIES = {"single": single, "ddp": ddp, "fsdp2": fsdp2}
 
 
-def spread(name: str, model: nn.Module, precision: str, device: str) -> Spread:
+def spread_model(name: str, model: nn.Module, precision: str, device: str) -> Spread:
     if name not in STRATEGIES:
         sys.exit(f"strategy: {name!r} is not known; it is one of {', '.join(STRATEGIES)}")
     return STRATEGIES[name](model, precision, device)

@@ -1,28 +1,28 @@
 """The one training program that every launcher starts:
 
-torchrun --standalone --nproc-per-node 2 launch/train.py --config configs/gpt_fsdp2.yaml --training.lr 0.001
+torchrun --standalone --nproc-per-node 2 launch/train.py --config configs/fsdp2.yaml --training.lr 0.001
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import distclip
+from checkpoint import Run, resume, save
 from config import Config, read
 from data import Batches, drawn_images, idx_images, temporal_order, text
 from models import GPT, Recurrent, RowLSTM
-from strategies import Spread, spread
+from strategies import Spread, spread_model
 
 
 def make_model(config: Config) -> nn.Module:
@@ -41,10 +41,13 @@ def make_data(config: Config) -> Batches:
 
 
 def make_clipper(model: nn.Module, config: Config) -> distclip.GradClipper:
-    sinks = [distclip.JSONLSink(config.output.log)] if config.output.log else []
+    sinks: list[distclip.Sink] = [distclip.LoggingSink()]  # on the console only what is skipped
+    if config.output.log:
+        sinks.append(distclip.JSONLSink(config.output.log))
     clip = config.clip
-    if clip.mode == "none":
-        return distclip.GradClipper(model, math.inf, on_nonfinite="propagate", sinks=sinks)
+    if clip.mode == "none":  # a scaler must skip what overflows
+        on_nonfinite = "skip" if config.training.precision == "fp16" else "propagate"
+        return distclip.GradClipper(model, math.inf, on_nonfinite=on_nonfinite, sinks=sinks)
     rule = {"norm": distclip.FixedNorm, "value": distclip.FixedValue, "normalize": distclip.Normalize}[clip.mode]
     return distclip.GradClipper(model, policy=rule(clip.threshold), on_nonfinite=clip.on_nonfinite, sinks=sinks)
 
@@ -62,34 +65,37 @@ def rate(step: int, config: Config) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def forward_backward(run: Spread, x: Tensor, y: Tensor, accumulate: int) -> Tensor:
-    """Gradients of the mean loss over this rank's part, in micro-steps; returns that loss."""
+def forward_backward(spread: Spread, scaler: torch.amp.GradScaler, x: Tensor, y: Tensor, accumulate: int) -> Tensor:
+    """Gradients of the mean loss over this rank's part, in micro-steps, times the scaler's scale; returns that loss."""
     total = torch.zeros((), device=x.device)
     for i, (part, target) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate), strict=True)):
-        with run.micro_step(i == accumulate - 1):
-            with run.precision():
-                logits = run.model(part)
+        with spread.micro_step(i == accumulate - 1):
+            with spread.precision():
+                logits = spread.model(part)
             loss = F.cross_entropy(logits.float().flatten(0, -2), target.flatten()) / accumulate
-            loss.backward()
+            scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def save(folder: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, clipper: distclip.GradClipper) -> None:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "clipper": clipper, "step": torch.tensor(step)}
-    dcp.save(state, checkpoint_id=folder)
+def inject(config: Config, step: int, rank: int, model: nn.Module) -> None:
+    """Spoil one gradient element of one rank, to see what happens."""
+    if config.inject.kind == "none" or step != config.inject.step or rank != config.inject.rank:
+        return
+    for param in model.parameters():
+        grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+        if grad is not None and grad.numel():
+            grad.view(-1)[0] = math.inf if config.inject.kind == "overflow" else math.nan
+            return
 
 
-def resume(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, clipper: distclip.GradClipper) -> int:
-    """The step to go on with: 0 where `folder` holds no checkpoint."""
-    if not (Path(folder) / ".metadata").exists():
-        return 0
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "clipper": clipper, "step": torch.tensor(0)}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    return int(state["step"])
+def say_scaler(scaler: torch.amp.GradScaler, rank: int, world: int) -> None:
+    states = [scaler.state_dict()] * world
+    if world > 1:
+        dist.all_gather_object(states, scaler.state_dict())
+    if rank == 0:
+        equal = "equal on all ranks" if all(state == states[0] for state in states) else f"NOT EQUAL: {states}"
+        print(f"scaler: scale {scaler.get_scale():g}, {equal}")
 
 
 def train(config: Config, device: str) -> None:
@@ -98,13 +104,15 @@ def train(config: Config, device: str) -> None:
     if share * world != config.training.batch or share % config.training.accumulate:
         sys.exit(f"training.batch={config.training.batch} does not divide by {world} ranks x {config.training.accumulate} micro-steps")
     batches = make_data(config)
-    run = spread(config.strategy, make_model(config).to(device), config.training.precision, device)
-    clipper = make_clipper(run.model, config)
-    optimizer = make_optimizer(run.model, config)
+    spread = spread_model(config.strategy, make_model(config).to(device), config.training.precision, device)
+    clipper = make_clipper(spread.model, config)
+    optimizer = make_optimizer(spread.model, config)
+    scaler = torch.amp.GradScaler(device, enabled=config.training.precision == "fp16", growth_interval=200)
+    run = Run(spread.model, optimizer, clipper, scaler)
     if rank == 0:
         print(clipper.plan)
     folder = config.output.checkpoint
-    start = resume(folder, run.model, optimizer, clipper) if folder else 0
+    start = resume(folder, run) if folder else 0
 
     bar = tqdm(range(start, config.training.steps), disable=rank != 0, mininterval=0.5, ncols=80)
     for step in bar:
@@ -112,16 +120,20 @@ def train(config: Config, device: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.training.lr * rate(step, config)
         optimizer.zero_grad()
-        loss = forward_backward(run, x, y, config.training.accumulate)
-        report = clipper.step(optimizer)
+        loss = forward_backward(spread, scaler, x, y, config.training.accumulate)
+        inject(config, step, rank, spread.model)
+        report = clipper.step(optimizer, scaler=scaler)
         if rank == 0 and (step % 20 == 0 or step == config.training.steps - 1):
             bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{report.total_norm.item():.3g}")
         if folder and ((step + 1) % config.output.every == 0 or step + 1 == config.training.steps):
-            save(folder, step + 1, run.model, optimizer, clipper)
+            save(folder, step + 1, run)
+    if scaler.is_enabled():
+        say_scaler(scaler, rank, world)
 
 
 def main() -> None:
     config = read(sys.argv[1:])
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" in os.environ:
         if device == "cuda":

@@ -74,7 +74,9 @@ def test_the_streak_ends_in_an_error_and_names_culprits_first():
         report = clipper.clip_()
         assert report.skipped and report.culprits == ((("layer1.weight", 0, "inf"),) if i == 0 else ())
     params[1][1].grad = torch.tensor([INF])
-    with pytest.raises(distclip.NonFiniteError, match=r"step 3: 1 gradient tensors .* 3th such step .*layer1.weight on rank 0: inf"):
+    with pytest.raises(
+        distclip.NonFiniteError, match=r"step 3: 1 gradient tensor is not finite in 3 steps in a row .*layer1.weight on rank 0: inf"
+    ):
         clipper.clip_()
 
 
@@ -175,7 +177,7 @@ def test_sinks(tmp_path, caplog):
     log = tmp_path / "runs" / "a.jsonl"
     clipper = distclip.GradClipper(params, 2.5, sinks=[Full(), distclip.JSONLSink(log), distclip.LoggingSink()])
     caplog.set_level("INFO", logger="distclip")
-    with pytest.warns(RuntimeWarning, match="Full failed at step 1 and is off from now on: OSError: no space left"):
+    with pytest.warns(RuntimeWarning, match="Full failed at step 1 and is off from now on, training goes on: OSError: no space left"):
         clipper.clip_()
     params[0][1].grad = torch.tensor([NAN, 1.0])
     clipper.clip_()
@@ -215,10 +217,3 @@ REFUSED = {
 def test_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
-
-
-def test_an_enabled_scaler_is_refused_and_a_disabled_one_is_none():
-    params = named([3.0, 4.0])
-    with pytest.raises(ValueError, match="scaler= is not supported yet"):
-        distclip.GradClipper(params, 1.0).clip_(scaler=torch.amp.GradScaler("cpu"))
-    assert distclip.GradClipper(params, 1.0).clip_(scaler=torch.amp.GradScaler("cpu", enabled=False)).total_norm == 5

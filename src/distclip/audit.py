@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -22,21 +23,24 @@ _REMEDY = (
 )
 
 
-def compare_replicas(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], tolerance: float, step: int, device: torch.device) -> None:
+Prints = Mapping[int, tuple[float, float]]  # piece → two numbers that equal gradients share
+
+
+def compare_replicas(channel: Channel, plan: Plan, prints: Prints, tolerance: float, step: int, device: torch.device) -> None:
     """A collective: AgreementError on all ranks if copies of a gradient differ, naming up to ten parameters with their ranks.
 
     Args:
-        grads: piece → this rank's local gradient.
-        tolerance: relative, of each parameter's sum of squares.
+        prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are gone already.
+        tolerance: relative, of each parameter's first number.
     """
-    worst = _suspects(channel, plan, grads, tolerance, device)
+    worst = _suspects(channel, plan, prints, tolerance, device)
     if not worst:
         return
     lines = []
     for i, slot in enumerate(plan.slot_of):
         if slot in worst and plan.shares[i].holders > 1:
-            piece, grad = plan.pieces[i], grads.get(i)
-            what = "no gradient" if grad is None else f"norm {_fingerprint(grad)[0].sqrt().item():.9g}"
+            piece = plan.pieces[i]
+            what = f"norm {math.sqrt(prints[i][0]):.9g}" if i in prints else "no gradient"
             lines.append(f"{piece.key_name}\t{piece.holding.region}\t{' & '.join(piece.holding.scopes)}\t{what}")
     copies: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True):
@@ -50,12 +54,12 @@ def compare_replicas(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], 
     raise AgreementError(f"step {step}: gradients that should be copies are not equal:\n" + "\n".join(said) + f"\n{_REMEDY}")
 
 
-def _suspects(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], tolerance: float, device: torch.device) -> set[int]:
+def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device) -> set[int]:
     """Slots of up to ten parameters whose copies differ most. One all-reduce of four numbers a parameter."""
     table = torch.zeros(4, plan.slots, dtype=torch.float64)
     for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
-        if i in grads:
-            square, signed = (x.cpu() for x in _fingerprint(grads[i]))
+        if i in prints:
+            square, signed = prints[i]
             table[0, slot] += share.weight * square
             table[1, slot] += share.weight * signed
             table[2, slot] += share.weight
@@ -66,7 +70,7 @@ def _suspects(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], toleran
     return {int(i) for i in off.argsort(descending=True)[:NAMED] if off[i] > tolerance}
 
 
-def _fingerprint(grad: Tensor) -> tuple[Tensor, Tensor]:
+def fingerprint(grad: Tensor) -> tuple[float, float]:
     """Sum of squares, and of signed squares weighted by position: it also tells permuted and negated copies apart."""
     grad = grad.to_dense() if grad.is_sparse else grad
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
@@ -76,16 +80,16 @@ def _fingerprint(grad: Tensor) -> tuple[Tensor, Tensor]:
         place = torch.arange(x.numel(), device=x.device, dtype=torch.int64) + start * 7919
         square = square + x.square().sum()
         signed = signed + (x.abs() * x * (0.5 + (place * 2654435761 % 65521) / 65521)).sum()
-    return square, signed
+    return float(square), float(signed)
 
 
-def name_culprits(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], device: torch.device) -> tuple[Culprit, ...]:
-    """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has some."""
-    lines: list[str] = []
-    for i, grad in grads.items():
-        values = grad.coalesce().values() if grad.is_sparse else grad
-        if len(lines) < NAMED and not values.isfinite().all():
-            lines.append(f"{plan.pieces[i].name}\t{'NaN' if values.isnan().any() else 'inf'}")
+def name_culprits(channel: Channel, plan: Plan, sums: Sequence[float], device: torch.device) -> tuple[Culprit, ...]:
+    """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has some.
+
+    Args:
+        sums: [pieces] this rank's power sums.
+    """
+    lines = [f"{plan.pieces[i].name}\t{'NaN' if math.isnan(s) else 'inf'}" for i, s in enumerate(sums) if not math.isfinite(s)][:NAMED]
     found: list[tuple[int, Culprit]] = []
     for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the search for culprits"), strict=True):
         for i, line in enumerate(text.splitlines()):
@@ -94,15 +98,14 @@ def name_culprits(channel: Channel, plan: Plan, grads: Mapping[int, Tensor], dev
     return tuple(culprit for _, culprit in sorted(found)[:NAMED])
 
 
-def name_disagreement(channel: Channel, doing: Mapping[str, object], step: int, device: torch.device) -> AgreementError:
+def name_disagreement(channel: Channel, doing: str, device: torch.device) -> AgreementError:
     """A collective: the error that says which rank did what."""
-    mine = ", ".join(f"{k} {v}" for k, v in doing.items())
     said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(channel.ranks, channel.texts(mine, device, "the comparison of calls"), strict=True):
+    for rank, text in zip(channel.ranks, channel.texts(doing, device, "the comparison of calls"), strict=True):
         said[text].append(rank)
     lines = [f"rank {brief(ranks)}: {text}" for text, ranks in said.items()]
     return AgreementError(
-        f"at step {step} ranks did not do the same; every rank must make the same calls of the clipper in the same order:\n"
+        "ranks did not do the same; every rank must make the same calls of the clipper in the same order, and decide alike:\n"
         + "\n".join(lines)
     )
 

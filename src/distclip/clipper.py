@@ -4,33 +4,72 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip import apply, audit
+from distclip import apply, audit, fold
 from distclip.agreement import key
+from distclip.amp import Handshake, innermost
+from distclip.calls import Call, halves
 from distclip.collecting import GradOf, Grads, collect, own_grad
-from distclip.deciding import decide, describe_rules, in_total, kept, split
+from distclip.deciding import decide, in_total, kept, split
 from distclip.errors import AgreementError, ConfigError, GradientError
 from distclip.exchange import Channel
-from distclip.groups import ONE, Grouping
-from distclip.guard import MODES, OnNonfinite, Streak, Verdict, judge
+from distclip.groups import Grouping
+from distclip.guard import OnNonfinite, Streak, Verdict, judge
+from distclip.host import Mirror
 from distclip.measure import norm_of, power_sums
 from distclip.naming import Found, Params, named_parameters
+from distclip.options import Asked, Options, checked
+from distclip.owners import Owners, strangers
 from distclip.placement import Declared, ReplicatedOver, Shared, pieces
-from distclip.plan import agree_on_call, make_plan
-from distclip.policies import FixedNorm, LocalStats, Policy
+from distclip.plan import Plan, agree_on_call, make_plan
+from distclip.policies import LocalStats, Policy
 from distclip.policies.policy import describe
 from distclip.records import ClipReport, Culprit, Decision, Norms, Piece
-from distclip.report import Sink, write_all
-from distclip.wire import Flags, Wire, extra_words
+from distclip.report import Sink, Writer
+from distclip.wire import Wire, extra_words
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one call measured on this rank and learned from all; kept until it is judged."""
+
+    step: int
+    call: Call
+    grads: Grads | None  # None once they may have changed
+    faults: list[str]  # what this rank found wrong
+    last: Tensor  # [1] float64: the token of the decision before
+    sums: Tensor  # [pieces] float64
+    has: Tensor  # [pieces] float64
+
+
+class Known(NamedTuple):
+    """What the host has read of an outcome."""
+
+    coefs: list[float]
+    inverse: float  # of the scaler's scale
+    skip: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call is to do to the gradients."""
+
+    decision: Decision
+    grads: Grads
+    finite: Tensor  # [] bool
+    stop: Tensor  # [] float32: 1 where no optimizer may move
+    known: Known | None  # None where the host has not read anything
+    report: ClipReport
 
 
 class GradClipper:
@@ -53,6 +92,7 @@ class GradClipper:
         grad_of: where a parameter's gradient is, if not in `.grad`.
         drift_tolerance: how far copies may differ, relative to the total power sum; None does not look.
         skip_limit: more bad steps in a row than this end in an error.
+        fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not.
         sinks: where reports go, on the first rank of the group.
 
     Raises:
@@ -80,15 +120,12 @@ class GradClipper:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._channel = Channel.over(process_group)
-        self._arguments = dict(
-            max_norm=max_norm, policy=policy, norm_type=norm_type, groups=groups, on_nonfinite=on_nonfinite,
-            drift_tolerance=drift_tolerance, skip_limit=skip_limit, fold=fold,
-        )  # fmt: skip
+        self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold)
         self._params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
-        self._grouping = groups or ONE
         self._grad_of, self._moved = grad_of or own_grad, grad_of is not None
-        self._sinks = list(sinks)
+        self._writer = Writer(sinks if self._channel.rank == 0 else ())
+        weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._step = 0
         self.rebuild()
 
@@ -100,9 +137,9 @@ class GradClipper:
         The policy's state stays if the groups do; else it starts anew.
         """
         error: Exception | None = None
-        found, local, config = Found(), list[tuple[Any, Piece]](), dict[str, str]()
+        found, local, config, group_of = Found(), list[tuple[Any, Piece]](), dict[str, str](), list[str]()
         try:
-            self._check_arguments()
+            self._options: Options = checked(self._asked)
             found = named_parameters(self._params)
             if self._channel.size > 1 and any(n.positional and not hasattr(n.param, "placements") for n in found.named):
                 raise ConfigError(
@@ -110,7 +147,9 @@ class GradClipper:
                     "pass the model, or model.named_parameters()"
                 )
             local = pieces(found.named, self._declared, self._channel.global_rank)
-            config = self._config()
+            group_of = self._options.grouping.assign([piece.key_name for _, piece in local], [named.param for named, _ in local])
+            declared = {"replicated_over": ", ".join(self._declared.replicated_over), "shared": repr(self._declared.shared)}
+            config = self._options.texts() | declared
         except Exception as e:
             error = e
         self._members = [named.param for named, _ in local]
@@ -118,66 +157,45 @@ class GradClipper:
         self._device = next((p.device for p in self._members if p.device.type == "cuda"), torch.device("cpu"))
         agree_on_call(self._channel, config, error, self._device)
 
-        group_of = self._grouping.assign([piece.key_name for _, piece in local], self._members)
-        patterns = self._declared.patterns() + list(self._grouping.patterns())
+        self._config = str(sorted(config.items()))
+        patterns = self._declared.patterns() + list(self._options.grouping.patterns())
         names = {name for _, piece in local for name in (piece.name, piece.key_name)}
         counts = {pattern: sum(fnmatchcase(name, pattern) for name in names) for pattern in patterns}
-        rules = self._grouping.rules()
-        plan = make_plan(self._channel, [piece for _, piece in local], group_of, counts, self._norm_type, self._device)
-        self._parts = split(plan.groups, rules, self._main)
-        stats = sum(part.words * len(part.groups) for part in self._parts)
-        self.plan = replace(plan, words=len(plan.groups) + extra_words(self._norm_type, stats))
-        self._prepare(stats, rules)
+        plan = make_plan(self._channel, [piece for _, piece in local], group_of, counts, self._options.norm_type, self._device)
+        self._prepare(plan)
 
-    def _prepare(self, stats: int, rules: Mapping[str, Any]) -> None:
+    def _prepare(self, plan: Plan) -> None:
         """Buffers and tensors that every step uses."""
-        plan, device = self.plan, self._device
+        device, p, rules = self._device, self._options.norm_type, self._options.grouping.rules()
+        self._parts = split(plan.groups, rules, self._options.policy)
+        stats = sum(part.words * len(part.groups) for part in self._parts)
+        self.plan = replace(plan, words=len(plan.groups) + extra_words(p, stats))
         self._wire = Wire(
-            self._norm_type, len(plan.groups), stats, self._channel.size,
+            p, len(plan.groups), stats, self._channel.size,
             torch.tensor([1 / s.holders for s in plan.shares], dtype=torch.float64, device=device),
             torch.tensor([s.weight for s in plan.shares], dtype=torch.float64, device=device),
             torch.tensor(plan.group_of, dtype=torch.int64, device=device),
         )  # fmt: skip
         self._counts_in_total = torch.tensor(in_total(plan.groups, rules), device=device)
         self._members_of = [[i for i, g in enumerate(plan.group_of) if g == group] for group in range(len(plan.groups))]
+        self._alike = [frozenset(id(self._members[i]) for i in members) for members in self._members_of]
+        self._owners = Owners(self._members, plan.group_of)
         state = tuple(part.policy.init(len(part.groups), device) for part in self._parts)
         if getattr(self, "_state_groups", None) != plan.groups:
             self._state, self._state_groups = state, plan.groups
+        nothing = torch.zeros(len(plan.groups), dtype=torch.float64, device=device)
+        idle = Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), nothing.new_zeros(stats), p)
+        self._clamped = decide(self._parts, idle, state)[0].clamped
+        # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
+        tolerance = self._options.drift_tolerance
+        self._tolerance = tolerance and tolerance * min(1.0, p)
+        self._streak = Streak(self._options.on_nonfinite, self._options.skip_limit)
         self._last = torch.zeros(1, dtype=torch.float64, device=device)
+        draw = torch.Generator().manual_seed(1)
+        self._mixers = torch.randint(1 << 62, (2, len(plan.groups)), generator=draw).bitwise_or(1).to(device)
         self._warned = False
-
-    def _check_arguments(self) -> None:
-        given = self._arguments
-        max_norm, policy = given["max_norm"], given["policy"]
-        if (max_norm is None) == (policy is None):
-            seen = "both" if policy is not None else "neither"
-            raise ConfigError(f"pass exactly one of max_norm and policy, not {seen}; there is no default threshold")
-        self._main: Policy = cast(Policy, policy) if max_norm is None else FixedNorm(float(cast(float, max_norm)))
-        if not (hasattr(self._main, "init") and hasattr(self._main, "decide")):
-            raise ConfigError(f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)")
-        self._norm_type = float(cast(float, given["norm_type"]))
-        if not (0 < self._norm_type <= 8 or (math.isinf(self._norm_type) and self._norm_type > 0)):
-            raise ConfigError(f"norm_type={given['norm_type']!r}: p must be above 0 and at most 8, or math.inf")
-        if given["on_nonfinite"] not in MODES:
-            raise ConfigError(f"on_nonfinite={given['on_nonfinite']!r}; it is one of {', '.join(map(repr, MODES))}")
-        if given["fold"] not in ("auto", "never"):
-            raise ConfigError(f"fold={given['fold']!r}; it is 'auto' or 'never'")
-        tolerance, limit = given["drift_tolerance"], cast(int, given["skip_limit"])
-        if tolerance is not None and not cast(float, tolerance) > 0:
-            raise ConfigError(f"drift_tolerance={tolerance!r} must be positive, or None, which does not look for drift")
-        if limit < 0:
-            raise ConfigError(f"skip_limit={limit!r} must not be negative; 0 allows no bad step")
-        self._tolerance = cast("float | None", tolerance)
-        self._streak = Streak(cast(OnNonfinite, given["on_nonfinite"]), limit)
-
-    def _config(self) -> dict[str, str]:
-        """What must be equal on all ranks, as texts."""
-        config = {name: repr(value) for name, value in self._arguments.items() if name not in ("max_norm", "groups")}
-        config["policy"] = describe(self._main)
-        config["groups"] = f"{type(self._grouping).__name__}({describe_rules(self._grouping.rules(), describe)})"
-        config["replicated_over"] = ", ".join(self._declared.replicated_over)
-        config["shared"] = repr(self._declared.shared)
-        return config
+        self._may_wait = device.type == "cuda"  # elsewhere reading a number costs nothing
+        self._unjudged: Mirror[Seen] = Mirror()
 
     # Each step
 
@@ -189,215 +207,317 @@ class GradClipper:
         A step that is not finite is skipped by taking the gradients away (`.grad = None`), which every optimizer respects.
 
         Args:
+            optimizer: whose gradients `scaler` scaled; all its gradients are taken away at a skipped step.
+            scaler: an enabled GradScaler: gradients are unscaled in the same multiply (unless `scaler.unscale_` was called) and the
+                overflow that all ranks agreed on is recorded; `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the coefficient; norms are after it.
 
         Raises:
-            NonFiniteError, AgreementError, GradientError: on all ranks alike, before any gradient was touched.
+            NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before any gradient was touched.
         """
-        self._refuse_scaler(scaler)
-        norms, decision, grads, report = self._run("clip_", grad_scale)
-        if report.skipped:
-            if self._moved:
+        call = self._call("clip_", () if optimizer is None else (optimizer,), scaler, grad_scale)
+        outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
+        if outcome.known is not None and outcome.known.skip:
+            if self._moved and not call.hands.enabled:
                 raise GradientError(
-                    f"step {report.step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
+                    f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
                     "use clipper.step(optimizer), which leaves the optimizer out"
                 )
-            apply.drop(self._members)
+            apply.drop([*self._members, *(p for o in call.owned for p in o.others)])
         else:
-            self._apply(decision, grads, grad_scale, bool(norms.finite))
-        self._write(report)
-        return report
+            self._apply(call, outcome, frozenset())
+        call.hands.tell(outcome.stop, stepped=False)
+        self._writer.write(outcome.report, self._may_wait)
+        return outcome.report
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
     def step(self, *optimizers: Optimizer, scaler: Any = None, update_scaler: bool = True, grad_scale: float = 1.0) -> ClipReport:
-        """Clip, then step the optimizers; a step that is not finite calls none of them. One all-reduce.
+        """Unscale, clip, step the optimizers, update the scaler; a step that is not finite moves nothing. One all-reduce.
+
+        A fused SGD, Adam, AdamW or Adagrad whose parameters share one coefficient applies it in its own pass (`fold="never"`: never).
+
+        Args:
+            scaler: an enabled GradScaler; unscaling is part of the same multiply, unless `scaler.unscale_` was called.
+            update_scaler: call `scaler.update()` at the end; False where another clipper's step with this scaler follows.
+            grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the coefficient; norms are after it.
 
         Raises:
-            ConfigError: no optimizer was passed.
+            ConfigError: no optimizer was passed, or a scaler together with on_nonfinite="propagate" (it would never learn).
+            NonFiniteError, AgreementError, GradientError: on all ranks alike, before anything was touched.
         """
-        if not optimizers:
-            raise ConfigError("step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()")
-        self._refuse_scaler(scaler)
-        norms, decision, grads, report = self._run("step", grad_scale)
-        if not report.skipped:
-            self._apply(decision, grads, grad_scale, bool(norms.finite))
-            for optimizer in optimizers:
-                optimizer.step()
-        self._write(report)
-        return report
+        call = self._call("step", optimizers, scaler, grad_scale)
+        folding = self._folding(call)
+        outcome = self._run(call, len(folding) == len(call.owned) or self._options.on_nonfinite == "propagate")
+        if outcome.known is None or not outcome.known.skip:
+            self._apply(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
+            for k, owned in enumerate(call.owned):
+                if k in folding:
+                    factor = self._factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
+                    fold.step_folded(owned.optimizer, factor, outcome.stop if outcome.known is None else None)
+                else:
+                    (owned.optimizer if call.hands.enabled else owned.given).step()
+        call.hands.tell(outcome.stop, stepped=True)
+        if call.hands.enabled and update_scaler:
+            scaler.update()
+        self._writer.write(outcome.report, self._may_wait)
+        return outcome.report
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
     def measure(self) -> ClipReport:
         """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One all-reduce."""
-        return self._run("measure", 1.0)[3]
+        return self._run(self._call("measure"), may_wait=True).report
 
     @torch.no_grad()
     def audit(self) -> None:
         """A collective: AgreementError, naming parameters and ranks, if gradients that should be copies are not equal."""
-        grads = self._run("audit", 1.0)[2]
-        self._compare(grads)
+        grads = self._run(self._call("audit"), may_wait=False).grads
+        self._compare(self._step, {i: audit.fingerprint(g) for i, g in zip(grads.index, grads.local, strict=True)})
 
-    @staticmethod
-    def _refuse_scaler(scaler: Any) -> None:
-        """A scaler is the same object of the program on every rank, so that this refusal is alike on all."""
-        if scaler is not None and scaler.is_enabled():
-            raise ConfigError(
-                "scaler= is not supported yet; train in bfloat16 or float32, or unscale with scaler.unscale_(optimizer) before clip_()"
-            )
+    def _call(self, operation: str, optimizers: Sequence[Optimizer] = (), scaler: Any = None, grad_scale: float = 1.0) -> Call:
+        """What is wrong with the arguments is told once all ranks have met: it may be wrong on one of them alone."""
+        inner = [innermost(optimizer) for optimizer in optimizers]
+        problem: ConfigError | None = None
+        hands = Handshake(None, inner, self._device)
+        try:
+            if operation == "step" and not optimizers:
+                raise ConfigError("step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()")
+            if not 0 < grad_scale < math.inf:
+                raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
+            hands = Handshake(scaler, inner, self._device)
+            if hands.enabled and self._options.on_nonfinite == "propagate":
+                raise ConfigError(
+                    "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that overflow must be skipped, else the "
+                    "scaler never finds its scale; use 'skip'"
+                )
+        except ConfigError as error:
+            problem = error
+        return Call(operation, tuple(map(self._owners.of, optimizers)), hands, float(grad_scale), problem)
 
-    def _run(self, operation: str, grad_scale: float) -> tuple[Norms, Decision, Grads, ClipReport]:
-        """Collect → measure → exchange → decide → guard: everything before a gradient is touched."""
+    def _folding(self, call: Call) -> dict[int, int]:
+        """Optimizer → the group whose coefficient it applies by itself."""
+        if self._options.fold == "never" or self._moved:
+            return {}
+        return {
+            k: owned.group
+            for k, owned in enumerate(call.owned)
+            if owned.group is not None
+            and owned.group not in self._clamped
+            and fold.can_fold(owned.optimizer, self._alike[owned.group])
+            and (not self._may_wait or fold.may_stop(owned.optimizer))
+        }
+
+    def _run(self, call: Call, may_wait: bool) -> Outcome:
+        """Collect → measure → exchange → decide → guard: everything before a gradient is touched.
+
+        Args:
+            may_wait: what the message says may be judged at the next call, since no optimizer moves on a bad step anyway.
+        """
+        self._settle()
         self._step += 1
-        grads, message = self._measure(operation, grad_scale)
-        self._channel.reduce_(message, "sum" if math.isfinite(self._norm_type) else "max", f"{operation} at step {self._step}")
+        seen, message = self._measure(call)
+        op = "sum" if math.isfinite(self._options.norm_type) else "max"
+        self._channel.reduce_(message, op, f"{call.operation} at step {self._step}")
         message = message.to(self._device)
-        norms = self._norms(message, grad_scale)
+        norms = self._norms(message)
         decision, state = decide(self._parts, norms, self._state)
-        flags = self._wire.flags(message.tolist())
-        passive = operation in ("measure", "audit")
-        culprits = self._guard(flags, grads, operation, passive)
-        skipped = bool(flags.bad or not norms.finite) and not passive and self._streak.mode != "propagate"
-        if not passive:
-            self._state = kept(self._state, state, norms.finite)
-            self._last = (decision.coef.view(torch.int64).sum() & 0xFFFF).double().reshape(1)
-        return norms, decision, grads, self._report(norms, decision, skipped, culprits, passive)
+        grads, known, culprits = seen.grads or Grads(), None, tuple[Culprit, ...]()
+        skips = not call.passive and self._options.on_nonfinite != "propagate"
+        if self._may_wait and may_wait:
+            stop = self._wire.stop(message, self._tolerance)
+            seen.grads = None
+            self._unjudged.leave(message, seen)
+        else:
+            inverse = torch.as_tensor(call.inverse, dtype=torch.float64, device=self._device).reshape(1)
+            coefs = torch.where(norms.finite, decision.coef, 1.0)
+            *host, scale, finite = Mirror.now(torch.cat([message, coefs, inverse, norms.finite.double().reshape(1)]))
+            known = Known(host[message.numel() :], scale, skips and not finite)
+            culprits = self._judge(seen, host[: message.numel()])
+            stop = (~norms.finite).float()
+        stop = stop if skips else torch.zeros_like(stop)
+        if not call.passive:
+            self._state = kept(self._state, state, norms.finite & (stop == 0))
+            self._last = self._token(decision)
+        report = self._report(call, norms, decision, stop > 0, culprits)
+        return Outcome(decision, grads, norms.finite, stop, known, report)
 
-    def _measure(self, operation: str, grad_scale: float) -> tuple[Grads, Tensor]:
+    def _measure(self, call: Call) -> tuple[Seen, Tensor]:
         """This rank's part of the message. Whatever goes wrong here travels in it, so that no rank waits for another."""
-        device, count = self._device, len(self.plan.pieces)
+        device, count, p = self._device, len(self.plan.pieces), self._options.norm_type
         sums, has = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(2))
         stats = torch.zeros(self._wire.stats, dtype=torch.float64, device=device)
+        found = torch.zeros((), dtype=torch.float64, device=device)
         grads = Grads()
         try:
             grads = collect(self._members, self.plan.pieces, self._slots, self._grad_of)
-            if not math.isfinite(grad_scale) or grad_scale <= 0:
-                grads.faults.append(f"grad_scale={grad_scale!r} must be positive and finite")
-            elif not grads.faults:
-                sums[grads.index] = power_sums(grads.local, self._norm_type).to(device)
+            grads.faults += strangers(call.owned, {i: piece.name for i, piece in enumerate(self.plan.pieces[:1])})
+            if not grads.faults and call.problem is None:
+                own = power_sums(grads.local, p).to(device)
+                powers = call.powers(grads.index, p, device)
+                sums[grads.index] = own if powers is None else own * powers
                 has[grads.present] = 1.0
-                self._local_stats(stats, grads, grad_scale)
+                found = torch.maximum(call.hands.found(device), (~power_sums(call.others(), math.inf).isfinite()).sum().to(device))
+                self._local_stats(stats, grads, call)
         except Exception as error:
             grads.faults.append(f"{type(error).__name__}: {error}")
-        tokens = torch.tensor([self._step & 0xFFFF, key(operation) & 0xFFFF], dtype=torch.float64, device=device)
-        message = self._wire.pack(sums, has, stats, bool(grads.faults), torch.cat([tokens, self._last]))
-        return grads, message.to(self._channel.device_for(device))
+        tokens = torch.tensor([self._step & 0xFFFF, key(call.text + self._config) & 0xFFFF], dtype=torch.float64, device=device)
+        message = self._wire.pack(sums, has, stats, found, bool(grads.faults), torch.cat([tokens, self._last]))
+        return Seen(self._step, call, grads, grads.faults, self._last, sums, has), message.to(self._channel.device_for(device))
 
-    def _local_stats(self, stats: Tensor, grads: Grads, grad_scale: float) -> None:
-        if not self._wire.stats:
-            return
-        local = dict(zip(grads.index, grads.local, strict=True))
-        scale = torch.tensor(grad_scale, dtype=torch.float64, device=self._device)
+    def _local_stats(self, stats: Tensor, grads: Grads, call: Call) -> None:
+        """What policies want to know besides the norm; gradients with and without a scaler's scale apart."""
+        p, local, unscaled = self._options.norm_type, dict(zip(grads.index, grads.local, strict=True)), call.unscaled()
+        scales = (call.inverse * call.grad_scale, call.grad_scale)
         for part in self._parts:
-            if isinstance(part.policy, LocalStats):
-                rows = [
-                    part.policy.local_stats(
-                        [local[i] for i in self._members_of[group] if i in local],
-                        [1 / self.plan.shares[i].holders for i in self._members_of[group] if i in local],
-                        scale,
-                        self._norm_type,
-                    )
-                    for group in part.groups
-                ]
-                stats[part.stats] = torch.cat(rows)
+            if not isinstance(part.policy, LocalStats):
+                continue
+            rows = stats[part.stats].view(len(part.groups), part.words)
+            for row, group in zip(rows, part.groups, strict=True):
+                for half, scale in zip(halves(filter(local.__contains__, self._members_of[group]), unscaled), scales, strict=True):
+                    shares = [1 / self.plan.shares[i].holders for i in half]
+                    factor = torch.as_tensor(scale, dtype=torch.float64, device=self._device)
+                    if half or scale is scales[0]:
+                        more = part.policy.local_stats([local[i] for i in half], shares, factor, p)
+                        row.copy_(torch.maximum(row, more) if math.isinf(p) else row + more)
 
-    def _norms(self, message: Tensor, grad_scale: float) -> Norms:
+    def _norms(self, message: Tensor) -> Norms:
+        p = self._options.norm_type
         sums, stats, bad = self._wire.sums(message)
-        per_group = norm_of(sums, self._norm_type) * grad_scale
         counted = torch.where(self._counts_in_total, sums, 0.0)
-        total = norm_of(counted.max() if math.isinf(self._norm_type) else counted.sum(), self._norm_type) * grad_scale
-        finite = sums.isfinite().all() & (bad == 0)
-        return Norms(per_group, total, finite, bad.to(torch.int64), stats, self._norm_type)
+        total = norm_of(counted.max() if math.isinf(p) else counted.sum(), p)
+        finite = sums.sum().isfinite() & (bad == 0)
+        return Norms(norm_of(sums, p), total, finite, bad.to(torch.int64), stats, p)
 
-    def _guard(self, flags: Flags, grads: Grads, operation: str, passive: bool) -> tuple[Culprit, ...]:
+    def _token(self, decision: Decision) -> Tensor:
+        """[1] float64 below 65536: a hash of the decision's bits, which the next message compares over the ranks."""
+        bits = torch.stack([decision.coef, decision.threshold]).view(torch.int64)
+        return (((bits * self._mixers) >> 40).sum() & 0xFFFF).double().reshape(1)
+
+    # Judging: alike on every rank, from the reduced message
+
+    def _settle(self) -> None:
+        """Judge what the previous call left; its step was not taken if it was bad."""
+        late = self._unjudged.taken()
+        if late is not None:
+            culprits = self._judge(late.what, late.numbers)
+            self._writer.amend(culprits)
+
+    def _judge(self, seen: Seen, message: list[float]) -> tuple[Culprit, ...]:
         """Raises on all ranks alike, or returns the culprits of a first bad step."""
-        verdict = judge(flags, None if operation == "audit" else self._tolerance)
+        call, step, flags = seen.call, seen.step, self._wire.flags(message)
+        verdict = judge(flags, None if call.operation == "audit" else self._tolerance)
         if verdict is Verdict.DISAGREE:
-            doing = {"call": self._step, "of": operation, "after decision": int(self._last)}
-            raise audit.name_disagreement(self._channel, doing, self._step, self._device)
+            doing = f"call {step}, {call.text}, after decision {int(seen.last):04x}, options {key(self._config) & 0xFFFF:04x}"
+            raise audit.name_disagreement(self._channel, doing, self._device)
+        if call.problem is not None:
+            raise call.problem
         if verdict is Verdict.FAULT:
-            raise GradientError(f"step {self._step}: " + audit.name_faults(self._channel, grads.faults, self._device))
+            raise GradientError(f"step {step}: " + audit.name_faults(self._channel, seen.faults, self._device))
         if verdict in (Verdict.RAGGED, Verdict.DRIFT):
-            self._compare(grads)
+            self._compare(step, self._prints(seen))
             raise AgreementError(
-                f"step {self._step}: copies of gradients differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
+                f"step {step}: copies of gradients differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
             )
-        if not flags.present and not self._warned and not passive:
+        if not flags.present and not self._warned and not call.passive:
             self._warned = True
             warnings.warn(
-                "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad(); "
-                "an optimizer that steps inside backward leaves none",
+                "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad()",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+        if call.passive:
+            return ()
         if verdict is not Verdict.NONFINITE:
-            if not passive:
-                self._streak.good()
+            self._streak.good()
             return ()
-        if passive:
-            return ()
-        must_raise = self._streak.bad(patient=False)
+        must_raise = self._streak.bad(patient=call.hands.enabled)
         culprits: tuple[Culprit, ...] = ()
         if self._streak.length == 1 or must_raise:
-            local = dict(zip(grads.index, grads.local, strict=True))
-            culprits = audit.name_culprits(self._channel, self.plan, local, self._device)
+            culprits = audit.name_culprits(self._channel, self.plan, Mirror.now(seen.sums), self._device)
         if must_raise:
-            raise self._streak.error(self._step, int(flags.bad), culprits)
+            raise self._streak.error(step, int(flags.bad), culprits)
         return culprits
 
-    def _compare(self, grads: Grads) -> None:
-        local = dict(zip(grads.index, grads.local, strict=True))
-        audit.compare_replicas(self._channel, self.plan, local, self._tolerance or 1e-5, self._step, self._device)
+    def _prints(self, seen: Seen) -> audit.Prints:
+        """Fingerprints of the gradients; where they are gone, their norms."""
+        if seen.grads is not None:
+            return {i: audit.fingerprint(g) for i, g in zip(seen.grads.index, seen.grads.local, strict=True)}
+        squares = Mirror.now(norm_of(seen.sums, self._options.norm_type).square())
+        return {i: (squares[i], 0.0) for i, has in enumerate(Mirror.now(seen.has)) if has}
 
-    def _apply(self, decision: Decision, grads: Grads, grad_scale: float, finite: bool) -> None:
-        """One multiply a gradient, none where the factor is 1; gradients that are not finite are left as they are."""
-        if not finite:
-            return
-        coefs, here = decision.coef.tolist(), dict(zip(grads.index, grads.local, strict=True))
-        clipped = decision.clipped.tolist()
+    def _compare(self, step: int, prints: audit.Prints) -> None:
+        audit.compare_replicas(self._channel, self.plan, prints, self._tolerance or 1e-5, step, self._device)
+
+    # Acting
+
+    def _factor(self, call: Call, outcome: Outcome, group: int, scaled: bool) -> Tensor | None:
+        """[] float64: what a group's gradients are multiplied by, or None where that is known to be 1."""
+        scale = call.inverse * call.grad_scale if scaled else call.grad_scale
+        known = outcome.known
+        if known is not None and known.coefs[group] * (known.inverse if scaled else 1.0) * call.grad_scale == 1:
+            return None
+        return torch.where(outcome.finite, outcome.decision.coef[group], 1.0) * scale
+
+    def _apply(self, call: Call, outcome: Outcome, folded: frozenset[int]) -> None:
+        """One multiply a gradient, none where the factor is 1; clamps after it. `folded` pieces are left to their optimizers."""
+        here = dict(zip(outcome.grads.index, outcome.grads.local, strict=True))
+        decision, unscaled = outcome.decision, call.unscaled()
         for group, members in enumerate(self._members_of):
-            tensors = [here[i] for i in members if i in here]
-            if coefs[group] * grad_scale != 1:
-                apply.scale_(tensors, decision.coef[group] * grad_scale)
-            if group in decision.clamped and clipped[group]:
-                apply.clamp_(tensors, decision.threshold[group])
+            mine = [i for i in members if i in here and i not in folded]
+            for half, scaled in zip(halves(mine, unscaled), (True, False), strict=True):
+                factor = self._factor(call, outcome, group, scaled)
+                if half and factor is not None:
+                    apply.scale_([here[i] for i in half], factor)
+            if group in decision.clamped and mine:
+                apply.clamp_([here[i] for i in mine], torch.where(outcome.finite, decision.threshold[group], math.inf))
+        if (others := call.others()) and call.hands.inverse is not None:
+            apply.scale_(others, call.hands.inverse)
 
-    def _report(self, norms: Norms, decision: Decision, skipped: bool, culprits: tuple[Culprit, ...], passive: bool) -> ClipReport:
+    def _report(self, call: Call, norms: Norms, decision: Decision, skipped: Tensor, culprits: tuple[Culprit, ...]) -> ClipReport:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in self._members)
         dtype = torch.float64 if wide and self._channel.size == 1 else torch.float32
-        clipped = torch.zeros_like(decision.clipped) if skipped or passive else decision.clipped & norms.finite
-        coefs = torch.where(norms.finite, decision.coef, 0.0 if skipped else 1.0)
+        acted = norms.finite & ~skipped & (not call.passive)
+        coefs = torch.where(skipped, 0.0, torch.where(norms.finite, decision.coef, 1.0))
         counted = torch.where(self._counts_in_total, torch.where(norms.finite, decision.norms_after, norms.per_group), 0.0)
-        p = self._norm_type
+        p = self._options.norm_type
         after = counted.max() if math.isinf(p) else norm_of(counted.pow(p).sum(), p)
         if len(self.plan.groups) == 1:
             after = counted[0]
         return ClipReport(
-            self._step, norms.total.to(dtype), after.to(dtype), clipped.any(), torch.tensor(skipped, device=self._device),
+            self._step, norms.total.to(dtype), after.to(dtype), (decision.clipped & acted).any(), skipped,
             norms.nonfinite, coefs.to(dtype), decision.threshold.to(dtype), norms.per_group.to(dtype), self.plan.groups, culprits,
         )  # fmt: skip
-
-    def _write(self, report: ClipReport) -> None:
-        if self._channel.rank == 0:
-            self._sinks = write_all(self._sinks, report)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with `weights_only`."""
-        tensors = {f"{i}.{j}": t for i, state in enumerate(self._state) for j, t in enumerate(state)}
+        tensors = {f"{i}.{j}": t.clone() for i, state in enumerate(self._state) for j, t in enumerate(state)}
         counters = {"step": torch.tensor(self._step), "bad_in_a_row": torch.tensor(self._streak.length)}
-        return {**counters, "policy": describe(self._main), "groups": "\n".join(self.plan.groups), **tensors}
+        return {**counters, "policy": describe(self._options.policy), "groups": "\n".join(self.plan.groups), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
 
         Raises:
-            ConfigError: it belongs to another policy or to other groups.
+            ConfigError: it was cut short, or belongs to another policy or to other groups; nothing was taken over.
         """
-        for name, own in (("policy", describe(self._main)), ("groups", "\n".join(self.plan.groups))):
-            if state.get(name) != own:
-                raise ConfigError(f"the checkpoint's {name} is {state.get(name)!r}, this clipper's {own!r}; build it as the saved one was")
+        own = self.state_dict()
+        lost = sorted(own.keys() - state.keys())
+        if lost:
+            raise ConfigError(f"the checkpoint of the clipper lacks {', '.join(lost)}; it was cut short, or saved by something else")
+        for name in ("policy", "groups"):
+            if state[name] != own[name]:
+                raise ConfigError(
+                    f"the checkpoint's {name} is {state[name]!r}, this clipper's {own[name]!r}; build it as the saved one was"
+                )
+        tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
+        for name in tensors:
+            if not isinstance(state[name], Tensor) or state[name].shape != own[name].shape:
+                seen = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+                raise ConfigError(f"the checkpoint's {name} is {seen}, not a tensor of shape {tuple(own[name].shape)}; was it cut short?")
         self._step, self._streak.length = int(state["step"]), int(state["bad_in_a_row"])
-        self._state = tuple(tuple(state[f"{i}.{j}"].to(t.device, t.dtype) for j, t in enumerate(own)) for i, own in enumerate(self._state))
+        self._state = tuple(
+            tuple(state[f"{i}.{j}"].to(t.device, t.dtype, copy=True) for j, t in enumerate(part)) for i, part in enumerate(self._state)
+        )

@@ -54,6 +54,11 @@ def collect(params: Sequence[Tensor], pieces: Sequence[Piece], slots: Sequence[S
             grads.local.append(local)
         else:
             grads.faults.append(fault)
+    if not grads.present and (hooks := _hooks(params, pieces)):
+        grads.faults.append(
+            f"no parameter has a gradient, and {hooks} runs as soon as a gradient is accumulated: an optimizer that steps inside backward "
+            "leaves nothing to clip, and the global norm is not known yet there; step after the clip, without this hook"
+        )
     replaced = [slot.path for slot in slots if slot.replaced()]
     if replaced:
         grads.faults.append(
@@ -82,3 +87,16 @@ def _misplaced(grad: Tensor, piece: Piece) -> str | None:
     elif piece.placements is not None:
         return f"the gradient of {piece.name} is a plain tensor, its parameter a DTensor, {piece.placements}; call clipper.rebuild()"
     return None
+
+
+def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:
+    """The first hook of `register_post_accumulate_grad_hook`, and of how many parameters."""
+    hooked = [(piece.name, found) for param, piece in zip(params, pieces, strict=True) if (found := _hooks_of(param))]
+    if not hooked:
+        return ""
+    name, (hook, *_) = hooked[0]
+    return f"the hook {getattr(hook, '__qualname__', type(hook).__qualname__)} of {name} ({len(hooked)} parameters have such hooks)"
+
+
+def _hooks_of(param: Tensor) -> list[Callable[..., object]]:
+    return list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values())

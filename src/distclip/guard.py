@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from distclip.errors import NonFiniteError
 from distclip.records import Culprit
-from distclip.wire import Flags
+from distclip.wire import RAGGED, Flags
 
 OnNonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
 MODES = ("skip", "raise", "propagate")
@@ -32,12 +32,11 @@ def judge(flags: Flags, tolerance: float | None) -> Verdict:
         return Verdict.DISAGREE
     if flags.fault:
         return Verdict.FAULT
-    if flags.bad or not math.isfinite(flags.total):
+    if flags.bad != 0 or not math.isfinite(flags.total):
         return Verdict.NONFINITE
-    # the weights are at least 1/8, so one missing gradient shows, and rounding does not
-    if abs(flags.ragged) > 1e-6:
+    if not abs(flags.ragged) <= RAGGED:
         return Verdict.RAGGED
-    if tolerance is not None and abs(flags.drift) > tolerance * flags.total:
+    if tolerance is not None and not abs(flags.drift) <= tolerance * flags.total:
         return Verdict.DRIFT
     return Verdict.FINE
 
@@ -62,8 +61,12 @@ class Streak:
 
     def error(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...]) -> NonFiniteError:
         who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)
-        many = f", the {self.length}th such step in a row (skip_limit={self.limit})" if self.length > 1 else ""
+        many = f" in {self.length} steps in a row (skip_limit={self.limit})" if self.length > 1 else ""
         return NonFiniteError(
-            f"step {step}: {nonfinite} gradient tensors are not finite{many}: {who or 'only their sum overflows'}. "
+            f"step {step}: {_count(nonfinite)} not finite{many}: {who or 'only their sum overflows'}. "
             "Look at the loss, the data and the learning rate of that step; on_nonfinite='skip' leaves such steps out"
         )
+
+
+def _count(tensors: int) -> str:
+    return "1 gradient tensor is" if tensors == 1 else f"{tensors} gradient tensors are"

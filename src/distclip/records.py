@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor.placement_types import Placement
 
@@ -107,6 +108,9 @@ class Culprit(NamedTuple):
     kind: str  # "inf" or "NaN"
 
 
+_TENSORS = ("total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold", "group_norms")
+
+
 @dataclass(frozen=True, slots=True)
 class ClipReport:
     """What one call saw and did. All tensors are on the compute device and equal on every rank; reading one there is a host sync.
@@ -133,13 +137,22 @@ class ClipReport:
             raise ValueError(f"clip_coef: this clipper has {len(self.groups)} groups; read report.coefs and report.groups")
         return self.coefs[0]
 
+    def packed(self) -> Tensor:
+        """All tensors in one float64 vector, which can be copied to the host without waiting."""
+        return torch.cat([getattr(self, name).reshape(-1).double() for name in _TENSORS])
+
+    def unpacked(self, numbers: Sequence[float]) -> ClipReport:
+        """This report with its tensors on the host, from the numbers that `packed` gave."""
+        tensors, start = dict[str, Tensor](), 0
+        for name in _TENSORS:
+            own: Tensor = getattr(self, name)
+            part = torch.tensor(numbers[start : start + own.numel()], dtype=torch.float64)
+            tensors[name], start = part.to(own.dtype).reshape(own.shape), start + own.numel()
+        return replace(self, **tensors)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, lists and strings. This is the host read: it waits for the device."""
-        tensors: Mapping[str, Tensor] = {
-            name: getattr(self, name)
-            for name in ("total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold", "group_norms")
-        }
-        out: dict[str, Any] = {"step": self.step} | {name: value.tolist() for name, value in tensors.items()}
+        out: dict[str, Any] = {"step": self.step} | {name: getattr(self, name).tolist() for name in _TENSORS}
         if len(self.groups) == 1:
             out["clip_coef"] = out["coefs"][0]
         out["groups"] = list(self.groups)

@@ -6,11 +6,14 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from distclip.records import ClipReport
+from distclip.host import Mirror
+from distclip.records import ClipReport, Culprit
 
 
 class Sink(Protocol):
@@ -51,26 +54,54 @@ class LoggingSink:
         said = report.to_dict()
         if said["skipped"]:
             who = "; ".join(f"{c['parameter']} on rank {c['rank']}: {c['kind']}" for c in said["culprits"])
-            self.logger.warning("step %d skipped: %d gradients not finite %s", said["step"], said["nonfinite"], who)
+            what = "1 gradient is" if said["nonfinite"] == 1 else f"{said['nonfinite']} gradients are"
+            self.logger.warning("step %d skipped: %s not finite%s", said["step"], what, f": {who}" if who else "")
         elif report.step % self.every == 0:
             coefs = ", ".join(f"{c:.4g}" for c in said["coefs"][:4]) + (", …" if len(said["coefs"]) > 4 else "")
             self.logger.log(self.level, "step %d: norm %.6g, coefficient %s", said["step"], said["total_norm"], coefs)
 
 
-def write_all(sinks: list[Sink], report: ClipReport) -> list[Sink]:
-    """Write to each; one that fails is reported once and left out from then on. Returns those that go on."""
-    alive: list[Sink] = []
-    for sink in sinks:
-        try:
-            sink.write(report)
-            alive.append(sink)
-        except Exception as error:
-            warnings.warn(
-                f"{type(sink).__name__} failed at step {report.step} and is off from now on: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return alive
+class Writer:
+    """Gives reports to the sinks: at once, or one call late where the host is not to wait for the device."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+        self._left: Mirror[ClipReport] = Mirror()
+        self._culprits: tuple[Culprit, ...] = ()
+
+    def write(self, report: ClipReport, late: bool) -> None:
+        if not self._sinks:
+            return
+        self.flush()
+        if late:
+            self._left.leave(report.packed(), report)
+        else:
+            self._give(report)
+
+    def amend(self, culprits: tuple[Culprit, ...]) -> None:
+        """Culprits of the report that is still here: they were found when its call was judged."""
+        self._culprits = culprits
+
+    def flush(self) -> None:
+        """Give what is left, if anything is."""
+        left = self._left.taken()
+        if left is not None:
+            self._give(replace(left.what.unpacked(left.numbers), culprits=left.what.culprits or self._culprits))
+        self._culprits = ()
+
+    def _give(self, report: ClipReport) -> None:
+        """One that fails is told once and left out from then on: training is worth more than its log."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(report)
+            except Exception as error:
+                self._sinks.remove(sink)
+                warnings.warn(
+                    f"{type(sink).__name__} failed at step {report.step} and is off from now on, training goes on: "
+                    f"{type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
 
 
 def _without_nonfinite(value: Any) -> Any:

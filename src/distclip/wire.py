@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 TOKENS = 3  # call counter, operation, last decision
+RAGGED = 1e-6  # the weights are at least 1/8: one missing gradient shows, and rounding does not
 
 
 def extra_words(norm_type: float, stats: int) -> int:
@@ -54,16 +55,17 @@ class Wire:
     weight: Tensor
     group: Tensor
 
-    def pack(self, sums: Tensor, has: Tensor, stats: Tensor, fault: bool, tokens: Tensor) -> Tensor:
+    def pack(self, sums: Tensor, has: Tensor, stats: Tensor, found: Tensor, fault: bool, tokens: Tensor) -> Tensor:
         """[words] float64.
 
         Args:
             sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
             has: [pieces] float64, 1 where there is one.
+            found: [] float64, above 0 where a scaler met inf or NaN, perhaps in a parameter that is no piece.
             tokens: [3] float64 whole numbers below 65536.
         """
         device = sums.device
-        bad = (~sums.isfinite()).sum().double().reshape(1)
+        bad = torch.maximum((~sums.isfinite()).sum().double(), found).reshape(1)
         count = has.sum().reshape(1)
         wrong = torch.tensor([float(fault)], dtype=torch.float64, device=device)
         if math.isinf(self.norm_type):
@@ -81,6 +83,21 @@ class Wire:
         after = self.groups + self.stats
         bad = after + (1 if math.isinf(self.norm_type) else 3)
         return message[: self.groups], message[self.groups : after], message[bad]
+
+    def stop(self, message: Tensor, tolerance: float | None) -> Tensor:
+        """[] float32 on the message's device: 1 where `guard.judge` would not let the step go on. No host sync."""
+        total = message[: self.groups].sum()
+        rest = message[self.groups + self.stats :]
+        v, other = rest[-2 * TOKENS : -TOKENS].long(), rest[-TOKENS:].long()
+        if math.isinf(self.norm_type):
+            _, bad, fault = rest[:3]
+            go = (v == -other).all()
+        else:
+            drift, ragged, _, bad, fault = rest[:5]
+            go = (self.ranks * other == v * v).all() & (ragged.abs() <= RAGGED)
+            if tolerance is not None:
+                go = go & (drift.abs() <= tolerance * total)
+        return (~(go & (bad == 0) & (fault == 0) & total.isfinite())).float()
 
     def flags(self, host: list[float]) -> Flags:
         """From the message's numbers on the host."""

@@ -31,7 +31,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("config", ["gpt_fsdp2", "gpt_ddp_bf16"])
+@pytest.mark.parametrize("config", ["fsdp2", "ddp_bf16", "ddp_fp16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, config):
     def run(name, steps):
         return start(
@@ -80,3 +80,36 @@ def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
     (tmp_path / "c.yaml").write_text("training: {warm_up: 3}\n")
     code, said = start("--config", str(tmp_path / "c.yaml"), ranks=0)
     assert code != 0 and "c.yaml: unknown key 'training.warm_up'; did you mean 'training.warmup'?" in said
+
+
+def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
+    """As in the README: four ranks, float16, FSDP2."""
+    log = tmp_path / "log.jsonl"
+    code, said = start(
+        "--config", str(ROOT / "configs" / "fsdp2_fp16.yaml"), "--training.steps", "14", "--training.batch", "8",
+        "--output.log", str(log), ranks=4,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "distclip: step 11 skipped: 1 gradient is not finite: token.weight on rank 1: inf" in said
+    assert "scaler: scale 32768, equal on all ranks" in said
+    rows = lines(log)
+    assert [row["step"] for row in rows if row["skipped"]] == [11]
+    assert rows[10]["culprits"] == [{"parameter": "token.weight", "rank": 1, "kind": "inf"}]
+    assert any(row["clipped"] for row in rows), "vacuous"
+
+
+def test_a_checkpoint_that_was_cut_short_is_told(tmp_path):
+    arguments = ["--config", str(ROOT / "configs" / "single.yaml"), *SMALL, "--output.checkpoint", str(tmp_path / "run")]
+    assert start(*arguments, ranks=0)[0] == 0
+    for part in (tmp_path / "run").glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:1000])
+    code, said = start(*arguments, "--training.steps", "9", ranks=0)
+    assert code != 0 and "cannot be resumed from" in said and "it was cut short, or is of another model or clipper" in said
+
+
+def test_a_checkpoint_of_another_clipper_is_told(tmp_path):
+    arguments = ["--config", str(ROOT / "configs" / "single.yaml"), *SMALL, "--output.checkpoint", str(tmp_path / "run")]
+    assert start(*arguments, ranks=0)[0] == 0
+    code, said = start(*arguments, "--clip.threshold", "7.0", ranks=0)
+    assert code != 0
+    assert "the checkpoint's policy is 'FixedNorm(max_norm=1.0)', this clipper's 'FixedNorm(max_norm=7.0)'" in said

@@ -1,0 +1,55 @@
+"""Checkpoints of a run: model, optimizer, clipper, scaler and step, by torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import distclip
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    clipper: distclip.GradClipper
+    scaler: torch.amp.GradScaler
+
+    def state(self, step: int) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        scaler = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scaler.state_dict().items()}
+        return {"model": model, "optimizer": optimizer, "clipper": self.clipper, "scaler": scaler, "step": torch.tensor(step)}
+
+
+def save(folder: str, step: int, run: Run) -> None:
+    dcp.save(run.state(step), checkpoint_id=folder)
+
+
+def resume(folder: str, run: Run) -> int:
+    """The step to go on with: 0 where `folder` holds no checkpoint."""
+    if not (Path(folder) / ".metadata").exists():
+        return 0
+    state = run.state(0)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
+        reason = str(error).strip().splitlines()[-1]
+        sys.exit(
+            f"output.checkpoint={folder!r} cannot be resumed from ({reason}); it was cut short, or is of another model or clipper: move it "
+            "away to start anew, or name the folder of an older one"
+        )
+    if run.scaler.is_enabled():
+        whole = ("growth_interval", "_growth_tracker")
+        run.scaler.load_state_dict({k: int(v) if k in whole else float(v) for k, v in state["scaler"].items()})
+    return int(state["step"])

@@ -1,0 +1,81 @@
+"""Stage 3c: one call of the clipper: what was asked, and by what gradients are multiplied before anything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distclip.amp import Handshake
+from distclip.errors import ConfigError
+from distclip.owners import Owned
+from distclip.placement import local_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Equal on every rank, or the call is refused: `text` travels as a hash in the message."""
+
+    operation: str
+    owned: tuple[Owned, ...]
+    hands: Handshake
+    grad_scale: float
+    problem: ConfigError | None  # raised on all ranks once they agreed that they made this call
+
+    @property
+    def passive(self) -> bool:
+        """Nothing is touched, skipped or counted."""
+        return self.operation in ("measure", "audit")
+
+    @property
+    def text(self) -> str:
+        said = [self.operation]
+        if self.owned:
+            said.append(f"{len(self.owned)} optimizer{'s' if len(self.owned) > 1 else ''}")
+        if self.hands.enabled:
+            before = [str(i) for i, scaled in enumerate(self.hands.scaled) if not scaled]
+            said.append("a scaler" + (f" that unscaled optimizer {', '.join(before)} before" if before else ""))
+        if self.grad_scale != 1:
+            said.append(f"grad_scale {self.grad_scale!r}")
+        return " with ".join([said[0], ", ".join(said[1:])] if said[1:] else said) + (f" [{self.problem}]" if self.problem else "")
+
+    @property
+    def inverse(self) -> Tensor | float:
+        return 1.0 if self.hands.inverse is None else self.hands.inverse
+
+    def unscaled(self) -> frozenset[int]:
+        """Pieces whose gradients the user's own `unscale_` has dealt with."""
+        if not self.hands.enabled or all(self.hands.scaled):
+            return frozenset()
+        return frozenset().union(*(o.pieces for o, scaled in zip(self.owned, self.hands.scaled, strict=True) if not scaled))
+
+    def others(self) -> list[Tensor]:
+        """This rank's gradients that still carry the scale and that the clipper does not know: they are unscaled, and not clipped."""
+        if not self.hands.enabled:
+            return []
+        params = (p for o, scaled in zip(self.owned, self.hands.scaled, strict=True) if scaled for p in o.others)
+        return [local_tensor(p.grad) for p in params if p.grad is not None]
+
+    def powers(self, pieces: Sequence[int], p: float, device: torch.device) -> Tensor | None:
+        """[pieces] or [] float64: what power sums are multiplied by, or None where that is 1."""
+        if self.hands.inverse is None and self.grad_scale == 1:
+            return None
+        scaled = _power(torch.as_tensor(self.inverse, dtype=torch.float64, device=device) * self.grad_scale, p)
+        before = self.unscaled()
+        if not before:
+            return scaled
+        plain = _power(torch.tensor(self.grad_scale, dtype=torch.float64, device=device), p)
+        return torch.where(torch.tensor([i in before for i in pieces], device=device), plain, scaled)
+
+
+def _power(factor: Tensor, p: float) -> Tensor:
+    return factor if math.isinf(p) else factor**p
+
+
+def halves(pieces: Iterable[int], unscaled: frozenset[int]) -> tuple[list[int], list[int]]:
+    """Those that still carry the scale, and those that do not."""
+    listed = list(pieces)
+    return [i for i in listed if i not in unscaled], [i for i in listed if i in unscaled]

@@ -1,0 +1,79 @@
+"""What the caller asked for, checked. Equal on every rank, or the set-up refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distclip.deciding import describe_rules
+from distclip.errors import ConfigError
+from distclip.groups import ONE, Grouping
+from distclip.guard import MODES, OnNonfinite
+from distclip.policies import FixedNorm, Policy
+from distclip.policies.policy import describe
+
+FOLDS = ("auto", "never")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options of `GradClipper` as they were passed."""
+
+    max_norm: float | None
+    policy: Policy | None
+    norm_type: float
+    groups: Grouping | None
+    on_nonfinite: OnNonfinite
+    drift_tolerance: float | None
+    skip_limit: int
+    fold: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The same, checked and with their meaning worked out."""
+
+    policy: Policy
+    norm_type: float
+    grouping: Grouping
+    on_nonfinite: OnNonfinite
+    drift_tolerance: float | None
+    skip_limit: int
+    fold: str
+
+    def texts(self) -> dict[str, str]:
+        """Option → a text that is equal on all ranks if the option is."""
+        rules = describe_rules(self.grouping.rules(), describe)
+        return {
+            "policy": describe(self.policy),
+            "norm_type": repr(self.norm_type),
+            "groups": f"{type(self.grouping).__name__.strip('_')}({rules})",
+            "on_nonfinite": repr(self.on_nonfinite),
+            "drift_tolerance": repr(self.drift_tolerance),
+            "skip_limit": repr(self.skip_limit),
+            "fold": repr(self.fold),
+        }
+
+
+def checked(asked: Asked) -> Options:
+    """ConfigError for what cannot be honoured."""
+    if (asked.max_norm is None) == (asked.policy is None):
+        seen = "both" if asked.policy is not None else "neither"
+        raise ConfigError(f"pass exactly one of max_norm and policy, not {seen}; there is no default threshold")
+    policy = asked.policy if asked.max_norm is None else FixedNorm(float(asked.max_norm))
+    if policy is None or not (hasattr(policy, "init") and hasattr(policy, "decide")):
+        raise ConfigError(f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)")
+    p = float(asked.norm_type)
+    if not (0 < p <= 8 or p == math.inf):
+        raise ConfigError(f"norm_type={asked.norm_type!r}: p must be above 0 and at most 8, or math.inf")
+    if asked.on_nonfinite not in MODES:
+        raise ConfigError(f"on_nonfinite={asked.on_nonfinite!r}; it is one of {', '.join(map(repr, MODES))}")
+    if asked.fold not in FOLDS:
+        raise ConfigError(f"fold={asked.fold!r}; it is 'auto' or 'never'")
+    if asked.drift_tolerance is not None and not asked.drift_tolerance > 0:
+        raise ConfigError(f"drift_tolerance={asked.drift_tolerance!r} must be positive, or None, which does not look for drift")
+    if asked.skip_limit < 0:
+        raise ConfigError(f"skip_limit={asked.skip_limit!r} must not be negative; 0 allows no bad step")
+    return Options(
+        policy, p, asked.groups or ONE, asked.on_nonfinite, asked.drift_tolerance, asked.skip_limit, asked.fold
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Where reading a number makes the host wait (CUDA), a step is judged exactly one call late, alike on all ranks.
+
+The CPU stands in for such a device: the same code, told that it may wait.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distclip
+from distclip.guard import Verdict, judge
+from distclip.wire import Wire
+from parity.layouts import given
+
+
+def waiting(params, **options):
+    clipper = distclip.GradClipper(params, **{"max_norm": 1.0} | options)
+    clipper._may_wait = True
+    return clipper
+
+
+def refusal(call):
+    try:
+        call()
+    except distclip.DistclipError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def drifting(fault):
+    name, p = given("w", 40)
+    optimizer = torch.optim.AdamW([p], 0.1, fused=True)
+    clipper = waiting([(name, p)])
+    clipper.step(optimizer)
+    start = p.detach().clone()
+    if dist.get_rank() == 3:
+        if fault == "drift":
+            p.grad[7] += 1
+        elif fault == "missing":
+            p.grad = None
+        elif fault == "shape":
+            p.grad = None
+            p.data = torch.zeros(3)
+            p.grad = torch.ones(3)
+    now = refusal(lambda: clipper.step(optimizer))
+    stood = p.shape != start.shape or torch.equal(p, start)
+    _, healthy = given("w", 40)
+    p.data, p.grad = start.clone(), healthy.grad
+    return now, stood, refusal(lambda: clipper.step(optimizer))
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("drift", "AgreementError: step 2: gradients that should be copies are not equal:\nw: norm"),
+        ("missing", "AgreementError: step 2: gradients that should be copies are not equal:\nw: norm"),
+        ("shape", "GradientError: step 2: rank 3: the gradient of w has local shape (3,), the plan says (40,) (whole)"),
+    ],
+)
+def test_a_fault_stops_the_step_and_is_told_at_the_next_call(ranks, fault, words):
+    rows = ranks.run(drifting, fault)
+    for now, stood, later in rows:
+        assert now is None and stood and later.startswith(words), later
+    assert len({later for *_, later in rows}) == 1
+
+
+def overflowing(folder):
+    name, p = given("w", 8)
+    grad = p.grad.clone()
+    optimizer, log = torch.optim.AdamW([p], 0.1, fused=True), f"{folder}/log.jsonl"
+    clipper = waiting([(name, p)], sinks=[distclip.JSONLSink(log)], skip_limit=2)
+    moved, skipped, texts = [], [], []
+    for bad in (False, True, False, True, True, True, False):
+        before = p.detach().clone()
+        p.grad = grad.clone()
+        if bad and dist.get_rank() == 2:
+            p.grad[3] = math.nan
+        texts.append(refusal(lambda: skipped.append(bool(clipper.step(optimizer).skipped))))
+        moved.append(not torch.equal(p, before))
+    return moved, skipped, texts
+
+
+def test_a_streak_ends_one_call_late(ranks, tmp_path):
+    rows = ranks.run(overflowing, str(tmp_path))
+    for moved, skipped, texts in rows:
+        assert moved == [True, False, True, False, False, False, False]
+        assert skipped == [False, True, False, True, True, True]
+        assert texts[:6] == [None] * 6 and texts[6].startswith(
+            "NonFiniteError: step 6: 1 gradient tensor is not finite in 3 steps in a row (skip_limit=2): w on rank 2: NaN."
+        )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], []], "found when judged, in the line of their step"
+
+
+def culprit():
+    return [{"parameter": "w", "rank": 2, "kind": "NaN"}]
+
+
+def test_the_last_report_is_written_when_the_clipper_goes(tmp_path):
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clipper = waiting([("w", p)], sinks=[distclip.JSONLSink(tmp_path / "log")])
+    clipper.step(torch.optim.SGD([p], 1.0, fused=True))
+    assert not (tmp_path / "log").exists()
+    del clipper
+    assert '"total_norm": 5.0' in (tmp_path / "log").read_text()
+
+
+class NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "the host reads a value"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaler", [False, True])
+def test_a_folded_step_reads_nothing(scaler):
+    """Up to the optimizer's own kernels, which a pre-hook precedes; `measure` reads nothing at all."""
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    scale = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scale.scale(torch.ones(()))
+    optimizer, clipper = torch.optim.AdamW([p], 1.0, fused=True), waiting([("w", p)])
+    reached = []
+    optimizer.register_step_pre_hook(lambda *_: reached.append(guard.__exit__(None, None, None)))
+    for _ in range(2):
+        guard = NoHostReads()
+        guard.__enter__()
+        clipper.step(optimizer, scaler=scale if scaler else None, update_scaler=False)
+        scale.update(1.0)
+    assert len(reached) == 2
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_device_and_host_judge_alike(p):
+    wire = Wire(p, 1, 0, 4, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    good = [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3] if math.isinf(p) else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
+    verdicts = set()
+    for i in range(-1, len(good)):
+        for value in (1.0, -1.0, 1e-7, 1e-3, math.inf, math.nan):
+            message = list(good)
+            if i >= 0:
+                message[i] = value if i < len(good) - 6 else good[i] + 1
+            if i == 0 and (value < 0 or (math.isnan(value) and math.isinf(p))):
+                continue  # sums are not negative, and NaN is sent as inf
+            verdict = judge(wire.flags(message), 1e-5)
+            verdicts.add(verdict)
+            stop = wire.stop(torch.tensor(message, dtype=torch.float64), 1e-5)
+            assert bool(stop) == (verdict is not Verdict.FINE), (i, value, verdict)
+    assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts
