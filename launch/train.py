@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --config configs/fsdp2.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -145,6 +146,8 @@ def main() -> None:
         train(config, device)
     finally:
         if dist.is_initialized():
+            # a model that outlives its process groups leaves work to gloo's threads, which abort when the interpreter ends under them
+            gc.collect()
             dist.destroy_process_group()
 
 

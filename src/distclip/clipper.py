@@ -68,6 +68,7 @@ class Outcome:
     grads: Grads
     finite: Tensor  # [] bool
     stop: Tensor  # [] float32: 1 where no optimizer may move
+    overflow: Tensor  # [] float32: what a scaler is told; a step that a policy leaves out is no overflow
     known: Known | None  # None where the host has not read anything
     report: ClipReport
 
@@ -226,7 +227,7 @@ class GradClipper:
             apply.drop([*self._members, *(p for o in call.owned for p in o.others)])
         else:
             self._apply(call, outcome, frozenset())
-        call.hands.tell(outcome.stop, stepped=False)
+        call.hands.tell(outcome.overflow, stepped=False)
         self._writer.write(outcome.report, self._may_wait)
         return outcome.report
 
@@ -257,7 +258,7 @@ class GradClipper:
                     fold.step_folded(owned.optimizer, factor, outcome.stop if outcome.known is None else None)
                 else:
                     (owned.optimizer if call.hands.enabled else owned.given).step()
-        call.hands.tell(outcome.stop, stepped=True)
+        call.hands.tell(outcome.overflow, stepped=True)
         if call.hands.enabled and update_scaler:
             scaler.update()
         self._writer.write(outcome.report, self._may_wait)
@@ -331,16 +332,20 @@ class GradClipper:
         else:
             inverse = torch.as_tensor(call.inverse, dtype=torch.float64, device=self._device).reshape(1)
             coefs = torch.where(norms.finite, decision.coef, 1.0)
-            *host, scale, finite = Mirror.now(torch.cat([message, coefs, inverse, norms.finite.double().reshape(1)]))
-            known = Known(host[message.numel() :], scale, skips and not finite)
+            flags = torch.stack([norms.finite, decision.skip]).double()
+            *host, scale, finite, leave = Mirror.now(torch.cat([message, coefs, inverse, flags]))
+            known = Known(host[message.numel() :], scale, bool((skips and not finite) or (leave and finite and not call.passive)))
             culprits = self._judge(seen, host[: message.numel()])
             stop = (~norms.finite).float()
-        stop = stop if skips else torch.zeros_like(stop)
+        overflow = stop if skips else torch.zeros_like(stop)
         if not call.passive:
             self._state = kept(self._state, state, norms.finite & (stop == 0))
             self._last = self._token(decision)
+            stop = torch.maximum(overflow, (decision.skip & norms.finite).float())
+        else:
+            stop = overflow
         report = self._report(call, norms, decision, stop > 0, culprits)
-        return Outcome(decision, grads, norms.finite, stop, known, report)
+        return Outcome(decision, grads, norms.finite, stop, overflow, known, report)
 
     def _measure(self, call: Call) -> tuple[Seen, Tensor]:
         """This rank's part of the message. Whatever goes wrong here travels in it, so that no rank waits for another."""

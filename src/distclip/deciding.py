@@ -72,11 +72,14 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
     after = norms.per_group.clone()
     out: list[tuple[Tensor, ...]] = []
     clamped: set[int] = set()
+    skip = torch.zeros((), dtype=torch.bool, device=coef.device)
     for part, state in zip(parts, states, strict=True):
         at = torch.tensor(part.groups, device=norms.per_group.device)
         own = Norms(norms.per_group[at], norms.total, norms.finite, norms.nonfinite, norms.stats[part.stats], norms.norm_type)
         answer, new = part.policy.decide(own, state)
         out.append(new)
+        if answer.skip is not None:
+            skip = skip | answer.skip.any()
         if isinstance(answer, Scale):
             coef[at], threshold[at] = answer.coef, answer.threshold
             clipped[at] = answer.coef != 1
@@ -84,7 +87,7 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
         else:
             threshold[at], clipped[at], after[at] = answer.value, answer.clipped, answer.norm_after
             clamped |= set(part.groups)
-    return Decision(coef, threshold, clipped, after, frozenset(clamped)), tuple(out)
+    return Decision(coef, threshold, clipped, after, frozenset(clamped), skip), tuple(out)
 
 
 def kept(old: State, new: State, finite: Tensor) -> State:

@@ -98,6 +98,7 @@ class Decision:
     clipped: Tensor  # [groups] bool
     norms_after: Tensor  # [groups] float64
     clamped: frozenset[int]  # groups whose elements are clamped to the threshold
+    skip: Tensor  # [] bool: a policy leaves this step out
 
 
 class Culprit(NamedTuple):

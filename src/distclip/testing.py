@@ -33,6 +33,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self._ranks: list[tuple[Any, Any, Path]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' store and stacks
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         """`fn(*args)` on every rank, a module-level function; the answers by rank.
@@ -74,6 +75,9 @@ class World:
             process.kill()
             process.join()
         self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def __enter__(self) -> World:
         return self
@@ -82,7 +86,8 @@ class World:
         self.close()
 
     def _start(self) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="distclip-world-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="distclip-world-")
+        folder = Path(self._folder.name)
         fork = multiprocessing.get_context("fork")
         for rank in range(self.size):
             ours, theirs = fork.Pipe()
