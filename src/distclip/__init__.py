@@ -14,7 +14,19 @@ from distclip.exchange import LOCAL
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from distclip.groups import Exempt, by_name, per_layer, per_param_group, per_parameter
 from distclip.placement import PRIVATE
-from distclip.policies import FixedNorm, FixedValue, LocalStats, Normalize, Policy
+from distclip.policies import (
+    AdaGC,
+    AutoClip,
+    FixedNorm,
+    FixedValue,
+    LocalStats,
+    Normalize,
+    Policy,
+    Scheduled,
+    SkipSpikes,
+    Warmup,
+    ZClip,
+)
 from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale
 from distclip.report import JSONLSink, LoggingSink, Sink
 
@@ -23,7 +35,9 @@ __version__ = "0.1.0"
 __all__ = [
     "LOCAL",
     "PRIVATE",
+    "AdaGC",
     "AgreementError",
+    "AutoClip",
     "Clamp",
     "ClipReport",
     "ConfigError",
@@ -44,7 +58,11 @@ __all__ = [
     "PlacementError",
     "Policy",
     "Scale",
+    "Scheduled",
     "Sink",
+    "SkipSpikes",
+    "Warmup",
+    "ZClip",
     "by_name",
     "clip_grad_norm_",
     "clip_grad_value_",

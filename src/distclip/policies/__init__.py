@@ -1,8 +1,26 @@
 """One clipping rule per file, named as users search for it."""
 
+from distclip.policies.adagc import AdaGC
+from distclip.policies.autoclip import AutoClip
 from distclip.policies.fixed import FixedNorm
 from distclip.policies.normalize import Normalize
 from distclip.policies.policy import LocalStats, Policy
+from distclip.policies.schedule import Scheduled
+from distclip.policies.spikes import SkipSpikes
 from distclip.policies.value import FixedValue
+from distclip.policies.warmup import Warmup
+from distclip.policies.zclip import ZClip
 
-__all__ = ["FixedNorm", "FixedValue", "LocalStats", "Normalize", "Policy"]
+__all__ = [
+    "AdaGC",
+    "AutoClip",
+    "FixedNorm",
+    "FixedValue",
+    "LocalStats",
+    "Normalize",
+    "Policy",
+    "Scheduled",
+    "SkipSpikes",
+    "Warmup",
+    "ZClip",
+]

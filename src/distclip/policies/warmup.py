@@ -1,0 +1,81 @@
+"""A fixed threshold for the first steps, then another policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigError
+from distclip.policies.fixed import coefficient
+from distclip.policies.policy import LocalStats, Policy, describe
+from distclip.policies.value import FixedValue
+from distclip.records import Norms, Scale
+
+
+@dataclass(frozen=True, repr=False)
+class Warmup:
+    """The first `steps` steps are clipped at `max_norm`; meanwhile `policy` sees the norms and builds up its statistics, then it decides.
+
+    For policies that clip badly, or not at all, before they have seen enough (AutoClip, ZClip, SkipSpikes). A threshold that
+    rises or falls over the first steps is `Scheduled`.
+
+    Tracks what `policy` tracks, which goes on as if it had decided, and sends what `policy` sends. Steps that were skipped do not count.
+
+    Args:
+        policy: one that scales.
+        steps: how many.
+        max_norm: threshold of each group's norm meanwhile; `math.inf` only measures.
+
+    Raises:
+        ConfigError: an argument out of range, or a policy that clamps (FixedValue).
+    """
+
+    policy: Policy
+    steps: int
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        check_policy("Warmup", self.policy)
+        if isinstance(self.policy, FixedValue):
+            raise ConfigError(_SCALES_ONLY.format(self.policy))
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ConfigError(f"Warmup: steps={self.steps!r} must be a whole number of at least 1; without any, use the policy alone")
+        if not self.max_norm > 0:
+            raise ConfigError(f"Warmup: max_norm={self.max_norm!r} must be positive (math.inf only measures)")
+        pass_on_stats(self, self.policy)
+
+    def __repr__(self) -> str:
+        return f"Warmup({describe(self.policy)}, steps={self.steps}, max_norm={self.max_norm})"
+
+    def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (torch.zeros((), dtype=torch.int64, device=device), *self.policy.init(groups, device))
+
+    def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale, tuple[Tensor, ...]]:
+        count = state[0]  # [] int64: steps taken so far
+        answer, new = self.policy.decide(norms, state[1:])
+        if not isinstance(answer, Scale):
+            raise ConfigError(_SCALES_ONLY.format(describe(self.policy)))
+        warm = count < self.steps
+        threshold = torch.where(warm, torch.full_like(norms.per_group, self.max_norm), answer.threshold)
+        coef = torch.where(warm, coefficient(norms.per_group, threshold), answer.coef)
+        taken = norms.finite if answer.skip is None else norms.finite & ~answer.skip.any()
+        return Scale(coef, threshold, answer.skip), (count + taken, *new)
+
+
+_SCALES_ONLY = "Warmup: {} clamps elements, and a threshold of the norm cannot stand in for it; wrap a policy that scales"
+
+
+def check_policy(who: str, policy: Any) -> None:
+    """ConfigError if it is no policy."""
+    if isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "decide")):
+        raise ConfigError(f"{who}: policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)")
+
+
+def pass_on_stats(wrapper: Any, policy: Policy) -> None:
+    """What the inner policy adds to the message travels under the wrapper's name."""
+    if isinstance(policy, LocalStats):
+        object.__setattr__(wrapper, "words", policy.words)
+        object.__setattr__(wrapper, "local_stats", policy.local_stats)
