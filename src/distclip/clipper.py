@@ -168,7 +168,7 @@ class GradClipper:
     def _prepare(self, plan: Plan) -> None:
         """Buffers and tensors that every step uses."""
         device, p, rules = self._device, self._options.norm_type, self._options.grouping.rules()
-        self._parts = split(plan.groups, rules, self._options.policy)
+        self._parts = split(plan.groups, rules, self._options.policy, device)
         stats = sum(part.words * len(part.groups) for part in self._parts)
         self.plan = replace(plan, words=len(plan.groups) + extra_words(p, stats))
         self._wire = Wire(
@@ -328,18 +328,18 @@ class GradClipper:
         if self._may_wait and may_wait:
             stop = self._wire.stop(message, self._tolerance)
             seen.grads = None
-            self._unjudged.leave(message, seen)
+            self._unjudged.leave(torch.cat([message, decision.skip.double().reshape(1)]), seen)
         else:
             inverse = torch.as_tensor(call.inverse, dtype=torch.float64, device=self._device).reshape(1)
             coefs = torch.where(norms.finite, decision.coef, 1.0)
             flags = torch.stack([norms.finite, decision.skip]).double()
             *host, scale, finite, leave = Mirror.now(torch.cat([message, coefs, inverse, flags]))
             known = Known(host[message.numel() :], scale, bool((skips and not finite) or (leave and finite and not call.passive)))
-            culprits = self._judge(seen, host[: message.numel()])
+            culprits = self._judge(seen, host[: message.numel()], bool(leave))
             stop = (~norms.finite).float()
         overflow = stop if skips else torch.zeros_like(stop)
         if not call.passive:
-            self._state = kept(self._state, state, norms.finite & (stop == 0))
+            self._state = kept(self._state, state, norms.finite & (stop == 0) & ~decision.skip)
             self._last = self._token(decision)
             stop = torch.maximum(overflow, (decision.skip & norms.finite).float())
         else:
@@ -405,11 +405,15 @@ class GradClipper:
         """Judge what the previous call left; its step was not taken if it was bad."""
         late = self._unjudged.taken()
         if late is not None:
-            culprits = self._judge(late.what, late.numbers)
+            culprits = self._judge(late.what, late.numbers[:-1], bool(late.numbers[-1]))
             self._writer.amend(culprits)
 
-    def _judge(self, seen: Seen, message: list[float]) -> tuple[Culprit, ...]:
-        """Raises on all ranks alike, or returns the culprits of a first bad step."""
+    def _judge(self, seen: Seen, message: list[float], left_out: bool) -> tuple[Culprit, ...]:
+        """Raises on all ranks alike, or returns the culprits of a first bad step.
+
+        Args:
+            left_out: a policy decided to leave this step out.
+        """
         call, step, flags = seen.call, seen.step, self._wire.flags(message)
         verdict = judge(flags, None if call.operation == "audit" else self._tolerance)
         if verdict is Verdict.DISAGREE:
@@ -434,7 +438,10 @@ class GradClipper:
         if call.passive:
             return ()
         if verdict is not Verdict.NONFINITE:
-            self._streak.good()
+            if not left_out:
+                self._streak.good()
+            elif self._streak.spike():
+                raise self._streak.spike_error(step)
             return ()
         must_raise = self._streak.bad(patient=call.hands.enabled)
         culprits: tuple[Culprit, ...] = ()

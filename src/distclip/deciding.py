@@ -25,6 +25,7 @@ class Part:
     policy: Policy
     groups: tuple[int, ...]
     stats: slice  # its words among all stats
+    index: Tensor  # `groups` on the compute device: made once, since making it there waits for the device
 
     @property
     def words(self) -> int:
@@ -44,7 +45,7 @@ def policy_of(rule: Rule, main: Policy) -> Policy:
     return main if rule is None else rule
 
 
-def split(groups: Sequence[str], rules: Mapping[str, Rule], main: Policy) -> tuple[Part, ...]:
+def split(groups: Sequence[str], rules: Mapping[str, Rule], main: Policy, device: torch.device) -> tuple[Part, ...]:
     """One part for each policy object, in the order of its first group."""
     governed: dict[int, tuple[Policy, list[int]]] = {}
     for i, name in enumerate(groups):
@@ -55,7 +56,7 @@ def split(groups: Sequence[str], rules: Mapping[str, Rule], main: Policy) -> tup
     start = 0
     for policy, indices in governed.values():
         words = len(indices) * (policy.words if isinstance(policy, LocalStats) else 0)
-        parts.append(Part(policy, tuple(indices), slice(start, start + words)))
+        parts.append(Part(policy, tuple(indices), slice(start, start + words), torch.tensor(indices, device=device)))
         start += words
     return tuple(parts)
 
@@ -74,7 +75,7 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
     clamped: set[int] = set()
     skip = torch.zeros((), dtype=torch.bool, device=coef.device)
     for part, state in zip(parts, states, strict=True):
-        at = torch.tensor(part.groups, device=norms.per_group.device)
+        at = part.index
         own = Norms(norms.per_group[at], norms.total, norms.finite, norms.nonfinite, norms.stats[part.stats], norms.norm_type)
         answer, new = part.policy.decide(own, state)
         out.append(new)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeAlias
 
-from distclip.errors import NonFiniteError
+from distclip.errors import GradientError, NonFiniteError
 from distclip.records import Culprit
 from distclip.wire import RAGGED, Flags
 
@@ -43,7 +43,7 @@ def judge(flags: Flags, tolerance: float | None) -> Verdict:
 
 @dataclass(slots=True)
 class Streak:
-    """Steps in a row that were not finite."""
+    """Steps in a row that were not taken."""
 
     mode: OnNonfinite
     limit: int
@@ -58,6 +58,18 @@ class Streak:
         if self.mode == "propagate":
             return False
         return self.length > self.limit or (self.mode == "raise" and not patient)
+
+    def spike(self) -> bool:
+        """Counts a step that a policy left out; True if it must end in an error."""
+        self.length += 1
+        return self.length > self.limit
+
+    def spike_error(self, step: int) -> GradientError:
+        return GradientError(
+            f"step {step}: {self.length} steps in a row were not taken (skip_limit={self.limit}), the last ones because the policy left "
+            "them out: the norm stays above what it expects. Lower the learning rate, look at the data, or let the policy admit larger "
+            "norms"
+        )
 
     def error(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...]) -> NonFiniteError:
         who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)

@@ -123,7 +123,7 @@ class ClipReport:
     total_norm: Tensor  # [] float32 (float64 for float64 parameters): before clipping
     norm_after: Tensor  # []: after it
     clipped: Tensor  # [] bool: some group was scaled or clamped
-    skipped: Tensor  # [] bool: gradients were not finite and the step is not taken
+    skipped: Tensor  # [] bool: the step is not taken: gradients were not finite, or (with nonfinite 0) the policy left it out
     nonfinite: Tensor  # [] int64
     coefs: Tensor  # [groups]
     threshold: Tensor  # [groups]
