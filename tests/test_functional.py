@@ -1,0 +1,267 @@
+"""The drop-ins: torch's behaviour on plain tensors, right in low precision, and the global norm on DTensors."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import distclip
+from distclip.testing import count_collectives
+from parity.layouts import given, mesh
+from parity.oracle import NORMS, total_norm
+
+OURS, TORCHS = distclip, torch.nn.utils
+
+
+def params(*shapes, dtype=torch.float32, seed=0, size=1.0):
+    source, out = torch.Generator().manual_seed(seed), []
+    for shape in shapes:
+        p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        p.grad = (torch.randn(shape, generator=source) * size).to(dtype)
+        out.append(p)
+    return out
+
+
+def grads(ps):
+    return [p.grad.to_dense().clone() for p in ps if p.grad is not None]
+
+
+# Plain tensors
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
+def test_as_torch_on_plain_tensors(p, max_norm, foreach):
+    ours, torchs = params((5, 3), (7,), ()), params((5, 3), (7,), ())
+    unused = nn.Parameter(torch.zeros(2))
+    with count_collectives() as seen:
+        norm = OURS.clip_grad_norm_([*ours, unused], max_norm, p, foreach=foreach)
+    want = TORCHS.clip_grad_norm_([*torchs, unused], max_norm, p, foreach=foreach)
+    torch.testing.assert_close(norm, want)
+    torch.testing.assert_close(grads(ours), grads(torchs))
+    assert seen.names == [] and unused.grad is None and norm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", [lambda ps: ps[0], lambda ps: (p for p in ps), tuple, list])
+def test_what_may_be_passed(how):
+    ours, torchs = params((5, 3)), params((5, 3))
+    torch.testing.assert_close(OURS.clip_grad_norm_(how(ours), 0.5), TORCHS.clip_grad_norm_(how(torchs), 0.5))
+    OURS.clip_grad_value_(how(ours), 0.01)
+    TORCHS.clip_grad_value_(how(torchs), 0.01)
+    torch.testing.assert_close(grads(ours), grads(torchs))
+    norm = OURS.get_total_norm(how([p.grad for p in ours]), 1.0)
+    torch.testing.assert_close(norm, TORCHS.get_total_norm([p.grad for p in torchs], 1.0))
+    OURS.clip_grads_with_norm_(how(ours), 0.1, norm)
+    TORCHS.clip_grads_with_norm_(how(torchs), 0.1, norm)
+    torch.testing.assert_close(grads(ours), grads(torchs))
+
+
+def test_nothing_to_clip():
+    assert OURS.clip_grad_norm_([], 1.0) == 0 and OURS.clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
+    assert OURS.get_total_norm([]) == 0
+    OURS.clip_grad_value_([nn.Parameter(torch.ones(2))], 1.0)
+    said = []
+    for functions in (OURS, TORCHS):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            functions.clip_grad_norm_((p for p in []), 1.0)
+        said.append([str(w.message) for w in caught])
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_error_if_nonfinite_in_torchs_words(bad):
+    texts = []
+    for functions in (OURS, TORCHS):
+        ps = params((3,))
+        ps[0].grad[1] = bad
+        before = grads(ps)
+        with pytest.raises(RuntimeError) as error:
+            functions.clip_grad_norm_(ps, 1.0, error_if_nonfinite=True)
+        texts.append(str(error.value))
+        torch.testing.assert_close(grads(ps), before, equal_nan=True)
+        assert not functions.clip_grad_norm_(ps, 1.0).isfinite()
+    assert texts[0] == texts[1]
+
+
+def test_float64_overflows_where_torchs_does():
+    for functions in (OURS, TORCHS):
+        p = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        p.grad = torch.full((2,), 2e200, dtype=torch.float64)
+        assert functions.get_total_norm([p.grad]).isinf()
+        with pytest.raises(RuntimeError, match="non-finite"):
+            functions.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_what_is_no_threshold(max_norm):
+    for call in (lambda ps: OURS.clip_grad_norm_(ps, max_norm), lambda ps: OURS.clip_grad_value_(ps, max_norm)):
+        ps = params((3,))
+        before = grads(ps)
+        with pytest.raises(ValueError, match="is not a (threshold|bound)"):
+            call(ps)
+        assert torch.equal(grads(ps)[0], before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 2e3])
+def test_low_precision_is_measured_in_float32(dtype, size):
+    """torch rounds each tensor's norm to its dtype: 65504 overflows, and three digits are all there are."""
+    ps = params((300, 4), (57,), dtype=dtype, size=size)
+    want = total_norm(grads(ps))
+    norm = OURS.clip_grad_norm_(ps, 0.5 * want)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(want, rel=1e-6)
+    assert total_norm(grads(ps)) == pytest.approx(0.5 * want, rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-25, 1.0])
+def test_any_size(size):
+    ps = params((1000,), size=size)
+    want = total_norm(grads(ps))
+    assert OURS.get_total_norm([p.grad for p in ps]).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_unusual_gradients():
+    shared, sparse, turned, cplx, empty = params((4,), (6, 2), (3, 8), (5,), (0,))
+    again = nn.Parameter(torch.zeros(4))
+    again.grad = shared.grad  # counts and is scaled once
+    dense = torch.zeros(6, 2)
+    dense[[1, 4]] = torch.tensor([[1.0, 2.0], [6.0, 8.0]])
+    sparse.grad = torch.sparse_coo_tensor([[4, 1, 4]], [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]], (6, 2), check_invariants=True)
+    turned.grad = turned.grad.t().contiguous().t()
+    cplx = nn.Parameter(torch.zeros(5, dtype=torch.complex64))
+    cplx.grad = torch.randn(5, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    ps = [shared, again, sparse, turned, cplx, empty]
+    before = [g.clone() for g in (shared.grad, dense, turned.grad, cplx.grad)]
+    norm = OURS.clip_grad_norm_(ps, 1.0)
+    want = math.sqrt(sum(g.abs().double().square().sum().item() for g in before))
+    assert norm.item() == pytest.approx(want, rel=1e-6) and want > 1
+    after = [shared.grad, sparse.grad.to_dense(), turned.grad, cplx.grad]
+    torch.testing.assert_close(after, [g / (want + 1e-6) for g in before])
+
+
+# DTensors
+
+
+def shards(strategy):
+    """(model, input) with gradients, held by four ranks, and the whole model's gradients."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Softplus())  # FSDP2 warns of an output that is a view
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(4))
+    reference = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Softplus()).double()
+    reference.load_state_dict({k: v.double() for k, v in net.state_dict().items()})
+    reference(x.double()).square().sum().backward()
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    if strategy == "tp":
+        net = parallelize_module(net, mesh(4), plan)
+    if strategy == "tp_fsdp2":
+        net = parallelize_module(net, mesh(2, 2)["inner"], plan)
+        net = fully_shard(net, mesh=mesh(2, 2)["outer"])
+    if strategy in ("fsdp2", "hsdp"):
+        on = mesh(4) if strategy == "fsdp2" else mesh(2, 2)
+        for child in (net[0], net[2]):
+            fully_shard(child, mesh=on)
+        net = fully_shard(net, mesh=on)
+    net(x).square().sum().backward()
+    whole = [p.grad.full_tensor().clone() for p in net.parameters()]
+    for ours, other in zip(whole, reference.parameters()):
+        torch.testing.assert_close(ours.double(), other.grad, rtol=1e-4, atol=1e-4)
+    return net, whole
+
+
+def on_dtensors(strategy, p):
+    net, truth = shards(strategy)
+    threshold = total_norm(truth, p) / 2
+    with CommDebugMode() as seen:
+        norm = OURS.clip_grad_norm_(net.parameters(), threshold, p)
+    counts = {str(op): n for op, n in seen.get_comm_counts().items()}
+    error = max(
+        (param.grad.full_tensor() - want * threshold / (2 * threshold + 1e-6)).abs().max().item()
+        for param, want in zip(net.parameters(), truth)
+    )
+    OURS.clip_grad_value_(net.parameters(), 0.01)
+    largest = max(param.grad.full_tensor().abs().max().item() for param in net.parameters())
+    kind = (isinstance(norm, DTensor), [isinstance(x, Replicate) for x in norm.placements], norm.device_mesh.shape)
+    return norm.full_tensor().item(), total_norm(truth, p), counts, error, largest, kind
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("strategy, dims", [("fsdp2", 1), ("tp", 1), ("hsdp", 2), ("tp_fsdp2", 2)])
+def test_the_global_norm_on_one_mesh(ranks, strategy, dims, p):
+    rows = ranks.run(on_dtensors, strategy, p)
+    for norm, want, counts, error, largest, kind in rows:
+        assert norm == pytest.approx(want, rel=1e-6) and want > 0
+        assert counts == {"c10d_functional.all_reduce": dims}
+        assert error < 1e-6 and largest == pytest.approx(0.01)
+        assert kind[:2] == (True, [True] * dims)
+    assert len({row[0].hex() for row in rows}) == 1
+
+
+def mixture(p):
+    """Two meshes, and a plain tensor that counts once."""
+    a = given("a", 8, 3, on=mesh(4), place=[Shard(0)])
+    b = given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])
+    c = given("c", 5)
+    named = [a, b, c]
+    want = total_norm([x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for _, x in named], p)
+    norm = OURS.clip_grad_norm_([x for _, x in named], want / 2, p)
+    after = total_norm([x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for _, x in named], p)
+    return norm.item(), want, after, isinstance(norm, DTensor)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_mixed_meshes_and_plain_tensors(ranks, p):
+    for norm, want, after, is_dtensor in ranks.run(mixture, p):
+        assert norm == pytest.approx(want, rel=1e-6) and not is_dtensor
+        assert after == pytest.approx(want / 2, rel=1e-5)
+
+
+def nan_on(rank, p):
+    _, x = given("a", 8, on=mesh(4), place=[Shard(0)])
+    if dist.get_rank() == rank:
+        x.grad.to_local()[0] = math.nan
+    try:
+        OURS.clip_grad_norm_([x], 1.0, p, error_if_nonfinite=True)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_nan_on_any_rank_is_an_error_on_all(ranks, p):
+    for rank in range(4):
+        texts = ranks.run(nan_on, rank, p)
+        assert len(set(texts)) == 1 and "non-finite" in texts[0]
+
+
+def refused():
+    net = FSDP1(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True)
+    net(torch.ones(1, 4)).sum().backward()
+    texts = []
+    partial = nn.Parameter(distribute_tensor(torch.zeros(4), mesh(4), [Replicate()], src_data_rank=None))
+    partial.grad = DTensor.from_local(torch.ones(4), mesh(4), [Partial()], run_check=False)
+    for ps in (list(net.parameters()), [partial]):
+        try:
+            OURS.clip_grad_norm_(ps, 1.0)
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_what_cannot_be_known_is_refused(ranks):
+    for texts in ranks.run(refused):
+        assert texts == [
+            "parameter 0 is a shard of an FSDP1 module: its norm on this rank is not the global one. Use distclip.GradClipper(model, "
+            "max_norm=...) on the outermost FullyShardedDataParallel module, or its own clip_grad_norm_",
+            "a gradient of shape (4,) has placements (Partial(sum),): Partial sums that are not reduced yet; before clipping: "
+            "p.grad = p.grad.redistribute(placements=p.placements)",
+        ]
