@@ -51,6 +51,14 @@ def test_as_torch_on_plain_tensors(p, max_norm, foreach):
     assert seen.names == [] and unused.grad is None and norm.dtype == torch.float32
 
 
+@pytest.mark.parametrize("p", [0, -1.0, -2, 1.5, 20.0, "inf"])
+def test_orders_that_only_torch_knows(p):
+    """Any order that torch's norm takes, as a number or as text."""
+    ours, torchs = params((5, 3), (7,)), params((5, 3), (7,))
+    torch.testing.assert_close(OURS.clip_grad_norm_(ours, 0.5, p), TORCHS.clip_grad_norm_(torchs, 0.5, p))
+    torch.testing.assert_close(grads(ours), grads(torchs))
+
+
 @pytest.mark.parametrize("how", [lambda ps: ps[0], lambda ps: (p for p in ps), tuple, list])
 def test_what_may_be_passed(how):
     ours, torchs = params((5, 3)), params((5, 3))
@@ -107,7 +115,7 @@ def test_what_is_no_threshold(max_norm):
     for call in (lambda ps: OURS.clip_grad_norm_(ps, max_norm), lambda ps: OURS.clip_grad_value_(ps, max_norm)):
         ps = params((3,))
         before = grads(ps)
-        with pytest.raises(ValueError, match="is not a (threshold|bound)"):
+        with pytest.raises(ValueError, match=r"is not a (threshold|bound)"):
             call(ps)
         assert torch.equal(grads(ps)[0], before[0])
 

@@ -52,10 +52,14 @@ class World:
             for rank, (process, pipe, _) in enumerate(self._ranks):
                 if rank in answers:
                     continue
-                if pipe.poll(0.002):
-                    answers[rank] = pipe.recv()
-                elif not process.is_alive():
-                    answers[rank] = (False, "the process died")
+                try:
+                    if pipe.poll(0.002):
+                        answers[rank] = pipe.recv()
+                    elif not process.is_alive():
+                        raise EOFError
+                except (EOFError, OSError):  # the other end is closed
+                    process.join(5)
+                    answers[rank] = (False, f"the process died, exit code {process.exitcode}")
                 if rank in answers and not answers[rank][0]:
                     end = min(end, time.monotonic() + 5)  # the others may be waiting for this one
         wrong: dict[str, list[int]] = {}
@@ -100,7 +104,7 @@ class World:
         process, _, log = self._ranks[rank]
         os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.3)
-        return log.read_text()[-3000:]
+        return log.read_text().partition(" in _serve")[0].rpartition("\n")[0]  # the latest call first, down to this file's own
 
 
 def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:

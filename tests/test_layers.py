@@ -1,0 +1,97 @@
+"""The order of the layers, where torch.distributed may appear, and what importing distclip pulls in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "distclip"
+
+# A file imports only from those above it. A new file gets its place here.
+ORDER = """
+errors records groups fsdp1 naming placement exchange agreement plan measure
+policies.policy policies.fixed policies.value policies.normalize policies.schedule policies.autoclip policies.zclip policies.adagc
+policies.warmup policies.spikes policies
+deciding wire guard options amp owners calls collecting apply fold host audit report clipper functional testing __init__
+""".split()
+
+# Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
+DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing"}
+# These name a type of it, in a signature or an isinstance, and call nothing.
+TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "fold": {"DTensor"}}
+
+
+def module_name(path):
+    name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(text):
+    """(module, names) of every import in a source text, at any depth."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names]
+
+
+def out_of_order(name, text, order=ORDER):
+    """Imports of distclip's own files that do not stand above `name`."""
+    above = set(order[: order.index(name)])
+    found = []
+    for module, names in imports(text):
+        if module == "distclip":
+            found += [n for n in names if n not in above]
+        elif module.startswith("distclip."):
+            inner = module.removeprefix("distclip.")
+            found += [inner] if inner not in above else []
+    return found
+
+
+FILES = {module_name(path): path for path in SOURCE.rglob("*.py")}
+
+
+def test_every_file_has_its_place():
+    assert sorted(FILES) == sorted(ORDER), "put a new file into ORDER"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_come_from_above(name):
+    assert out_of_order(name, FILES[name].read_text()) == []
+
+
+def test_the_check_catches_a_violation():
+    assert out_of_order("measure", "def f():\n    from distclip.clipper import GradClipper\n") == ["clipper"]
+    assert out_of_order("measure", "from distclip import audit, errors") == ["audit"]
+    assert out_of_order("clipper", "import torch\nfrom distclip import apply") == []
+
+
+def of_distributed(text):
+    """Names that a text takes from torch.distributed."""
+    found = set()
+    for module, names in imports(text):
+        if module.startswith("torch.distributed"):
+            found |= set(names) or {module}
+        elif module == "torch" and "distributed" in names:
+            found.add("distributed")
+    return found
+
+
+def test_where_torch_distributed_appears():
+    found = {name: names for name, path in FILES.items() if (names := of_distributed(path.read_text()))}
+    assert set(found) == DISTRIBUTED | set(TYPES_ONLY)
+    assert {name: found[name] for name in TYPES_ONLY} == TYPES_ONLY
+    assert of_distributed("from torch import distributed as d") == {"distributed"}
+
+
+def test_importing_distclip_pulls_in_torch_alone():
+    show = "import sys; {}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+
+    def loaded(statement):
+        done = subprocess.run([sys.executable, "-c", show.format(statement)], capture_output=True, text=True, check=True, timeout=120)
+        return set(done.stdout.split())
+
+    extra = loaded("import distclip") - loaded("import torch, torch.distributed.fsdp, torch.distributed.tensor")
+    assert extra - set(sys.stdlib_module_names) == {"distclip"}
