@@ -10,12 +10,46 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 
 # A file imports only from those above it. A new file gets its place here.
-ORDER = """
-errors records groups fsdp1 naming placement exchange agreement plan measure
-policies.policy policies.fixed policies.value policies.normalize policies.schedule policies.autoclip policies.zclip policies.adagc
-policies.warmup policies.spikes policies
-deciding wire guard options amp owners calls collecting apply fold host audit report clipper functional testing __init__
-""".split()
+ORDER = [
+    "errors",
+    "records",
+    "groups",
+    "fsdp1",
+    "naming",
+    "placement",
+    "exchange",
+    "agreement",
+    "plan",
+    "measure",
+    "policies.policy",
+    "policies.fixed",
+    "policies.value",
+    "policies.normalize",
+    "policies.schedule",
+    "policies.autoclip",
+    "policies.zclip",
+    "policies.adagc",
+    "policies.warmup",
+    "policies.spikes",
+    "policies",
+    "deciding",
+    "wire",
+    "guard",
+    "options",
+    "amp",
+    "owners",
+    "calls",
+    "collecting",
+    "apply",
+    "fold",
+    "host",
+    "audit",
+    "report",
+    "clipper",
+    "functional",
+    "testing",
+    "__init__",
+]
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
 DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing"}

@@ -83,7 +83,7 @@ def failing(group):
 
 
 def test_a_thread_that_never_comes_or_fails():
-    with pytest.raises(RuntimeError, match="not all of 2 threads came within 0.3 s"):
+    with pytest.raises(RuntimeError, match=r"not all of 2 threads came within 0\.3 s"):
         run_threads(2, missing, timeout_s=0.3)
     with pytest.raises(KeyError, match="mine"):
         run_threads(2, failing)
