@@ -209,6 +209,10 @@ REFUSED = {
     "tolerance": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, drift_tolerance=-1.0), "drift_tolerance=-1.0 must be positive"),
     "item": (lambda: distclip.GradClipper([3], 1.0), r"params\[0\] is a int"),
     "names": (lambda: distclip.GradClipper([named([1.0])[0], named([1.0])[0]], 1.0), "two different parameters are named 'layer0.weight'"),
+    "meta": (
+        lambda: distclip.GradClipper(nn.Linear(2, 2, device="meta"), 1.0),
+        "weight is on the device meta; distclip clips on the CPU and on CUDA. A model on `meta` has no values yet",
+    ),
     "by_name": (lambda: distclip.by_name({}), "give at least one pattern"),
 }  # fmt: skip
 
@@ -217,3 +221,23 @@ REFUSED = {
 def test_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_complex_gradients_have_a_norm_and_no_order():
+    p = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    p.grad = torch.tensor([3j, 4.0])
+    assert distclip.GradClipper([("w", p)], 2.5).clip_().total_norm == 5
+    assert p.grad.tolist() == [1.5j, 2.0]
+    with pytest.raises(distclip.GradientError, match="its elements cannot be clamped; clip its norm, or exempt it"):
+        distclip.GradClipper([("w", p)], policy=distclip.FixedValue(1.0)).clip_()
+    assert p.grad.tolist() == [1.5j, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sparse_gradients_that_are_not_coalesced(dtype):
+    p = nn.Parameter(torch.zeros(6, 2, dtype=dtype))
+    p.grad = torch.sparse_coo_tensor([[4, 1, 4]], [[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]], (6, 2), dtype=dtype, check_invariants=True)
+    report = distclip.GradClipper([("w", p)], 2.5).clip_()
+    assert report.total_norm == 5 and p.grad.to_dense()[4].tolist() == [1.5, 2.0]
+    distclip.GradClipper([("w", p)], policy=distclip.FixedValue(1.75)).clip_()
+    assert p.grad.to_dense()[4].tolist() == [1.5, 1.75]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,19 +60,19 @@ class Call:
         params = (p for o, scaled in zip(self.owned, self.hands.scaled, strict=True) if scaled for p in o.others)
         return [local_tensor(p.grad) for p in params if p.grad is not None]
 
-    def powers(self, pieces: Sequence[int], p: float, device: torch.device) -> Tensor | None:
-        """[pieces] or [] float64: what power sums are multiplied by, or None where that is 1."""
-        if self.hands.inverse is None and self.grad_scale == 1:
-            return None
-        scaled = _power(torch.as_tensor(self.inverse, dtype=torch.float64, device=device) * self.grad_scale, p)
+    def powers(self, pieces: Sequence[int], p: float, device: torch.device) -> Tensor | float | None:
+        """What power sums are multiplied by: for all alike, or [pieces] float64; None where that is 1."""
+        if self.hands.inverse is None:
+            return None if self.grad_scale == 1 else _power(self.grad_scale, p)
+        scaled = _power(self.hands.inverse * self.grad_scale, p)
         before = self.unscaled()
         if not before:
             return scaled
-        plain = _power(torch.tensor(self.grad_scale, dtype=torch.float64, device=device), p)
-        return torch.where(torch.tensor([i in before for i in pieces], device=device), plain, scaled)
+        return torch.where(torch.tensor([i in before for i in pieces], device=device), _power(self.grad_scale, p), scaled)
 
 
-def _power(factor: Tensor, p: float) -> Tensor:
+def _power(factor: Any, p: float) -> Any:
+    """Of a tensor or of a number: what a factor of the gradients does to their power sum, or maximum."""
     return factor if math.isinf(p) else factor**p
 
 

@@ -192,6 +192,8 @@ class GradClipper:
         self._tolerance = tolerance and tolerance * min(1.0, p)
         self._streak = Streak(self._options.on_nonfinite, self._options.skip_limit)
         self._last = torch.zeros(1, dtype=torch.float64, device=device)
+        self._nothing = torch.zeros(len(plan.pieces), dtype=torch.float64, device=device)
+        self._index: tuple[list[int], Tensor] = ([], torch.zeros(0, dtype=torch.int64, device=device))
         draw = torch.Generator().manual_seed(1)
         self._mixers = torch.randint(1 << 62, (2, len(plan.groups)), generator=draw).bitwise_or(1).to(device)
         self._warned = False
@@ -284,6 +286,8 @@ class GradClipper:
         try:
             if operation == "step" and not optimizers:
                 raise ConfigError("step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()")
+            if len({id(optimizer) for optimizer in inner}) < len(inner):
+                raise ConfigError("step() was given one optimizer twice; it would step twice")
             if not 0 < grad_scale < math.inf:
                 raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
             hands = Handshake(scaler, inner, self._device)
@@ -349,8 +353,8 @@ class GradClipper:
 
     def _measure(self, call: Call) -> tuple[Seen, Tensor]:
         """This rank's part of the message. Whatever goes wrong here travels in it, so that no rank waits for another."""
-        device, count, p = self._device, len(self.plan.pieces), self._options.norm_type
-        sums, has = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(2))
+        device, p = self._device, self._options.norm_type
+        sums = has = self._nothing
         stats = torch.zeros(self._wire.stats, dtype=torch.float64, device=device)
         found = torch.zeros((), dtype=torch.float64, device=device)
         grads = Grads()
@@ -360,15 +364,24 @@ class GradClipper:
             if not grads.faults and call.problem is None:
                 own = power_sums(grads.local, p).to(device)
                 powers = call.powers(grads.index, p, device)
-                sums[grads.index] = own if powers is None else own * powers
-                has[grads.present] = 1.0
+                sums = self._placed(grads.index, own if powers is None else own * powers)
+                has = self._placed(grads.present, self._nothing.new_ones(len(grads.present)))
                 found = torch.maximum(call.hands.found(device), (~power_sums(call.others(), math.inf).isfinite()).sum().to(device))
                 self._local_stats(stats, grads, call)
         except Exception as error:
             grads.faults.append(f"{type(error).__name__}: {error}")
-        tokens = torch.tensor([self._step & 0xFFFF, key(call.text + self._config) & 0xFFFF], dtype=torch.float64, device=device)
-        message = self._wire.pack(sums, has, stats, found, bool(grads.faults), torch.cat([tokens, self._last]))
+        # filled in on the device: a tensor made from a list would make the host wait for it
+        counter, doing = (self._last.new_full((1,), token & 0xFFFF) for token in (self._step, key(call.text + self._config)))
+        message = self._wire.pack(sums, has, stats, found, bool(grads.faults), torch.cat([counter, doing, self._last]))
         return Seen(self._step, call, grads, grads.faults, self._last, sums, has), message.to(self._channel.device_for(device))
+
+    def _placed(self, index: list[int], values: Tensor) -> Tensor:
+        """[pieces]: `values` at `index`, 0 elsewhere. The index is copied to the device only when it changes."""
+        if len(index) == len(self.plan.pieces):
+            return values
+        if self._index[0] != index:
+            self._index = (list(index), torch.tensor(index, dtype=torch.int64, device=self._device))
+        return self._nothing.index_copy(0, self._index[1], values)
 
     def _local_stats(self, stats: Tensor, grads: Grads, call: Call) -> None:
         """What policies want to know besides the norm; gradients with and without a scaler's scale apart."""
@@ -476,9 +489,11 @@ class GradClipper:
         here = dict(zip(outcome.grads.index, outcome.grads.local, strict=True))
         decision, unscaled = outcome.decision, call.unscaled()
         for group, members in enumerate(self._members_of):
+            factors = [self._factor(call, outcome, group, scaled) for scaled in ((True, False) if unscaled else (True,))]
+            if group not in decision.clamped and all(factor is None for factor in factors):
+                continue
             mine = [i for i in members if i in here and i not in folded]
-            for half, scaled in zip(halves(mine, unscaled), (True, False), strict=True):
-                factor = self._factor(call, outcome, group, scaled)
+            for half, factor in zip(halves(mine, unscaled), factors):
                 if half and factor is not None:
                     apply.scale_([here[i] for i in half], factor)
             if group in decision.clamped and mine:

@@ -16,11 +16,9 @@ from distclip.apply import clamp_, scale_
 from distclip.errors import ConfigError, PlacementError
 from distclip.fsdp1 import is_flattened
 from distclip.measure import norm_of, power_sums
-from distclip.placement import local_tensor
+from distclip.placement import DEVICES, local_tensor
 
 TensorOrTensors: TypeAlias = "Tensor | Iterable[Tensor]"
-
-_SUPPORTED = ("cpu", "cuda")
 
 
 def clip_grad_norm_(
@@ -66,7 +64,7 @@ def get_total_norm(
     if not given:
         return torch.tensor(0.0)
     sharded = [t for t in given if isinstance(t, DTensor)]
-    outside = any(t.device.type not in _SUPPORTED for t in given)
+    outside = any(t.device.type not in DEVICES for t in given)
     if not sharded and (outside or not 0 < p <= math.inf):
         return torch_utils.get_total_norm(given, p, error_if_nonfinite, foreach)
     norm = _global_norm(sharded, [t for t in given if not isinstance(t, DTensor)], p)
@@ -81,7 +79,7 @@ def clip_grads_with_norm_(parameters: TensorOrTensors, max_norm: float, total_no
     grads = _distinct([p.grad for p in params if p.grad is not None])
     if not grads:
         return
-    if any(g.device.type not in _SUPPORTED for g in grads):
+    if any(g.device.type not in DEVICES for g in grads):
         torch_utils.clip_grads_with_norm_(params, max_norm, total_norm, foreach)
         return
     coef = (float(max_norm) / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
@@ -98,7 +96,7 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
     value = float(clip_value)
     if math.isnan(value) or value < 0:
         raise ConfigError(f"clip_value={clip_value!r} is not a bound; pass 0 or more")
-    if any(g.device.type not in _SUPPORTED for g in grads):
+    if any(g.device.type not in DEVICES for g in grads):
         torch_utils.clip_grad_value_(params, clip_value, foreach)
         return
     with torch.no_grad():

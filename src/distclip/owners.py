@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from distclip.amp import innermost
 
+_REMEMBERED = 16  # optimizers; more are made anew again and again, and none is to be kept alive for ever
+
 
 @dataclass(frozen=True, slots=True)
 class Owned:
@@ -40,6 +42,8 @@ class Owners:
         signature = tuple((id(group["params"]), len(group["params"])) for group in inner.param_groups)
         known = self._known.get(id(optimizer))
         if known is None or known[0] != signature or known[1].given is not optimizer:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
             known = self._known[id(optimizer)] = (signature, self._found(optimizer, inner))
         return known[1]
 

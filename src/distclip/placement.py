@@ -36,6 +36,7 @@ PRIVATE: Final = _Private()
 ReplicatedOver: TypeAlias = Mapping[str, "ProcessGroup | _Private"]
 Shared: TypeAlias = Sequence[Sequence[str]]
 
+DEVICES = ("cpu", "cuda")
 EVERYWHERE = "all ranks with the name"
 
 
@@ -55,9 +56,15 @@ def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[
     """The pieces that this rank holds, with their parameters; those on a mesh without this rank are left out.
 
     Raises:
-        PlacementError: an FSDP1 parameter outside its root, or a DTensor that holds unreduced sums.
+        PlacementError: a device that is not supported, an FSDP1 parameter outside its root, or a DTensor that holds unreduced sums.
         ConfigError: a declared group does not contain this rank.
     """
+    for n in named:
+        if n.param.device.type not in DEVICES:
+            raise PlacementError(
+                f"{n.name} is on the device {n.param.device}; distclip clips on the CPU and on CUDA. A model on `meta` has no values yet: "
+                "build the clipper after it was materialised"
+            )
     out = [(n, _piece(n, declared, rank)) for n in named]
     return [(n, piece) for n, piece in out if piece is not None]
 

@@ -67,7 +67,7 @@ class Wire:
         device = sums.device
         bad = torch.maximum((~sums.isfinite()).sum().double(), found).reshape(1)
         count = has.sum().reshape(1)
-        wrong = torch.tensor([float(fault)], dtype=torch.float64, device=device)
+        wrong = sums.new_full((1,), float(fault))
         if math.isinf(self.norm_type):
             top = torch.zeros(self.groups, dtype=torch.float64, device=device)
             top.scatter_reduce_(0, self.group, sums.nan_to_num(nan=math.inf, posinf=math.inf), "amax")

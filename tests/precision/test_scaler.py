@@ -208,6 +208,7 @@ REFUSED = {
         lambda c, o: c.step(),
         "step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()",
     ),
+    "one twice": (lambda c, o: c.step(o, o), "step() was given one optimizer twice; it would step twice"),
     "grad_scale": (lambda c, o: c.clip_(grad_scale=0.0), "grad_scale=0.0 must be positive and finite"),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distclip.errors import GradientError
 from distclip.measure import norm_of, power_sums
 from distclip.policies.fixed import checked_threshold
 from distclip.records import Clamp, Norms
@@ -50,6 +51,11 @@ class FixedValue:
         out = torch.zeros(2, dtype=torch.float64, device=scale.device)
         bound = self.clip_value / scale
         for grad, share in zip(grads, shares, strict=True):
+            if grad.is_complex():
+                raise GradientError(
+                    f"a complex gradient of shape {tuple(grad.shape)} has no order, so its elements cannot be clamped; clip its norm, or "
+                    "exempt it by groups=by_name({...: Exempt()})"
+                )
             flat = (grad.coalesce().values() if grad.is_sparse else grad).reshape(-1)
             for chunk in flat.split(_CHUNK):
                 limit = bound.to(chunk.device, torch.promote_types(chunk.dtype, torch.float32))
