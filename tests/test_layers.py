@@ -49,6 +49,8 @@ ORDER = [
     "functional",
     "testing",
     "__init__",
+    "integrations",
+    "integrations.accelerate",
 ]
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
@@ -74,10 +76,13 @@ def imports(text):
 def out_of_order(name, text, order=ORDER):
     """Imports of distclip's own files that do not stand above `name`."""
     above = set(order[: order.index(name)])
+    public = "__init__" in above  # what stands below it uses public names, and no file
     found = []
     for module, names in imports(text):
         if module == "distclip":
-            found += [n for n in names if n not in above]
+            found += [n for n in names if (n in above if public else n not in above)]
+        elif public and not module.startswith(f"distclip.{name.split('.')[0]}"):
+            found += [module] if module.startswith("distclip.") else []
         elif module.startswith("distclip."):
             inner = module.removeprefix("distclip.")
             found += [inner] if inner not in above else []
@@ -100,6 +105,8 @@ def test_the_check_catches_a_violation():
     assert out_of_order("measure", "def f():\n    from distclip.clipper import GradClipper\n") == ["clipper"]
     assert out_of_order("measure", "from distclip import audit, errors") == ["audit"]
     assert out_of_order("clipper", "import torch\nfrom distclip import apply") == []
+    assert out_of_order("integrations.accelerate", "from distclip import GradClipper, apply") == ["apply"]
+    assert out_of_order("integrations.accelerate", "from distclip.clipper import GradClipper") == ["distclip.clipper"]
 
 
 def of_distributed(text):

@@ -141,8 +141,8 @@ REFUSED = {
     replaced: r"GradientError: step 1: rank 3: 1\S* was replaced after the clipper was built.*clipper.rebuild\(\) on all ranks",
     positions_as_names: r"ConfigError: bare parameters have no names.*model.named_parameters\(\)",
     no_match: r"ConfigError: 'nothing.\*' matches no parameter on any rank",
-    one_more_call: r"AgreementError: ranks did not do the same.*\nrank 0-2: call 1, clip_.*\nrank 3: call 1, measure",
-    a_rank_that_is_a_call_behind: r"rank 0-2: call 1, .*\nrank 3: call 2, ",
+    one_more_call: r"AgreementError: ranks did not do the same.*\nrank 0-2: at step 1: clip_.*\nrank 3: at step 1: measure",
+    a_rank_that_is_a_call_behind: r"rank 0-2: at step 1: .*\nrank 3: at step 2: ",
 }
 
 

@@ -204,13 +204,13 @@ class GradClipper:
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
-    def clip_(self, optimizer: Optimizer | None = None, scaler: Any = None, grad_scale: float = 1.0) -> ClipReport:
+    def clip_(self, optimizer: Optimizer | Sequence[Optimizer] | None = None, scaler: Any = None, grad_scale: float = 1.0) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce, on every rank.
 
         A step that is not finite is skipped by taking the gradients away (`.grad = None`), which every optimizer respects.
 
         Args:
-            optimizer: whose gradients `scaler` scaled; all its gradients are taken away at a skipped step.
+            optimizer: one or several, whose gradients `scaler` scaled; all their gradients are taken away at a skipped step.
             scaler: an enabled GradScaler: gradients are unscaled in the same multiply (unless `scaler.unscale_` was called) and the
                 overflow that all ranks agreed on is recorded; `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the coefficient; norms are after it.
@@ -218,7 +218,8 @@ class GradClipper:
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before any gradient was touched.
         """
-        call = self._call("clip_", () if optimizer is None else (optimizer,), scaler, grad_scale)
+        optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        call = self._call("clip_", optimizers, scaler, grad_scale)
         outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
         if outcome.known is not None and outcome.known.skip:
             if self._moved and not call.hands.enabled:
@@ -430,7 +431,7 @@ class GradClipper:
         call, step, flags = seen.call, seen.step, self._wire.flags(message)
         verdict = judge(flags, None if call.operation == "audit" else self._tolerance)
         if verdict is Verdict.DISAGREE:
-            doing = f"call {step}, {call.text}, after decision {int(seen.last):04x}, options {key(self._config) & 0xFFFF:04x}"
+            doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {key(self._config) & 0xFFFF:04x}"
             raise audit.name_disagreement(self._channel, doing, self._device)
         if call.problem is not None:
             raise call.problem

@@ -123,18 +123,18 @@ def calls(usual, other):
 
 
 REFUSED = {
-    other_decision: lambda: calls("call 2, clip_, after decision A", "call 2, clip_, after decision B"),
-    other_step: lambda: calls("call 1, clip_, after decision A", "call 7, clip_, after decision A"),
+    other_decision: lambda: calls("at step 2: clip_, after decision A", "at step 2: clip_, after decision B"),
+    other_step: lambda: calls("at step 1: clip_, after decision A", "at step 7: clip_, after decision A"),
     other_grad_scale: lambda: calls(
-        "call 1, clip_ with grad_scale 0.25, after decision A", "call 1, clip_ with grad_scale 0.125, after decision A"
+        "at step 1: clip_ with grad_scale 0.25, after decision A", "at step 1: clip_ with grad_scale 0.125, after decision A"
     ),
     no_optimizer: lambda: calls(
-        "call 1, step with 1 optimizer, after decision A",
-        "call 1, step [step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()], after decision A",
+        "at step 1: step with 1 optimizer, after decision A",
+        "at step 1: step [step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()], after decision A",
     ),
     unscaled_on_one_rank: lambda: calls(
-        "call 1, step with 1 optimizer, a scaler, after decision A",
-        "call 1, step with 1 optimizer, a scaler that unscaled optimizer 0 before, after decision A",
+        "at step 1: step with 1 optimizer, a scaler, after decision A",
+        "at step 1: step with 1 optimizer, a scaler that unscaled optimizer 0 before, after decision A",
     ),
     a_gradient_on_some: lambda: "AgreementError: step 1: gradients that should be copies are not equal:\nlayer7.weight: norm "
     f"{norm('layer7.weight')} on rank 0-2, no gradient on rank 3" + ADVICE,

@@ -1,0 +1,165 @@
+"""Hugging Face Accelerate: the loop keeps its lines, `accelerator.clip_grad_norm_` goes through distclip.
+
+    model, optimizer, data = accelerator.prepare(model, optimizer, data)
+    clipper = prepare(accelerator, model, max_norm=1.0)
+    ...
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as before
+
+Written against accelerate 1.15; of its private names `_optimizers` is used, and checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distclip import ClipReport, ConfigError, Exempt, FixedValue, GradClipper, Policy
+
+_HERE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
+
+def prepare(
+    accelerator: Accelerator, *models: nn.Module, max_norm: float | None = None, policy: Policy | None = None, **options: Any
+) -> GradClipper:
+    """A clipper for `models`, which `accelerator.clip_grad_norm_` and `clip_grad_value_` use from now on. A collective.
+
+    Call it after `accelerator.prepare`, once for each model (or set of models) that is clipped by a norm of its own. Its state goes
+    with `accelerator.save_state` and `load_state`.
+
+    Afterwards, on every rank alike:
+
+    * `clip_grad_norm_(parameters, max_norm, norm_type)` takes a model's parameters, a part of them, or those of several models, and
+      returns the global norm before clipping, a plain 0-dim tensor; of the part only. For whole models `max_norm` and `norm_type` must be
+      those given here (None under a `policy`): two thresholds for one model are a mistake.
+    * `clip_grad_value_(parameters, clip_value)` works on sharded models too.
+    * Only the optimizers that hold the given parameters are unscaled.
+    * On a micro-step of gradient accumulation nothing is done or sent, and the answer is NaN.
+    * A step that is not finite is skipped on all ranks: gradients are None, `optimizer.step()` moves nothing.
+
+    Args:
+        options: of `GradClipper`.
+
+    Raises:
+        ConfigError: no model, a model that is not wrapped yet, or a framework under which Accelerate does not own the step.
+    """
+    if not models:
+        raise ConfigError("prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned")
+    if accelerator.distributed_type not in _HERE:
+        raise ConfigError(
+            f"under {accelerator.distributed_type.value} accelerator.backward() already takes the step, so nothing can be clipped after it"
+        )
+    if not hasattr(accelerator, "_optimizers"):
+        raise ConfigError("this version of accelerate keeps its optimizers elsewhere; distclip was written against accelerate 1.15")
+    clipper = GradClipper(list(models), max_norm, policy=policy, **options)
+    now = getattr(accelerator.clip_grad_norm_, "__self__", None)
+    clipping = now if isinstance(now, _Clipping) else _Clipping(accelerator)
+    clipping.whole[_identity(_trainable(models))] = _Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options)
+    accelerator.clip_grad_norm_ = clipping.clip_grad_norm_
+    accelerator.clip_grad_value_ = clipping.clip_grad_value_
+    accelerator.register_for_checkpointing(clipper)
+    return clipper
+
+
+@dataclass
+class _Prepared:
+    clipper: GradClipper
+    models: tuple[nn.Module, ...]
+    max_norm: float | None
+    norm_type: float
+    options: dict[str, Any]
+
+
+@dataclass(eq=False)
+class _Clipping:
+    """What stands behind an accelerator's clipping methods."""
+
+    accelerator: Accelerator
+    whole: dict[frozenset[int], _Prepared] = field(default_factory=dict)
+    made: dict[tuple[frozenset[int], str], tuple[float, float, GradClipper]] = field(default_factory=dict)  # for parts and values
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2) -> Tensor:
+        params = _listed(parameters)
+        if not self.accelerator.sync_gradients:
+            return torch.full((), math.nan, device=self.accelerator.device)
+        prepared = self.whole.get(_identity(params))
+        if prepared is None:
+            if max_norm is None:
+                raise ConfigError("max_norm=None: parts of a model, and several together, have no policy of their own; pass a number")
+            return self._clip(params, self._of(params, "norm", float(max_norm), float(norm_type))).total_norm
+        if max_norm != prepared.max_norm or float(norm_type) != prepared.norm_type:
+            raise ConfigError(
+                f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type}, but distclip was prepared with "
+                f"max_norm={prepared.max_norm}, norm_type={prepared.norm_type:g} for this model; make them equal"
+                + (" (under a policy max_norm is None)" if prepared.max_norm is None else "")
+            )
+        return self._clip(params, prepared.clipper).total_norm
+
+    def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
+        params = _listed(parameters)
+        if self.accelerator.sync_gradients:
+            self._clip(params, self._of(params, "value", float(clip_value), 2.0))
+
+    def _clip(self, params: Sequence[Tensor], clipper: GradClipper) -> ClipReport:
+        asked = {id(p) for p in params}
+        inner: list[Optimizer] = self.accelerator._optimizers
+        owners = [o for o in inner if any(id(p) in asked for group in o.param_groups for p in group["params"])]
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.is_enabled() and not owners:
+            raise ConfigError("no optimizer that accelerator.prepare was given holds these parameters, so they cannot be unscaled")
+        return clipper.clip_(owners, scaler)
+
+    def _of(self, params: Sequence[Tensor], kind: str, bound: float, norm_type: float) -> GradClipper:
+        """A clipper for exactly these parameters; made at the first call, which is a collective, and anew for another bound."""
+        asked = _identity(params)
+        known = self.made.get((asked, kind))
+        if known is not None and known[:2] == (bound, norm_type):
+            return known[2]
+        prepared = [p for p in self.whole.values() if asked & _identity(_trainable(p.models))]
+        models = list({id(model): model for p in prepared for model in p.models}.values())
+        strange = len(asked - _identity(_trainable(models)))
+        if strange:
+            raise ConfigError(
+                f"{strange} of {len(asked)} parameters are of no model that distclip knows; "
+                "call distclip.integrations.accelerate.prepare(accelerator, model, max_norm=...) for that model too"
+            )
+        options = {k: v for k, v in prepared[0].options.items() if k not in ("groups", "norm_type", "sinks")}
+        rule: dict[str, Any] = {"max_norm": bound} if kind == "norm" else {"policy": FixedValue(bound)}
+        clipper = GradClipper(models, groups=_Part(asked), norm_type=norm_type, **rule, **options)
+        self.made[asked, kind] = (bound, norm_type, clipper)
+        return clipper
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The asked parameters are one group; the others are neither clipped nor in the total."""
+
+    asked: frozenset[int]
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        return ["asked" if id(param) in self.asked else "left" for param in params]
+
+    def rules(self) -> Mapping[str, Any]:
+        return {"left": Exempt(in_total=False)}
+
+    def patterns(self) -> Sequence[str]:
+        return ()
+
+
+def _listed(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    return [p for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.requires_grad]
+
+
+def _trainable(models: Iterable[nn.Module]) -> list[Tensor]:
+    return [p for model in models for p in model.parameters() if p.requires_grad]
+
+
+def _identity(params: Iterable[Tensor]) -> frozenset[int]:
+    return frozenset(id(p) for p in params)

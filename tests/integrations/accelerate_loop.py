@@ -1,0 +1,241 @@
+"""A loop of Accelerate's own style, with distclip's one line: torchrun ... accelerate_loop.py STRATEGY. Prints one JSON line a rank."""
+
+import gc
+import json
+import math
+import os
+import sys
+import tempfile
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from distclip.integrations.accelerate import prepare
+
+STRATEGY = sys.argv[1]
+TINY, HUGE = 1e-9, 1e9
+
+
+def make_accelerator(steps=1, fp16=False):
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    if not STRATEGY.startswith("fsdp"):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+        if fp16:  # which Accelerate offers on GPUs only
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return accelerator
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._reset_state()
+    PartialState(backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate shards on accelerators only
+    version = int(STRATEGY[-1])
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version, use_orig_params=True, reshard_after_forward="FULL_SHARD" if version == 1 else True
+    )
+    return Accelerator(fsdp_plugin=plugin, gradient_accumulation_steps=steps)
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+
+
+def data(seed, rows=8):
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 6, generator=source) * 4, torch.randn(rows, 4, generator=source)
+
+
+def loss_of(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+def mine(accelerator, t):
+    return t[accelerator.process_index :: accelerator.num_processes]
+
+
+def whole(model):
+    """Parameters by name, full."""
+    fsdp1 = isinstance(model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(model) if fsdp1 else nullcontext():
+        named = [(n.replace("_fsdp_wrapped_module.", "").removeprefix("module."), p) for n, p in model.named_parameters()]
+        return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone().double() for n, p in named}
+
+
+def oracle(model, x, y, asked=lambda name: True):
+    """float64, one process: gradients by name, and the norm of those asked for."""
+    model = deepcopy(model).double()
+    loss_of(model, x.double(), y.double()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    return grads, torch.linalg.vector_norm(torch.stack([g.norm() for n, g in grads.items() if asked(n)]))
+
+
+def off(now, before, change):
+    """Largest error of a step of lr 1, relative to it; float32 parameters show a change to 6e-8 of themselves, which is allowed."""
+    worst = 0.0
+    for name in before:
+        seen, wanted = before[name] - now[name], change[name]
+        seen_to = 6e-8 * before[name].abs() + 6e-8 * wanted.abs()
+        worst = max(worst, float(((seen - wanted).abs() - seen_to).clamp(min=0).norm() / wanted.norm()))
+    return worst
+
+
+def one_step(max_norm=0.1, rule="norm", micro=1, part=None, fp16=False, groups=False):
+    accelerator = make_accelerator(micro, fp16)
+    plain = net(0)
+    x, y = data(1)
+    grads, norm = oracle(plain, x, y, lambda n: part is None or n.startswith(part))
+    model, optimizer = plain, None
+    params = plain.parameters()
+    if groups:
+        params = [{"params": plain[0].parameters()}, {"params": plain[2].parameters(), "momentum": 0.0}]
+    optimizer = torch.optim.SGD(params, 1.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    prepare(accelerator, model, max_norm=HUGE if part or rule == "value" else max_norm)
+    before, notes = whole(model), []
+    for xs, ys in zip(mine(accelerator, x).chunk(micro), mine(accelerator, y).chunk(micro)):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, xs, ys))
+            asked = [p for n, p in model.named_parameters() if part is None or part in n]
+            if rule == "norm":
+                notes.append(accelerator.clip_grad_norm_(asked, max_norm))
+            else:
+                accelerator.clip_grad_value_(asked, max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    now = whole(model)
+    if rule == "norm":
+        coef = min(1.0, max_norm / float(norm))
+        change = {n: g * (coef if part is None or n.startswith(part) else 1.0) for n, g in grads.items()}
+    else:
+        change = {n: g.clamp(-max_norm, max_norm) for n, g in grads.items()}
+    plain_tensor = all(type(t) is torch.Tensor and t.ndim == 0 for t in notes)
+    return {
+        "off": off(now, before, change),
+        "norm_off": abs(float(notes[-1]) / float(norm) - 1) if notes else 0.0,
+        "norm": float(norm),
+        "bits": notes[-1].item().hex() if notes else "",
+        "idle": [math.isnan(float(t)) for t in notes[:-1]],
+        "plain": plain_tensor,
+    }
+
+
+def two_models():
+    """Two models of equal shapes, clipped apart and then together."""
+    accelerator = make_accelerator()
+    plain = [net(0), net(5)]
+    x, y = data(1)
+    wanted = [oracle(m, x, y) for m in plain]
+    models = [accelerator.prepare(m, torch.optim.SGD(m.parameters(), 1.0))[0] for m in plain]
+    for m in models:
+        prepare(accelerator, m, max_norm=0.1)
+    for m in models:
+        accelerator.backward(loss_of(m, mine(accelerator, x), mine(accelerator, y)))
+    apart = [float(accelerator.clip_grad_norm_(m.parameters(), 0.1)) for m in models]
+    after = float(accelerator.clip_grad_norm_([p for m in models for p in m.parameters()], HUGE))
+    return {"apart": [a / float(n) - 1 for a, (_, n) in zip(apart, wanted)], "after": after, "norm": min(float(n) for _, n in wanted)}
+
+
+def overflow():
+    """fp16 with a scaler: an overflow of one optimizer leaves the other's scale and step alone until its own clip."""
+    accelerator = make_accelerator(fp16=True)
+    plain = [net(0), net(5)]
+    pairs = [accelerator.prepare(m, torch.optim.SGD(m.parameters(), 1.0)) for m in plain]
+    for m, _ in pairs:
+        prepare(accelerator, m, max_norm=0.1)
+    x, y = data(1)
+    moved = []
+    for bad in (True, False):
+        before = [whole(m) for m, _ in pairs]
+        for m, o in pairs:
+            o.zero_grad()
+            accelerator.backward(loss_of(m, mine(accelerator, x), mine(accelerator, y)))
+        if bad and accelerator.process_index == 0:
+            next(pairs[0][0].parameters()).grad[0, 0] = math.inf
+        for m, o in pairs:
+            accelerator.clip_grad_norm_(m.parameters(), 0.1)
+            o.step()
+        moved.append([any(not torch.equal(b[n], now[n]) for n in b) for b, now in zip(before, [whole(m) for m, _ in pairs])])
+    return {"moved": moved, "scale": accelerator.scaler.get_scale()}
+
+
+def refusals():
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    other = net(3)
+    texts = []
+    prepare(accelerator, model, max_norm=1.0)
+    x, y = data(1)
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+    for call in (
+        lambda: accelerator.clip_grad_norm_(model.parameters(), 0.5),
+        lambda: accelerator.clip_grad_norm_(other.parameters(), 0.5),
+        lambda: accelerator.clip_grad_norm_(list(model.parameters())[:1], None),
+        lambda: prepare(accelerator, max_norm=1.0),
+    ):
+        try:
+            call()
+            texts.append("")
+        except ValueError as error:
+            texts.append(str(error))
+    return {"texts": texts}
+
+
+def checkpoints():
+    """The state of an adaptive policy goes with save_state and load_state."""
+    from distclip import AutoClip
+
+    def clips(accelerator, model, clipper, steps):
+        for step in steps:
+            x, y = data(step)
+            model.zero_grad()
+            accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+            accelerator.clip_grad_norm_(model.parameters(), None)
+        return [t.tolist() for t in clipper.state_dict().values() if isinstance(t, torch.Tensor)]
+
+    states, folder = [], [tempfile.mkdtemp() if int(os.environ.get("RANK", 0)) == 0 else None]
+    for resumed in (False, True):
+        accelerator = make_accelerator()
+        if accelerator.num_processes > 1:
+            dist.broadcast_object_list(folder)
+        model = accelerator.prepare(net(0))
+        clipper = prepare(accelerator, model, policy=AutoClip(window=8))
+        if resumed:
+            accelerator.load_state(folder[0])
+        else:
+            clips(accelerator, model, clipper, range(3))
+            accelerator.save_state(folder[0])
+        states.append(clips(accelerator, model, clipper, range(3, 6)))
+    return {"equal": states[0] == states[1], "step": states[0][0]}
+
+
+def main():
+    torch.set_num_threads(1)
+    cases = {
+        "clip": one_step(),
+        "tiny": one_step(TINY),
+        "huge": one_step(HUGE),
+        "value": one_step(0.05, rule="value"),
+        "groups": one_step(groups=True),
+        "accumulate": one_step(micro=2),
+        "part": one_step(part="0."),
+        "two_models": two_models(),
+        "refusals": refusals(),
+    }
+    if not STRATEGY.startswith("fsdp"):
+        cases |= {"fp16": one_step(fp16=True), "overflow": overflow(), "checkpoints": checkpoints()}
+    print("RESULT " + json.dumps(cases), flush=True)
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,60 @@
+"""Accelerate: its loop with distclip's one line, against a float64 oracle in one process, under every layout that a CPU runs."""
+
+import pytest
+
+from integrations.launched import launched
+
+pytest.importorskip("accelerate")
+
+LAYOUTS = {"single": 0, "ddp": 2, "fsdp1": 2, "fsdp2": 2}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def rows(request):
+    return launched("accelerate_loop.py", request.param, ranks=LAYOUTS[request.param])
+
+
+@pytest.mark.parametrize("case", ["clip", "tiny", "huge", "value", "groups", "accumulate", "part"])
+def test_the_update_is_the_oracles(rows, case):
+    for row in rows:
+        seen = row[case]
+        assert seen["off"] <= 1e-6 and seen["norm_off"] <= 1e-6 and seen["plain"]
+        assert seen["norm"] > 0.1, "vacuous"
+    assert len({row[case]["bits"] for row in rows}) == 1
+
+
+def test_nothing_happens_on_a_micro_step(rows):
+    assert all(row["accumulate"]["idle"] == [True] for row in rows)
+
+
+def test_two_models_are_clipped_apart_and_together(rows):
+    for row in rows:
+        assert all(abs(error) <= 1e-6 for error in row["two_models"]["apart"])
+        assert row["two_models"]["norm"] > 0.1, "vacuous"
+        assert row["two_models"]["after"] == pytest.approx(0.1 * 2**0.5, rel=1e-6)
+
+
+def test_refusals_read_well(rows):
+    for row in rows:
+        assert row["refusals"]["texts"] == [
+            "clip_grad_norm_ was called with max_norm=0.5, norm_type=2, but distclip was prepared with max_norm=1.0, norm_type=2 for this "
+            "model; make them equal",
+            "4 of 4 parameters are of no model that distclip knows; call distclip.integrations.accelerate.prepare(accelerator, model, "
+            "max_norm=...) for that model too",
+            "max_norm=None: parts of a model, and several together, have no policy of their own; pass a number",
+            "prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned",
+        ]
+
+
+def test_an_overflow_stops_the_optimizer_concerned_on_all_ranks(rows):
+    if "overflow" not in rows[0]:
+        pytest.skip("Accelerate's fp16 with FSDP needs a GPU")
+    for row in rows:
+        assert row["fp16"]["off"] <= 1e-6
+        assert row["overflow"] == {"moved": [[False, True], [True, True]], "scale": 512.0}
+
+
+def test_an_adaptive_policy_is_checkpointed(rows):
+    if "checkpoints" not in rows[0]:
+        pytest.skip("the state does not depend on the sharding: shown under one process and DDP")
+    assert all(row["checkpoints"] == {"equal": True, "step": 6} for row in rows)
