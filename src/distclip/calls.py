@@ -25,6 +25,7 @@ class Call:
     hands: Handshake
     grad_scale: float
     problem: ConfigError | None  # raised on all ranks once they agreed that they made this call
+    patient: bool = False  # a loss scale will be lowered after a bad step: an error only after several
 
     @property
     def passive(self) -> bool:

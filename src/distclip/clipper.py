@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from distclip.measure import norm_of, power_sums
 from distclip.naming import Found, Params, named_parameters
 from distclip.options import Asked, Options, checked
 from distclip.owners import Owners, strangers
-from distclip.placement import Declared, ReplicatedOver, Shared, pieces
+from distclip.placement import Declared, ReplicatedOver, Shared, local_tensor, pieces
 from distclip.plan import Plan, agree_on_call, make_plan
 from distclip.policies import LocalStats, Policy
 from distclip.policies.policy import describe
@@ -128,6 +128,8 @@ class GradClipper:
         self._writer = Writer(sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._step = 0
+        self._decided: tuple[Call, Outcome] | None = None
+        self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
         self.rebuild()
 
     # Set-up
@@ -269,6 +271,47 @@ class GradClipper:
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
+    def decide(self, grad_scale: float = 1.0, rescaled: bool = False) -> ClipReport:
+        """`clip_` up to the decision, for engines that own the step: no gradient is touched. One all-reduce, on every rank.
+
+        The engine leaves the step out where `report.skipped`; else it passes what it steps to `apply_`.
+
+        Args:
+            grad_scale: 1 / the engine's loss scale, where gradients still carry it; norms are after it.
+            rescaled: the engine lowers its loss scale after a step that is not finite: `raise` then waits for `skip_limit` in a row.
+
+        Raises:
+            NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
+        """
+        call = replace(self._call("decide", grad_scale=grad_scale), patient=rescaled)
+        outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
+        self._decided = call, outcome
+        self._writer.write(outcome.report, self._may_wait)
+        return outcome.report
+
+    @torch.no_grad()
+    def apply_(self, params: Iterable[Tensor]) -> None:
+        """What the last `decide` decided, on the gradients that these parameters have now; in place, sends nothing.
+
+        Args:
+            params: some or all of the clipper's; each once after a `decide`. `grad_of` is asked anew, so that the gradients may be other
+                tensors than those that were measured (float32 copies of bf16 ones).
+
+        Raises:
+            ConfigError: nothing was decided, or the step is to be left out.
+        """
+        if self._decided is None:
+            raise ConfigError("apply_() applies what decide() decided; call decide() first, on all ranks")
+        call, outcome = self._decided
+        if outcome.known is not None and outcome.known.skip:
+            raise ConfigError(f"step {self._step} is to be left out (report.skipped); there is nothing to apply")
+        asked = {id(param) for param in params}
+        found = [(i, self._grad_of(param)) for i, param in enumerate(self._members) if id(param) in asked]
+        here = [(i, local_tensor(grad)) for i, grad in found if grad is not None]
+        self._apply(call, replace(outcome, grads=Grads([i for i, _ in here], [grad for _, grad in here])), frozenset())
+
+    @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
+    @torch.no_grad()
     def measure(self) -> ClipReport:
         """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One all-reduce."""
         return self._run(self._call("measure"), may_wait=True).report
@@ -350,6 +393,9 @@ class GradClipper:
         else:
             stop = overflow
         report = self._report(call, norms, decision, stop > 0, culprits)
+        self._decided = None
+        if not call.passive:
+            self.last_report = report
         return Outcome(decision, grads, norms.finite, stop, overflow, known, report)
 
     def _measure(self, call: Call) -> tuple[Seen, Tensor]:
@@ -457,7 +503,7 @@ class GradClipper:
             elif self._streak.spike():
                 raise self._streak.spike_error(step)
             return ()
-        must_raise = self._streak.bad(patient=call.hands.enabled)
+        must_raise = self._streak.bad(patient=call.hands.enabled or call.patient)
         culprits: tuple[Culprit, ...] = ()
         if self._streak.length == 1 or must_raise:
             culprits = audit.name_culprits(self._channel, self.plan, Mirror.now(seen.sums), self._device)

@@ -1,0 +1,130 @@
+"""DeepSpeed: distclip's norm and policy decide inside `engine.step()`.
+
+    engine, *_ = deepspeed.initialize(model=model, config=config)  # "gradient_clipping": 0.0
+    clipper = attach(engine, max_norm=1.0)
+    ...
+    engine.backward(loss)
+    engine.step()  # as before
+
+Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside.py` alone, and is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import deepspeed
+from torch import Tensor
+
+from distclip import PRIVATE, ConfigError, GradClipper, Policy
+from distclip.integrations.deepspeed_inside import KINDS, Inside
+
+_OPTIONS = ("norm_type", "groups", "on_nonfinite", "drift_tolerance", "skip_limit", "sinks")
+
+
+def attach(
+    engine: Any, max_norm: float | None = None, *, policy: Policy | None = None, take_over: bool = False, **options: Any
+) -> GradClipper:
+    """A clipper that `engine.step()` uses from now on. A collective, on all ranks, after `deepspeed.initialize`.
+
+    ZeRO 0, 1, 2 and 3, with and without offload of the optimizer to the CPU; float32, bfloat16 and float16. One all-reduce in place of
+    DeepSpeed's own norm and overflow check. Gradients are measured where DeepSpeed keeps them and multiplied once, in float32, by
+    coefficient and inverse loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a policy leaves
+    out (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and no learning-rate scheduler moves.
+
+    `engine.get_global_grad_norm()` is the report's `total_norm`; the report itself is `clipper.last_report`. Save
+    `clipper.state_dict()` in `client_state` of `engine.save_checkpoint`.
+
+    Args:
+        take_over: set the engine's own clipping to 0 instead of refusing an engine that clips too.
+        options: `norm_type`, `groups`, `on_nonfinite`, `drift_tolerance`, `skip_limit`, `sinks` of `GradClipper`. Groups are by the
+            model's parameter names; `per_param_group(engine.optimizer)` by DeepSpeed's param groups.
+
+    Raises:
+        ConfigError: the engine clips too; it has an optimizer, a layout or a version of DeepSpeed that is not supported.
+    """
+    for name in options:
+        if name not in _OPTIONS:
+            raise ConfigError(f"attach(engine, ..., {name}=): DeepSpeed decides that; the options are {', '.join(_OPTIONS)}")
+    if getattr(engine, "_distclip", None) is not None:
+        raise ConfigError("this engine has a clipper already; attach one only")
+    _refuse_layouts(engine)
+    kind = KINDS.get(type(engine.optimizer).__name__)
+    if kind is None and engine.optimizer is getattr(engine, "basic_optimizer", None):
+        kind = KINDS["plain"]
+    if kind is None:
+        raise ConfigError(f"the engine's optimizer is a {type(engine.optimizer).__name__}; distclip knows {', '.join(KINDS)}")
+    missing = kind.missing(engine)
+    if missing:
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which distclip needs; it was written against DeepSpeed 0.19"
+        )
+    _refuse_second_clipping(engine, take_over)
+    inside: Inside = kind(engine)
+    if engine.fp16_enabled() and options.get("on_nonfinite") == "propagate":
+        raise ConfigError("on_nonfinite='propagate' and fp16 exclude each other: steps that overflow must be skipped; use 'skip'")
+    grouping = options.pop("groups", None)
+    clipper = GradClipper(
+        [(part.name, part.master) for part in inside.parts],
+        max_norm,
+        policy=policy,
+        grad_of=inside.grad_of,
+        groups=None if grouping is None else _ByOriginal(grouping, inside),
+        replicated_over={"*": PRIVATE} if kind.sharded else None,
+        **options,
+    )
+    inside.install(clipper)
+    engine._distclip = inside
+    return clipper
+
+
+def _refuse_layouts(engine: Any) -> None:
+    refused = {
+        "a model-parallel mpu": engine.mpu is not None,
+        "mixture-of-experts layers": engine.has_moe_layers,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None
+        or getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None,
+        "Muon with fp16": engine.fp16_enabled() and "muon" in type(engine.basic_optimizer).__name__.lower(),
+        "an optimizer swapped to NVMe": bool(getattr(engine.optimizer, "swap_optimizer", False)),
+        '"zero_optimization": {"compute_grad_norm": false}': not getattr(engine.optimizer, "compute_grad_norm", True),
+        "a legacy fused optimizer": getattr(engine.optimizer, "fused_adam_legacy", False)
+        or getattr(engine.optimizer, "fused_lamb_legacy", False),
+    }
+    for what, found in refused.items():
+        if found:
+            raise ConfigError(f"attach: this engine has {what}, which distclip does not support under DeepSpeed")
+
+
+def _refuse_second_clipping(engine: Any, take_over: bool) -> None:
+    own = float(engine.gradient_clipping())
+    if own and not take_over:
+        raise ConfigError(
+            f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where a config does not). Write '
+            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., take_over=True)'
+        )
+    engine._config.gradient_clipping = 0.0
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = 0.0
+
+
+class _ByOriginal:
+    """A grouping that is asked about the model's parameters: the clipper's own are the parts of DeepSpeed's flat float32 copies."""
+
+    def __init__(self, grouping: Any, inside: Inside) -> None:
+        self.grouping, self.inside = grouping, inside
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        original = {id(part.master): part.param for part in self.inside.parts}
+        with self.inside.original_param_groups():
+            return self.grouping.assign(names, [original[id(master)] for master in params])
+
+    def rules(self) -> Mapping[str, Any]:
+        return self.grouping.rules()
+
+    def patterns(self) -> Sequence[str]:
+        return self.grouping.patterns()
+
+    def __repr__(self) -> str:
+        return repr(self.grouping)
