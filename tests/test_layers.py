@@ -50,11 +50,15 @@ ORDER = [
     "testing",
     "__init__",
     "integrations",
+    "integrations.deepspeed_inside",
+    "integrations.deepspeed",
     "integrations.accelerate",
+    "integrations.transformers",
+    "integrations.lightning",
 ]
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
-DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing"}
+DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside"}
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "fold": {"DTensor"}}
 

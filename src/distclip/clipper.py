@@ -224,12 +224,13 @@ class GradClipper:
         call = self._call("clip_", optimizers, scaler, grad_scale)
         outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
         if outcome.known is not None and outcome.known.skip:
-            if self._moved and not call.hands.enabled:
+            gone = [p for p in self._members if not self._moved or self._grad_of(p) is not None]
+            if self._moved and not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone):
                 raise GradientError(
                     f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
                     "use clipper.step(optimizer), which leaves the optimizer out"
                 )
-            apply.drop([*self._members, *(p for o in call.owned for p in o.others)])
+            apply.drop([*gone, *(p for o in call.owned for p in o.others)])
         else:
             self._apply(call, outcome, frozenset())
         call.hands.tell(outcome.overflow, stepped=False)

@@ -6,27 +6,40 @@ import math
 import os
 import sys
 import tempfile
-from contextlib import nullcontext
-from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from distclip.integrations.accelerate import prepare
+from problem import HUGE, TINY, data, loss_of, net, off, oracle, whole
 
 STRATEGY = sys.argv[1]
-TINY, HUGE = 1e-9, 1e9
+CONFIGS = Path(__file__).parents[2] / "configs"
+if STRATEGY == "deepspeed":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
 
 
 def make_accelerator(steps=1, fp16=False):
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    if STRATEGY == "deepspeed":
+        PartialState._reset_state()
+        config = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
+        plugin = DeepSpeedPlugin(hf_ds_config=config | {"train_micro_batch_size_per_gpu": 8 // steps, "gradient_accumulation_steps": steps})
+        gloo = InitProcessGroupKwargs(backend="gloo")
+        return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo], gradient_accumulation_steps=steps)
+    if STRATEGY == "tp":
+        PartialState._reset_state()
+        return Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=2), gradient_accumulation_steps=steps)
     if not STRATEGY.startswith("fsdp"):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
         if fp16:  # which Accelerate offers on GPUs only
@@ -43,48 +56,18 @@ def make_accelerator(steps=1, fp16=False):
     return Accelerator(fsdp_plugin=plugin, gradient_accumulation_steps=steps)
 
 
-def net(seed):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
-
-
-def data(seed, rows=8):
-    source = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=source) * 4, torch.randn(rows, 4, generator=source)
-
-
-def loss_of(model, x, y):
-    return (model(x) - y).square().mean()
+def spread(accelerator, model):
+    """What Accelerate wants done before `prepare`."""
+    if STRATEGY == "tp":
+        parallelize_module(model, accelerator.torch_device_mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        model.tp_size = 2
+    return model
 
 
 def mine(accelerator, t):
+    if STRATEGY == "tp":  # every rank sees the whole batch
+        return t
     return t[accelerator.process_index :: accelerator.num_processes]
-
-
-def whole(model):
-    """Parameters by name, full."""
-    fsdp1 = isinstance(model, FullyShardedDataParallel)
-    with FullyShardedDataParallel.summon_full_params(model) if fsdp1 else nullcontext():
-        named = [(n.replace("_fsdp_wrapped_module.", "").removeprefix("module."), p) for n, p in model.named_parameters()]
-        return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone().double() for n, p in named}
-
-
-def oracle(model, x, y, asked=lambda name: True):
-    """float64, one process: gradients by name, and the norm of those asked for."""
-    model = deepcopy(model).double()
-    loss_of(model, x.double(), y.double()).backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    return grads, torch.linalg.vector_norm(torch.stack([g.norm() for n, g in grads.items() if asked(n)]))
-
-
-def off(now, before, change):
-    """Largest error of a step of lr 1, relative to it; float32 parameters show a change to 6e-8 of themselves, which is allowed."""
-    worst = 0.0
-    for name in before:
-        seen, wanted = before[name] - now[name], change[name]
-        seen_to = 6e-8 * before[name].abs() + 6e-8 * wanted.abs()
-        worst = max(worst, float(((seen - wanted).abs() - seen_to).clamp(min=0).norm() / wanted.norm()))
-    return worst
 
 
 def one_step(max_norm=0.1, rule="norm", micro=1, part=None, fp16=False, groups=False):
@@ -92,12 +75,12 @@ def one_step(max_norm=0.1, rule="norm", micro=1, part=None, fp16=False, groups=F
     plain = net(0)
     x, y = data(1)
     grads, norm = oracle(plain, x, y, lambda n: part is None or n.startswith(part))
-    model, optimizer = plain, None
-    params = plain.parameters()
+    plain = spread(accelerator, plain)
+    params = list(plain.parameters())
     if groups:
         params = [{"params": plain[0].parameters()}, {"params": plain[2].parameters(), "momentum": 0.0}]
     optimizer = torch.optim.SGD(params, 1.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(plain, optimizer)
     prepare(accelerator, model, max_norm=HUGE if part or rule == "value" else max_norm)
     before, notes = whole(model), []
     for xs, ys in zip(mine(accelerator, x).chunk(micro), mine(accelerator, y).chunk(micro)):
@@ -217,22 +200,44 @@ def checkpoints():
     return {"equal": states[0] == states[1], "step": states[0][0]}
 
 
+def deepspeed_refusals():
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=1.0)
+    texts = []
+    for call in (
+        lambda: accelerator.clip_grad_norm_(model.parameters(), 0.5),
+        lambda: accelerator.clip_grad_norm_(list(model.parameters())[:1], 1.0),
+        lambda: accelerator.clip_grad_value_(model.parameters(), 0.5),
+        lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0),
+    ):
+        try:
+            call()
+            texts.append("")
+        except ValueError as error:
+            texts.append(str(error))
+    return {"texts": texts}
+
+
 def main():
     torch.set_num_threads(1)
     cases = {
-        "clip": one_step(),
-        "tiny": one_step(TINY),
-        "huge": one_step(HUGE),
-        "value": one_step(0.05, rule="value"),
-        "groups": one_step(groups=True),
-        "accumulate": one_step(micro=2),
-        "part": one_step(part="0."),
-        "two_models": two_models(),
-        "refusals": refusals(),
+        "clip": one_step,
+        "tiny": lambda: one_step(TINY),
+        "huge": lambda: one_step(HUGE),
+        "groups": lambda: one_step(groups=True),
+        "accumulate": lambda: one_step(micro=2),
     }
-    if not STRATEGY.startswith("fsdp"):
-        cases |= {"fp16": one_step(fp16=True), "overflow": overflow(), "checkpoints": checkpoints()}
-    print("RESULT " + json.dumps(cases), flush=True)
+    if STRATEGY == "deepspeed":
+        cases |= {"refusals": deepspeed_refusals}
+    else:
+        cases |= {"value": lambda: one_step(0.05, rule="value"), "part": lambda: one_step(part="0.")}
+    if STRATEGY not in ("deepspeed", "tp"):
+        cases |= {"two_models": two_models, "refusals": refusals}
+    if STRATEGY in ("single", "ddp"):
+        cases |= {"fp16": lambda: one_step(fp16=True), "overflow": overflow, "checkpoints": checkpoints}
+    print("RESULT " + json.dumps({name: run() for name, run in cases.items()}), flush=True)
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

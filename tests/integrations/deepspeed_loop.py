@@ -3,25 +3,21 @@
 import gc
 import json
 import math
-import os
 import sys
-from copy import deepcopy
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
-from torch import nn
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
 
 import distclip
+import distclip.testing
 from distclip.integrations.deepspeed import attach
+from problem import HUGE, TINY, data, loss_of, net, off, oracle
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
 STAGE, DTYPE = sys.argv[1], sys.argv[2]
-TINY, HUGE = 1e-9, 1e9
 LOW = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[DTYPE]
 
 
@@ -47,20 +43,6 @@ def config(micro=1, scale=None, clipping=0.0):
     return out
 
 
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 4))
-
-
-def data(seed, rows):
-    source = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, 6, generator=source) * 4).to(LOW), torch.randn(rows, 4, generator=source).to(LOW)
-
-
-def loss_of(model, x, y):
-    return (model(x) - y).square().mean()
-
-
 def masters(engine):
     """Full float32 parameters by name, as the optimizer steps them."""
     out = {}
@@ -84,22 +66,22 @@ def masters(engine):
     return out
 
 
-def oracle(x, y):
-    """float64, one process, from the parameters and inputs as they are rounded."""
-    model = deepcopy(net().to(LOW)).double()
-    loss_of(model, x.double(), y.double()).backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    return grads, float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads.values()])))
+def expected(x, y):
+    """From the parameters and inputs as they are rounded."""
+    grads, norm = oracle(net().to(LOW), x, y)
+    return grads, float(norm)
 
 
-def started(max_norm=None, micro=1, groups=False, momentum=0.0, scale=None, **options):
+def batch():
+    return data(1, 4 * dist.get_world_size(), LOW)
+
+
+def started(max_norm=None, micro=1, split=False, momentum=0.0, scale=None, by_param_group=False, **options):
     model = net()
-    params = list(model.parameters())
-    if groups:
-        params = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    params = [{"params": model[0].parameters()}, {"params": model[2].parameters()}] if split else list(model.parameters())
     optimizer = torch.optim.SGD(params, 1.0, momentum=momentum)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(micro, scale))
-    if options.get("groups") == "param_groups":
+    if by_param_group:
         options["groups"] = distclip.per_param_group(engine.optimizer)
     return engine, attach(engine, max_norm, **options)
 
@@ -116,24 +98,15 @@ def change(before, after):
     return {n: before[n] - after[n] for n in before}
 
 
-def distance(a, b, exact=None):
-    """Largest relative error by parameter, where float32 parameters of size `exact` show a change to 6e-8 of themselves."""
-    worst = 0.0
-    for n in a:
-        allowed = 0 if exact is None else 6e-8 * exact[n].abs()
-        worst = max(worst, float(((a[n] - b[n]).abs() - allowed).clamp(min=0).norm() / b[n].norm()))
-    return worst
-
-
 def one_step(max_norm, micro=1, reference=None, **options):
     engine, clipper = started(max_norm, micro, **options)
-    world = dist.get_world_size()
-    x, y = data(1, 4 * world)
+    x, y = batch()
     before = masters(engine)
     with distclip.testing.count_collectives() as seen:
         train(engine, x, y, micro)
-    moved = change(before, masters(engine))
-    grads, norm = oracle(x, y)
+    after = masters(engine)
+    moved = change(before, after)
+    grads, norm = expected(x, y)
     report = clipper.last_report
     coef = min(1.0, max_norm / norm) if max_norm is not None else 1.0
     out = {
@@ -141,40 +114,43 @@ def one_step(max_norm, micro=1, reference=None, **options):
         "norm_off": abs(float(report.total_norm) / norm - 1),
         "engine_norm": engine.get_global_grad_norm() == float(report.total_norm),
         "coef": float(report.coefs[0]),
-        "off": distance(moved, {n: g * coef for n, g in grads.items()}, before),
+        "off": off(after, before, {n: g * coef for n, g in grads.items()}),
         "bits": float(report.total_norm).hex(),
         "calls": report.step,
         "collectives": len(seen.names),
+        "moved": max(float(m.abs().max()) for m in moved.values()),
     }
     if reference is not None:  # the same step without clipping, scaled: exact whatever the gradients were rounded to
-        out["scaled_off"] = distance(moved, {n: g * float(report.coefs[0]) for n, g in reference.items()}, before)
+        out["scaled_off"] = off(after, before, {n: g * float(report.coefs[0]) for n, g in reference.items()})
     return out, moved
+
+
+def without_distclip():
+    """How many collectives DeepSpeed's own clipping takes."""
+    model = net()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config(clipping=0.1))
+    x, y = batch()
+    with distclip.testing.count_collectives() as seen:
+        train(engine, x, y)
+    return {"collectives": len(seen.names)}
 
 
 def by_groups():
     """Each param group by a norm of its own."""
-    engine, clipper = started(0.2, groups="param_groups", two_groups=True) if False else started_groups()
-    world = dist.get_world_size()
-    x, y = data(1, 4 * world)
+    engine, clipper = started(0.2, split=True, by_param_group=True)
+    x, y = batch()
     before = masters(engine)
     train(engine, x, y)
-    moved = change(before, masters(engine))
-    grads, _ = oracle(x, y)
+    after = masters(engine)
+    grads, _ = expected(x, y)
     norms = [math.sqrt(sum(float(g.norm()) ** 2 for n, g in grads.items() if n.startswith(part))) for part in ("0.", "2.")]
     wanted = {n: g * min(1.0, 0.2 / norms[0 if n.startswith("0.") else 1]) for n, g in grads.items()}
-    return {"groups": list(clipper.plan.groups), "off": distance(moved, wanted, before), "norms": norms}
-
-
-def started_groups():
-    model = net()
-    params = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(params, 1.0), config=config())
-    return engine, attach(engine, 0.2, groups=distclip.per_param_group(engine.optimizer))
+    return {"groups": list(clipper.plan.groups), "off": off(after, before, wanted), "norms": norms}
 
 
 def clamped():
     engine, _ = started(None, policy=distclip.FixedValue(0.03))
-    x, y = data(1, 4 * dist.get_world_size())
+    x, y = batch()
     before = masters(engine)
     train(engine, x, y)
     moved = change(before, masters(engine))
@@ -188,7 +164,7 @@ def loss_scale(engine):
 def growth():
     """fp16: the loss scale grows at every second step; no clip changes by it."""
     engine, clipper = started(0.05, scale={"loss_scale_window": 2, "initial_scale_power": 4})
-    x, y = data(1, 4 * dist.get_world_size())
+    x, y = batch()
     lengths, scales = [], []
     for _ in range(6):
         before = masters(engine)
@@ -205,7 +181,7 @@ def skipping():
     spikes = distclip.SkipSpikes(distclip.FixedNorm(0.05), factor=20.0, warmup=2)
     engine, clipper = started(None, policy=spikes, momentum=0.9)
     out = {"moved": [], "skipped": [], "scale": [], "engine": [], "nonfinite": []}
-    x, y = data(1, 4 * dist.get_world_size())
+    x, y = batch()
     for factor in (1.0, 1.0, 1.0, 300.0, 1.0, math.inf, 1.0):
         before = masters(engine)
         train(engine, x, y, factor=factor)
@@ -247,8 +223,7 @@ def missing():
 
 def main():
     torch.set_num_threads(1)
-    import distclip.testing
-
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can
     if "fused" in STAGE:  # FusedAdam needs a GPU; its wrapper is the same for any optimizer
         deepspeed.runtime.engine.FusedAdam = torch.optim.SGD
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -257,8 +232,9 @@ def main():
         "huge": huge,
         "clip": one_step(0.1, reference=unclipped)[0],
         "tiny": one_step(TINY, reference=unclipped)[0],
-        "two_groups": one_step(0.1, groups=None, reference=unclipped)[0],
+        "two_groups": one_step(0.1, split=True, reference=unclipped)[0],
         "accumulate": one_step(0.1, micro=2)[0],
+        "without_distclip": without_distclip(),
         "by_groups": by_groups(),
         "clamped": clamped(),
         "skipping": skipping(),

@@ -11,7 +11,7 @@ Written against accelerate 1.15; of its private names `_optimizers` is used, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distclip import ClipReport, ConfigError, Exempt, FixedValue, GradClipper, Policy
+from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 
-_HERE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+_HERE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def prepare(
@@ -44,8 +44,12 @@ def prepare(
     * On a micro-step of gradient accumulation nothing is done or sent, and the answer is NaN.
     * A step that is not finite is skipped on all ranks: gradients are None, `optimizer.step()` moves nothing.
 
+    Under DeepSpeed `accelerator.backward()` already takes the step, so distclip decides there, in place of the engine's own clipping
+    (see `distclip.integrations.deepspeed.attach`); `clip_grad_norm_` then tells that step's norm. Clipping by value or parts of the model
+    is refused: use `policy=` and `groups=`.
+
     Args:
-        options: of `GradClipper`.
+        options: of `GradClipper`; under DeepSpeed of `attach`.
 
     Raises:
         ConfigError: no model, a model that is not wrapped yet, or a framework under which Accelerate does not own the step.
@@ -53,12 +57,13 @@ def prepare(
     if not models:
         raise ConfigError("prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned")
     if accelerator.distributed_type not in _HERE:
-        raise ConfigError(
-            f"under {accelerator.distributed_type.value} accelerator.backward() already takes the step, so nothing can be clipped after it"
-        )
+        raise ConfigError(f"accelerate's distributed type {accelerator.distributed_type.value} is not supported")
     if not hasattr(accelerator, "_optimizers"):
         raise ConfigError("this version of accelerate keeps its optimizers elsewhere; distclip was written against accelerate 1.15")
-    clipper = GradClipper(list(models), max_norm, policy=policy, **options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        clipper = _attached(models, max_norm, policy, options)
+    else:
+        clipper = GradClipper(list(models), max_norm, policy=policy, **options)
     now = getattr(accelerator.clip_grad_norm_, "__self__", None)
     clipping = now if isinstance(now, _Clipping) else _Clipping(accelerator)
     clipping.whole[_identity(_trainable(models))] = _Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options)
@@ -66,6 +71,23 @@ def prepare(
     accelerator.clip_grad_value_ = clipping.clip_grad_value_
     accelerator.register_for_checkpointing(clipper)
     return clipper
+
+
+def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
+    """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper was built with."""
+    clipping = getattr(accelerator.clip_grad_norm_, "__self__", None)
+    assert isinstance(clipping, _Clipping), "prepare comes first"
+    for prepared in clipping.whole.values():
+        if prepared.clipper is clipper:
+            prepared.max_norm = max_norm
+
+
+def _attached(models: Sequence[Any], max_norm: float | None, policy: Policy | None, options: dict[str, Any]) -> GradClipper:
+    from distclip.integrations.deepspeed import attach
+
+    if len(models) != 1:
+        raise ConfigError(f"prepare got {len(models)} models; under DeepSpeed call it once for each engine")
+    return attach(models[0], max_norm, policy=policy, take_over=True, **options)
 
 
 @dataclass
@@ -91,6 +113,7 @@ class _Clipping:
             return torch.full((), math.nan, device=self.accelerator.device)
         prepared = self.whole.get(_identity(params))
         if prepared is None:
+            self._refuse_under_deepspeed("parts of a model")
             if max_norm is None:
                 raise ConfigError("max_norm=None: parts of a model, and several together, have no policy of their own; pass a number")
             return self._clip(params, self._of(params, "norm", float(max_norm), float(norm_type))).total_norm
@@ -100,12 +123,24 @@ class _Clipping:
                 f"max_norm={prepared.max_norm}, norm_type={prepared.norm_type:g} for this model; make them equal"
                 + (" (under a policy max_norm is None)" if prepared.max_norm is None else "")
             )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if prepared.clipper.last_report is None:
+                raise ConfigError("no step was taken yet; under DeepSpeed accelerator.backward() clips and steps: call it first")
+            return prepared.clipper.last_report.total_norm
         return self._clip(params, prepared.clipper).total_norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
         params = _listed(parameters)
+        self._refuse_under_deepspeed("elements, by value,")
         if self.accelerator.sync_gradients:
             self._clip(params, self._of(params, "value", float(clip_value), 2.0))
+
+    def _refuse_under_deepspeed(self, what: str) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigError(
+                f"under DeepSpeed accelerator.backward() already takes the step, so {what} cannot be clipped after it; tell prepare: "
+                "prepare(accelerator, model, policy=distclip.FixedValue(...)), or groups=distclip.by_name({...})"
+            )
 
     def _clip(self, params: Sequence[Tensor], clipper: GradClipper) -> ClipReport:
         asked = {id(p) for p in params}
@@ -132,25 +167,15 @@ class _Clipping:
             )
         options = {k: v for k, v in prepared[0].options.items() if k not in ("groups", "norm_type", "sinks")}
         rule: dict[str, Any] = {"max_norm": bound} if kind == "norm" else {"policy": FixedValue(bound)}
-        clipper = GradClipper(models, groups=_Part(asked), norm_type=norm_type, **rule, **options)
+        clipper = GradClipper(models, grad_of=only(params), norm_type=norm_type, **rule, **options)
         self.made[asked, kind] = (bound, norm_type, clipper)
         return clipper
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The asked parameters are one group; the others are neither clipped nor in the total."""
-
-    asked: frozenset[int]
-
-    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
-        return ["asked" if id(param) in self.asked else "left" for param in params]
-
-    def rules(self) -> Mapping[str, Any]:
-        return {"left": Exempt(in_total=False)}
-
-    def patterns(self) -> Sequence[str]:
-        return ()
+def only(params: Iterable[Tensor]) -> Callable[[Tensor], Tensor | None]:
+    """A `grad_of` under which the other parameters have no gradient: they are neither clipped nor in the norm."""
+    asked = _identity(params)
+    return lambda param: param.grad if id(param) in asked else None
 
 
 def _listed(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:

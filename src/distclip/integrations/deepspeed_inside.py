@@ -7,7 +7,7 @@ scale is read before it moves, since gradients carry the one of their backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -69,7 +69,7 @@ class Inside:
         return self._grads.get(id(master))
 
     @contextmanager
-    def original_param_groups(self) -> Iterator[None]:
+    def original_param_groups(self) -> Generator[None]:
         """Param groups hold the model's parameters again; DeepSpeed leaves flat buffers there, or nothing."""
         groups = self.optimizer.param_groups
         saved = [group["params"] for group in groups]
@@ -121,6 +121,11 @@ class Inside:
     own_step: Callable[..., Any]
 
 
+def _unasked(*args: Any, **kwargs: Any) -> bool:
+    """In place of DeepSpeed's checks for overflow."""
+    return False
+
+
 def _flat_norm(report: ClipReport) -> Tensor:
     """What DeepSpeed's step takes for its norm: it goes on where it is finite, whatever it is."""
     return report.total_norm.new_full((), float("inf")) if bool(report.skipped) else torch.ones_like(report.total_norm)
@@ -147,7 +152,7 @@ class ZeRO12(Inside):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self._replace("check_overflow", lambda partition_gradients=True: None)  # the norm tells, by one message instead of two
+        self._replace("check_overflow", _unasked)  # the norm tells, by one message instead of two
         self._replace("scaled_global_norm", self.norm)
         self._replace("unscale_and_clip_grads", self.clip)
         self._checks = self.optimizer.check_grad_overflow
@@ -198,7 +203,7 @@ class ZeRO3(Inside):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self._replace("check_overflow", lambda partition_gradients=True: None)
+        self._replace("check_overflow", _unasked)
         self._replace("_get_norm_groups", self.norms)
         self._replace("unscale_and_clip_grads", self.clip)
 
@@ -261,9 +266,7 @@ class Whole(Inside):
     sharded = False
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._grads |= {
-            id(part.master): part.param.grad.reshape(part.master.shape) for part in self.parts if part.param.grad is not None
-        }
+        self._grads |= {id(part.master): part.param.grad.reshape(part.master.shape) for part in self.parts if part.param.grad is not None}
         if bool(self.decide().skipped):
             return self.optimizer._skip_invalid_grad_norm()
         return self.own_step(*args, **kwargs)
@@ -279,7 +282,7 @@ class Unfused(Whole):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.optimizer.overflow_checker.check = lambda *args, **kwargs: False
+        self.optimizer.overflow_checker.check = _unasked
         self._replace("unscale_and_clip_grads", self.clip)
 
     def clip(self, total_norm: Any, apply_scale: bool = True) -> float:
@@ -300,7 +303,7 @@ class Fused(Whole):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.optimizer.overflow_checker.has_overflow = lambda *args, **kwargs: False
+        self.optimizer.overflow_checker.has_overflow = _unasked
         self._replace("unscale_and_clip_grads", self.clip)
 
     def clip(self, grad_groups_flat: Sequence[Tensor], total_norm: Any, apply_scale: bool = True) -> float:
