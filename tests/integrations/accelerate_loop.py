@@ -28,6 +28,14 @@ if STRATEGY == "deepspeed":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
 
 
+def as_on_gpus():
+    """Accelerate shards on accelerators only."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._reset_state()
+    PartialState(backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def make_accelerator(steps=1, fp16=False):
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -38,17 +46,14 @@ def make_accelerator(steps=1, fp16=False):
         gloo = InitProcessGroupKwargs(backend="gloo")
         return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo], gradient_accumulation_steps=steps)
     if STRATEGY == "tp":
-        PartialState._reset_state()
-        return Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=2), gradient_accumulation_steps=steps)
+        as_on_gpus()
+        return Accelerator(parallelism_config=ParallelismConfig(tp_size=2), gradient_accumulation_steps=steps)
     if not STRATEGY.startswith("fsdp"):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
         if fp16:  # which Accelerate offers on GPUs only
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._reset_state()
-    PartialState(backend="gloo")
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate shards on accelerators only
+    as_on_gpus()
     version = int(STRATEGY[-1])
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version, use_orig_params=True, reshard_after_forward="FULL_SHARD" if version == 1 else True

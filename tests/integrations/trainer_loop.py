@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -46,15 +45,15 @@ def reset():
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate shards on accelerators only
     if STRATEGY == "deepspeed":
         PartialState._reset_state()
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         import deepspeed
-        from accelerate import DeepSpeedPlugin
+        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         config = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
-        plugin = DeepSpeedPlugin(hf_ds_config=config | {"train_micro_batch_size_per_gpu": ROWS // WORLD})
-        AcceleratorState(deepspeed_plugin=plugin)
+        own = {"train_micro_batch_size_per_gpu": ROWS // WORLD, "gradient_clipping": "auto"}  # what Trainer wants: its max_grad_norm
+        plugin = DeepSpeedPlugin(hf_ds_config=config | own)
+        Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # by which TrainingArguments would make a second plugin
 
 
 def arguments(folder, **more):
@@ -104,12 +103,8 @@ def one_step(folder, max_norm, micro=1):
 
 def resumed(folder):
     """An adaptive policy goes on where the checkpoint left it."""
-    more = {"policy": distclip.AutoClip(window=16), "save_strategy": "steps", "save_steps": 2, "learning_rate_": None}
-    more.pop("learning_rate_")
+    more = {"policy": distclip.AutoClip(window=16), "save_strategy": "steps", "save_steps": 2}
     _, straight, _, _ = trained(folder, max_steps=4, **more)
-    shutil.rmtree(f"{folder}/checkpoint-4", ignore_errors=True) if RANK == 0 else None
-    if WORLD > 1:
-        dist.barrier()
     _, again, _, _ = trained(folder, resume=f"{folder}/checkpoint-2", max_steps=4, **more)
     first, second = straight.clipper.state_dict(), again.clipper.state_dict()
     return {

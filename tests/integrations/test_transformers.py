@@ -1,0 +1,54 @@
+"""Trainer with distclip's one line, against a float64 oracle in one process."""
+
+import pytest
+
+from integrations.launched import launched
+
+pytest.importorskip("transformers")
+
+LAYOUTS = {"single": 0, "ddp": 2, "fsdp2": 2, "deepspeed": 2}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def rows(request):
+    return launched("trainer_loop.py", request.param, ranks=LAYOUTS[request.param])
+
+
+@pytest.mark.parametrize("case", ["clip", "tiny", "huge", "zero", "accumulate"])
+def test_the_update_is_the_oracles(rows, case):
+    if case not in rows[0]:
+        pytest.skip("the engine's config has the accumulation; test_deepspeed.py runs it")
+    for row in rows:
+        seen = row[case]
+        assert seen["norm"] > 0.1, "vacuous"
+        assert seen["off"] <= 1e-6 and seen["norm_off"] <= 1e-6
+        assert seen["calls"] == 1
+    assert len({row[case]["bits"] for row in rows}) == 1
+
+
+def test_neither_both_clip_nor_neither(rows):
+    for row in rows:
+        assert row["huge"]["moved"] > 0.1 and row["zero"]["moved"] > 0.1
+        assert row["tiny"]["moved"] < 1e-8
+
+
+def test_the_log_tells_norm_coefficient_and_rate(rows):
+    for row in rows:
+        logs = row["clip"]["logs"]
+        assert logs["grad_norm"] == pytest.approx(row["clip"]["norm"], rel=1e-6)
+        assert logs["clip_coef"] == pytest.approx(0.1 / row["clip"]["norm"], rel=1e-6)
+        assert (logs["clip_rate"], logs["clip_skipped"]) == (1.0, 0)
+        assert row["huge"]["logs"]["clip_coef"] == 1 and row["huge"]["logs"]["clip_rate"] == 0
+
+
+def test_an_adaptive_policy_resumes_with_the_checkpoint(rows):
+    if "resumed" not in rows[0]:
+        pytest.skip("the state does not depend on the sharding: shown under one process and DDP")
+    assert all(row["resumed"] == {"step": 4, "equal": True} for row in rows)
+
+
+def test_a_policy_needs_a_trainer_that_clips(rows):
+    if "refused" not in rows[0]:
+        pytest.skip("the same code")
+    for row in rows:
+        assert row["refused"] == "max_grad_norm=0.0 tells Trainer not to clip; leave it at 1.0 when a policy is passed"
