@@ -55,6 +55,8 @@ ORDER = [
     "integrations.accelerate",
     "integrations.transformers",
     "integrations.lightning",
+    "cli",
+    "__main__",
 ]
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
@@ -85,7 +87,7 @@ def out_of_order(name, text, order=ORDER):
     for module, names in imports(text):
         if module == "distclip":
             found += [n for n in names if (n in above if public else n not in above)]
-        elif public and not module.startswith(f"distclip.{name.split('.')[0]}"):
+        elif public and name != "__main__" and not module.startswith(f"distclip.{name.split('.')[0]}"):
             found += [module] if module.startswith("distclip.") else []
         elif module.startswith("distclip."):
             inner = module.removeprefix("distclip.")
