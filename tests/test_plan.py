@@ -42,7 +42,7 @@ def test_shares_and_table():
 def work_of(group, count):
     channel = channel_of(group)
     pieces = sharded(channel.rank, channel.size, count)
-    tables = exchange_tables(channel, pieces, ["all"] * count, [], CPU)
+    tables = exchange_tables(channel, pieces, ["all"] * count, [""] * count, [], CPU)
     start = time.thread_time()
     find_holders(tables, channel.rank, pieces)
     return time.thread_time() - start

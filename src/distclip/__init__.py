@@ -12,13 +12,15 @@ from distclip.errors import (
 )
 from distclip.exchange import LOCAL
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from distclip.groups import Exempt, by_name, per_layer, per_param_group, per_parameter
+from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
 from distclip.placement import PRIVATE
 from distclip.policies import (
+    AGC,
     AdaGC,
     AutoClip,
     FixedNorm,
     FixedValue,
+    LocalGrads,
     LocalStats,
     Normalize,
     Policy,
@@ -27,12 +29,13 @@ from distclip.policies import (
     Warmup,
     ZClip,
 )
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
 from distclip.report import JSONLSink, LoggingSink, Sink
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGC",
     "LOCAL",
     "PRIVATE",
     "AdaGC",
@@ -50,6 +53,7 @@ __all__ = [
     "GradClipper",
     "GradientError",
     "JSONLSink",
+    "LocalGrads",
     "LocalStats",
     "LoggingSink",
     "NonFiniteError",
@@ -61,7 +65,9 @@ __all__ = [
     "Scheduled",
     "Sink",
     "SkipSpikes",
+    "UnitScale",
     "Warmup",
+    "Watch",
     "ZClip",
     "by_name",
     "clip_grad_norm_",

@@ -24,7 +24,7 @@ from distclip.records import Holding, Piece, Row, Share
 
 _TEXT_WORDS, _SCOPES = 8, 6
 _HOLDING_WORDS = _TEXT_WORDS + 1 + _SCOPES
-_ROW_WORDS = 4  # key of the name, holding, key of the shape, key of the group
+_ROW_WORDS = 5  # key of the name, holding, key of the shape, key of the group, key of the watched layer
 
 
 def key(text: str) -> int:
@@ -46,20 +46,29 @@ class Tables:
 
     holdings: list[list[Seen]]  # [ranks]
     ranks_of: list[list[int]]  # [tables]: positions of the ranks that have it
-    rows: list[Tensor]  # [tables] of [parameters, 4] int64
+    rows: list[Tensor]  # [tables] of [parameters, 5] int64
     mine: int  # this rank's table
     counts: list[int]  # [patterns]: matches over all ranks
 
 
 def exchange_tables(
-    channel: Channel, pieces: Sequence[Piece], group_of: Sequence[str], counts: Sequence[int], device: torch.device
+    channel: Channel,
+    pieces: Sequence[Piece],
+    group_of: Sequence[str],
+    layer_of: Sequence[str],
+    counts: Sequence[int],
+    device: torch.device,
 ) -> Tables:
-    """Two all-reduces: sizes and digests, then holdings and each distinct table once."""
+    """Two all-reduces: sizes and digests, then holdings and each distinct table once.
+
+    Args:
+        group_of, layer_of: [pieces] names.
+    """
     holdings = list(dict.fromkeys(piece.holding for piece in pieces))
     ordinal = {holding: i for i, holding in enumerate(holdings)}
     rows = [
-        (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group))
-        for piece, group in zip(pieces, group_of, strict=True)
+        (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group), key(layer))
+        for piece, group, layer in zip(pieces, group_of, layer_of, strict=True)
     ]
     table = torch.tensor(rows, dtype=torch.int64).reshape(-1, _ROW_WORDS)
     digest = key(str(rows))

@@ -1,4 +1,4 @@
-"""Stage 7: the decision reaches the gradients, in place and at float32 precision or better."""
+"""Stage 7: the decision reaches the gradients, in place and at float32 precision or better. Plain torch operations: the reference."""
 
 from __future__ import annotations
 
@@ -9,22 +9,46 @@ import torch
 from torch import Tensor
 
 
-def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply local tensors by a 0-dim float64 `factor`, in place. No host sync.
+def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None:
+    """Multiply each local tensor by its factor, in place. One whose factor is known to be 1 is not written.
 
-    The factor is a 0-dim tensor of float32 or wider: torch's kernels then multiply bf16 and fp16 in float32 instead of rounding
-    the factor to the gradient's dtype first.
+    Args:
+        factors: [n] numbers, or float64 [n] on any device, of which nothing is read on the host.
+
+    On the CPU a 0-dim float32 factor is multiplied in float32 also into bf16 and fp16; elsewhere torch would round it to the gradient's
+    dtype first, so that low-precision tensors are widened, one at a time.
     """
-    for (device, dtype), same in _alike(tensors).items():
-        wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-        torch._foreach_mul_(same, factor.to(device, wide))
+    if isinstance(factors, Tensor):
+        for tensor, factor in zip(tensors, factors.unbind(), strict=True):
+            if values := _stored(tensor):
+                _multiply_(values, factor.to(values[0].device, wide(values[0].dtype)))
+        return
+    alike: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = defaultdict(list)
+    for tensor, factor in zip(tensors, factors, strict=True):
+        if factor != 1:
+            for values in _stored(tensor):
+                alike[values.device, values.dtype, factor].append(values)
+    for (device, dtype, factor), same in alike.items():
+        _multiply_(same, torch.tensor(factor, dtype=torch.float64).to(wide(dtype)).to(device, non_blocking=True))
 
 
-def clamp_(tensors: Sequence[Tensor], value: Tensor) -> None:
-    """Clamp local real tensors to [-value, value] in place; NaN stays. `value`: 0-dim float64."""
-    for tensor in (t for same in _alike(tensors, coalesce=True).values() for t in same):
-        limit = value.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32))
-        tensor.copy_(torch.minimum(torch.maximum(tensor.to(limit.dtype), -limit), limit))
+def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
+    """`factor`: 0-dim, of the dtype in which the product is formed."""
+    if tensors[0].device.type == "cpu" or factor.dtype == tensors[0].real.dtype:
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.copy_(tensor.to(factor.dtype).mul_(factor))
+
+
+def clamp_(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Clamp local real tensors to [-value, value] in place; NaN stays. `values`: float64 [n] on any device."""
+    for tensor, value in zip(tensors, values.unbind(), strict=True):
+        if tensor.is_sparse and not tensor.is_coalesced():
+            tensor.copy_(tensor.coalesce())  # the sum of equal indices is what is bounded
+        for stored in _stored(tensor):
+            limit = value.to(stored.device, wide(stored.dtype))
+            stored.copy_(torch.minimum(torch.maximum(stored.to(limit.dtype), -limit), limit))
 
 
 def drop(params: Iterable[Tensor]) -> None:
@@ -33,15 +57,12 @@ def drop(params: Iterable[Tensor]) -> None:
         param.grad = None
 
 
-def _alike(tensors: Sequence[Tensor], coalesce: bool = False) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Dense tensors by device and dtype; a sparse one by its values (which must be unique for anything that is not linear)."""
-    out: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        if tensor.is_sparse:
-            if coalesce and not tensor.is_coalesced():
-                whole = tensor.coalesce()
-                tensor.copy_(whole)
-            tensor = tensor._values()
-        if tensor.numel():
-            out[tensor.device, tensor.dtype].append(tensor)
-    return out
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient of `dtype` is multiplied."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """What is multiplied: a dense tensor, or a sparse one's values; nothing where it is empty."""
+    values = tensor._values() if tensor.is_sparse else tensor
+    return [values] if values.numel() else []

@@ -26,8 +26,10 @@ _REMEDY = (
 Prints = Mapping[int, tuple[float, float]]  # piece → two numbers that equal gradients share
 
 
-def compare_replicas(channel: Channel, plan: Plan, prints: Prints, tolerance: float, step: int, device: torch.device) -> None:
-    """A collective: AgreementError on all ranks if copies of a gradient differ, naming up to ten parameters with their ranks.
+def compare_replicas(
+    channel: Channel, plan: Plan, prints: Prints, tolerance: float, step: int, device: torch.device, things: str = "gradients"
+) -> None:
+    """A collective: AgreementError on all ranks if copies of a gradient (or parameter) differ, naming up to ten with their ranks.
 
     Args:
         prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are gone already.
@@ -51,7 +53,7 @@ def compare_replicas(channel: Channel, plan: Plan, prints: Prints, tolerance: fl
         f"{name}: " + ", ".join(f"{what} on rank {brief(ranks)}" for what, ranks in seen.items())
         for (name, _, _), seen in sorted(copies.items())
     ]
-    raise AgreementError(f"step {step}: gradients that should be copies are not equal:\n" + "\n".join(said) + f"\n{_REMEDY}")
+    raise AgreementError(f"step {step}: {things} that should be copies are not equal:\n" + "\n".join(said) + f"\n{_REMEDY}")
 
 
 def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device) -> set[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Call:
     grad_scale: float
     problem: ConfigError | None  # raised on all ranks once they agreed that they made this call
     patient: bool = False  # a loss scale will be lowered after a bad step: an error only after several
+    of: Literal["grad", "param"] = "grad"  # what is measured
 
     @property
     def passive(self) -> bool:
@@ -34,7 +35,7 @@ class Call:
 
     @property
     def text(self) -> str:
-        said = [self.operation]
+        said = [self.operation if self.of == "grad" else f"{self.operation} of parameters"]
         if self.owned:
             said.append(f"{len(self.owned)} optimizer{'s' if len(self.owned) > 1 else ''}")
         if self.hands.enabled:
@@ -71,13 +72,13 @@ class Call:
             return scaled
         return torch.where(torch.tensor([i in before for i in pieces], device=device), _power(self.grad_scale, p), scaled)
 
+    def scales(self, pieces: Sequence[int], device: torch.device) -> Tensor:
+        """[pieces] float64: what unscales each gradient, `grad_scale` included."""
+        factor = self.powers(pieces, 1.0, device)
+        one = torch.ones(len(pieces), dtype=torch.float64, device=device)
+        return one if factor is None else one * factor
+
 
 def _power(factor: Any, p: float) -> Any:
     """Of a tensor or of a number: what a factor of the gradients does to their power sum, or maximum."""
     return factor if math.isinf(p) else factor**p
-
-
-def halves(pieces: Iterable[int], unscaled: frozenset[int]) -> tuple[list[int], list[int]]:
-    """Those that still carry the scale, and those that do not."""
-    listed = list(pieces)
-    return [i for i in listed if i not in unscaled], [i for i in listed if i in unscaled]

@@ -1,76 +1,46 @@
-"""`GradClipper`: wires the stages. It reads top to bottom like the picture in the README, and owns every buffer."""
+"""`GradClipper`: wires the stages. It reads top to bottom like the picture in the README."""
 
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip import apply, audit, fold
-from distclip.agreement import key
+from distclip import fold
+from distclip.acting import Actor, Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
-from distclip.calls import Call, halves
-from distclip.collecting import GradOf, Grads, collect, own_grad
-from distclip.deciding import decide, in_total, kept, split
-from distclip.errors import AgreementError, ConfigError, GradientError
+from distclip.calls import Call
+from distclip.collecting import Collector, GradOf, Grads
+from distclip.deciding import decide, in_total, kept, policy_of, split
+from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
-from distclip.groups import Grouping
-from distclip.guard import OnNonfinite, Streak, Verdict, judge
+from distclip.gradlist import GradList
+from distclip.groups import Grouping, Watch
+from distclip.guard import OnNonfinite, Streak
+from distclip.history import empty, recorded
 from distclip.host import Mirror
-from distclip.measure import norm_of, power_sums
+from distclip.judging import Judge, watched
 from distclip.naming import Found, Params, named_parameters
 from distclip.options import Asked, Options, checked
-from distclip.owners import Owners, strangers
-from distclip.placement import Declared, ReplicatedOver, Shared, local_tensor, pieces
+from distclip.owners import Owners
+from distclip.placement import Declared, ReplicatedOver, Shared, UnitRange, local_tensor, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
-from distclip.policies import LocalStats, Policy
-from distclip.policies.policy import describe
+from distclip.policies import Policy
 from distclip.records import ClipReport, Culprit, Decision, Norms, Piece
 from distclip.report import Sink, Writer
+from distclip.saving import Saved, loaded, saved
+from distclip.sensing import Seen, Sensor
+from distclip.summary import Summary
+from distclip.units import Units
 from distclip.wire import Wire, extra_words
-
-
-@dataclass(slots=True)
-class Seen:
-    """What one call measured on this rank and learned from all; kept until it is judged."""
-
-    step: int
-    call: Call
-    grads: Grads | None  # None once they may have changed
-    faults: list[str]  # what this rank found wrong
-    last: Tensor  # [1] float64: the token of the decision before
-    sums: Tensor  # [pieces] float64
-    has: Tensor  # [pieces] float64
-
-
-class Known(NamedTuple):
-    """What the host has read of an outcome."""
-
-    coefs: list[float]
-    inverse: float  # of the scaler's scale
-    skip: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a call is to do to the gradients."""
-
-    decision: Decision
-    grads: Grads
-    finite: Tensor  # [] bool
-    stop: Tensor  # [] float32: 1 where no optimizer may move
-    overflow: Tensor  # [] float32: what a scaler is told; a step that a policy leaves out is no overflow
-    known: Known | None  # None where the host has not read anything
-    report: ClipReport
 
 
 class GradClipper:
@@ -93,6 +63,7 @@ class GradClipper:
         grad_of: where a parameter's gradient is, if not in `.grad`.
         drift_tolerance: how far copies may differ, relative to the total power sum; None does not look.
         skip_limit: more bad steps in a row than this end in an error.
+        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not.
         sinks: where reports go, on the first rank of the group.
 
@@ -118,13 +89,14 @@ class GradClipper:
         drift_tolerance: float | None = 1e-5,
         skip_limit: int = 20,
         fold: str = "auto",
+        watch: Watch | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._channel = Channel.over(process_group)
-        self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold)
+        self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch)
         self._params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
-        self._grad_of, self._moved = grad_of or own_grad, grad_of is not None
+        self._grad_of = grad_of
         self._writer = Writer(sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._step = 0
@@ -140,7 +112,8 @@ class GradClipper:
         The policy's state stays if the groups do; else it starts anew.
         """
         error: Exception | None = None
-        found, local, config, group_of = Found(), list[tuple[Any, Piece]](), dict[str, str](), list[str]()
+        found, local, config = Found(), list[tuple[Any, Piece]](), dict[str, str]()
+        group_of, layer_of, ranges = list[str](), list[str](), list[UnitRange | None]()
         try:
             self._options: Options = checked(self._asked)
             found = named_parameters(self._params)
@@ -150,55 +123,77 @@ class GradClipper:
                     "pass the model, or model.named_parameters()"
                 )
             local = pieces(found.named, self._declared, self._channel.global_rank)
-            group_of = self._options.grouping.assign([piece.key_name for _, piece in local], [named.param for named, _ in local])
+            names, params = [piece.key_name for _, piece in local], [named.param for named, _ in local]
+            group_of = self._options.grouping.assign(names, params)
+            if self._options.watch is not None:
+                layer_of = self._options.watch.groups.assign(names, params)
+            ranges = [self._range(group, param, piece) for group, param, (_, piece) in zip(group_of, params, local, strict=True)]
             declared = {"replicated_over": ", ".join(self._declared.replicated_over), "shared": repr(self._declared.shared)}
             config = self._options.texts() | declared
         except Exception as e:
             error = e
         self._members = [named.param for named, _ in local]
-        self._slots = found.slots
         self._device = next((p.device for p in self._members if p.device.type == "cuda"), torch.device("cpu"))
         agree_on_call(self._channel, config, error, self._device)
 
-        self._config = str(sorted(config.items()))
-        patterns = self._declared.patterns() + list(self._options.grouping.patterns())
-        names = {name for _, piece in local for name in (piece.name, piece.key_name)}
-        counts = {pattern: sum(fnmatchcase(name, pattern) for name in names) for pattern in patterns}
-        plan = make_plan(self._channel, [piece for _, piece in local], group_of, counts, self._options.norm_type, self._device)
-        self._prepare(plan)
+        counts = {pattern: self._matches(pattern, local) for pattern in self._patterns()}
+        own = [piece for _, piece in local]
+        layers = None if self._options.watch is None else layer_of
+        plan = make_plan(self._channel, own, group_of, counts, self._options.norm_type, self._device, layers)
+        self._prepare(plan, found, ranges, str(sorted(config.items())))
 
-    def _prepare(self, plan: Plan) -> None:
-        """Buffers and tensors that every step uses."""
-        device, p, rules = self._device, self._options.norm_type, self._options.grouping.rules()
-        self._parts = split(plan.groups, rules, self._options.policy, device)
-        stats = sum(part.words * len(part.groups) for part in self._parts)
-        self.plan = replace(plan, words=len(plan.groups) + extra_words(p, stats))
-        self._wire = Wire(
-            p, len(plan.groups), stats, self._channel.size,
+    def _range(self, group: str, param: Tensor, piece: Piece) -> UnitRange | None:
+        """Which units a piece holds, if its group is scaled by units."""
+        rule = policy_of(self._options.grouping.rules().get(group), self._options.policy)
+        return unit_range(param, piece) if hasattr(rule, "unit_coefs") else None
+
+    def _patterns(self) -> list[str]:
+        watch = self._options.watch
+        return [*self._declared.patterns(), *self._options.grouping.patterns(), *(watch.groups.patterns() if watch else ())]
+
+    @staticmethod
+    def _matches(pattern: str, local: Sequence[tuple[Any, Piece]]) -> int:
+        return sum(fnmatchcase(name, pattern) for name in {name for _, piece in local for name in (piece.name, piece.key_name)})
+
+    def _prepare(self, plan: Plan, found: Found, ranges: Sequence[UnitRange | None], config: str) -> None:
+        """What every step uses."""
+        device, options = self._device, self._options
+        p, rules = options.norm_type, options.grouping.rules()
+        self._parts = split(plan.groups, rules, options.policy, device)
+        by_units = {g: part.policy for part in self._parts if hasattr(part.policy, "unit_coefs") for g in part.groups}
+        units = Units(self._channel, plan, self._members, ranges, by_units, device) if by_units else None  # pyright: ignore[reportArgumentType]
+        stats = sum(part.words * len(part.groups) for part in self._parts) + 2 * (units.cut if units else 0)
+        self.plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
+        wire = Wire(
+            p, len(plan.groups), len(plan.layers), stats, self._channel.size,
             torch.tensor([1 / s.holders for s in plan.shares], dtype=torch.float64, device=device),
             torch.tensor([s.weight for s in plan.shares], dtype=torch.float64, device=device),
             torch.tensor(plan.group_of, dtype=torch.int64, device=device),
+            torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
         )  # fmt: skip
-        self._counts_in_total = torch.tensor(in_total(plan.groups, rules), device=device)
-        self._members_of = [[i for i, g in enumerate(plan.group_of) if g == group] for group in range(len(plan.groups))]
-        self._alike = [frozenset(id(self._members[i]) for i in members) for members in self._members_of]
+        self._wire, counted = wire, torch.tensor(in_total(plan.groups, rules), device=device)
+        self._alike = [frozenset(id(self._members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)]
         self._owners = Owners(self._members, plan.group_of)
+        collector = Collector(self._members, plan.pieces, found.slots, self._grad_of, device)
+        self._sensor = Sensor(self.plan, collector, wire, self._parts, units, counted, device, config)
         state = tuple(part.policy.init(len(part.groups), device) for part in self._parts)
         if getattr(self, "_state_groups", None) != plan.groups:
-            self._state, self._state_groups = state, plan.groups
-        nothing = torch.zeros(len(plan.groups), dtype=torch.float64, device=device)
-        idle = Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), nothing.new_zeros(stats), p)
+            self._state, self._history, self._state_groups = state, empty(device), plan.groups
+        nothing = torch.zeros(wire.groups, dtype=torch.float64, device=device)
+        words = nothing.new_zeros(self._sensor.policy_words)
+        idle = Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), words, p)
         self._clamped = decide(self._parts, idle, state)[0].clamped
         # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
-        tolerance = self._options.drift_tolerance
-        self._tolerance = tolerance and tolerance * min(1.0, p)
-        self._streak = Streak(self._options.on_nonfinite, self._options.skip_limit)
+        self._tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
+        streak = Streak(options.on_nonfinite, options.skip_limit)
+        self._judge = Judge(self._channel, self.plan, wire, self._parts, streak, self._tolerance, device, config)
+        self._actor = Actor(self.plan, units, wire.group)
+        wide = any(param.dtype in (torch.float64, torch.complex128) for param in self._members)
+        dtype = torch.float64 if wide and self._channel.size == 1 else torch.float32
+        self._summary = Summary(self.plan, options.watch, counted, dtype)
         self._last = torch.zeros(1, dtype=torch.float64, device=device)
-        self._nothing = torch.zeros(len(plan.pieces), dtype=torch.float64, device=device)
-        self._index: tuple[list[int], Tensor] = ([], torch.zeros(0, dtype=torch.int64, device=device))
         draw = torch.Generator().manual_seed(1)
-        self._mixers = torch.randint(1 << 62, (2, len(plan.groups)), generator=draw).bitwise_or(1).to(device)
-        self._warned = False
+        self._mixers = torch.randint(1 << 62, (2, wire.groups), generator=draw).bitwise_or(1).to(device)
         self._may_wait = device.type == "cuda"  # elsewhere reading a number costs nothing
         self._unjudged: Mirror[Seen] = Mirror()
 
@@ -224,17 +219,11 @@ class GradClipper:
         call = self._call("clip_", optimizers, scaler, grad_scale)
         outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
         if outcome.known is not None and outcome.known.skip:
-            gone = [p for p in self._members if not self._moved or self._grad_of(p) is not None]
-            if self._moved and not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone):
-                raise GradientError(
-                    f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
-                    "use clipper.step(optimizer), which leaves the optimizer out"
-                )
-            apply.drop([*gone, *(p for o in call.owned for p in o.others)])
+            taken_away(call, self._reachable(call))
         else:
-            self._apply(call, outcome, frozenset())
+            self._actor.act(call, outcome, frozenset())
         call.hands.tell(outcome.overflow, stepped=False)
-        self._writer.write(outcome.report, self._may_wait)
+        self._write(outcome.report)
         return outcome.report
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
@@ -257,17 +246,17 @@ class GradClipper:
         folding = self._folding(call)
         outcome = self._run(call, len(folding) == len(call.owned) or self._options.on_nonfinite == "propagate")
         if outcome.known is None or not outcome.known.skip:
-            self._apply(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
+            self._actor.act(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
             for k, owned in enumerate(call.owned):
                 if k in folding:
-                    factor = self._factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
+                    factor = self._actor.folded_factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
                     fold.step_folded(owned.optimizer, factor, outcome.stop if outcome.known is None else None)
                 else:
                     (owned.optimizer if call.hands.enabled else owned.given).step()
         call.hands.tell(outcome.overflow, stepped=True)
         if call.hands.enabled and update_scaler:
             scaler.update()
-        self._writer.write(outcome.report, self._may_wait)
+        self._write(outcome.report)
         return outcome.report
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
@@ -287,7 +276,7 @@ class GradClipper:
         call = replace(self._call("decide", grad_scale=grad_scale), patient=rescaled)
         outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
         self._decided = call, outcome
-        self._writer.write(outcome.report, self._may_wait)
+        self._write(outcome.report)
         return outcome.report
 
     @torch.no_grad()
@@ -306,22 +295,55 @@ class GradClipper:
         call, outcome = self._decided
         if outcome.known is not None and outcome.known.skip:
             raise ConfigError(f"step {self._step} is to be left out (report.skipped); there is nothing to apply")
-        asked = {id(param) for param in params}
-        found = [(i, self._grad_of(param)) for i, param in enumerate(self._members) if id(param) in asked]
+        asked, collector = {id(param) for param in params}, self._sensor.collector
+        found = [(i, collector.grad_of(param)) for i, param in enumerate(self._members) if id(param) in asked]
         here = [(i, local_tensor(grad)) for i, grad in found if grad is not None]
-        self._apply(call, replace(outcome, grads=Grads([i for i, _ in here], [grad for _, grad in here])), frozenset())
+        own = [i for i, _ in here]
+        grads = Grads(collector.present(own, own), GradList.of([grad for _, grad in here]))
+        self._actor.act(call, replace(outcome, grads=grads), frozenset())
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
-    def measure(self) -> ClipReport:
-        """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One all-reduce."""
-        return self._run(self._call("measure"), may_wait=True).report
+    def measure(self, of: Literal["grad", "param"] = "grad") -> ClipReport:
+        """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One all-reduce.
+
+        Args:
+            of: `grad`, or `param` for the parameters themselves, in the same groups.
+
+        Raises:
+            AgreementError: copies are not equal; GradientError: what was found wrong on a rank.
+        """
+        if of not in ("grad", "param"):
+            raise ConfigError(f"measure(of={of!r}): it is 'grad' or 'param'")
+        return self._run(replace(self._call("measure"), of=of), may_wait=True).report
 
     @torch.no_grad()
     def audit(self) -> None:
         """A collective: AgreementError, naming parameters and ranks, if gradients that should be copies are not equal."""
-        grads = self._run(self._call("audit"), may_wait=False).grads
-        self._compare(self._step, {i: audit.fingerprint(g) for i, g in zip(grads.index, grads.local, strict=True)})
+        call = self._call("audit")
+        outcome = self._run(call, may_wait=False)
+        nothing = outcome.finite.new_zeros(0, dtype=torch.float64)
+        self._judge.compare(Seen(self._step, call, outcome.grads, [], self._last, nothing, nothing))
+
+    def _reachable(self, call: Call) -> list[Tensor]:
+        """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where they cannot."""
+        if self._grad_of is None:
+            return self._members
+        gone = [p for p in self._members if self._grad_of(p) is not None]
+        if not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone):
+            raise GradientError(
+                f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
+                "use clipper.step(optimizer), which leaves the optimizer out"
+            )
+        return gone
+
+    def _write(self, report: ClipReport) -> None:
+        if not self._capturing():
+            self._writer.write(report, self._may_wait)
+
+    def _capturing(self) -> bool:
+        """Whether a CUDA graph is captured: then nothing is read on the host, at this call or later."""
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _call(self, operation: str, optimizers: Sequence[Optimizer] = (), scaler: Any = None, grad_scale: float = 1.0) -> Call:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one of them alone."""
@@ -347,7 +369,7 @@ class GradClipper:
 
     def _folding(self, call: Call) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""
-        if self._options.fold == "never" or self._moved:
+        if self._options.fold == "never" or self._grad_of is not None:
             return {}
         return {
             k: owned.group
@@ -364,213 +386,77 @@ class GradClipper:
         Args:
             may_wait: what the message says may be judged at the next call, since no optimizer moves on a bad step anyway.
         """
-        self._settle()
+        capturing = self._capturing()
+        if capturing and not may_wait:
+            raise ConfigError(
+                f"{call.operation}() reads a number on the host, which a CUDA graph cannot capture; use step() with fused optimizers that "
+                "fold, or on_nonfinite='propagate'"
+            )
+        if not capturing:
+            self._settle()
         self._step += 1
-        seen, message = self._measure(call)
+        seen, message = self._sensor.sense(self._step, call, self._last)
+        message = message.to(self._channel.device_for(self._device))
         op = "sum" if math.isfinite(self._options.norm_type) else "max"
         self._channel.reduce_(message, op, f"{call.operation} at step {self._step}")
         message = message.to(self._device)
-        norms = self._norms(message)
+
+        reduced = self._sensor.read(message)
+        norms = reduced.norms
         decision, state = decide(self._parts, norms, self._state)
-        grads, known, culprits = seen.grads or Grads(), None, tuple[Culprit, ...]()
+        if call.of == "param":
+            decision = _nothing_to_do(decision, norms)
         skips = not call.passive and self._options.on_nonfinite != "propagate"
+        bad = ~norms.finite
+        stop = self._wire.stop(message, self._tolerance) > 0 if self._may_wait and may_wait else bad
+        overflow = stop if skips else torch.zeros_like(stop)
+        skipped = overflow if call.passive else overflow | (decision.skip & norms.finite)
+        acted = norms.finite & ~skipped if not call.passive else torch.zeros_like(stop)
+        history = self._history if call.passive else recorded(self._history, decision.clipped.any() & acted, skipped)
+
+        grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
+        numbers = [self._wire.told(message), watched(decision, history.rate, history.calls)]
         if self._may_wait and may_wait:
-            stop = self._wire.stop(message, self._tolerance)
             seen.grads = None
-            self._unjudged.leave(torch.cat([message, decision.skip.double().reshape(1)]), seen)
+            if not capturing:
+                self._unjudged.leave(torch.cat(numbers), seen)
         else:
             inverse = torch.as_tensor(call.inverse, dtype=torch.float64, device=self._device).reshape(1)
+            flags = torch.stack([skipped, decision.clipped.any() & norms.finite]).double()
             coefs = torch.where(norms.finite, decision.coef, 1.0)
-            flags = torch.stack([norms.finite, decision.skip]).double()
-            *host, scale, finite, leave = Mirror.now(torch.cat([message, coefs, inverse, flags]))
-            known = Known(host[message.numel() :], scale, bool((skips and not finite) or (leave and finite and not call.passive)))
-            culprits = self._judge(seen, host[: message.numel()], bool(leave))
-            stop = (~norms.finite).float()
-        overflow = stop if skips else torch.zeros_like(stop)
+            host = Mirror.now(torch.cat([*numbers, inverse, flags, coefs]))
+            count = len(host) - len(coefs) - 3
+            scale, skip, acts = host[count : count + 3]
+            known = Known(host[count + 3 :], scale, bool(acts), bool(skip))
+            culprits = self._judge.judge(seen, host[:count])
         if not call.passive:
-            self._state = kept(self._state, state, norms.finite & (stop == 0) & ~decision.skip)
+            self._state = kept(self._state, state, norms.finite & ~skipped & ~stop)
+            self._history = history
             self._last = self._token(decision)
-            stop = torch.maximum(overflow, (decision.skip & norms.finite).float())
-        else:
-            stop = overflow
-        report = self._report(call, norms, decision, stop > 0, culprits)
+        report = self._summary.of(self._step, reduced, decision, history, skipped, acted, culprits)
         self._decided = None
         if not call.passive:
             self.last_report = report
-        return Outcome(decision, grads, norms.finite, stop, overflow, known, report)
-
-    def _measure(self, call: Call) -> tuple[Seen, Tensor]:
-        """This rank's part of the message. Whatever goes wrong here travels in it, so that no rank waits for another."""
-        device, p = self._device, self._options.norm_type
-        sums = has = self._nothing
-        stats = torch.zeros(self._wire.stats, dtype=torch.float64, device=device)
-        found = torch.zeros((), dtype=torch.float64, device=device)
-        grads = Grads()
-        try:
-            grads = collect(self._members, self.plan.pieces, self._slots, self._grad_of)
-            grads.faults += strangers(call.owned, {i: piece.name for i, piece in enumerate(self.plan.pieces[:1])})
-            if not grads.faults and call.problem is None:
-                own = power_sums(grads.local, p).to(device)
-                powers = call.powers(grads.index, p, device)
-                sums = self._placed(grads.index, own if powers is None else own * powers)
-                has = self._placed(grads.present, self._nothing.new_ones(len(grads.present)))
-                found = torch.maximum(call.hands.found(device), (~power_sums(call.others(), math.inf).isfinite()).sum().to(device))
-                self._local_stats(stats, grads, call)
-        except Exception as error:
-            grads.faults.append(f"{type(error).__name__}: {error}")
-        # filled in on the device: a tensor made from a list would make the host wait for it
-        counter, doing = (self._last.new_full((1,), token & 0xFFFF) for token in (self._step, key(call.text + self._config)))
-        message = self._wire.pack(sums, has, stats, found, bool(grads.faults), torch.cat([counter, doing, self._last]))
-        return Seen(self._step, call, grads, grads.faults, self._last, sums, has), message.to(self._channel.device_for(device))
-
-    def _placed(self, index: list[int], values: Tensor) -> Tensor:
-        """[pieces]: `values` at `index`, 0 elsewhere. The index is copied to the device only when it changes."""
-        if len(index) == len(self.plan.pieces):
-            return values
-        if self._index[0] != index:
-            self._index = (list(index), torch.tensor(index, dtype=torch.int64, device=self._device))
-        return self._nothing.index_copy(0, self._index[1], values)
-
-    def _local_stats(self, stats: Tensor, grads: Grads, call: Call) -> None:
-        """What policies want to know besides the norm; gradients with and without a scaler's scale apart."""
-        p, local, unscaled = self._options.norm_type, dict(zip(grads.index, grads.local, strict=True)), call.unscaled()
-        scales = (call.inverse * call.grad_scale, call.grad_scale)
-        for part in self._parts:
-            if not isinstance(part.policy, LocalStats):
-                continue
-            rows = stats[part.stats].view(len(part.groups), part.words)
-            for row, group in zip(rows, part.groups, strict=True):
-                for half, scale in zip(halves(filter(local.__contains__, self._members_of[group]), unscaled), scales, strict=True):
-                    shares = [1 / self.plan.shares[i].holders for i in half]
-                    factor = torch.as_tensor(scale, dtype=torch.float64, device=self._device)
-                    if half or scale is scales[0]:
-                        more = part.policy.local_stats([local[i] for i in half], shares, factor, p)
-                        row.copy_(torch.maximum(row, more) if math.isinf(p) else row + more)
-
-    def _norms(self, message: Tensor) -> Norms:
-        p = self._options.norm_type
-        sums, stats, bad = self._wire.sums(message)
-        counted = torch.where(self._counts_in_total, sums, 0.0)
-        total = norm_of(counted.max() if math.isinf(p) else counted.sum(), p)
-        finite = sums.sum().isfinite() & (bad == 0)
-        return Norms(norm_of(sums, p), total, finite, bad.to(torch.int64), stats, p)
+        return Outcome(
+            decision, grads, norms.finite, skipped.float(), overflow.float(), reduced.cut, seen.units, known, report
+        )  # fmt: skip
 
     def _token(self, decision: Decision) -> Tensor:
         """[1] float64 below 65536: a hash of the decision's bits, which the next message compares over the ranks."""
         bits = torch.stack([decision.coef, decision.threshold]).view(torch.int64)
         return (((bits * self._mixers) >> 40).sum() & 0xFFFF).double().reshape(1)
 
-    # Judging: alike on every rank, from the reduced message
-
     def _settle(self) -> None:
         """Judge what the previous call left; its step was not taken if it was bad."""
         late = self._unjudged.taken()
         if late is not None:
-            culprits = self._judge(late.what, late.numbers[:-1], bool(late.numbers[-1]))
-            self._writer.amend(culprits)
-
-    def _judge(self, seen: Seen, message: list[float], left_out: bool) -> tuple[Culprit, ...]:
-        """Raises on all ranks alike, or returns the culprits of a first bad step.
-
-        Args:
-            left_out: a policy decided to leave this step out.
-        """
-        call, step, flags = seen.call, seen.step, self._wire.flags(message)
-        verdict = judge(flags, None if call.operation == "audit" else self._tolerance)
-        if verdict is Verdict.DISAGREE:
-            doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {key(self._config) & 0xFFFF:04x}"
-            raise audit.name_disagreement(self._channel, doing, self._device)
-        if call.problem is not None:
-            raise call.problem
-        if verdict is Verdict.FAULT:
-            raise GradientError(f"step {step}: " + audit.name_faults(self._channel, seen.faults, self._device))
-        if verdict in (Verdict.RAGGED, Verdict.DRIFT):
-            self._compare(step, self._prints(seen))
-            raise AgreementError(
-                f"step {step}: copies of gradients differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
-            )
-        if not flags.present and not self._warned and not call.passive:
-            self._warned = True
-            warnings.warn(
-                "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad()",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        if call.passive:
-            return ()
-        if verdict is not Verdict.NONFINITE:
-            if not left_out:
-                self._streak.good()
-            elif self._streak.spike():
-                raise self._streak.spike_error(step)
-            return ()
-        must_raise = self._streak.bad(patient=call.hands.enabled or call.patient)
-        culprits: tuple[Culprit, ...] = ()
-        if self._streak.length == 1 or must_raise:
-            culprits = audit.name_culprits(self._channel, self.plan, Mirror.now(seen.sums), self._device)
-        if must_raise:
-            raise self._streak.error(step, int(flags.bad), culprits)
-        return culprits
-
-    def _prints(self, seen: Seen) -> audit.Prints:
-        """Fingerprints of the gradients; where they are gone, their norms."""
-        if seen.grads is not None:
-            return {i: audit.fingerprint(g) for i, g in zip(seen.grads.index, seen.grads.local, strict=True)}
-        squares = Mirror.now(norm_of(seen.sums, self._options.norm_type).square())
-        return {i: (squares[i], 0.0) for i, has in enumerate(Mirror.now(seen.has)) if has}
-
-    def _compare(self, step: int, prints: audit.Prints) -> None:
-        audit.compare_replicas(self._channel, self.plan, prints, self._tolerance or 1e-5, step, self._device)
-
-    # Acting
-
-    def _factor(self, call: Call, outcome: Outcome, group: int, scaled: bool) -> Tensor | None:
-        """[] float64: what a group's gradients are multiplied by, or None where that is known to be 1."""
-        scale = call.inverse * call.grad_scale if scaled else call.grad_scale
-        known = outcome.known
-        if known is not None and known.coefs[group] * (known.inverse if scaled else 1.0) * call.grad_scale == 1:
-            return None
-        return torch.where(outcome.finite, outcome.decision.coef[group], 1.0) * scale
-
-    def _apply(self, call: Call, outcome: Outcome, folded: frozenset[int]) -> None:
-        """One multiply a gradient, none where the factor is 1; clamps after it. `folded` pieces are left to their optimizers."""
-        here = dict(zip(outcome.grads.index, outcome.grads.local, strict=True))
-        decision, unscaled = outcome.decision, call.unscaled()
-        for group, members in enumerate(self._members_of):
-            factors = [self._factor(call, outcome, group, scaled) for scaled in ((True, False) if unscaled else (True,))]
-            if group not in decision.clamped and all(factor is None for factor in factors):
-                continue
-            mine = [i for i in members if i in here and i not in folded]
-            for half, factor in zip(halves(mine, unscaled), factors):
-                if half and factor is not None:
-                    apply.scale_([here[i] for i in half], factor)
-            if group in decision.clamped and mine:
-                apply.clamp_([here[i] for i in mine], torch.where(outcome.finite, decision.threshold[group], math.inf))
-        if (others := call.others()) and call.hands.inverse is not None:
-            apply.scale_(others, call.hands.inverse)
-
-    def _report(self, call: Call, norms: Norms, decision: Decision, skipped: Tensor, culprits: tuple[Culprit, ...]) -> ClipReport:
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in self._members)
-        dtype = torch.float64 if wide and self._channel.size == 1 else torch.float32
-        acted = norms.finite & ~skipped & (not call.passive)
-        coefs = torch.where(skipped, 0.0, torch.where(norms.finite, decision.coef, 1.0))
-        counted = torch.where(self._counts_in_total, torch.where(norms.finite, decision.norms_after, norms.per_group), 0.0)
-        p = self._options.norm_type
-        after = counted.max() if math.isinf(p) else norm_of(counted.pow(p).sum(), p)
-        if len(self.plan.groups) == 1:
-            after = counted[0]
-        return ClipReport(
-            self._step, norms.total.to(dtype), after.to(dtype), (decision.clipped & acted).any(), skipped,
-            norms.nonfinite, coefs.to(dtype), decision.threshold.to(dtype), norms.per_group.to(dtype), self.plan.groups, culprits,
-        )  # fmt: skip
+            self._writer.amend(self._judge.judge(late.what, late.numbers))
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with `weights_only`."""
-        tensors = {f"{i}.{j}": t.clone() for i, state in enumerate(self._state) for j, t in enumerate(state)}
-        counters = {"step": torch.tensor(self._step), "bad_in_a_row": torch.tensor(self._streak.length)}
-        return {**counters, "policy": describe(self._options.policy), "groups": "\n".join(self.plan.groups), **tensors}
+        return saved(Saved(self._step, self._judge.streak.length, self._history, self._state), self._options.policy, self.plan.groups)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
@@ -578,21 +464,13 @@ class GradClipper:
         Raises:
             ConfigError: it was cut short, or belongs to another policy or to other groups; nothing was taken over.
         """
-        own = self.state_dict()
-        lost = sorted(own.keys() - state.keys())
-        if lost:
-            raise ConfigError(f"the checkpoint of the clipper lacks {', '.join(lost)}; it was cut short, or saved by something else")
-        for name in ("policy", "groups"):
-            if state[name] != own[name]:
-                raise ConfigError(
-                    f"the checkpoint's {name} is {state[name]!r}, this clipper's {own[name]!r}; build it as the saved one was"
-                )
-        tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
-        for name in tensors:
-            if not isinstance(state[name], Tensor) or state[name].shape != own[name].shape:
-                seen = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
-                raise ConfigError(f"the checkpoint's {name} is {seen}, not a tensor of shape {tuple(own[name].shape)}; was it cut short?")
-        self._step, self._streak.length = int(state["step"]), int(state["bad_in_a_row"])
-        self._state = tuple(
-            tuple(state[f"{i}.{j}"].to(t.device, t.dtype, copy=True) for j, t in enumerate(part)) for i, part in enumerate(self._state)
-        )
+        own = Saved(self._step, self._judge.streak.length, self._history, self._state)
+        self._step, self._judge.streak.length, self._history, self._state = loaded(state, self.state_dict(), own)
+
+
+def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:
+    """For norms of parameters, of which nothing is clipped."""
+    one, off = torch.ones_like(norms.per_group), torch.zeros_like(decision.skip)
+    return replace(
+        decision, coef=one, threshold=one * math.inf, clipped=one < 1, norms_after=norms.per_group, cosine=one, skip=off
+    )  # fmt: skip

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distclip.groups import Exempt, Rule
 from distclip.policies.fixed import FixedNorm
-from distclip.policies.policy import LocalStats, Policy
-from distclip.records import Decision, Norms, Scale
+from distclip.policies.policy import Policy
+from distclip.records import Clamp, Decision, Norms, Scale, UnitScale
 
 State = tuple[tuple[Tensor, ...], ...]
 
@@ -29,7 +29,11 @@ class Part:
 
     @property
     def words(self) -> int:
-        return self.policy.words if isinstance(self.policy, LocalStats) else 0
+        return _words(self.policy)
+
+
+def _words(policy: Policy) -> int:
+    return int(getattr(policy, "words", 0))
 
 
 def policy_of(rule: Rule, main: Policy) -> Policy:
@@ -55,7 +59,7 @@ def split(groups: Sequence[str], rules: Mapping[str, Rule], main: Policy, device
     parts: list[Part] = []
     start = 0
     for policy, indices in governed.values():
-        words = len(indices) * (policy.words if isinstance(policy, LocalStats) else 0)
+        words = len(indices) * _words(policy)
         parts.append(Part(policy, tuple(indices), slice(start, start + words), torch.tensor(indices, device=device)))
         start += words
     return tuple(parts)
@@ -68,27 +72,44 @@ def in_total(groups: Sequence[str], rules: Mapping[str, Rule]) -> list[bool]:
 
 def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision, State]:
     """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms' device."""
-    coef, threshold = torch.ones_like(norms.per_group), torch.full_like(norms.per_group, math.inf)
-    clipped = torch.zeros_like(norms.per_group, dtype=torch.bool)
-    after = norms.per_group.clone()
-    out: list[tuple[Tensor, ...]] = []
-    clamped: set[int] = set()
-    skip = torch.zeros((), dtype=torch.bool, device=coef.device)
-    for part, state in zip(parts, states, strict=True):
-        at = part.index
-        own = Norms(norms.per_group[at], norms.total, norms.finite, norms.nonfinite, norms.stats[part.stats], norms.norm_type)
-        answer, new = part.policy.decide(own, state)
-        out.append(new)
-        if answer.skip is not None:
-            skip = skip | answer.skip.any()
-        if isinstance(answer, Scale):
-            coef[at], threshold[at] = answer.coef, answer.threshold
-            clipped[at] = answer.coef != 1
-            after[at] = own.per_group * answer.coef
-        else:
-            threshold[at], clipped[at], after[at] = answer.value, answer.clipped, answer.norm_after
-            clamped |= set(part.groups)
-    return Decision(coef, threshold, clipped, after, frozenset(clamped), skip), tuple(out)
+    answers = [part.policy.decide(_of_part(part, norms), state) for part, state in zip(parts, states, strict=True)]
+    new = tuple(state for _, state in answers)
+    rows = [_row(answer, _of_part(part, norms)) for part, (answer, _) in zip(parts, answers, strict=True)]
+    skips = [answer.skip.any() for answer, _ in answers if answer.skip is not None]
+    return Decision(
+        *(_placed(parts, [row[i] for row in rows], norms.per_group) for i in range(5)),
+        clamped=frozenset(g for part, (answer, _) in zip(parts, answers, strict=True) if isinstance(answer, Clamp) for g in part.groups),
+        unitwise=frozenset(
+            g for part, (answer, _) in zip(parts, answers, strict=True) if isinstance(answer, UnitScale) for g in part.groups
+        ),
+        skip=torch.stack(skips).any() if skips else torch.zeros((), dtype=torch.bool, device=norms.total.device),
+    ), new
+
+
+def _of_part(part: Part, norms: Norms) -> Norms:
+    if len(part.groups) == len(norms.per_group):
+        return norms
+    return Norms(norms.per_group[part.index], norms.total, norms.finite, norms.nonfinite, norms.stats[part.stats], norms.norm_type)
+
+
+def _row(answer: Scale | Clamp | UnitScale, norms: Norms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One part's coefficients, thresholds, whether it clips, norms afterwards and cosines."""
+    one = torch.ones_like(norms.per_group)
+    if isinstance(answer, Scale):
+        return answer.coef, answer.threshold, answer.coef != 1, norms.per_group * answer.coef, one
+    if isinstance(answer, Clamp):
+        return one, answer.value, answer.clipped, answer.norm_after, answer.cosine
+    return one, answer.threshold, answer.clipped, answer.norm_after, one
+
+
+def _placed(parts: Sequence[Part], values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[groups]: the parts' values side by side."""
+    if len(parts) == 1:
+        return values[0]
+    out = torch.empty_like(like, dtype=values[0].dtype)
+    for part, value in zip(parts, values, strict=True):
+        out.index_copy_(0, part.index, value)
+    return out
 
 
 def kept(old: State, new: State, finite: Tensor) -> State:

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate
 from torch.nn import utils as torch_utils
 
-from distclip.apply import clamp_, scale_
 from distclip.errors import ConfigError, PlacementError
 from distclip.fsdp1 import is_flattened
-from distclip.measure import norm_of, power_sums
+from distclip.gradlist import GradList
+from distclip.measure import norm_of
 from distclip.placement import DEVICES, local_tensor
 
 TensorOrTensors: TypeAlias = "Tensor | Iterable[Tensor]"
@@ -86,7 +86,7 @@ def clip_grads_with_norm_(parameters: TensorOrTensors, max_norm: float, total_no
     if coef.device.type == "cpu" and coef == 1:
         return
     with torch.no_grad():
-        scale_([local_tensor(g) for g in grads], coef)
+        GradList.of([local_tensor(g) for g in grads]).scale_(coef.expand(len(grads)))
 
 
 def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
@@ -100,7 +100,8 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
         torch_utils.clip_grad_value_(params, clip_value, foreach)
         return
     with torch.no_grad():
-        clamp_([local_tensor(g) for g in grads], torch.tensor(value, dtype=torch.float64))
+        local = GradList.of([local_tensor(g) for g in grads])
+        local.clamp_(torch.full((len(grads),), value, dtype=torch.float64))
 
 
 def _listed(tensors: TensorOrTensors) -> list[Tensor]:
@@ -131,7 +132,7 @@ def _global_norm(sharded: list[DTensor], plain: list[Tensor], p: float) -> Tenso
         dtype = torch.promote_types(dtype, tensor.real.dtype if tensor.is_complex() else tensor.dtype)
     parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
     if plain:
-        parts.append(_combined(power_sums(plain, p), p).to(device))
+        parts.append(_combined(GradList.of(plain).power_sums(p), p).to(device))
     norm = norm_of(_combined(torch.stack(parts), p), p).to(dtype)
     if len(meshes) == 1 and not plain:
         mesh = next(iter(meshes))
@@ -145,7 +146,7 @@ def _combined(sums: Tensor, p: float) -> Tensor:
 
 def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
     """The power sum (maximum) over one mesh: 0-dim float64. One functional all-reduce for each of its dimensions."""
-    sums = power_sums([local_tensor(t) for t in tensors], p)
+    sums = GradList.of([local_tensor(t) for t in tensors]).power_sums(p)
     if math.isinf(p):
         # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
         packed, op = torch.stack([sums.nan_to_num(nan=math.inf, posinf=math.inf).max(), sums.isnan().any().double()]), "max"

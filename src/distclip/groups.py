@@ -93,6 +93,26 @@ class _ByName:
         return tuple(self.table)
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Norms of more than what is clipped by: they travel in the same message, and stand in the report of each `every`-th step.
+
+    Args:
+        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds play no part).
+        every: steps from one report of them to the next.
+
+    Raises:
+        ConfigError: every < 1.
+    """
+
+    groups: Grouping
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"Watch: every={self.every!r} counts steps, from 1")
+
+
 ONE: Grouping = _One()
 
 

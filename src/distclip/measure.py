@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from distclip.errors import GradientError
+
 ROW = 64
 CHUNK = 1 << 20
 SMALL = 1024  # up to here a float64 norm costs less than the Python calls of the row-wise path
@@ -45,6 +47,39 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
             return part
         sums[torch.tensor(indices).to(home, non_blocking=True)] = part
     return sums
+
+
+@torch.no_grad()
+def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
+    """What bounding each element x to c = min(max(x, -v), v) would do: float64 [n, 6], on the first tensor's device.
+
+    Columns: Σ|x|^p, Σ|c|^p (maxima where p is inf), Σx², Σc², Σx·c, and the number of elements that v bounds.
+
+    Args:
+        tensors: as for `power_sums`.
+        values: float64 [n], v; rounded to float32 except for float64 gradients, as the clamp itself does.
+
+    Raises:
+        GradientError: a complex gradient; it has no order.
+    """
+    rows: list[Tensor] = []
+    for tensor, value in zip(tensors, values.unbind(), strict=True):
+        if tensor.is_complex():
+            raise GradientError(
+                f"a complex gradient of shape {tuple(tensor.shape)} has no order, so its elements cannot be clamped; clip its norm, or "
+                "exempt it by groups=by_name({...: Exempt()})"
+            )
+        limit = value.to(tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32).double()
+        row = torch.zeros(6, dtype=torch.float64, device=tensor.device)
+        for chunk in _chunks(_values(tensor)) if tensor.numel() else ():
+            x = chunk.double()
+            c = torch.minimum(torch.maximum(x, -limit), limit)
+            sizes = torch.stack([_power_sum(x.abs(), p), _power_sum(c.abs(), p)])
+            products = torch.stack([x.square().sum(), c.square().sum(), (x * c).sum(), (x.abs() > limit).sum().double()])
+            head = torch.maximum(row[:2], sizes) if p == math.inf else row[:2] + sizes
+            row = torch.cat([head, row[2:] + products])
+        rows.append(row.to(tensors[0].device))
+    return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -134,7 +169,12 @@ def _row_sum(rows: Tensor, p: float) -> float:
 def _exact_sum(chunk: Tensor, p: float) -> float:
     """The power sum of a piece of any dtype, all in float64."""
     size = chunk.to(torch.complex128).abs() if chunk.is_complex() else chunk.double().abs()
-    return float(size.amax() if p == math.inf else _powers(size, p).sum())
+    return float(_power_sum(size, p))
+
+
+def _power_sum(size: Tensor, p: float) -> Tensor:
+    """[]: of float64 absolute values."""
+    return size.amax() if p == math.inf else _powers(size, p).sum()
 
 
 def _powers(size: Tensor, p: float) -> Tensor:

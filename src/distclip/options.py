@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distclip.deciding import describe_rules
 from distclip.errors import ConfigError
-from distclip.groups import ONE, Grouping
+from distclip.groups import ONE, Grouping, Watch
 from distclip.guard import MODES, OnNonfinite
 from distclip.policies import FixedNorm, Policy
 from distclip.policies.policy import describe
@@ -27,6 +27,7 @@ class Asked:
     drift_tolerance: float | None
     skip_limit: int
     fold: str
+    watch: Watch | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Options:
     drift_tolerance: float | None
     skip_limit: int
     fold: str
+    watch: Watch | None
 
     def texts(self) -> dict[str, str]:
         """Option → a text that is equal on all ranks if the option is."""
@@ -52,6 +54,7 @@ class Options:
             "drift_tolerance": repr(self.drift_tolerance),
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
+            "watch": repr(self.watch),
         }
 
 
@@ -74,6 +77,13 @@ def checked(asked: Asked) -> Options:
         raise ConfigError(f"drift_tolerance={asked.drift_tolerance!r} must be positive, or None, which does not look for drift")
     if asked.skip_limit < 0:
         raise ConfigError(f"skip_limit={asked.skip_limit!r} must not be negative; 0 allows no bad step")
+    if asked.watch is not None and not isinstance(asked.watch, Watch):
+        raise ConfigError(f"watch={asked.watch!r}; pass distclip.Watch(distclip.per_layer(), every=100)")
+    by_units = [rule for rule in (policy, *(asked.groups or ONE).rules().values()) if hasattr(rule, "unit_coefs")]
+    if by_units and p != 2:
+        raise ConfigError(
+            f"{describe(by_units[0])} works with 2-norms of units; norm_type={asked.norm_type!r} cannot go with it, leave it at 2"
+        )
     return Options(
-        policy, p, asked.groups or ONE, asked.on_nonfinite, asked.drift_tolerance, asked.skip_limit, asked.fold
+        policy, p, asked.groups or ONE, asked.on_nonfinite, asked.drift_tolerance, asked.skip_limit, asked.fold, asked.watch
     )  # fmt: skip

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from distclip.errors import ConfigError, PlacementError
 from distclip.fsdp1 import FlatShard, is_flattened
@@ -86,7 +87,7 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
             f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the outermost "
             "FullyShardedDataParallel module itself: GradClipper(model, ...), neither model.module nor its parameters"
         )
-    spec = named.param if isinstance(named.param, DTensor) else getattr(named.param, "_st_info", None)
+    spec = _spec_of(named.param)
     if spec is not None:
         return _distributed(named, key, spec, extra)
     param = named.param
@@ -106,9 +107,7 @@ def _flat(named: Named, key: str, shard: FlatShard, extra: tuple[str, ...]) -> P
 
 
 def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> Piece | None:
-    """`spec`: a DTensor, or the spec that DDP keeps of a DTensor which it made local."""
-    # under DDP the device_mesh attribute of the kept spec is called `mesh`
-    mesh = spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
+    mesh = _mesh_of(spec)
     placements: tuple[Placement, ...] = tuple(spec.placements)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -128,6 +127,44 @@ def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> P
     holding = Holding(how, " ".join(parts) or "whole", scopes)
     numel = torch.Size(shape).numel()
     return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor else None)
+
+
+class UnitRange(NamedTuple):
+    """Of a parameter's units (the indices of its first dimension, or one unit where it has no second) those that a piece holds."""
+
+    first: int
+    held: int
+    cut: bool  # other ranks hold other parts of the same units
+    whole: int  # the whole parameter's
+
+
+def unit_range(param: Tensor, piece: Piece) -> UnitRange:
+    """PlacementError where units are cut in a way that cannot be told."""
+    vector = len(piece.shape) < 2
+    whole = 1 if vector else piece.shape[0]
+    held = 1 if vector else piece.local_shape[0]
+    if piece.holding.region.startswith("flat"):
+        raise PlacementError(f"{piece.name} is {piece.holding.how}, which cuts units anywhere; clip by units under fully_shard (FSDP2)")
+    spec = _spec_of(param)
+    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not isinstance(p, Replicate)}
+    if not (dims if vector else dims - {0}):
+        return UnitRange(0, held, False, whole)
+    if vector or spec is None:
+        return UnitRange(0, 1, True, whole)
+    if any(not isinstance(p, (Shard, Replicate)) and p.dim == 0 for p in spec.placements):
+        raise PlacementError(f"{piece.name} is {piece.holding.how}; clipping by units does not know which rows these are")
+    _, offset = compute_local_shape_and_global_offset(piece.shape, _mesh_of(spec), spec.placements)
+    return UnitRange(offset[0], held, True, whole)
+
+
+def _spec_of(param: Tensor) -> Any:
+    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other tensor."""
+    return param if isinstance(param, DTensor) else getattr(param, "_st_info", None)
+
+
+def _mesh_of(spec: Any) -> Any:
+    """Under DDP the device_mesh attribute of the kept spec is called `mesh`."""
+    return spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
 
 
 def _short(placement: Placement) -> str:

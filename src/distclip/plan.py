@@ -22,6 +22,8 @@ class Plan:
     shares: tuple[Share, ...]
     groups: tuple[str, ...]  # sorted, equal on every rank
     group_of: tuple[int, ...]  # [pieces]
+    layers: tuple[str, ...]  # watched ones: sorted, equal on every rank
+    layer_of: tuple[int, ...]  # [pieces], or nothing where none is watched
     rows: tuple[Row, ...]  # of all ranks
     ranks: tuple[int, ...]
     norm_type: float
@@ -104,18 +106,21 @@ def make_plan(
     patterns: Mapping[str, int],
     norm_type: float,
     device: torch.device,
+    layer_of: Sequence[str] | None = None,
 ) -> Plan:
     """A collective on all ranks: three small all-reduces, more only to name what is wrong.
 
     Args:
         group_of: [pieces] the group's name of each.
+        layer_of: [pieces] the watched layer's name of each; None on all ranks where none is watched.
         patterns: pattern or name that must match on some rank → how often it does on this one.
 
     Raises:
         AgreementError: shapes differ between holders, or parts do not add up to the whole.
         ConfigError: a pattern matches nothing on any rank, or no rank has a parameter.
     """
-    tables = exchange_tables(channel, pieces, group_of, list(patterns.values()), device)
+    watched = [""] * len(pieces) if layer_of is None else layer_of
+    tables = exchange_tables(channel, pieces, group_of, watched, list(patterns.values()), device)
     for pattern, count in zip(patterns, tables.counts, strict=True):
         if not count:
             raise ConfigError(f"{pattern!r} matches no parameter on any rank; print(clipper.plan) shows names as they are matched")
@@ -140,13 +145,16 @@ def make_plan(
             if lost[s]
         ]
         refuse(channel, local, device, "the comparison of elements")
-    groups = _groups(channel, tables.rows, group_of, device)
-    index = {name: i for i, name in enumerate(groups)}
+    groups = _agreed_names(channel, [rows[:, 3] for rows in tables.rows], group_of, device)
+    layers = () if layer_of is None else _agreed_names(channel, [rows[:, 4] for rows in tables.rows], watched, device)
+    group_at, layer_at = ({name: i for i, name in enumerate(names)} for names in (groups, layers))
     return Plan(
         pieces=tuple(pieces),
         shares=tuple(holders.shares),
         groups=groups,
-        group_of=tuple(index[name] for name in group_of),
+        group_of=tuple(group_at[name] for name in group_of),
+        layers=layers,
+        layer_of=() if layer_of is None else tuple(layer_at[name] for name in watched),
         rows=rows_of(holders, sums[1], channel),
         ranks=channel.ranks,
         norm_type=norm_type,
@@ -156,14 +164,19 @@ def make_plan(
     )
 
 
-def _groups(channel: Channel, rows: Sequence[Tensor], group_of: Sequence[str], device: torch.device) -> tuple[str, ...]:
-    """All groups' names, sorted. Only names that some rank lacks are sent."""
-    keys = [set(table[:, 3].tolist()) for table in rows]
-    everywhere = set.intersection(*keys)
-    here = {key(name): name for name in group_of}
+def _agreed_names(channel: Channel, keys: Sequence[Tensor], own: Sequence[str], device: torch.device) -> tuple[str, ...]:
+    """All ranks' names, sorted. Only those that some rank lacks are sent.
+
+    Args:
+        keys: [tables] of [parameters] int64: the names' keys.
+        own: [pieces] this rank's names.
+    """
+    known = [set(column.tolist()) for column in keys]
+    everywhere = set.intersection(*known)
+    here = {key(name): name for name in own}
     names = set(here.values())
-    if set.union(*keys) != everywhere:
+    if set.union(*known) != everywhere:
         some = sorted(name for k, name in here.items() if k not in everywhere)
-        for text in channel.texts("\n".join(some), device, "the exchange of group names"):
+        for text in channel.texts("\n".join(some), device, "the exchange of names"):
             names |= set(text.splitlines())
     return tuple(sorted(names))

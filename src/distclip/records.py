@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -86,6 +87,17 @@ class Clamp:
     value: Tensor  # [groups] float64
     clipped: Tensor  # [groups] bool: some element on some rank was beyond its value
     norm_after: Tensor  # [groups] float64
+    cosine: Tensor  # [groups] float64: between raw and clamped gradient; NaN where it is not known
+    skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+
+
+@dataclass(frozen=True, slots=True)
+class UnitScale:
+    """Multiply each unit (the weights into one output) by a coefficient of its own, which the ranks that hold the unit know."""
+
+    threshold: Tensor  # [groups] float64, for the report
+    clipped: Tensor  # [groups] bool: some unit on some rank has a coefficient below 1
+    norm_after: Tensor  # [groups] float64
     skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
 
 
@@ -93,11 +105,13 @@ class Clamp:
 class Decision:
     """What happens to the gradients: the policies' answers side by side, one entry a group."""
 
-    coef: Tensor  # [groups] float64: 1 where the group is clamped
+    coef: Tensor  # [groups] float64: 1 where the group is clamped or scaled by units
     threshold: Tensor  # [groups] float64
     clipped: Tensor  # [groups] bool
     norms_after: Tensor  # [groups] float64
+    cosine: Tensor  # [groups] float64: between raw and clipped gradient; 1 where the direction is kept
     clamped: frozenset[int]  # groups whose elements are clamped to the threshold
+    unitwise: frozenset[int]  # groups that are scaled by units
     skip: Tensor  # [] bool: a policy leaves this step out
 
 
@@ -109,7 +123,10 @@ class Culprit(NamedTuple):
     kind: str  # "inf" or "NaN"
 
 
-_TENSORS = ("total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold", "group_norms")
+_TENSORS = (
+    "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold", "group_norms", "cosine", "clip_rate", "skips",
+    "layer_norms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +145,13 @@ class ClipReport:
     coefs: Tensor  # [groups]
     threshold: Tensor  # [groups]
     group_norms: Tensor  # [groups]: before clipping
+    cosine: Tensor  # [groups]: between raw and clamped gradient (1 where none is clamped; NaN with p = inf, where it is not measured)
+    clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
+    skips: Tensor  # [] int64: steps not taken so far
+    layer_norms: Tensor  # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
     groups: tuple[str, ...]
+    layers: tuple[str, ...]  # names of `layer_norms`
+    norm_type: float
     culprits: tuple[Culprit, ...] = ()
 
     @property
@@ -137,6 +160,15 @@ class ClipReport:
         if len(self.groups) != 1:
             raise ValueError(f"clip_coef: this clipper has {len(self.groups)} groups; read report.coefs and report.groups")
         return self.coefs[0]
+
+    @property
+    def group_shares(self) -> Tensor:
+        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative to the largest): which one dominates."""
+        relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
+        if math.isinf(self.norm_type):
+            return relative
+        powers = relative.pow(self.norm_type)
+        return powers / powers.sum().clamp(min=1e-300)
 
     def packed(self) -> Tensor:
         """All tensors in one float64 vector, which can be copied to the host without waiting."""
@@ -156,6 +188,6 @@ class ClipReport:
         out: dict[str, Any] = {"step": self.step} | {name: getattr(self, name).tolist() for name in _TENSORS}
         if len(self.groups) == 1:
             out["clip_coef"] = out["coefs"][0]
-        out["groups"] = list(self.groups)
+        out |= {"groups": list(self.groups), "layers": list(self.layers), "norm_type": self.norm_type}
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out

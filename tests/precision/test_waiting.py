@@ -138,7 +138,8 @@ def test_a_folded_step_reads_nothing(scaler):
 
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_device_and_host_judge_alike(p):
-    wire = Wire(p, 1, 0, 4, torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    one = torch.zeros(1, dtype=torch.int64)
+    wire = Wire(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0])
     good = [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3] if math.isinf(p) else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
     verdicts = set()
     for i in range(-1, len(good)):
@@ -148,8 +149,9 @@ def test_device_and_host_judge_alike(p):
                 message[i] = value if i < len(good) - 6 else good[i] + 1
             if i == 0 and (value < 0 or (math.isnan(value) and math.isinf(p))):
                 continue  # sums are not negative, and NaN is sent as inf
-            verdict = judge(wire.flags(message), 1e-5)
+            told = torch.tensor(message, dtype=torch.float64)
+            verdict = judge(wire.flags(wire.told(told).tolist()), 1e-5)
             verdicts.add(verdict)
-            stop = wire.stop(torch.tensor(message, dtype=torch.float64), 1e-5)
+            stop = wire.stop(told, 1e-5)
             assert bool(stop) == (verdict is not Verdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts

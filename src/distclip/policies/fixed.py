@@ -38,6 +38,7 @@ class FixedNorm:
 
     max_norm: float
     allow_zero: bool = field(default=False, repr=False)
+    chosen = True  # by the user: one that nearly always clips is told
 
     def __post_init__(self) -> None:
         checked_threshold("max_norm", self.max_norm, self.allow_zero)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from distclip.records import Clamp, Norms, Scale
+from distclip.gradlist import GradList
+from distclip.records import Clamp, Norms, Scale, UnitScale
 
 
 class Policy(Protocol):
@@ -20,7 +22,26 @@ class Policy(Protocol):
 
     def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]: ...
 
-    def decide(self, norms: Norms, state: Any) -> tuple[Scale | Clamp, tuple[Tensor, ...]]: ...
+    def decide(self, norms: Norms, state: Any) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGrads:
+    """What this rank holds of a policy's groups at one step: n gradient tensors."""
+
+    grads: GradList  # [n], not unscaled; its `tensors` are plain and local
+    group: Tensor  # [n] int64: which of the policy's groups
+    share: Tensor  # [n] float64: what each counts here, 1/h
+    scale: Tensor  # [n] float64: the factor that unscales each
+    groups: int  # the policy's
+    norm_type: float
+
+    def reduced(self, values: Tensor) -> Tensor:
+        """[n, words] → [groups, words]: added up, each by its share; the largest where p is inf."""
+        out = torch.zeros(self.groups, values.shape[1], dtype=torch.float64, device=values.device)
+        if math.isinf(self.norm_type):
+            return out.scatter_reduce_(0, self.group.unsqueeze(1).expand_as(values), values, "amax")
+        return out.index_add_(0, self.group, values * self.share.unsqueeze(1))
 
 
 @runtime_checkable
@@ -29,14 +50,8 @@ class LocalStats(Protocol):
 
     words: int  # numbers per group
 
-    def local_stats(self, grads: Sequence[Tensor], shares: Sequence[float], scale: Tensor, norm_type: float) -> Tensor:
-        """This rank's addend for one group: [words] float64, reduced by SUM (by MAX for p = inf).
-
-        Args:
-            grads: the group's local gradients, not unscaled.
-            shares: what each counts here, 1/h.
-            scale: [] float64, the factor that unscales.
-        """
+    def local_stats(self, own: LocalGrads) -> Tensor:
+        """This rank's addends: [groups, words] float64 on the groups' device, reduced by SUM (by MAX for p = inf)."""
         ...
 
 

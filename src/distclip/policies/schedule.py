@@ -41,6 +41,7 @@ class Scheduled:
 
     schedule: Points | Function
     allow_zero: bool = field(default=False)
+    chosen = True  # by the user: one that nearly always clips is told
 
     def __post_init__(self) -> None:
         if callable(self.schedule):

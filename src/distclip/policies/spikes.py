@@ -11,7 +11,7 @@ from torch import Tensor
 from distclip.errors import ConfigError
 from distclip.policies.policy import Policy, describe
 from distclip.policies.warmup import check_policy, pass_on_stats
-from distclip.records import Clamp, Norms, Scale
+from distclip.records import Clamp, Norms, Scale, UnitScale
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +63,7 @@ class SkipSpikes:
         seen = torch.zeros(1, dtype=torch.int64, device=device)  # norms taken in so far
         return (history, seen, *self.policy.init(groups, device))
 
-    def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale | Clamp, tuple[Tensor, ...]]:
+    def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]:
         history, seen, own = state[0], state[1], state[2:]
         answer, new = self.policy.decide(norms, own)
 

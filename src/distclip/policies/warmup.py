@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.policies.fixed import coefficient
-from distclip.policies.policy import LocalStats, Policy, describe
+from distclip.policies.policy import Policy, describe
 from distclip.policies.value import FixedValue
 from distclip.records import Norms, Scale
 
@@ -76,6 +76,6 @@ def check_policy(who: str, policy: Any) -> None:
 
 def pass_on_stats(wrapper: Any, policy: Policy) -> None:
     """What the inner policy adds to the message travels under the wrapper's name."""
-    if isinstance(policy, LocalStats):
-        object.__setattr__(wrapper, "words", policy.words)
-        object.__setattr__(wrapper, "local_stats", policy.local_stats)
+    for name in ("words", "local_stats", "unit_coefs", "chosen"):
+        if hasattr(policy, name):
+            object.__setattr__(wrapper, name, getattr(policy, name))

@@ -1,0 +1,101 @@
+"""Stage 3b: this rank's gradient tensors as one list, which a kernel reads and writes in one call; what it does not know, torch does."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distclip import apply, kernels, measure
+from distclip.kernels import Layout
+
+
+class GradList:
+    """Local tensors (no DTensors) and how they are computed with. All results are float64, on the first tensor's device.
+
+    Args:
+        tensors: [n].
+        layout: the kernel's preparation for these sizes and dtypes, or None.
+        pointers: [n] addresses for it; 0 where torch is to do it.
+        odd: positions that torch does.
+    """
+
+    __slots__ = ("layout", "odd", "pointers", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor], layout: Layout | None, pointers: array[int], odd: Sequence[int]) -> None:
+        self.tensors, self.layout, self.pointers, self.odd = tensors, layout, pointers, odd
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> GradList:
+        """Of any tensors: those that are one dense block of memory of a dtype that the kernel knows are left to it."""
+        if not tensors:
+            return cls((), None, array("Q"), ())
+        home = tensors[0].device
+        fits = [is_block(tensor, home) for tensor in tensors]
+        counts = tuple(tensor.numel() if fit else 0 for tensor, fit in zip(tensors, fits, strict=True))
+        dtypes = tuple(tensor.dtype if fit else torch.float32 for tensor, fit in zip(tensors, fits, strict=True))
+        layout = kernels.layout(counts, dtypes, home)
+        if layout is None:
+            return cls(tensors, None, array("Q"), range(len(tensors)))
+        pointers = array("Q", [tensor.data_ptr() if fit else 0 for tensor, fit in zip(tensors, fits, strict=True)])
+        return cls(tensors, layout, pointers, [i for i, fit in enumerate(fits) if not fit])
+
+    def power_sums(self, p: float) -> Tensor:
+        """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is not; never communicates."""
+        if self.layout is None:
+            return measure.power_sums(self.tensors, p)
+        return self._completed(self.layout.power_sums(self.pointers, p), partial(measure.power_sums, p=p))
+
+    def clamped_sums(self, values: Tensor, p: float) -> Tensor:
+        """[n, 6]: see `measure.clamped_sums`. `values`: float64 [n]."""
+        if self.layout is None:
+            return measure.clamped_sums(self.tensors, values, p)
+        sums = self.layout.clamped_sums(self.pointers, values, p)
+        return self._completed(sums, partial(measure.clamped_sums, values=values[list(self.odd)], p=p))
+
+    def scale_(self, factors: float | Sequence[float] | Tensor) -> None:
+        """Multiply in place, all alike or each by its own; what is multiplied by 1 is not written.
+
+        Args:
+            factors: a number, [n] numbers, or float64 [n] on the device: then nothing is read on the host.
+        """
+        alike = isinstance(factors, (int, float))
+        if alike and factors == 1.0:
+            return
+        if self.layout is not None:
+            self.layout.scale_(
+                self.pointers, factors if alike or isinstance(factors, Tensor) else torch.tensor(factors, dtype=torch.float64)
+            )
+        if self.odd:
+            if alike:
+                own: Sequence[float] | Tensor = [float(factors)] * len(self.odd)
+            else:
+                own = factors[list(self.odd)] if isinstance(factors, Tensor) else [factors[i] for i in self.odd]
+            apply.scale_(self._odd(), own)
+
+    def clamp_(self, values: Tensor) -> None:
+        """Clamp in place to [-value, value]; NaN stays. `values`: float64 [n]."""
+        if self.layout is not None:
+            self.layout.clamp_(self.pointers, values)
+        if self.odd:
+            apply.clamp_(self._odd(), values[list(self.odd)])
+
+    def _odd(self) -> Sequence[Tensor]:
+        return self.tensors if len(self.odd) == len(self.tensors) else [self.tensors[i] for i in self.odd]
+
+    def _completed(self, sums: Tensor, compute: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+        if self.odd:
+            sums[list(self.odd)] = compute(self._odd()).to(sums.device)
+        return sums
+
+
+def is_block(tensor: Tensor, home: torch.device) -> bool:
+    """Whether the tensor's elements fill one block of memory at its address, in any order, on `home`."""
+    if tensor.layout is not torch.strided or tensor.device != home or tensor.is_complex():
+        return False
+    if tensor.is_contiguous():
+        return True
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()

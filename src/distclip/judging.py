@@ -1,0 +1,129 @@
+"""Stage 6b: the reduced message on the host. What is wrong is told alike on every rank: names, culprits, errors and warnings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distclip import audit
+from distclip.agreement import key
+from distclip.deciding import Part
+from distclip.errors import AgreementError, GradientError
+from distclip.exchange import Channel
+from distclip.guard import Streak, Verdict, judge
+from distclip.history import WINDOW
+from distclip.host import Mirror
+from distclip.measure import norm_of
+from distclip.plan import Plan
+from distclip.policies import describe
+from distclip.records import Culprit, Decision
+from distclip.sensing import Seen
+from distclip.wire import Wire
+
+ALWAYS = 0.95  # of the last WINDOW steps clipped: a threshold that sets the length of steps
+BENT = 0.9  # cosine below which value clipping changes the direction
+
+
+def watched(decision: Decision, rate: Tensor, calls: Tensor) -> Tensor:
+    """[4] float64: what is read on the host beside the message: left out?, clip rate, steps counted, least cosine."""
+    return torch.stack([decision.skip.double(), rate, calls.double(), decision.cosine.amin()])
+
+
+@dataclass(slots=True)
+class Judge:
+    """Prepared at set-up."""
+
+    channel: Channel
+    plan: Plan
+    wire: Wire
+    parts: Sequence[Part]
+    streak: Streak
+    tolerance: float | None
+    device: torch.device
+    config: str
+    _told: set[str] = field(default_factory=set[str])  # warnings that were given
+
+    def judge(self, seen: Seen, numbers: Sequence[float]) -> tuple[Culprit, ...]:
+        """Raises on all ranks alike, or returns the culprits of a first bad step.
+
+        Args:
+            numbers: `wire.told` and `watched`, on the host.
+        """
+        *message, left_out, rate, calls, cosine = numbers
+        call, step, flags = seen.call, seen.step, self.wire.flags(message)
+        verdict = judge(flags, None if call.operation == "audit" else self.tolerance)
+        if verdict is Verdict.DISAGREE:
+            doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {key(self.config) & 0xFFFF:04x}"
+            raise audit.name_disagreement(self.channel, doing, self.device)
+        if call.problem is not None:
+            raise call.problem
+        if verdict is Verdict.FAULT:
+            raise GradientError(f"step {step}: " + audit.name_faults(self.channel, seen.faults, self.device))
+        if verdict in (Verdict.RAGGED, Verdict.DRIFT):
+            self.compare(seen)
+            raise AgreementError(
+                f"step {step}: copies of {_things(seen)} differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
+            )
+        if call.passive:
+            return ()
+        if not flags.present:
+            self._warn(
+                "nothing",
+                "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad()",
+            )
+        if verdict is not Verdict.NONFINITE:
+            self._notice(rate, calls, cosine)
+            if not left_out:
+                self.streak.good()
+            elif self.streak.spike():
+                raise self.streak.spike_error(step)
+            return ()
+        must_raise = self.streak.bad(patient=call.hands.enabled or call.patient)
+        culprits: tuple[Culprit, ...] = ()
+        if self.streak.length == 1 or must_raise:
+            culprits = audit.name_culprits(self.channel, self.plan, Mirror.now(seen.sums), self.device)
+        if must_raise:
+            raise self.streak.error(step, int(flags.bad), culprits)
+        return culprits
+
+    def compare(self, seen: Seen) -> None:
+        """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by their norms where they are gone."""
+        audit.compare_replicas(self.channel, self.plan, self._prints(seen), self.tolerance or 1e-5, seen.step, self.device, _things(seen))
+
+    def _prints(self, seen: Seen) -> audit.Prints:
+        if seen.grads is not None:
+            here = zip(seen.grads.present.own, seen.grads.list.tensors, strict=True)
+            return {i: audit.fingerprint(grad) for i, grad in here}
+        squares = Mirror.now(norm_of(seen.sums, self.wire.norm_type).square())
+        return {i: (squares[i], 0.0) for i, has in enumerate(Mirror.now(seen.has)) if has}
+
+    def _notice(self, rate: float, calls: float, cosine: float) -> None:
+        """What is allowed and seldom meant."""
+        chosen = next((part.policy for part in self.parts if getattr(part.policy, "chosen", False)), None)
+        if chosen is not None and calls >= WINDOW and rate > ALWAYS:
+            self._warn(
+                "always",
+                f"{100 * rate:.0f} % of the last {WINDOW} steps were clipped by {describe(chosen)}: a threshold below nearly every norm "
+                "does not catch outliers but sets the length of every step, like a smaller learning rate, and may starve learning. Raise "
+                "it (`distclip suggest RUN.jsonl` shows what others would do), or use distclip.Normalize if that is meant",
+            )
+        if cosine < BENT:
+            self._warn(
+                "bent",
+                f"value clipping turned the gradient: its cosine with the raw one is {cosine:.2f}. Raise clip_value, or clip the norm "
+                "(max_norm=...), which keeps the direction",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Each kind once."""
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+
+def _things(seen: Seen) -> str:
+    return "gradients" if seen.call.of == "grad" else "parameters"

@@ -1,0 +1,162 @@
+"""Stage 3: this rank's part of the message. Whatever goes wrong here travels in it, so that no rank waits for another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.agreement import key
+from distclip.calls import Call
+from distclip.collecting import Collector, Grads, Present
+from distclip.deciding import Part
+from distclip.gradlist import GradList
+from distclip.measure import norm_of
+from distclip.owners import strangers
+from distclip.placement import local_tensor
+from distclip.plan import Plan
+from distclip.policies import LocalGrads, LocalStats
+from distclip.records import Norms
+from distclip.units import Units, UnitStep
+from distclip.wire import Wire
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one call measured on this rank; kept until it is judged."""
+
+    step: int
+    call: Call
+    grads: Grads | None  # None once they may have changed
+    faults: list[str]  # what this rank found wrong
+    last: Tensor  # [1] float64: the token of the decision before
+    sums: Tensor  # [pieces] float64
+    has: Tensor  # [pieces] float64
+    units: UnitStep | None = None
+
+
+class Reduced(NamedTuple):
+    """What all ranks learned."""
+
+    norms: Norms
+    layers: Tensor  # [layers] float64: watched norms
+    cut: Tensor  # [cut units] float64: coefficients of units that are cut over ranks
+
+
+@dataclass(slots=True)
+class Sensor:
+    """Prepared at set-up."""
+
+    plan: Plan
+    collector: Collector
+    wire: Wire
+    parts: Sequence[Part]
+    units: Units | None
+    in_total: Tensor  # [groups] bool
+    device: torch.device
+    config: str  # the options as a text, equal on all ranks
+    _nothing: Tensor = field(init=False)  # [pieces]
+    _everything: Grads = field(init=False)  # all parameters, as if they were gradients
+    _chosen: dict[tuple[int, ...], tuple[Present, tuple[list[int], Tensor, Tensor, Tensor]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._nothing = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
+        every = range(len(self.plan.pieces))
+        self._everything = Grads(self.collector.present(every, every), GradList.of(()))
+
+    @property
+    def policy_words(self) -> int:
+        return self.wire.stats - 2 * (self.units.cut if self.units else 0)
+
+    def sense(self, step: int, call: Call, last: Tensor) -> tuple[Seen, Tensor]:
+        """Never communicates, raises nothing. The message: [words] float64 on the compute device."""
+        sums = has = self._nothing
+        stats, found, units = self._nothing.new_zeros(self.wire.stats), None, None
+        grads, faults = self._everything, list[str]()
+        try:
+            grads = self.collector.collect() if call.of == "grad" else self._parameters()
+            faults = grads.faults + strangers(call.owned, {i: piece.name for i, piece in enumerate(self.plan.pieces[:1])})
+            if not faults and call.problem is None:
+                own = grads.list.power_sums(self.wire.norm_type).to(self.device)
+                powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
+                sums, has = self._placed(grads, own if powers is None else own * powers), grads.present.has
+                found = self._found(call)
+                if call.of == "grad" and stats.numel():
+                    units = self._stats(stats, grads, call.scales(grads.present.own, self.device))
+        except Exception as error:
+            faults = [*faults, f"{type(error).__name__}: {error}"]
+        message = self.wire.pack(sums, has, stats, found, self._tail(bool(faults), step, call, last))
+        return Seen(step, call, grads, faults, last, sums, has, units), message
+
+    def _parameters(self) -> Grads:
+        return Grads(self._everything.present, GradList.of([local_tensor(p.detach()) for p in self.collector.members]))
+
+    def _found(self, call: Call) -> Tensor | None:
+        """[] float64 above 0: a scaler met inf or NaN here, or a gradient that the clipper does not know holds some."""
+        if not call.hands.enabled:
+            return None
+        others = GradList.of(call.others()).power_sums(math.inf).to(self.device)
+        return torch.maximum(call.hands.found(self.device), (~others.isfinite()).sum())
+
+    def _placed(self, grads: Grads, values: Tensor) -> Tensor:
+        """[pieces]: the values of the list in their places, 0 elsewhere."""
+        index = grads.present.index
+        return values if index is None else self._nothing.index_copy(0, index, values)
+
+    def _stats(self, stats: Tensor, grads: Grads, scale: Tensor) -> UnitStep | None:
+        """What policies want to know besides the norm."""
+        step = None
+        if self.units is not None:
+            step = self.units.measure(grads, scale)
+            stats[self.policy_words :] = step.words.flatten()
+        for part in self.parts:
+            if step is not None and hasattr(part.policy, "unit_coefs"):
+                stats[part.stats] = step.table[part.index].flatten()
+            elif isinstance(part.policy, LocalStats):
+                stats[part.stats] = part.policy.local_stats(self._local(part, grads, scale)).flatten()
+        return step
+
+    def _local(self, part: Part, grads: Grads, scale: Tensor) -> LocalGrads:
+        """The gradients of one policy's groups."""
+        known = self._chosen.get(part.groups)
+        if known is None or known[0] is not grads.present:
+            known = self._chosen[part.groups] = (grads.present, self._choice(part, grads.present))
+        mine, at, group, share = known[1]
+        listed = grads.list if len(mine) == len(grads.list.tensors) else GradList.of([grads.list.tensors[n] for n in mine])
+        return LocalGrads(listed, group, share, scale[at], len(part.groups), self.wire.norm_type)
+
+    def _choice(self, part: Part, present: Present) -> tuple[list[int], Tensor, Tensor, Tensor]:
+        """Positions in the list, and on the compute device: the same, their groups, their shares."""
+        place = {group: i for i, group in enumerate(part.groups)}
+        mine = [n for n, i in enumerate(present.own) if self.plan.group_of[i] in place]
+        pieces = [present.own[n] for n in mine]
+        group = torch.tensor([place[self.plan.group_of[i]] for i in pieces], dtype=torch.int64)
+        share = torch.tensor([1 / self.plan.shares[i].holders for i in pieces], dtype=torch.float64)
+        return mine, torch.tensor(mine, dtype=torch.int64).to(self.device), group.to(self.device), share.to(self.device)
+
+    def _tail(self, wrong: bool, step: int, call: Call, last: Tensor) -> Tensor:
+        """[4] float64. Filled in on the device: a tensor made from a list would make the host wait for it."""
+        numbers = (float(wrong), float(step & 0xFFFF), float(key(call.text + self.config) & 0xFFFF))
+        if self.device.type == "cpu":
+            return torch.cat([torch.tensor(numbers, dtype=torch.float64), last])
+        return torch.cat([*(last.new_full((1,), number) for number in numbers), last])
+
+    def read(self, message: Tensor) -> Reduced:
+        """The reduced message, as numbers that are equal on every rank. No host sync."""
+        p = self.wire.norm_type
+        sums, layers, stats, bad = self.wire.sums(message)
+        cut = stats[:0]
+        if self.units is not None:
+            cut, table = self.units.judge(stats[self.policy_words :].view(2, -1))
+            stats = stats[: self.policy_words].clone()
+            for part in self.parts:
+                if hasattr(part.policy, "unit_coefs"):
+                    stats[part.stats] += table[part.index].flatten()
+        counted = torch.where(self.in_total, sums, 0.0)
+        total = norm_of(counted.amax() if math.isinf(p) else counted.sum(), p)
+        finite = sums.sum().isfinite() & (bad == 0)
+        return Reduced(Norms(norm_of(sums, p), total, finite, bad.to(torch.int64), stats, p), norm_of(layers, p), cut)

@@ -1,0 +1,73 @@
+"""Stage 8a: what one call saw and did, as the report that the caller gets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distclip.groups import Watch
+from distclip.history import History
+from distclip.measure import norm_of
+from distclip.plan import Plan
+from distclip.records import ClipReport, Culprit, Decision
+from distclip.sensing import Reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Prepared at set-up."""
+
+    plan: Plan
+    watch: Watch | None
+    in_total: Tensor  # [groups] bool
+    dtype: torch.dtype  # of the report's numbers
+
+    def of(
+        self,
+        step: int,
+        reduced: Reduced,
+        decision: Decision,
+        history: History,
+        skipped: Tensor,
+        acted: Tensor,
+        culprits: tuple[Culprit, ...],
+    ) -> ClipReport:
+        """All on the device.
+
+        Args:
+            skipped: [] bool: the step is not taken.
+            acted: [] bool: gradients are multiplied or clamped, if the decision says so.
+        """
+        norms, dtype = reduced.norms, self.dtype
+        coefs = torch.where(skipped, 0.0, torch.where(norms.finite, decision.coef, 1.0))
+        shown = self.watch is not None and step % self.watch.every == 0
+        return ClipReport(
+            step=step,
+            total_norm=norms.total.to(dtype),
+            norm_after=self._after(reduced, decision).to(dtype),
+            clipped=(decision.clipped & acted).any(),
+            skipped=skipped,
+            nonfinite=norms.nonfinite,
+            coefs=coefs.to(dtype),
+            threshold=decision.threshold.to(dtype),
+            group_norms=norms.per_group.to(dtype),
+            cosine=decision.cosine.to(dtype),
+            clip_rate=history.rate.to(dtype),
+            skips=history.skips,
+            layer_norms=reduced.layers.to(dtype) if shown else torch.zeros(0, dtype=dtype, device=norms.total.device),
+            groups=self.plan.groups,
+            layers=self.plan.layers if shown else (),
+            norm_type=norms.norm_type,
+            culprits=culprits,
+        )
+
+    def _after(self, reduced: Reduced, decision: Decision) -> Tensor:
+        """[] float64: the norm over the groups that count in the total."""
+        norms, p = reduced.norms, reduced.norms.norm_type
+        after = torch.where(self.in_total, torch.where(norms.finite, decision.norms_after, norms.per_group), 0.0)
+        if len(self.plan.groups) == 1:
+            return after[0]
+        return after.amax() if math.isinf(p) else norm_of(after.pow(p).sum(), p)
