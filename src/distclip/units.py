@@ -107,7 +107,7 @@ class Units:
                 continue
             start = self._start[i] + span.first
             coef = torch.where(finite, cut[start : start + span.held] if span.cut else step.coefs[i], 1.0) * factor
-            by = coef.to(grad.device, wide(grad.dtype)).view(-1, *[1] * (grad.ndim - 1))
+            by = coef.to(grad.device, wide(grad.dtype)).view([-1] + [1] * (grad.ndim - 1) if grad.ndim else [])
             if grad.dtype == by.dtype:
                 grad.mul_(by)
             else:
