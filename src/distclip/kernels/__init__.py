@@ -1,12 +1,20 @@
-"""Optional fast paths; plain torch operations are the reference."""
+"""Optional fast paths, and which of them serves; plain torch operations are the reference."""
 
 from __future__ import annotations
 
+import os
 from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from distclip.errors import ConfigError
+from distclip.kernels.native import CODES, library
+from distclip.kernels.native import layout as native_layout
+
+CHOICE = "DISTCLIP_KERNELS"
 
 
 class Layout(Protocol):
@@ -18,6 +26,33 @@ class Layout(Protocol):
     def clamp_(self, pointers: array[int], values: Tensor) -> None: ...
 
 
-def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> Layout | None:
-    """None: torch serves."""
-    return None
+def active() -> str:
+    """Which kernels serve gradients on the CPU: "native", or "torch (why)". The answer may differ between ranks.
+
+    The environment variable DISTCLIP_KERNELS chooses: "torch" never takes the native ones, "native" refuses to go on without them.
+
+    Raises:
+        ConfigError: the variable has another value, or the native kernels it asks for are not there.
+    """
+    chosen = os.environ.get(CHOICE, "")
+    if chosen not in ("", "native", "torch"):
+        raise ConfigError(f"{CHOICE}={chosen!r} is neither 'native' nor 'torch'; unset it to have distclip choose")
+    if chosen == "torch":
+        return f"torch ({CHOICE}=torch)"
+    found = library()
+    if not isinstance(found, str):
+        return "native"
+    if chosen == "native":
+        raise ConfigError(f"{CHOICE}=native, but there are no native kernels: {found}. Unset {CHOICE} to go on with torch's operations")
+    return f"torch ({found})"
+
+
+def layout(counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device) -> Layout | None:
+    """The kernels prepared for tensors of these sizes and dtypes on `device`, or None where torch's operations serve.
+
+    Raises:
+        ConfigError: as `active` does.
+    """
+    if device.type != "cpu" or not CODES.keys() >= set(dtypes) or active() != "native":
+        return None
+    return native_layout(counts, tuple(dtypes))
