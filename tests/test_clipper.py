@@ -107,6 +107,7 @@ def test_per_param_group():
     assert report.groups == ("param_group 0", "rest") and report.group_norms.tolist() == [10, 5]
 
 
+@pytest.mark.filterwarnings("ignore:value clipping turned the gradient")
 @pytest.mark.parametrize("p", [1.0, 2.0, INF])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_value_clipping_reports_what_it_did(p, scale):

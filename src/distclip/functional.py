@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -63,11 +64,10 @@ def get_total_norm(
     p = float(norm_type)
     if not given:
         return torch.tensor(0.0)
-    sharded = [t for t in given if isinstance(t, DTensor)]
-    outside = any(t.device.type not in DEVICES for t in given)
-    if not sharded and (outside or not 0 < p <= math.inf):
+    sharded = [t for t in given if isinstance(t, DTensor)] if DTensor in set(map(type, given)) else []
+    if not sharded and (not _here(given) or not 0 < p <= math.inf):
         return torch_utils.get_total_norm(given, p, error_if_nonfinite, foreach)
-    norm = _global_norm(sharded, [t for t in given if not isinstance(t, DTensor)], p)
+    norm = _global_norm(sharded, [t for t in given if not isinstance(t, DTensor)] if sharded else given, p)
     if error_if_nonfinite and not _whole(norm).isfinite():
         torch_utils.get_total_norm([_whole(norm)], p, error_if_nonfinite=True)  # raises, in torch's words
     return norm
@@ -79,14 +79,15 @@ def clip_grads_with_norm_(parameters: TensorOrTensors, max_norm: float, total_no
     grads = _distinct([p.grad for p in params if p.grad is not None])
     if not grads:
         return
-    if any(g.device.type not in DEVICES for g in grads):
+    if not _here(grads):
         torch_utils.clip_grads_with_norm_(params, max_norm, total_norm, foreach)
         return
     coef = (float(max_norm) / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
-    if coef.device.type == "cpu" and coef == 1:
+    on_host = coef.device.type == "cpu"
+    if on_host and coef == 1:
         return
     with torch.no_grad():
-        GradList.of([local_tensor(g) for g in grads]).scale_(coef.expand(len(grads)))
+        GradList.of(_local(grads)).scale_(float(coef) if on_host else coef.expand(len(grads)))
 
 
 def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
@@ -96,12 +97,11 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
     value = float(clip_value)
     if math.isnan(value) or value < 0:
         raise ConfigError(f"clip_value={clip_value!r} is not a bound; pass 0 or more")
-    if any(g.device.type not in DEVICES for g in grads):
+    if not _here(grads):
         torch_utils.clip_grad_value_(params, clip_value, foreach)
         return
     with torch.no_grad():
-        local = GradList.of([local_tensor(g) for g in grads])
-        local.clamp_(torch.full((len(grads),), value, dtype=torch.float64))
+        GradList.of(_local(grads)).clamp_(torch.full((len(grads),), value, dtype=torch.float64))
 
 
 def _listed(tensors: TensorOrTensors) -> list[Tensor]:
@@ -110,6 +110,15 @@ def _listed(tensors: TensorOrTensors) -> list[Tensor]:
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
+
+
+def _here(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are on devices that distclip computes on; else torch's own functions serve."""
+    return all(device.type in DEVICES for device in set(map(attrgetter("device"), tensors)))
+
+
+def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tensors if set(map(type, tensors)) == {Tensor} else [local_tensor(tensor) for tensor in tensors]
 
 
 def _whole(norm: Tensor) -> Tensor:
@@ -128,8 +137,8 @@ def _global_norm(sharded: list[DTensor], plain: list[Tensor], p: float) -> Tenso
         meshes.setdefault(tensor.device_mesh, []).append(tensor)
     device = (sharded or plain)[0].device
     dtype = torch.float32
-    for tensor in (*sharded, *plain):
-        dtype = torch.promote_types(dtype, tensor.real.dtype if tensor.is_complex() else tensor.dtype)
+    for own in {tensor.dtype for tensor in (*sharded, *plain)}:
+        dtype = torch.promote_types(dtype, own.to_real())
     parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
     if plain:
         parts.append(_combined(GradList.of(plain).power_sums(p), p).to(device))
@@ -146,7 +155,7 @@ def _combined(sums: Tensor, p: float) -> Tensor:
 
 def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
     """The power sum (maximum) over one mesh: 0-dim float64. One functional all-reduce for each of its dimensions."""
-    sums = GradList.of([local_tensor(t) for t in tensors]).power_sums(p)
+    sums = GradList.of(_local(tensors)).power_sums(p)
     if math.isinf(p):
         # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
         packed, op = torch.stack([sums.nan_to_num(nan=math.inf, posinf=math.inf).max(), sums.isnan().any().double()]), "max"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from distclip import apply, kernels, measure
 from distclip.kernels import Layout
+
+_DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
 
 class GradList:
@@ -34,14 +37,17 @@ class GradList:
         if not tensors:
             return cls((), None, array("Q"), ())
         home = tensors[0].device
-        fits = [is_block(tensor, home) for tensor in tensors]
-        counts = tuple(tensor.numel() if fit else 0 for tensor, fit in zip(tensors, fits, strict=True))
-        dtypes = tuple(tensor.dtype if fit else torch.float32 for tensor, fit in zip(tensors, fits, strict=True))
+        odd = [] if _plain(tensors, home) else [i for i, tensor in enumerate(tensors) if not is_block(tensor, home)]
+        left = set(odd)
+        counts = tuple(map(Tensor.numel, tensors)) if not odd else tuple(0 if i in left else t.numel() for i, t in enumerate(tensors))
+        dtypes = tuple(map(_DTYPE, tensors)) if not odd else tuple(torch.float32 if i in left else t.dtype for i, t in enumerate(tensors))
         layout = kernels.layout(counts, dtypes, home)
         if layout is None:
             return cls(tensors, None, array("Q"), range(len(tensors)))
-        pointers = array("Q", [tensor.data_ptr() if fit else 0 for tensor, fit in zip(tensors, fits, strict=True)])
-        return cls(tensors, layout, pointers, [i for i, fit in enumerate(fits) if not fit])
+        pointers = array(
+            "Q", map(Tensor.data_ptr, tensors) if not odd else (0 if i in left else t.data_ptr() for i, t in enumerate(tensors))
+        )
+        return cls(tensors, layout, pointers, odd)
 
     def power_sums(self, p: float) -> Tensor:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is not; never communicates."""
@@ -90,6 +96,14 @@ class GradList:
         if self.odd:
             sums[list(self.odd)] = compute(self._odd()).to(sums.device)
         return sums
+
+
+def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:
+    """Whether all are contiguous real tensors on `home`; told in a fraction of the time that one by one takes."""
+    if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter} or {torch.strided} != set(map(_LAYOUT, tensors)):
+        return False
+    real = not any(dtype.is_complex for dtype in set(map(_DTYPE, tensors)))
+    return real and set(map(_DEVICE, tensors)) == {home} and all(map(Tensor.is_contiguous, tensors))
 
 
 def is_block(tensor: Tensor, home: torch.device) -> bool:

@@ -16,6 +16,10 @@ def clipper_of(*sinks, **options):
     return distclip.GradClipper([("w", p)], **{"max_norm": 1.0} | options, sinks=sinks)
 
 
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path):
     clipper = clipper_of(distclip.JSONLSink("/dev/full"), distclip.JSONLSink(tmp_path / "log"))
@@ -33,13 +37,14 @@ def test_the_state_goes_through_a_file_with_weights_only(tmp_path):
     first.clip_()
     torch.save(first.state_dict(), tmp_path / "clip.pt")
     second.load_state_dict(torch.load(tmp_path / "clip.pt", weights_only=True))
-    assert second.state_dict() == first.state_dict() and second.clip_().step == 2
+    assert equal(second.state_dict(), first.state_dict()) and second.clip_().step == 2
 
 
 WRONG = {
     "cut short": (
         lambda s: {"step": s["step"]},
-        "the checkpoint of the clipper lacks bad_in_a_row, groups, policy; it was cut short, or saved by something else",
+        "the checkpoint of the clipper lacks bad_in_a_row, groups, history.calls, history.clipped, history.skips, policy; it was cut short, "
+        "or saved by something else",
     ),
     "another policy": (
         lambda s: s | {"policy": "FixedNorm(max_norm=2.0)"},
@@ -64,4 +69,4 @@ def test_a_wrong_checkpoint_is_refused_and_nothing_taken_over(spoil, text):
     with pytest.raises(distclip.ConfigError) as error:
         clipper.load_state_dict(spoil(before | {"step": torch.tensor(7)}))
     assert str(error.value) == text
-    assert clipper.state_dict() == before
+    assert equal(clipper.state_dict(), before)

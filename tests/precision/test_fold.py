@@ -108,6 +108,7 @@ IN_PLACE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:value clipping turned the gradient")
 @pytest.mark.parametrize("make, options", IN_PLACE.values(), ids=IN_PLACE)
 def test_what_goes_in_place(make, options):
     net = model()

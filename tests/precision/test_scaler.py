@@ -69,6 +69,7 @@ def test_two_optimizers_of_which_one_was_unscaled_before():
     assert moved(params) == pytest.approx([1.5, -2.0, 6.0], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:value clipping turned the gradient")
 def test_value_clipping_is_of_unscaled_gradients():
     params, scaler = scaled([3.0, -4.0], [12.0]), scaler_of()
     first, second = sgd(params[0]), sgd(params[1])
