@@ -349,7 +349,7 @@ class GradClipper:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one of them alone."""
         inner = [innermost(optimizer) for optimizer in optimizers]
         problem: ConfigError | None = None
-        hands = Handshake(None, inner, self._device)
+        hands: Handshake | None = None
         try:
             if operation == "step" and not optimizers:
                 raise ConfigError("step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()")
@@ -365,6 +365,7 @@ class GradClipper:
                 )
         except ConfigError as error:
             problem = error
+        hands = hands or Handshake(None, inner, self._device)
         return Call(operation, tuple(map(self._owners.of, optimizers)), hands, float(grad_scale), problem)
 
     def _folding(self, call: Call) -> dict[int, int]:
@@ -412,17 +413,19 @@ class GradClipper:
         overflow = stop if skips else torch.zeros_like(stop)
         skipped = overflow if call.passive else overflow | (decision.skip & norms.finite)
         acted = norms.finite & ~skipped if not call.passive else torch.zeros_like(stop)
-        history = self._history if call.passive else recorded(self._history, decision.clipped.any() & acted, skipped)
+        clipped = decision.clipped.any() & acted
+        history = self._history if call.passive else recorded(self._history, clipped, skipped)
+        rate = history.rate
 
         grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
-        numbers = [self._wire.told(message), watched(decision, history.rate, history.calls)]
+        numbers = [self._wire.told(message), watched(decision, rate, history.calls)]
         if self._may_wait and may_wait:
             seen.grads = None
             if not capturing:
                 self._unjudged.leave(torch.cat(numbers), seen)
         else:
             inverse = torch.as_tensor(call.inverse, dtype=torch.float64, device=self._device).reshape(1)
-            flags = torch.stack([skipped, decision.clipped.any() & norms.finite]).double()
+            flags = torch.stack([skipped, clipped]).double()
             coefs = torch.where(norms.finite, decision.coef, 1.0)
             host = Mirror.now(torch.cat([*numbers, inverse, flags, coefs]))
             count = len(host) - len(coefs) - 3
@@ -433,7 +436,7 @@ class GradClipper:
             self._state = kept(self._state, state, norms.finite & ~skipped & ~stop)
             self._history = history
             self._last = self._token(decision)
-        report = self._summary.of(self._step, reduced, decision, history, skipped, acted, culprits)
+        report = self._summary.of(self._step, reduced, decision, rate, history.skips, skipped, clipped, culprits)
         self._decided = None
         if not call.passive:
             self.last_report = report

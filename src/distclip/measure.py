@@ -1,8 +1,8 @@
-"""Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank.
+"""Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank. Plain torch operations: the reference.
 
-Nothing here communicates. On the CPU large float32 tensors are read in rows of 64 by torch's vectorised norm, and the
-rows are summed in float64; what float32 cannot hold is read again in float64. On other devices everything is computed
-in float64 by the device, without a host read and without a branch on values.
+Nothing here communicates, and callers have turned autograd off. On the CPU large float32 tensors are read in rows of 64 by torch's
+vectorised norm, and the rows are summed in float64; what float32 cannot hold is read again in float64. On other devices everything is
+computed in float64 by the device, without a host read and without a branch on values.
 """
 
 import math
@@ -20,7 +20,6 @@ SMALL = 1024  # up to here a float64 norm costs less than the Python calls of th
 ROW_FLOOR = 1e-27
 
 
-@torch.no_grad()
 def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [len(tensors)], on the first one's device.
 
@@ -49,7 +48,6 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     return sums
 
 
-@torch.no_grad()
 def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
     """What bounding each element x to c = min(max(x, -v), v) would do: float64 [n, 6], on the first tensor's device.
 
@@ -82,7 +80,6 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64)
 
 
-@torch.no_grad()
 def norm_of(sums: Tensor, p: float) -> Tensor:
     """Turn float64 power sums (maxima where `p` is inf) of any shape into norms of the same shape and dtype."""
     if p == math.inf or p == 1:

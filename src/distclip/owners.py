@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.amp import innermost
+from distclip.records import Piece
 
 _REMEMBERED = 16  # optimizers; more are made anew again and again, and none is to be kept alive for ever
 
@@ -56,11 +57,11 @@ class Owners:
         return Owned(optimizer, inner, frozenset(pieces), others, group)
 
 
-def strangers(owned: Sequence[Owned], names: Mapping[int, str]) -> list[str]:
+def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:
     """A text for each optimizer that holds none of the clipper's parameters."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters (the first of which is {names[0]}); build "
-        "optimizers after the model was wrapped and sharded, and pass those that step it"
+        f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters (the first of which is {pieces[0].name}); "
+        "build optimizers after the model was wrapped and sharded, and pass those that step it"
         for i, o in enumerate(owned)
-        if not o.pieces and names
+        if not o.pieces and pieces
     ]

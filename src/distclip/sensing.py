@@ -79,7 +79,7 @@ class Sensor:
         grads, faults = self._everything, list[str]()
         try:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
-            faults = grads.faults + strangers(call.owned, {i: piece.name for i, piece in enumerate(self.plan.pieces[:1])})
+            faults = grads.faults + strangers(call.owned, self.plan.pieces)
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device)
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distclip.groups import Watch
-from distclip.history import History
 from distclip.measure import norm_of
 from distclip.plan import Plan
 from distclip.records import ClipReport, Culprit, Decision
@@ -30,16 +29,18 @@ class Summary:
         step: int,
         reduced: Reduced,
         decision: Decision,
-        history: History,
+        rate: Tensor,
+        skips: Tensor,
         skipped: Tensor,
-        acted: Tensor,
+        clipped: Tensor,
         culprits: tuple[Culprit, ...],
     ) -> ClipReport:
         """All on the device.
 
         Args:
+            rate: [] float64, and skips, [] int64: of the history.
             skipped: [] bool: the step is not taken.
-            acted: [] bool: gradients are multiplied or clamped, if the decision says so.
+            clipped: [] bool: some gradient is scaled or clamped.
         """
         norms, dtype = reduced.norms, self.dtype
         coefs = torch.where(skipped, 0.0, torch.where(norms.finite, decision.coef, 1.0))
@@ -48,15 +49,15 @@ class Summary:
             step=step,
             total_norm=norms.total.to(dtype),
             norm_after=self._after(reduced, decision).to(dtype),
-            clipped=(decision.clipped & acted).any(),
+            clipped=clipped,
             skipped=skipped,
             nonfinite=norms.nonfinite,
             coefs=coefs.to(dtype),
             threshold=decision.threshold.to(dtype),
             group_norms=norms.per_group.to(dtype),
             cosine=decision.cosine.to(dtype),
-            clip_rate=history.rate.to(dtype),
-            skips=history.skips,
+            clip_rate=rate.to(dtype),
+            skips=skips,
             layer_norms=reduced.layers.to(dtype) if shown else torch.zeros(0, dtype=dtype, device=norms.total.device),
             groups=self.plan.groups,
             layers=self.plan.layers if shown else (),

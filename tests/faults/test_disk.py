@@ -43,8 +43,8 @@ def test_the_state_goes_through_a_file_with_weights_only(tmp_path):
 WRONG = {
     "cut short": (
         lambda s: {"step": s["step"]},
-        "the checkpoint of the clipper lacks bad_in_a_row, groups, history.calls, history.clipped, history.skips, policy; it was cut short, "
-        "or saved by something else",
+        "the checkpoint of the clipper lacks bad_in_a_row, groups, history.calls, history.clipped, history.skips, policy; it was cut "
+        "short, or saved by something else",
     ),
     "another policy": (
         lambda s: s | {"policy": "FixedNorm(max_norm=2.0)"},
