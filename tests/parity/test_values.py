@@ -78,7 +78,8 @@ def test_with_the_largest_element_as_norm_it_is_not_known():
 
 def test_a_turned_gradient_is_told_once():
     clipper, params = alone([9.0, 0.5, 0.5], policy=distclip.FixedValue(0.5))
-    with pytest.warns(RuntimeWarning, match=r"cosine with the raw one is 0\.64\. Raise clip_value, or clip the norm"):
+    with pytest.warns(RuntimeWarning, match=r"cosine with the raw one is 0\.64\. Raise clip_value, or clip the norm") as warned:
         clipper.clip_()
+    assert warned[0].filename == __file__, "the user's line"
     params[0][1].grad = torch.tensor([9.0, 0.5, 0.5])
     clipper.clip_()
