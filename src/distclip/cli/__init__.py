@@ -10,7 +10,7 @@ from importlib import import_module
 import distclip
 
 # command → (module, one line for --help)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {"doctor": ("doctor", "check on this machine or cluster that clipping works: run it under torchrun")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
