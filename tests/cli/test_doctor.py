@@ -172,12 +172,12 @@ def lost(tmp_path_factory):
         name: job(name, "--json", "--only", "copies", "--only", "fsdp2", before={LOST: patched_clip(does)})
         for name, (does, _) in FAULTS.items()
     }
-    jobs["waiting"] = job(
-        "waiting", "--only", "copies", size=2, before={0: patched_clip(lambda: time.sleep(60)), 1: patched_clip(FAULTS["stopped"][0])}
-    )
-    jobs["holder stopped"] = job("holder", "--only", "copies", size=3, before={0: patched_clip(FAULTS["stopped"][0])})
+    waits = patched_clip(lambda: time.sleep(60))
+    stops = patched_clip(FAULTS["stopped"][0])
+    jobs["waiting"] = job("waiting", "--only", "copies", size=3, before={0: waits, 1: waits, 2: stops})
+    jobs["holder stopped"] = job("holder", "--only", "copies", size=3, before={0: stops})
     jobs |= {f"without {rank}": job(f"without{rank}", "--only", "copies", size=3, absent=[rank]) for rank in (0, 2)}
-    survivors = {"waiting": [0], "holder stopped": [1, 2], "without 0": [1, 2], "without 2": [0, 1]}
+    survivors = {"waiting": [0, 1], "holder stopped": [1, 2], "without 0": [1, 2], "without 2": [0, 1]}
     return {name: (job, job.codes(*survivors.get(name, (0, 1, 3)))) for name, job in jobs.items()}
 
 
@@ -198,9 +198,12 @@ def test_a_lost_rank_is_named_with_the_collective(lost, fault):
 def test_a_collective_without_a_timeout_is_ended_by_the_watch(lost):
     """As with NCCL: the main thread waits for a device for ever."""
     job, codes = lost["waiting"]
-    assert codes == [2]
-    assert "'copies: clip_ with p = 2 (all_reduce of" in job.said(0, "err")
-    assert f"did not end within {TIMEOUT_S} s. Did not answer: rank 1 on" in job.said(0, "err")
+    assert codes == [2, 2]
+    for rank in (0, 1):
+        said = job.said(rank, "err")
+        assert "'copies: clip_ with p = 2 (all_reduce of" in said
+        assert f"did not end within {TIMEOUT_S} s. Did not answer: rank 2 on {socket.gethostname()} (no sign of life; last in" in said
+        assert said.count("no sign of life") == 1, "the other survivor is alive, also while it asks"
     assert "stopped: rank 0 on" in job.said(0)
 
 

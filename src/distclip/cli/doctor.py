@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import distclip
 from distclip.cli.doctor_board import Board, read_place
 from distclip.cli.doctor_clips import REPORT, LayoutCheck, Overflow
 from distclip.cli.doctor_facts import cannot_start, device_for, facts, judge_facts
@@ -90,7 +91,7 @@ class Examination:
         try:
             asked, device = device_for(self._place, backend)
             mine = facts(self._place, asked, device)
-        except CannotRun as error:
+        except (CannotRun, distclip.ConfigError) as error:  # the latter of the kernel that was asked for
             asked, device, mine = "", torch.device("cpu"), {"cannot": str(error)}
         stop = self._confer("start", mine, self._judge_facts)
         if not stop and self._place.size > 1:
@@ -105,6 +106,7 @@ class Examination:
             else:
                 broken = self._confer(check.name, self._seen(check, device), partial(self._judge, check))
         code = self._confer("end", {}, lambda _: self._conclude(stop))
+        self._watch.conclude()
         if broken:  # its threads may hang at the interpreter's end
             self._watch.leave(code)
         if dist.is_initialized():
@@ -118,8 +120,8 @@ class Examination:
         raised = str(mine.get("raised", ""))
         # who comes out of a broken collective waits for the others a short while only: theirs has ended too
         grace = self._place.grace_s
-        wait = grace if BROKEN.search(raised) else self._place.timeout_s + 2 * grace
-        self._watch.stage(raised or f"{topic}: done, waiting for the others", wait)
+        wait = grace if BROKEN.search(raised) else self._place.timeout_s + grace
+        self._watch.meet(raised or f"{topic}: done, waiting for the others", wait)
         self._board.tell(topic, mine)
         try:
             if self._place.rank == 0:

@@ -69,7 +69,7 @@ class LayoutCheck:
         if faults:
             return Result(self.name, "fail", "; ".join(faults), REPORT)
         sent = f"equal bits on {len(seen)} ranks, 1 all_reduce" if len(seen) > 1 else "no collective"
-        return Result(self.name, "pass", f"norms right to {max(worst, 1e-16):.0e}, {sent}")
+        return Result(self.name, "pass", f"norms with p = 2 and inf right to {max(worst, 1e-16):.0e}, {sent}")
 
 
 def _are(size: int) -> str:

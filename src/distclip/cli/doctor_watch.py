@@ -21,7 +21,8 @@ from distclip.cli.doctor_board import Board
 
 BEAT_S = 1.0
 SILENT_S = 2.5  # a rank whose beat stands still that long gives no sign of life
-ASK_S = 8.0  # a store that does not answer questions for that long is gone
+MEETS = 1000  # the step of every meeting: ranks may take fewer to it, where they raised
+ASK_S = 5.0  # a store that does not answer questions for that long is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Sign:
     """A rank's last sign of life."""
 
     beat: int
-    stage: int
+    stage: list[int]  # the how manieth meeting it goes to, and the step on the way there
     text: str
     host: str
     ended: str  # empty while it runs
@@ -46,10 +47,10 @@ class Watch:
         self._board, self._place, self._on_lost = board, board.place, on_lost
         self._beats, self._asks = board.twin(), board.twin()
         self._lock = threading.Lock()  # of the ending: the main thread's or the watch's, whoever comes first
-        self._beat, self._stage, self._text, self._until = 0, 0, "start", time.monotonic() + self._place.timeout_s
+        self._beat, self._stage, self._text, self._until = 0, [0, 0], "start", time.monotonic() + self._place.timeout_s
         self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
-        self._closed, self._ended = False, ""
+        self._concluded, self._closed, self._ended = False, False, ""
         self._silent = set[int]()  # ranks that give no sign of life
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -74,10 +75,22 @@ class Watch:
         """The stage in which this rank is."""
         return self._text
 
-    def stage(self, text: str, wait_s: float | None = None) -> None:
-        """From here on this rank is in `text`, for at most `wait_s` seconds (the time-out) and some grace."""
-        wait = self._place.timeout_s if wait_s is None else wait_s
-        self._stage, self._text, self._until = self._stage + 1, text, time.monotonic() + wait
+    def stage(self, text: str) -> None:
+        """From here on this rank is in `text`, for at most the time-out and some grace."""
+        meeting, step = self._stage
+        self._enter([meeting + 1, 0] if step == MEETS else [meeting, step + 1], text, self._place.timeout_s)
+
+    def meet(self, text: str, wait_s: float) -> None:
+        """From here on this rank waits for all others, for at most `wait_s` seconds and some grace. Every rank comes to every meeting."""
+        meeting, step = self._stage
+        self._enter([meeting + (step == MEETS), MEETS], text, wait_s)
+
+    def conclude(self) -> None:
+        """Everything was said: from here on a SIGTERM only means that other ranks have ended already."""
+        self._concluded = True
+
+    def _enter(self, stage: list[int], text: str, wait_s: float) -> None:
+        self._stage, self._text, self._until = stage, text, time.monotonic() + wait_s
         self._sign()
 
     def end(self, what: str) -> NoReturn:
@@ -102,14 +115,14 @@ class Watch:
             woken = select.select([self._reads], [], [], BEAT_S)[0]
             if self._closed:
                 return
-            if woken and signal.SIGTERM in os.read(self._reads, 64):
+            if woken and signal.SIGTERM in os.read(self._reads, 64) and not self._concluded:
                 self.end(f"ended by SIGTERM in '{self._text}', which launchers send when a rank has died")
-            self._beat += 1
             self._sign()
             if time.monotonic() > self._until + self._place.grace_s:
                 self.end(f"'{self._text}' did not end within {self._place.timeout_s:g} s")
 
     def _sign(self) -> None:
+        self._beat += 1
         sign = [self._beat, self._stage, self._text, self._place.host, self._ended]
         try:
             self._beats.set(f"beat/{self._place.rank}", json.dumps(sign))
@@ -123,7 +136,10 @@ class Watch:
         def ask() -> None:
             try:
                 first = self._signs()
-                time.sleep(SILENT_S)
+                until = time.monotonic() + SILENT_S
+                while time.monotonic() < until:  # the watch's thread may be the one that waits for this: others must not miss its beat
+                    time.sleep(BEAT_S / 2)
+                    self._sign()
                 told.append(self._missing(first, self._signs()))
             except (dist.DistError, RuntimeError) as error:
                 told.append(f"The store at {self._board.where} is gone ({str(error).splitlines()[0]})" + self._host_of_store())
