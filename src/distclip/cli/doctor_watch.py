@@ -119,7 +119,8 @@ class Watch:
                 self.end(f"ended by SIGTERM in '{self._text}', which launchers send when a rank has died")
             self._sign()
             if time.monotonic() > self._until + self._place.grace_s:
-                self.end(f"'{self._text}' did not end within {self._place.timeout_s:g} s")
+                met = self._stage[1] == MEETS
+                self.end(f"after '{self._text}' no word came" if met else f"'{self._text}' did not end within {self._place.timeout_s:g} s")
 
     def _sign(self) -> None:
         self._beat += 1
