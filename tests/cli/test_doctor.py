@@ -90,6 +90,7 @@ def test_under_torchrun_all_layouts_pass():
     assert {layout.name for layout in LAYOUTS} <= set(rows)
     facts = {line[:20].strip(): line[20:] for line in lines[: lines.index("")]}
     assert facts["ranks"] == "4" and facts["nodes"] == f"{socket.gethostname()}: ranks 0-3"
+    assert facts["kernel"] == distclip.kernels.active()
     assert facts["torch"] == torch.__version__ and facts["backend"] == "gloo" and "AdamW" in facts["fused"]
     assert done.stdout.count("equal bits on 4 ranks, 1 all_reduce") == len(LAYOUTS)
 
@@ -340,6 +341,12 @@ def test_the_options(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "distclip doctor: RANK are set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE; start with torchrun, or set all four on every rank\n"
     )
+
+
+def test_a_kernel_that_is_not_here_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("DISTCLIP_KERNELS", "other")
+    assert main(["doctor"]) == 2
+    assert "DISTCLIP_KERNELS='other' is neither 'native' nor 'torch'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_backend_that_is_not_here_is_told(capsys):

@@ -14,6 +14,7 @@ from torch.cuda import nccl
 from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
 
 import distclip
+import distclip.kernels
 from distclip.cli.doctor_records import CannotRun, Place, Result, by_value, spans
 
 PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
@@ -58,7 +59,6 @@ def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
     """Of this rank."""
     on_cuda = device.type == "cuda"
     torchs_own = default_pg_nccl_timeout if on_cuda and default_pg_nccl_timeout is not None else default_pg_timeout
-    kernels = getattr(distclip, "kernels", None)
     return {
         "host": place.host,
         "device": f"{device} {torch.cuda.get_device_name(device)}" if on_cuda else "cpu",
@@ -72,7 +72,7 @@ def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
         "nccl": ".".join(map(str, nccl.version())) if on_cuda else "none",
         "threads": torch.get_num_threads(),
         **{name: os.environ.get(name, "not set") for name in ENVIRONMENT},
-        "kernel": str(kernels.active()) if kernels is not None else "torch",
+        "kernel": distclip.kernels.active(),
         "dtypes": ", ".join(str(d).removeprefix("torch.") for d in DTYPES if _multiplies(d, device)),
         "fused": ", ".join(o.__name__ for o in OPTIMIZERS if _steps_fused(o, device)) or "none",
         "time-out": f"{place.timeout_s:g} s here (--timeout); torch's default is {torchs_own.total_seconds():g} s",
