@@ -107,7 +107,7 @@ static void one_block(const job *j, int64_t tensor, int64_t block, double *out) 
 static void one_chunk(const job *j, int64_t index) {
   chunk at = j->starts[index], end = j->starts[index + 1];
   int64_t width = j->operation == SUMS ? 1 : COLUMNS;
-  for (; at.tensor < j->tensors && (at.tensor < end.tensor || at.block < end.block); at.tensor++, at.block = 0) {
+  for (; at.tensor < j->tensors && at.tensor <= end.tensor; at.tensor++, at.block = 0) {
     int64_t blocks = blocks_of(j->counts[at.tensor]), last = at.tensor == end.tensor ? end.block : blocks;
     int skip = untouched(j, at.tensor);
     for (; at.block < last; at.block++) {

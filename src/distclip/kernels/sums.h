@@ -69,7 +69,7 @@ INLINE d8 power_any(d8 x, double p) {
     double top = 0;                                                            \
     for (int lane = 0; lane < 8; lane++) /* the others are 0 */                \
       for (int half = 0; half < 2; half++)                                     \
-        if (!(wide[half][lane] <= top)) top = wide[half][lane];                \
+        if (wide[half][lane] != 0) top = wide[half][lane];                \
     return top;                                                                \
   }
 
