@@ -4,7 +4,7 @@ What does not depend on the step is prepared once for a list's sizes and dtypes 
 where they changed; nothing waits for the device, and all of it can be captured in a CUDA graph.
 
 Sums are float64 from the first element on: every float32 is in range, and however a tensor is cut its sum is right to 1e-15. Partial sums
-are added in one order, without atomics, so that equal gradients give equal bits. Two float64 instructions an element (a conversion, a
+are added in one order, without atomics, so that a repeated step gives equal bits. Two float64 instructions an element (a conversion, a
 multiply-add) hide behind the read where float64 runs at half the rate of float32, and where it runs at 1/64 they take about as long as
 the read of a float32 takes.
 """
@@ -55,7 +55,7 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. Where the factor is 1 nothing is read. No host sync.
+    """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. No host sync; where the factor is 1, no read.
 
     Args:
         tensors: as for `power_sums`.
@@ -68,7 +68,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def clamp_(tensors: Sequence[Tensor], value: Tensor) -> None:
-    """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the value is inf nothing is read. No host sync.
+    """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. No host sync; where the value is inf, no read.
 
     Args, Raises: as `scale_`.
     """

@@ -4,7 +4,9 @@ One program works on one chunk of one tensor. A tensor's address and dtype are r
 tensors of mixed dtypes. Loads are vectorised where an address is a multiple of 16 bytes; offsets within a tensor are 64 bits wide.
 """
 
-# Triton's language is typed by the values at compile time
+# Branches on constants are compiled away, so the two sides of one may differ in type: no conditional expressions, and no `and` that mixes
+# what the compiler knows with what the device reads.
+# ruff: noqa: SIM102, SIM108, SIM300
 # pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 import triton
@@ -18,7 +20,7 @@ LANES = 256  # partial sums in flight
 
 @triton.jit
 def _wide(x):
-    """float32, or float64 for float64. bfloat16 is read as its bits (uint16): devices before sm_80, and the interpreter, do not round it."""
+    """float32, or float64 for float64. bfloat16 is read as its bits, uint16: devices before sm_80 and the interpreter do not round it."""
     if x.dtype == tl.uint16:
         x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif x.dtype == tl.float16:
