@@ -247,6 +247,17 @@ def test_nccl_on_one_gpu(nccl, device):
     clipper.audit()
 
 
+def test_the_scale_of_offloaded_gradients_is_read_when_it_is_there():
+    layers = model("cpu")
+    clipper, optimizer, scaler = distclip.GradClipper(layers, 1000.0), optimizer_of(layers), torch.amp.GradScaler("cuda", init_scale=8.0)
+    scaler.scale(torch.ones((), device="cuda"))
+    give(layers, 1)
+    norm = float(power_sums([p.grad for p in layers.parameters()], 2.0).sum().sqrt())
+    torch.cuda._sleep(200_000_000)
+    scaler._scale.mul_(2)
+    assert float(clipper.step(optimizer, scaler=scaler).total_norm) == pytest.approx(norm / 16, rel=1e-6)
+
+
 @KERNELS
 def test_what_a_capture_needs_is_prepared_before():
     tensors = [torch.ones(3, device="cuda"), torch.ones(12_345, device="cuda")]

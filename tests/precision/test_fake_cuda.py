@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import functional, host
+from distclip.kernels import triton_lists
 
 aten = torch.ops.aten
 SOURCE = Path(distclip.__file__).parent
@@ -73,6 +74,8 @@ def fake(monkeypatch):
     routed("__invert__", aten.bitwise_not.default)
     routed("__neg__", aten.neg.default)
     routed("copy_", aten.copy_.default)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_lists, "available", lambda: False)  # its addresses are not there
     monkeypatch.setattr(host.Mirror, "leave", lambda self, vector, what: None)  # pinned memory and events need a device
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
