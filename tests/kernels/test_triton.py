@@ -138,13 +138,12 @@ def test_addresses_in_a_capture(interpreted):
     }
 
 
-def test_what_the_kernels_take():
-    dense = torch.zeros(4, 6)
-    for tensor in (dense, dense.t(), dense[1:], torch.zeros(0), torch.zeros(()), torch.zeros(2, 3, 4, 5).permute(3, 0, 2, 1)):
-        assert triton_lists.suits(tensor)
-    assert all(triton_lists.suits(dense.to(dtype)) for dtype in cases.DTYPES)
-    for tensor in (dense[:, 1:], dense[0].expand(4, 6), dense.to(torch.complex64), dense.int(), dense.to_sparse()):
-        assert not triton_lists.suits(tensor)
+@pytest.mark.parametrize("p", [2.0, math.inf, 1.5])
+def test_what_a_clamp_would_do(interpreted, p):
+    found, want = interpreted.run(cases.would_clamp, p)
+    for a, b in zip(found, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-13, nan_ok=True)
+    assert want[0][5] > 0 and not any(found[-1])
 
 
 def test_asking_does_not_import_triton():
@@ -181,3 +180,7 @@ def test_the_second_sum_compiles(compiler, p):
 def test_the_change_compiles(compiler, each, clamp, target):
     built = compiler.run(cases.compiled, "change", target, {"EACH": each, "CLAMP": clamp} | TABLES)
     assert built["vector loads"] >= 16 and built["vector stores"] >= 16
+
+
+def test_the_sums_of_a_clamp_compile(compiler):
+    assert not compiler.run(cases.compiled, "chunk_clamps", 90, {"P": 2.0} | TABLES)["atomics"]

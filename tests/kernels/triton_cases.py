@@ -5,10 +5,12 @@ import math
 import mmap
 import os
 import re
+from array import array
 
 import numpy as np
 import torch
 
+from distclip import measure
 from distclip.errors import ConfigError
 from distclip.kernels import triton_lists
 from distclip.kernels.triton_lists import Layout
@@ -28,13 +30,20 @@ def sizes():
     return triton_programs.CHUNK, triton_programs.BLOCK
 
 
+def listed(tensors):
+    """The kernels for these tensors, and their addresses."""
+    layout = triton_lists.layout(tuple(t.numel() for t in tensors), tuple(t.dtype for t in tensors), torch.device("cpu"))
+    return layout, array("Q", [t.data_ptr() for t in tensors])
+
+
 def numbers(count, dtype, seed=0):
     return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def measured(tensors, p):
     with np.errstate(all="ignore"):  # log2(0) is -inf, as it is meant
-        return triton_lists.power_sums(tensors, p).tolist()
+        layout, pointers = listed(tensors)
+        return layout.power_sums(pointers, p).tolist()
 
 
 def oracle(tensor, p):
@@ -95,10 +104,10 @@ def absent():
     """Sums and values where tensors are missing."""
     tensors = [numbers(5, torch.float32), numbers(CHUNK + 1, torch.bfloat16), numbers(4, torch.float64)]
     layout = Layout([t.numel() for t in tensors], [t.dtype for t in tensors], torch.device("cpu"))
-    sums = layout.power_sums([tensors[0], None, tensors[2]], 2.0).tolist()
+    sums = layout.power_sums([tensors[0].data_ptr(), 0, tensors[2].data_ptr()], 2.0).tolist()
     before = [t.clone() for t in tensors]
-    layout.scale_([None, tensors[1], None], torch.tensor(0.5, dtype=torch.float64))
-    again = layout.power_sums([None, None, None], 2.0).tolist()
+    layout.scale_([0, tensors[1].data_ptr(), 0], torch.tensor(0.5, dtype=torch.float64))
+    again = layout.power_sums([0, 0, 0], 2.0).tolist()
     kept = [torch.equal(a, b) for a, b in zip(before, tensors, strict=True)]
     return sums, [oracle(before[0], 2.0), 0.0, oracle(before[2], 2.0)], kept, again
 
@@ -114,7 +123,8 @@ def multiplied(dtype, factor):
     torch._foreach_mul_(want, torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32))
     before = [t.clone() for t in tensors]
     with np.errstate(all="ignore"):
-        triton_lists.scale_(tensors, torch.tensor(factor, dtype=torch.float64))
+        layout, pointers = listed(tensors)
+        layout.scale_(pointers, factor)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     off = [((a.view(bits) != b.view(bits)) & ~(a.isnan() & b.isnan())).sum() for a, b in zip(tensors, want, strict=True)]
     moved = [((a != b) & ~a.isnan()).sum() for a, b in zip(tensors, before, strict=True)]
@@ -125,7 +135,8 @@ def each_by_its_own():
     tensors = [numbers(3, torch.float32), numbers(CHUNK + 1, torch.float32), numbers(2, torch.float64), numbers(9, torch.bfloat16)]
     factors = torch.tensor([0.5, 1.0, 3.0, 0.25], dtype=torch.float64)
     want = [(t.double() * f).to(t.dtype) for t, f in zip(tensors, factors, strict=True)]
-    triton_lists.scale_(tensors, factors)
+    layout, pointers = listed(tensors)
+    layout.scale_(pointers, factors)
     return [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
 
 
@@ -133,8 +144,23 @@ def clamped(dtype, value):
     tensors = [numbers(BLOCK + 3, dtype), torch.tensor([math.nan, math.inf, -math.inf, 0.0, -9.0], dtype=dtype)]
     limit = torch.tensor(value, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     want = [torch.minimum(torch.maximum(t.to(limit.dtype), -limit), limit).to(dtype) for t in tensors]
-    triton_lists.clamp_(tensors, torch.tensor(value, dtype=torch.float64))
+    layout, pointers = listed(tensors)
+    layout.clamp_(pointers, torch.full((2,), value, dtype=torch.float64))
     return [torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in zip(tensors, want, strict=True)]
+
+
+def would_clamp(p):
+    """Six columns of mixed tensors, and torch's; one tensor has NaN, one is not there."""
+    tensors = [numbers(CHUNK + 9, torch.float32), numbers(0, torch.float32), numbers(77, torch.float64), numbers(BLOCK + 1, torch.bfloat16)]
+    tensors += [numbers(5, torch.float16), torch.tensor([math.nan, 2.0]), torch.tensor([math.inf, 2.0]), torch.ones(3)]
+    values = torch.tensor([0.7, 1.0, 1 / 3, 0.1, math.inf, 1.0, 1.0, 1.0], dtype=torch.float64)
+    layout, pointers = listed(tensors)
+    pointers[-1] = 0
+    with np.errstate(all="ignore"):
+        found = layout.clamped_sums(pointers, values, p)
+    want = measure.clamped_sums(tensors, values, p)
+    want[-1] = 0
+    return found.tolist(), want.tolist()
 
 
 def on_a_page_that_nobody_may_touch(act, value):
@@ -143,10 +169,11 @@ def on_a_page_that_nobody_may_touch(act, value):
     page = mmap.mmap(-1, mmap.PAGESIZE)
     tensor = torch.frombuffer(page, dtype=torch.float32)
     tensor.fill_(3.0)
-    function, number = getattr(triton_lists, act), torch.tensor(value, dtype=torch.float64)
-    function([torch.ones(tensor.numel())], number)  # all else has been done once
+    layout, pointers = listed([tensor])
+    function, number = getattr(layout, act), torch.tensor(value, dtype=torch.float64)
+    function([torch.ones(tensor.numel()).data_ptr()], number)  # all else has been done once
     assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    function([tensor], number)
+    function(pointers, number)
     assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE) == 0
     return bool((tensor == 3).all())
 
@@ -177,14 +204,14 @@ def in_a_capture():
     """The host's part of a capture, with memory of the CPU: which addresses are used, and what is refused."""
     layout = Layout([4], [torch.float32], torch.device("cpu"))
     known, other = torch.ones(4), torch.full((4,), 2.0)
-    eager = layout._pointers([known])
+    eager = layout._there([known.data_ptr()])
     triton_lists._capturing = lambda device: True
     triton_lists._RESERVE._free = torch.zeros(1, dtype=torch.int64)
-    same = layout._pointers([known]) is eager
-    own = layout._pointers([other])
+    same = layout._there([known.data_ptr()]) is eager
+    own = layout._there([other.data_ptr()])
     kept = [entry[1] for entry in triton_lists._GRAPHS]
     texts = []
-    for call in (lambda: layout._pointers([torch.zeros(4)]), lambda: Layout([5], [torch.float32], torch.device("cpu"))):
+    for call in (lambda: layout._there([64]), lambda: Layout([5], [torch.float32], torch.device("cpu"))):
         try:
             call()
         except ConfigError as error:
@@ -200,10 +227,22 @@ def compiled(kernel, target, constants):
 
     from distclip.kernels import triton_programs
 
-    types = dict(pointers="*i64", owners="*i32", firsts="*i64", counts="*i64", codes="*i32", partials="*fp64", sums="*fp64", values="*fp64")
+    types = dict(
+        pointers="*i64",
+        owners="*i32",
+        firsts="*i64",
+        counts="*i64",
+        codes="*i32",
+        partials="*fp64",
+        sums="*fp64",
+        values="*fp64",
+        chunks="i32",
+    )
     function = getattr(triton_programs, kernel)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types and name != "values"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types and name not in ("values", "chunks")
+    }
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4})
     assert len(built.asm["cubin"]) > 1000

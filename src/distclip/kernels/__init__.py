@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.kernels import triton_lists
 from distclip.kernels.native import CODES, library
 from distclip.kernels.native import layout as native_layout
 
@@ -53,6 +54,9 @@ def layout(counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch
     Raises:
         ConfigError: as `active` does.
     """
+    if device.type == "cuda":
+        serves = triton_lists.available() and triton_lists.CODES.keys() >= set(dtypes) and os.environ.get(CHOICE, "") != "torch"
+        return triton_lists.layout(counts, tuple(dtypes), device) if serves else None
     if device.type != "cpu" or not CODES.keys() >= set(dtypes) or active() != "native":
         return None
     return native_layout(counts, tuple(dtypes))

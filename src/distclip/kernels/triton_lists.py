@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as `triton_programs` branches on them
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as `triton_programs` branches on them
 _LISTS = 64  # layouts kept
 
 
@@ -32,62 +32,18 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def suits(tensor: Tensor) -> bool:
-    """Whether the kernels take this local tensor: strided, float32, float64, bfloat16 or float16, its elements without gaps or overlaps."""
-    if tensor.layout is not torch.strided or tensor.dtype not in _CODES:
-        return False
-    return tensor.is_contiguous() or tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
-
-
-def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on their device. No host sync.
-
-    Args:
-        tensors: at least one, all on one device, `suits` each.
-        p: 0 < p ≤ 8 or inf.
-
-    An inf or NaN makes its tensor's sum non-finite; with p = inf NaN stays NaN. An empty tensor gives 0.
-
-    Raises:
-        ConfigError: a CUDA graph is being captured, and this list was not measured before.
-    """
-    return _layout_of(tensors).power_sums(tensors, p)
-
-
-def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. No host sync; where the factor is 1, no read.
-
-    Args:
-        tensors: as for `power_sums`.
-        factor: float64 on their device: 0-dim, or [n], one for each tensor.
-
-    Raises:
-        ConfigError: as `power_sums`.
-    """
-    _layout_of(tensors).scale_(tensors, factor)
-
-
-def clamp_(tensors: Sequence[Tensor], value: Tensor) -> None:
-    """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. No host sync; where the value is inf, no read.
-
-    Args, Raises: as `scale_`.
-    """
-    _layout_of(tensors).clamp_(tensors, value)
-
-
-def _layout_of(tensors: Sequence[Tensor]) -> Layout:
-    return _layout(tuple([t.numel() for t in tensors]), tuple([t.dtype for t in tensors]), tensors[0].device)
-
-
 class Layout:
     """The tables of one list of tensors, on their device: which program works on which chunk of which tensor.
 
-    Its functions are the module's, but take None for a tensor that is not there: it counts as 0 and is left alone.
+    Everywhere `pointers` are [n] addresses, 0 where there is no tensor: it counts as 0 and is left alone. Nothing waits for the device.
 
     Args:
-        counts: elements of each tensor.
-        dtypes: of each tensor.
+        counts: elements of each tensor, which lie without gaps.
+        dtypes: of each tensor: float32, float64, bfloat16 or float16.
         device: CUDA; the CPU under triton's interpreter.
+
+    Raises:
+        ConfigError: a CUDA graph is being captured, and what the capture needs was not prepared.
     """
 
     def __init__(self, counts: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
@@ -101,7 +57,7 @@ class Layout:
         chunks = (count + programs.CHUNK - 1) // programs.CHUNK
         firsts = torch.cat([count.new_zeros(1), chunks.cumsum(0)])
         self._chunks = int(firsts[-1])
-        codes = [_CODES[dtype] for dtype in dtypes]
+        codes = [CODES[dtype] for dtype in dtypes]
         self._types = sum({1 << code for code in codes})
         owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32), chunks)
         tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32))
@@ -109,44 +65,64 @@ class Layout:
         self._sent: tuple[list[int], int, Tensor] | None = None  # addresses, for which stream, on the device
         self._ready = _recorded(device)
         if device.type == "cuda":  # compiled here, since a first launch may come in a capture, where nothing can be loaded
-            self._change([None] * self.size, torch.ones((), dtype=torch.float64, device=device), clamp=False)
+            self.scale_([0] * self.size, 1.0)
 
-    def power_sums(self, tensors: Sequence[Tensor | None], p: float) -> Tensor:
-        sums = torch.empty(self.size, dtype=torch.float64, device=self.device)
+    def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
+        """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or inf. NaN stays NaN."""
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
-        pointers, programs = self._pointers(tensors), self._programs
+        self._launch(self._programs.chunk_sums, pointers, partials, P=float(p))
+        return self._summed(partials, p)
+
+    def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
+        """What a clamp c of each element x would do: float64 [n, 6], as `measure.clamped_sums`.
+
+        Args:
+            values: float64 [n] on the device: the bounds.
+        """
+        partials = torch.zeros(6, self._chunks, dtype=torch.float64, device=self.device)
+        self._launch(self._programs.chunk_clamps, pointers, values, partials, self._chunks, P=float(p))
+        return torch.stack([self._summed(row, p if k < 2 else 1.0) for k, row in enumerate(partials.unbind())], 1)
+
+    def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
+        """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. Where the factor is 1 nothing is read.
+
+        Args:
+            factors: a number, or float64 on any device: 0-dim, or [n], one for each tensor.
+        """
+        if not isinstance(factors, Tensor):
+            factors = torch.full((), factors, dtype=torch.float64, device=self.device)
+        values = _sent(factors, self.device) if factors.device.type == "cpu" else factors
+        self._launch(self._programs.change, pointers, values, EACH=values.ndim, CLAMP=False)
+
+    def clamp_(self, pointers: Sequence[int], values: Tensor) -> None:
+        """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the value is inf nothing is read.
+
+        Args:
+            values: float64 on any device: 0-dim, or [n].
+        """
+        values = _sent(values, self.device) if values.device.type == "cpu" else values
+        self._launch(self._programs.change, pointers, values, EACH=values.ndim, CLAMP=True)
+
+    def _launch(self, program: Any, pointers: Sequence[int], *args: Any, **constants: Any) -> None:
+        there, programs = self._there(pointers), self._programs
+        if self._chunks:
+            constants |= {"TYPES": self._types, "CHUNK": programs.CHUNK, "BLOCK": programs.BLOCK}
+            with _on(self.device):
+                program[(self._chunks,)](there, *self._tables, *args, **constants, num_warps=programs.WARPS)
+
+    def _summed(self, partials: Tensor, p: float) -> Tensor:
+        sums = torch.empty(self.size, dtype=torch.float64, device=self.device)
         with _on(self.device):
-            if self._chunks:
-                programs.chunk_sums[(self._chunks,)](
-                    pointers, *self._tables, partials,
-                    TYPES=self._types, P=float(p), CHUNK=programs.CHUNK, BLOCK=programs.BLOCK, num_warps=programs.WARPS,
-                )  # fmt: skip
-            programs.tensor_sums[(self.size,)](partials, self._tables[1], sums, P=float(p), BLOCK=programs.LANES, num_warps=1)
+            self._programs.tensor_sums[(self.size,)](partials, self._tables[1], sums, P=float(p), BLOCK=self._programs.LANES, num_warps=1)
         return sums
 
-    def scale_(self, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
-        self._change(tensors, factor, clamp=False)
-
-    def clamp_(self, tensors: Sequence[Tensor | None], value: Tensor) -> None:
-        self._change(tensors, value, clamp=True)
-
-    def _change(self, tensors: Sequence[Tensor | None], values: Tensor, clamp: bool) -> None:
-        pointers, programs = self._pointers(tensors), self._programs
-        if self._chunks:
-            with _on(self.device):
-                programs.change[(self._chunks,)](
-                    pointers, *self._tables, values,
-                    EACH=values.ndim, TYPES=self._types, CLAMP=clamp, CHUNK=programs.CHUNK, BLOCK=programs.BLOCK, num_warps=programs.WARPS,
-                )  # fmt: skip
-
-    def _pointers(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """[n] int64 on the device: the tensors' addresses, 0 for None. Sent only where they are not there yet.
+    def _there(self, pointers: Sequence[int]) -> Tensor:
+        """[n] int64: the addresses on the device. Sent only where they are not there yet.
 
         A captured graph keeps what it reads: the addresses sent before the capture, where gradients are still there, else a pinned copy of
         its own, from which every replay sends them.
         """
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        known = self._sent
+        addresses, known = list(pointers), self._sent
         if _capturing(self.device):
             if known is not None and known[0] == addresses:
                 _GRAPHS.append((self, known))
@@ -173,7 +149,11 @@ class Layout:
             table.record_stream(stream)
 
 
-_layout = lru_cache(maxsize=_LISTS)(Layout)
+@lru_cache(maxsize=_LISTS)
+def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> Layout:
+    """Prepared once for each list of sizes and dtypes."""
+    return Layout(counts, dtypes, device)
+
 
 _WARM_UP = (
     "a CUDA graph is being captured, and what the capture needs was not prepared; run the step without capture first, on the same "

@@ -147,7 +147,7 @@ def chunk_sums(
     tl.store(partials + chunk, out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["partials"])
 def tensor_sums(partials, firsts, sums, P: tl.constexpr, BLOCK: tl.constexpr):
     """sums [n] float64 from partials [chunks], always in the same order. A grid of one program a tensor."""
     tensor = tl.program_id(0)
@@ -234,3 +234,70 @@ def change(
         if TYPES & 8:
             if code == 3:
                 _typed_change(address, start, count, value, tl.float16, tl.float32, CLAMP, BLOCK)
+
+
+@triton.jit
+def _clamp_sums(here, count, value, partials, stride, P: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    if P == float("inf"):
+        size = tl.zeros((BLOCK,), tl.int64)
+    else:
+        size = tl.zeros((BLOCK,), tl.float64)
+    bounded = size
+    square = tl.zeros((BLOCK,), tl.float64)
+    after = square
+    product = square
+    beyond = square
+    for at in range(0, count, BLOCK):
+        x = _wide(tl.load(here + at + lanes, mask=at + lanes < count, other=0)).to(tl.float64)
+        c = tl.where(x > value, value, tl.where(x < -value, -value, x))
+        size = _joined(size, x, P)
+        bounded = _joined(bounded, c, P)
+        square += x * x
+        after += c * c
+        product += x * c
+        beyond += tl.where(tl.abs(x) > value, 1.0, 0.0)
+    if P == float("inf"):
+        tl.store(partials, tl.max(size, 0).to(tl.float64, bitcast=True))
+        tl.store(partials + stride, tl.max(bounded, 0).to(tl.float64, bitcast=True))
+    else:
+        tl.store(partials, tl.sum(size, 0))
+        tl.store(partials + stride, tl.sum(bounded, 0))
+    tl.store(partials + 2 * stride, tl.sum(square, 0))
+    tl.store(partials + 3 * stride, tl.sum(after, 0))
+    tl.store(partials + 4 * stride, tl.sum(product, 0))
+    tl.store(partials + 5 * stride, tl.sum(beyond, 0))
+
+
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["values", "partials"])
+def chunk_clamps(
+    pointers, owners, firsts, counts, codes, values, partials, chunks,
+    TYPES: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partials [6, chunks] float64, 0 before: of x and of c, which is x clamped to its tensor's value.
+
+    Sums of |x|^P and |c|^P (maxima for P = inf), of x², c² and x·c, and how many x are beyond the value. values: float64 [n], used in
+    float32 except for float64 tensors. Tables, TYPES and the grid as for `chunk_sums`.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + chunk)
+    value = tl.load(values + owner)
+    low = value.to(tl.float32).to(tl.float64)
+    address = tl.load(pointers + owner)
+    start = (chunk - tl.load(firsts + owner)) * CHUNK
+    count = tl.minimum(tl.load(counts + owner) - start, CHUNK).to(tl.int32)
+    code = tl.load(codes + owner)
+    part = partials + chunk
+    if address != 0:
+        if TYPES & 1:
+            if code == 0:
+                _clamp_sums(address.to(tl.pointer_type(tl.float32)) + start, count, low, part, chunks, P, BLOCK)
+        if TYPES & 2:
+            if code == 1:
+                _clamp_sums(address.to(tl.pointer_type(tl.float64)) + start, count, value, part, chunks, P, BLOCK)
+        if TYPES & 4:
+            if code == 2:
+                _clamp_sums(address.to(tl.pointer_type(tl.uint16)) + start, count, low, part, chunks, P, BLOCK)
+        if TYPES & 8:
+            if code == 3:
+                _clamp_sums(address.to(tl.pointer_type(tl.float16)) + start, count, low, part, chunks, P, BLOCK)
