@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
-from distclip.apply import scale_
+from distclip.gradlist import GradList
 from distclip.kernels import triton_lists
 from distclip.measure import power_sums
 
@@ -56,8 +56,8 @@ def test_the_guard_catches_a_wait():
 @pytest.mark.parametrize("p", [2.0, math.inf, 1.0, 0.5, 3.0, 2.5, 8.0])
 def test_power_sums_are_those_of_the_cpu(p):
     here, there = lists()
-    found = triton_lists.power_sums(there, p)
-    assert found.device.type == "cuda" and torch.equal(found, triton_lists.power_sums(there, p)), "the same bits each time"
+    found = GradList.of(there).power_sums(p)
+    assert found.device.type == "cuda" and torch.equal(found, GradList.of(there).power_sums(p)), "the same bits each time"
     torch.testing.assert_close(found.cpu(), power_sums([t.double() for t in here], p), rtol=1e-12, atol=0)
 
 
@@ -65,7 +65,7 @@ def test_power_sums_are_those_of_the_cpu(p):
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_extreme_sizes_inf_and_nan(p):
     values = ([1e20] * 5, [1e-25] * 5, [math.inf, 1.0], [math.nan, math.inf], [1e-45])
-    found = triton_lists.power_sums([torch.tensor(v, device="cuda") for v in values], p).tolist()
+    found = GradList.of([torch.tensor(v, device="cuda") for v in values]).power_sums(p).tolist()
     expected = power_sums([torch.tensor(v, dtype=torch.float32).double() for v in values], p).tolist()
     assert found == pytest.approx(expected, rel=1e-13, nan_ok=True)
 
@@ -76,12 +76,13 @@ def multiplied(tensor, factor):
     return (tensor.to(wide) * torch.tensor(factor, dtype=wide, device="cuda")).to(tensor.dtype)
 
 
-@pytest.mark.parametrize("how", [pytest.param(triton_lists.scale_, marks=KERNELS, id="kernel"), pytest.param(scale_, id="distclip.apply")])
+@pytest.mark.parametrize("choice", ["", "torch"])
 @pytest.mark.parametrize("factor", [1 / 3, 1e-7, 1e-30, 1.0])
-def test_scaling_is_done_in_float32(how, factor):
+def test_scaling_is_done_in_float32(monkeypatch, choice, factor):
+    monkeypatch.setenv("DISTCLIP_KERNELS", choice)
     _, there = lists()
     want = [multiplied(t, factor) for t in there]
-    how(there, torch.tensor(factor, dtype=torch.float64, device="cuda"))
+    GradList.of(there).scale_(torch.full((len(there),), factor, dtype=torch.float64, device="cuda"))
     assert all(torch.equal(a, b) for a, b in zip(there, want, strict=True))
 
 
@@ -89,21 +90,21 @@ def test_scaling_is_done_in_float32(how, factor):
 def test_clamping():
     _, there = lists()
     want = [t.clamp(-0.5, 0.5) for t in there]
-    triton_lists.clamp_(there, torch.tensor(0.5, dtype=torch.float64, device="cuda"))
+    GradList.of(there).clamp_(torch.full((len(there),), 0.5, dtype=torch.float64, device="cuda"))
     assert all(torch.equal(a, b) for a, b in zip(there, want, strict=True))
 
 
 @KERNELS
 def test_new_addresses_wait_for_nothing_and_overwrite_none_that_are_on_their_way():
-    half = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+    half = torch.full((2,), 0.5, dtype=torch.float64, device="cuda")
     many = [[torch.ones(1000, device="cuda"), torch.ones(5, device="cuda")] for _ in range(40)]
-    triton_lists.scale_(many[0], half)
+    GradList.of(many[0]).scale_(half)
     torch.cuda.synchronize()
     with nothing_waits():
         torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the host sends all that follows
         for tensors in many[1:]:
-            triton_lists.scale_(tensors, half)
-        sums = [triton_lists.power_sums(tensors, 1.0) for tensors in many]
+            GradList.of(tensors).scale_(half)
+        sums = [GradList.of(tensors).power_sums(1.0) for tensors in many]
     assert [s.tolist() for s in sums] == [[500.0, 2.5]] * len(many)
 
 
@@ -114,9 +115,9 @@ def test_more_than_2_to_the_31_elements():
         pytest.skip("too little memory on the device")
     tensor = torch.zeros(count, dtype=torch.float16, device="cuda")
     tensor[-100:] = 2.0
-    assert triton_lists.power_sums([tensor], 2.0).item() == 400
-    triton_lists.scale_([tensor], torch.tensor(0.5, dtype=torch.float64, device="cuda"))
-    assert triton_lists.power_sums([tensor], 2.0).item() == 100 and tensor[-100:].tolist() == [1.0] * 100
+    assert GradList.of([tensor]).power_sums(2.0).item() == 400
+    GradList.of([tensor]).scale_(0.5)
+    assert GradList.of([tensor]).power_sums(2.0).item() == 100 and tensor[-100:].tolist() == [1.0] * 100
 
 
 def model(device, dtype=torch.float32):
@@ -263,24 +264,24 @@ def test_what_a_capture_needs_is_prepared_before():
     tensors = [torch.ones(3, device="cuda"), torch.ones(12_345, device="cuda")]
     with pytest.raises(distclip.ConfigError, match="run the step without capture first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")  # torch warns of a graph that is empty
-        triton_lists.power_sums(tensors, 2.0)
+        GradList.of(tensors).power_sums(2.0)
 
 
 @KERNELS
 def test_captured_kernels_find_their_tensors():
     """Those of the warm-up, and others that were made in the capture."""
-    half = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+    half = torch.full((2,), 0.5, dtype=torch.float64, device="cuda")
     old = [torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")]
-    triton_lists.scale_(old, half)
-    triton_lists.power_sums(old, 1.0)
+    GradList.of(old).scale_(half)
+    GradList.of(old).power_sums(1.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         new = [torch.full((40_000,), 8.0, device="cuda"), torch.full((3,), 8.0, dtype=torch.bfloat16, device="cuda")]
-        triton_lists.scale_(new, half)
-        triton_lists.scale_(old, half)
-        sums = triton_lists.power_sums([*new], 1.0), triton_lists.power_sums([*old], 1.0)
+        GradList.of(new).scale_(half)
+        GradList.of(old).scale_(half)
+        sums = GradList.of(new).power_sums(1.0), GradList.of(old).power_sums(1.0)
     for other in range(3):  # eager calls between the replays do not disturb them
-        triton_lists.scale_([torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")], half)
+        GradList.of([torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")]).scale_(half)
         graph.replay()
         torch.cuda.synchronize()
         assert sums[0].tolist() == [160_000.0, 12.0]

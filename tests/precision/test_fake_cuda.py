@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import functional, host
-from distclip.kernels import triton_lists
+from distclip.naming import Found
 
 aten = torch.ops.aten
 SOURCE = Path(distclip.__file__).parent
@@ -75,7 +75,7 @@ def fake(monkeypatch):
     routed("__neg__", aten.neg.default)
     routed("copy_", aten.copy_.default)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton_lists, "available", lambda: False)  # its addresses are not there
+    monkeypatch.setenv("DISTCLIP_KERNELS", "torch")  # there are no addresses
     monkeypatch.setattr(host.Mirror, "leave", lambda self, vector, what: None)  # pinned memory and events need a device
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
@@ -94,10 +94,9 @@ def clipped(shapes=((4, 5), (3,)), **options):
     """A clipper of parameters on the CPU, whose set-up reads values, moved to fake ones; an optimizer that steps nothing."""
     with unset_fake_temporarily():
         clipper = distclip.GradClipper(parameters("cpu", shapes), **options)
-    named = parameters("cuda", shapes)
-    clipper._members, clipper._slots, clipper._state_groups = [p for _, p in named], [], None
-    clipper._device = torch.device("cuda", 0)
-    clipper._prepare(clipper.plan)
+    clipper._members = [p for _, p in parameters("cuda", shapes)]
+    clipper._device, clipper._state_groups = torch.device("cuda", 0), None
+    clipper._prepare(clipper.plan, Found(), [None] * len(shapes), "")
     return clipper, clipper._members, optimizer_of(clipper._members)
 
 

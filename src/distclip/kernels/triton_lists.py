@@ -47,7 +47,7 @@ class Layout:
     """
 
     def __init__(self, counts: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-        from distclip.kernels import triton_programs as programs
+        import distclip.kernels.triton_programs as programs
 
         if _capturing(device):
             raise ConfigError(_WARM_UP)
