@@ -99,6 +99,10 @@ def test_a_factor_for_each_tensor(interpreted):
     assert interpreted.run(cases.each_by_its_own) == [True] * 4
 
 
+def test_one_factor_for_all(interpreted):
+    assert interpreted.run(cases.one_for_all) == [True] * 12
+
+
 @pytest.mark.parametrize("value", [0.7, 0.0, math.inf])
 @EVERY
 def test_clamping_is_torchs(interpreted, dtype, value):
@@ -176,11 +180,11 @@ def test_the_second_sum_compiles(compiler, p):
     assert not compiler.run(cases.compiled, "tensor_sums", 90, {"P": p, "BLOCK": 256})["atomics"]
 
 
-@pytest.mark.parametrize("each, clamp, target", [(0, False, 75), (0, False, 90), (1, True, 90)])
-def test_the_change_compiles(compiler, each, clamp, target):
-    built = compiler.run(cases.compiled, "change", target, {"EACH": each, "CLAMP": clamp} | TABLES)
+@pytest.mark.parametrize("stride, clamp, target", [(0, False, 75), (0, False, 90), (1, True, 90)])
+def test_the_change_compiles(compiler, stride, clamp, target):
+    built = compiler.run(cases.compiled, "change", target, {"STRIDE": stride, "CLAMP": clamp} | TABLES)
     assert built["vector loads"] >= 16 and built["vector stores"] >= 16
 
 
 def test_the_sums_of_a_clamp_compile(compiler):
-    assert not compiler.run(cases.compiled, "chunk_clamps", 90, {"P": 2.0} | TABLES)["atomics"]
+    assert not compiler.run(cases.compiled, "chunk_clamps", 90, {"P": 2.0, "STRIDE": 1} | TABLES)["atomics"]

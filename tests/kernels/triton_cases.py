@@ -140,6 +140,20 @@ def each_by_its_own():
     return [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
 
 
+def one_for_all():
+    """A number, a 0-dim tensor, an expanded one (whose memory holds one number alone), every second of a tensor."""
+    half = torch.tensor(0.5, dtype=torch.float64)
+    many = torch.tensor([0.5, 7.0, 0.5, 7.0, 0.5, 7.0], dtype=torch.float64)
+    out = []
+    for factors in (0.5, half, half.expand(3), many[::2]):
+        tensors = [numbers(3, torch.float32), numbers(CHUNK + 1, torch.bfloat16), numbers(2, torch.float64)]
+        want = [t * 0.5 for t in tensors]
+        layout, pointers = listed(tensors)
+        layout.scale_(pointers, factors)
+        out += [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
+    return out
+
+
 def clamped(dtype, value):
     tensors = [numbers(BLOCK + 3, dtype), torch.tensor([math.nan, math.inf, -math.inf, 0.0, -9.0], dtype=dtype)]
     limit = torch.tensor(value, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -196,7 +210,7 @@ def beyond_two_to_the_31():
     partials = torch.zeros(1, dtype=torch.float64)
     programs.chunk_sums[(1,)](*tables, partials, TYPES=8, P=2.0, CHUNK=CHUNK, BLOCK=BLOCK)
     half = torch.tensor(0.5, dtype=torch.float64)
-    programs.change[(1,)](*tables, half, EACH=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, BLOCK=BLOCK)
+    programs.change[(1,)](*tables, half, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, BLOCK=BLOCK)
     return float(partials), tensor[-10:].tolist()
 
 

@@ -80,7 +80,7 @@ class Layout:
             values: float64 [n] on the device: the bounds.
         """
         partials = torch.zeros(6, self._chunks, dtype=torch.float64, device=self.device)
-        self._launch(self._programs.chunk_clamps, pointers, values, partials, self._chunks, P=float(p))
+        self._launch(self._programs.chunk_clamps, pointers, values, partials, self._chunks, STRIDE=_stride(values), P=float(p))
         return torch.stack([self._summed(row, p if k < 2 else 1.0) for k, row in enumerate(partials.unbind())], 1)
 
     def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
@@ -92,7 +92,7 @@ class Layout:
         if not isinstance(factors, Tensor):
             factors = torch.full((), factors, dtype=torch.float64, device=self.device)
         values = _sent(factors, self.device) if factors.device.type == "cpu" else factors
-        self._launch(self._programs.change, pointers, values, EACH=values.ndim, CLAMP=False)
+        self._launch(self._programs.change, pointers, values, STRIDE=_stride(values), CLAMP=False)
 
     def clamp_(self, pointers: Sequence[int], values: Tensor) -> None:
         """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the value is inf nothing is read.
@@ -101,7 +101,7 @@ class Layout:
             values: float64 on any device: 0-dim, or [n].
         """
         values = _sent(values, self.device) if values.device.type == "cpu" else values
-        self._launch(self._programs.change, pointers, values, EACH=values.ndim, CLAMP=True)
+        self._launch(self._programs.change, pointers, values, STRIDE=_stride(values), CLAMP=True)
 
     def _launch(self, program: Any, pointers: Sequence[int], *args: Any, **constants: Any) -> None:
         there, programs = self._there(pointers), self._programs
@@ -181,6 +181,11 @@ class _Reserve:
 
 _RESERVE = _Reserve()
 _GRAPHS: list[Any] = []  # what captured graphs read; a graph may live as long as the program
+
+
+def _stride(values: Tensor) -> int:
+    """From one tensor's value to the next: 0 where all share one, or an expanded one."""
+    return values.stride(0) if values.ndim else 0
 
 
 def _capturing(device: torch.device) -> bool:

@@ -208,15 +208,15 @@ def _typed_change(address, start, count, value, TYPE: tl.constexpr, WIDE: tl.con
 @triton.jit(do_not_specialize_on_alignment=["values"])
 def change(
     pointers, owners, firsts, counts, codes, values,
-    EACH: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Multiplies or clamps in place; a program reads and writes nothing where the factor is 1 or the bound inf (or NaN).
 
-    values: float64, [n] with EACH = 1 or one for all with EACH = 0. Tables, TYPES and the grid as for `chunk_sums`.
+    values: float64, one every STRIDE; with 0 one for all. Tables, TYPES and the grid as for `chunk_sums`.
     """
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
-    value = tl.load(values + owner * EACH)
+    value = tl.load(values + owner * STRIDE)
     address = tl.load(pointers + owner)
     start = (chunk - tl.load(firsts + owner)) * CHUNK
     count = tl.minimum(tl.load(counts + owner) - start, CHUNK).to(tl.int32)
@@ -272,16 +272,16 @@ def _clamp_sums(here, count, value, partials, stride, P: tl.constexpr, BLOCK: tl
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["values", "partials"])
 def chunk_clamps(
     pointers, owners, firsts, counts, codes, values, partials, chunks,
-    TYPES: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, TYPES: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partials [6, chunks] float64, 0 before: of x and of c, which is x clamped to its tensor's value.
 
-    Sums of |x|^P and |c|^P (maxima for P = inf), of x², c² and x·c, and how many x are beyond the value. values: float64 [n], used in
-    float32 except for float64 tensors. Tables, TYPES and the grid as for `chunk_sums`.
+    Sums of |x|^P and |c|^P (maxima for P = inf), of x², c² and x·c, and how many x are beyond the value. values: float64, one
+    every STRIDE, used in float32 except for float64 tensors. Tables, TYPES and the grid as for `chunk_sums`.
     """
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
-    value = tl.load(values + owner)
+    value = tl.load(values + owner * STRIDE)
     low = value.to(tl.float32).to(tl.float64)
     address = tl.load(pointers + owner)
     start = (chunk - tl.load(firsts + owner)) * CHUNK
