@@ -23,6 +23,8 @@ ORDER = [
     "kernels.build",
     "kernels.pool",
     "kernels.native",
+    "kernels.triton_programs",
+    "kernels.triton_lists",
     "kernels",
     "measure",
     "apply",

@@ -13,6 +13,9 @@ from torch import Tensor
 from distclip.errors import ConfigError
 from distclip.kernels.native import CODES, library
 from distclip.kernels.native import layout as native_layout
+from distclip.kernels.triton_lists import CODES as TRITON_CODES
+from distclip.kernels.triton_lists import available as has_triton
+from distclip.kernels.triton_lists import layout as triton_layout
 
 CHOICE = "DISTCLIP_KERNELS"
 
@@ -53,6 +56,9 @@ def layout(counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch
     Raises:
         ConfigError: as `active` does.
     """
+    if device.type == "cuda":
+        serves = TRITON_CODES.keys() >= set(dtypes) and has_triton() and os.environ.get(CHOICE, "") != "torch"
+        return triton_layout(counts, tuple(dtypes), device) if serves else None
     if device.type != "cpu" or not CODES.keys() >= set(dtypes) or active() != "native":
         return None
     return native_layout(counts, tuple(dtypes))

@@ -1,0 +1,210 @@
+"""Lists of tensors on a CUDA device: one launch measures them, one scales them. Triton is optional, and imported on use.
+
+What does not depend on the step is prepared once for a list's sizes and dtypes (`Layout`). A step sends the addresses alone, and only
+where they changed; nothing waits for the device, and all of it can be captured in a CUDA graph.
+
+Sums are float64 from the first element on: every float32 is in range, and however a tensor is cut its sum is right to 1e-15. Partial sums
+are added in one order, without atomics, so that a repeated step gives equal bits. Two float64 instructions an element (a conversion, a
+multiply-add) hide behind the read where float64 runs at half the rate of float32, and where it runs at 1/64 they take about as long as
+the read of a float32 takes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigError
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as `triton_programs` branches on them
+_LISTS = 64  # layouts kept
+
+
+@lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether triton is installed. Does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+class Layout:
+    """The tables of one list of tensors, on their device: which program works on which chunk of which tensor.
+
+    Everywhere `pointers` are [n] addresses, 0 where there is no tensor: it counts as 0 and is left alone. Nothing waits for the device.
+
+    Args:
+        counts: elements of each tensor, which lie without gaps.
+        dtypes: of each tensor: float32, float64, bfloat16 or float16.
+        device: CUDA; the CPU under triton's interpreter.
+
+    Raises:
+        ConfigError: a CUDA graph is being captured, and what the capture needs was not prepared.
+    """
+
+    def __init__(self, counts: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+        import distclip.kernels.triton_programs as programs
+
+        if _capturing(device):
+            raise ConfigError(_WARM_UP)
+        self.device, self.size = device, len(counts)
+        self._programs: Any = programs
+        count = torch.tensor(counts, dtype=torch.int64)
+        chunks = (count + programs.CHUNK - 1) // programs.CHUNK
+        firsts = torch.cat([count.new_zeros(1), chunks.cumsum(0)])
+        self._chunks = int(firsts[-1])
+        codes = [CODES[dtype] for dtype in dtypes]
+        self._types = sum({1 << code for code in codes})
+        owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32), chunks)
+        tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32))
+        self._tables = [_sent(table, device) for table in tables]
+        self._sent: tuple[list[int], int, Tensor] | None = None  # addresses, for which stream, on the device
+        self._ready = _recorded(device)
+        if device.type == "cuda":  # compiled here, since a first launch may come in a capture, where nothing can be loaded
+            self.scale_([0] * self.size, 1.0)
+
+    def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
+        """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or inf. NaN stays NaN."""
+        partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
+        self._launch(self._programs.chunk_sums, pointers, partials, P=float(p))
+        return self._summed(partials, p)
+
+    def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
+        """What a clamp c of each element x would do: float64 [n, 6], as `measure.clamped_sums`.
+
+        Args:
+            values: float64 [n] on the device: the bounds.
+        """
+        partials = torch.zeros(6, self._chunks, dtype=torch.float64, device=self.device)
+        self._launch(self._programs.chunk_clamps, pointers, values, partials, self._chunks, STRIDE=_stride(values), P=float(p))
+        return torch.stack([self._summed(row, p if k < 2 else 1.0) for k, row in enumerate(partials.unbind())], 1)
+
+    def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
+        """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. Where the factor is 1 nothing is read.
+
+        Args:
+            factors: a number, or float64 on any device: 0-dim, or [n], one for each tensor.
+        """
+        if not isinstance(factors, Tensor):
+            factors = torch.full((), factors, dtype=torch.float64, device=self.device)
+        values = _sent(factors, self.device) if factors.device.type == "cpu" else factors
+        self._launch(self._programs.change, pointers, values, STRIDE=_stride(values), CLAMP=False)
+
+    def clamp_(self, pointers: Sequence[int], values: Tensor) -> None:
+        """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the value is inf nothing is read.
+
+        Args:
+            values: float64 on any device: 0-dim, or [n].
+        """
+        values = _sent(values, self.device) if values.device.type == "cpu" else values
+        self._launch(self._programs.change, pointers, values, STRIDE=_stride(values), CLAMP=True)
+
+    def _launch(self, program: Any, pointers: Sequence[int], *args: Any, **constants: Any) -> None:
+        there, programs = self._there(pointers), self._programs
+        if self._chunks:
+            constants |= {"TYPES": self._types, "CHUNK": programs.CHUNK, "BLOCK": programs.BLOCK}
+            with _on(self.device):
+                program[(self._chunks,)](there, *self._tables, *args, **constants, num_warps=programs.WARPS)
+
+    def _summed(self, partials: Tensor, p: float) -> Tensor:
+        sums = torch.empty(self.size, dtype=torch.float64, device=self.device)
+        with _on(self.device):
+            self._programs.tensor_sums[(self.size,)](partials, self._tables[1], sums, P=float(p), BLOCK=self._programs.LANES, num_warps=1)
+        return sums
+
+    def _there(self, pointers: Sequence[int]) -> Tensor:
+        """[n] int64: the addresses on the device. Sent only where they are not there yet.
+
+        A captured graph keeps what it reads: the addresses sent before the capture, where gradients are still there, else a pinned copy of
+        its own, from which every replay sends them.
+        """
+        addresses, known = list(pointers), self._sent
+        if _capturing(self.device):
+            if known is not None and known[0] == addresses:
+                _GRAPHS.append((self, known))
+                return known[2]
+            host = _RESERVE.take(self.size)
+            host.copy_(torch.tensor(addresses, dtype=torch.int64))
+            _GRAPHS.append((self, host))
+            return host.to(self.device, non_blocking=True)
+        stream = _stream(self.device)
+        if known is not None and known[0] == addresses and known[1] == stream:
+            return known[2]
+        if self.device.type == "cuda":
+            _RESERVE.ensure(self.size)
+            self._follow()
+        sent = _sent(torch.tensor(addresses, dtype=torch.int64), self.device)
+        self._sent = (addresses, stream, sent)
+        return sent
+
+    def _follow(self) -> None:
+        """The tables may have been sent on another stream than the current one."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._ready)
+        for table in self._tables:
+            table.record_stream(stream)
+
+
+@lru_cache(maxsize=_LISTS)
+def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> Layout:
+    """Prepared once for each list of sizes and dtypes."""
+    return Layout(counts, dtypes, device)
+
+
+_WARM_UP = (
+    "a CUDA graph is being captured, and what the capture needs was not prepared; run the step without capture first, on the same "
+    "parameters (warm up, as torch's recipe for CUDA graphs does), once before each capture"
+)
+
+
+class _Reserve:
+    """Pinned memory for the addresses that captured graphs send. Set aside before, as none can be allocated in a capture; never reused."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.int64)
+
+    def ensure(self, words: int) -> None:
+        """Room for several captures of a list."""
+        if self._free.numel() < 4 * words:
+            self._free = torch.empty(max(16 * words, 1 << 14), dtype=torch.int64, pin_memory=True)
+
+    def take(self, words: int) -> Tensor:
+        if self._free.numel() < words:
+            raise ConfigError(_WARM_UP)
+        taken, self._free = self._free[:words], self._free[words:]
+        return taken
+
+
+_RESERVE = _Reserve()
+_GRAPHS: list[Any] = []  # what captured graphs read; a graph may live as long as the program
+
+
+def _stride(values: Tensor) -> int:
+    """From one tensor's value to the next: 0 where all share one, or an expanded one."""
+    return values.stride(0) if values.ndim else 0
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _recorded(device: torch.device) -> Any:
+    """An event behind what was sent so far."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. torch's allocator does not give the pinned memory away before the copy is done, so nobody waits for it."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -1,0 +1,190 @@
+"""The Triton kernels: what they compute, under triton's interpreter; what they become, compiled for GPUs that are not here."""
+
+import math
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from distclip.kernels import triton_lists
+from kernels import triton_cases as cases
+
+pytestmark = pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")
+SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+EVERY = pytest.mark.parametrize("dtype", cases.DTYPES, ids=SHORT.get)
+
+
+class Elsewhere:
+    """One process that stays up: the flag of triton's interpreter counts when a kernel is defined."""
+
+    def __init__(self, **environment):
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), cases.start, (environment,))
+
+    def run(self, function, *args):
+        return self.pool.submit(function, *args).result(timeout=240)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    elsewhere = Elsewhere(TRITON_INTERPRET="1")
+    yield elsewhere
+    elsewhere.pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    elsewhere = Elsewhere(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    yield elsewhere
+    elsewhere.pool.shutdown()
+
+
+def test_the_cases_reach_the_edges_of_chunks_and_blocks(interpreted):
+    assert interpreted.run(cases.sizes) == (cases.CHUNK, cases.BLOCK)
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf, 1.0, 0.3])
+@EVERY
+def test_power_sums_of_all_sizes(interpreted, dtype, p):
+    error, nonzero = interpreted.run(cases.of_all_sizes, dtype, p)
+    assert error < 2e-14 and nonzero == len(cases.COUNTS) - 1
+
+
+@pytest.mark.parametrize("p", [0.5, 2.5, 3.0, 4.0, 8.0])
+def test_other_orders(interpreted, p):
+    error, nonzero = interpreted.run(cases.of_all_sizes, torch.float32, p)
+    assert error < 2e-14 and nonzero == len(cases.COUNTS) - 1
+
+
+@EVERY
+def test_views_that_are_not_aligned(interpreted, dtype):
+    error, nonzero = interpreted.run(cases.unaligned, dtype, 2.0)
+    assert error < 1e-14 and nonzero == 3
+
+
+def test_mixed_dtypes_and_sizes_that_float32_cannot_square(interpreted):
+    for error, nonzero in interpreted.run(cases.mixed_extremes):
+        assert error < 1e-14 and nonzero == 11
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf, 1.0, 2.5])
+@EVERY
+def test_inf_and_nan_reach_the_sum_of_their_tensor_alone(interpreted, dtype, p):
+    for bad, (first, clean, last, both), expected in interpreted.run(cases.nonfinite, dtype, p):
+        assert clean == pytest.approx(expected, rel=1e-13) and math.isfinite(clean)
+        assert math.isnan(both), "NaN beside inf"
+        for found in (first, last):
+            assert math.isnan(found) if math.isnan(bad) else found == math.inf
+
+
+def test_a_tensor_that_is_not_there_counts_as_0_and_is_left_alone(interpreted):
+    sums, expected, kept, none = interpreted.run(cases.absent)
+    assert sums == pytest.approx(expected, rel=1e-14) and sums[1] == 0
+    assert kept == [True, False, True]
+    assert none == [0, 0, 0]
+
+
+@pytest.mark.parametrize("factor", [0.3, 1 / 3, 1.0000001, 1e-30, 0.0, 1e30, math.inf, math.nan])
+@EVERY
+def test_scaling_gives_torchs_bits(interpreted, dtype, factor):
+    off, moved = interpreted.run(cases.multiplied, dtype, factor)
+    assert off == 0
+    assert moved > 1000 or math.isnan(factor) or (factor == 1.0000001 and dtype in (torch.bfloat16, torch.float16))
+
+
+def test_a_factor_for_each_tensor(interpreted):
+    assert interpreted.run(cases.each_by_its_own) == [True] * 4
+
+
+def test_one_factor_for_all(interpreted):
+    assert interpreted.run(cases.one_for_all) == [True] * 12
+
+
+@pytest.mark.parametrize("value", [0.7, 0.0, math.inf])
+@EVERY
+def test_clamping_is_torchs(interpreted, dtype, value):
+    assert interpreted.run(cases.clamped, dtype, value) == [True, True]
+
+
+@pytest.mark.parametrize("act, value", [("scale_", 1.0), ("scale_", 1 - 1e-12), ("clamp_", math.inf)])
+def test_nothing_is_read_or_written_where_nothing_changes(interpreted, act, value):
+    assert interpreted.run(cases.on_a_page_that_nobody_may_touch, act, value)
+
+
+def test_the_page_would_tell():
+    doomed = Elsewhere(TRITON_INTERPRET="1", PYTHONFAULTHANDLER="")
+    with pytest.raises(BrokenProcessPool):
+        doomed.run(cases.on_a_page_that_nobody_may_touch, "scale_", 0.5)
+    doomed.pool.shutdown()
+
+
+def test_the_same_bits_each_time(interpreted):
+    first, moved, again, *others = interpreted.run(cases.repeated)
+    assert first == moved == again
+    assert others[0] == others[1] == others[2] != first
+
+
+def test_offsets_beyond_2_to_the_31(interpreted):
+    assert interpreted.run(cases.beyond_two_to_the_31) == (40.0, [1.0] * 10)
+
+
+def test_addresses_in_a_capture(interpreted):
+    elsewhere = Elsewhere(TRITON_INTERPRET="1")  # it replaces what asks the device
+    same, sent, from_the_reserve, kept, texts = elsewhere.run(cases.in_a_capture)
+    elsewhere.pool.shutdown()
+    assert same and sent and from_the_reserve and kept == 2
+    assert len(texts) == 2 and set(texts) == {
+        "a CUDA graph is being captured, and what the capture needs was not prepared; run the step without capture first, on the same "
+        "parameters (warm up, as torch's recipe for CUDA graphs does), once before each capture"
+    }
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf, 1.5])
+def test_what_a_clamp_would_do(interpreted, p):
+    found, want = interpreted.run(cases.would_clamp, p)
+    for a, b in zip(found, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-13, nan_ok=True)
+    assert want[0][5] > 0 and not any(found[-1])
+
+
+def test_asking_does_not_import_triton():
+    show = "import sys; from distclip.kernels import triton_lists as t; print(t.available(), 'triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["True", "False"]
+
+
+TABLES = {"TYPES": 15, "CHUNK": cases.CHUNK, "BLOCK": cases.BLOCK}
+
+
+@pytest.mark.parametrize("target", [75, 90])
+def test_the_norm_compiles(compiler, target):
+    built = compiler.run(cases.compiled, "chunk_sums", target, {"P": 2.0} | TABLES)
+    assert built["vector loads"] >= 16, "16 bytes at a time where the address allows it"
+    assert built["scalar loads"] >= 64, "element by element elsewhere: the hint must not reach that branch"
+    assert built["float64 multiply-adds"] >= 64 and not built["atomics"]
+
+
+@pytest.mark.parametrize("p", [0.3, math.inf])
+def test_other_norms_compile(compiler, p):
+    built = compiler.run(cases.compiled, "chunk_sums", 90, {"P": p} | TABLES | {"TYPES": 1})
+    assert built["vector loads"] >= 4 and not built["atomics"]
+    if p == 0.3:  # at full precision: 0.3 as a float32 would be 0d3FD3333340000000
+        assert "0d3FD3333333333333" in built["ptx"] and "0d3FD3333340000000" not in built["ptx"]
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_the_second_sum_compiles(compiler, p):
+    assert not compiler.run(cases.compiled, "tensor_sums", 90, {"P": p, "BLOCK": 256})["atomics"]
+
+
+@pytest.mark.parametrize("stride, clamp, target", [(0, False, 75), (0, False, 90), (1, True, 90)])
+def test_the_change_compiles(compiler, stride, clamp, target):
+    built = compiler.run(cases.compiled, "change", target, {"STRIDE": stride, "CLAMP": clamp} | TABLES)
+    assert built["vector loads"] >= 16 and built["vector stores"] >= 16
+
+
+def test_the_sums_of_a_clamp_compile(compiler):
+    assert not compiler.run(cases.compiled, "chunk_clamps", 90, {"P": 2.0, "STRIDE": 1} | TABLES)["atomics"]

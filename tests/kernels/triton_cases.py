@@ -1,0 +1,271 @@
+"""What `test_triton` runs in processes of its own: under triton's interpreter, or compiling for a device that is not there."""
+
+import ctypes
+import math
+import mmap
+import os
+import re
+from array import array
+
+import numpy as np
+import torch
+
+from distclip import measure
+from distclip.errors import ConfigError
+from distclip.kernels import triton_lists
+from distclip.kernels.triton_lists import Layout
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CHUNK, BLOCK = 32768, 2048  # of triton_programs, compared with it in `sizes`
+COUNTS = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1)
+
+
+def start(environment):
+    os.environ.update(environment)
+
+
+def sizes():
+    from distclip.kernels import triton_programs
+
+    return triton_programs.CHUNK, triton_programs.BLOCK
+
+
+def listed(tensors):
+    """The kernels for these tensors, and their addresses."""
+    layout = triton_lists.layout(tuple(t.numel() for t in tensors), tuple(t.dtype for t in tensors), torch.device("cpu"))
+    return layout, array("Q", [t.data_ptr() for t in tensors])
+
+
+def numbers(count, dtype, seed=0):
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def measured(tensors, p):
+    with np.errstate(all="ignore"):  # log2(0) is -inf, as it is meant
+        layout, pointers = listed(tensors)
+        return layout.power_sums(pointers, p).tolist()
+
+
+def oracle(tensor, p):
+    """Exactly rounded, by Python alone."""
+    values = [abs(x) for x in tensor.double().flatten().tolist()]
+    if any(map(math.isnan, values)):
+        return math.nan
+    return max(values, default=0.0) if p == math.inf else math.fsum(x**p for x in values)
+
+
+def worst(tensors, p):
+    """The largest relative error, and how many sums are not 0."""
+    pairs = list(zip(measured(tensors, p), (oracle(t, p) for t in tensors), strict=True))
+    return max(abs(got - want) / max(want, 5e-324) for got, want in pairs), sum(got != 0 for got, _ in pairs)
+
+
+def of_all_sizes(dtype, p):
+    return worst([numbers(count, dtype, count) for count in COUNTS], p)
+
+
+def unaligned(dtype, p):
+    whole = numbers(CHUNK + BLOCK + 9, dtype)
+    views = [whole[1:], whole[3 : BLOCK + 3], whole[5:6]]
+    assert all(view.data_ptr() % 16 for view in views) or dtype == torch.float64
+    return worst(views, p)
+
+
+def mixed_extremes():
+    """Mixed dtypes, where squares leave float32: errors, the first being that of the largest and smallest."""
+    low, half = torch.bfloat16, torch.float16
+    tensors = [
+        torch.full((5,), 1e20),
+        torch.full((5,), 1e-25),
+        torch.full((2,), 1e-45),
+        torch.tensor([1e20, 1e-25, 3.0]),
+        torch.tensor([1e150, -2e150], dtype=torch.float64),
+        torch.full((3,), 1e30, dtype=low),
+        torch.full((3,), -1e-38, dtype=low),
+        torch.tensor([6e-8, 65504.0], dtype=half),
+        numbers(300, torch.float32),
+        numbers(60, half).view(5, 12).t(),
+        numbers(48, low).view(1, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    ]
+    return worst(tensors, 2.0), worst(tensors, 1.0), worst(tensors, math.inf)
+
+
+def nonfinite(dtype, p):
+    """Sums of tensors with one inf or NaN at the start, at the end, and of a clean one between them."""
+    out = []
+    for bad in (math.inf, -math.inf, math.nan):
+        first, clean, last, both = (numbers(count, dtype) for count in (BLOCK + 5, 3, CHUNK + 3, 4))
+        first[0], last[-1], both[0], both[3] = bad, bad, math.nan, bad
+        out.append((bad, measured([first, clean, last, both], p), oracle(clean, p)))
+    return out
+
+
+def absent():
+    """Sums and values where tensors are missing."""
+    tensors = [numbers(5, torch.float32), numbers(CHUNK + 1, torch.bfloat16), numbers(4, torch.float64)]
+    layout = Layout([t.numel() for t in tensors], [t.dtype for t in tensors], torch.device("cpu"))
+    sums = layout.power_sums([tensors[0].data_ptr(), 0, tensors[2].data_ptr()], 2.0).tolist()
+    before = [t.clone() for t in tensors]
+    layout.scale_([0, tensors[1].data_ptr(), 0], torch.tensor(0.5, dtype=torch.float64))
+    again = layout.power_sums([0, 0, 0], 2.0).tolist()
+    kept = [torch.equal(a, b) for a, b in zip(before, tensors, strict=True)]
+    return sums, [oracle(before[0], 2.0), 0.0, oracle(before[2], 2.0)], kept, again
+
+
+def multiplied(dtype, factor):
+    """How many elements differ in any bit from torch's, of how many that were changed; NaNs count as one another."""
+    if dtype in (torch.bfloat16, torch.float16):  # every number there is
+        tensors = [torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)]
+    else:
+        special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 1e-38, 3.4e38, 1.0], dtype=dtype)
+        tensors = [special, numbers(BLOCK + 1, dtype), numbers(CHUNK + 3, dtype)[1:]]
+    want = [t.clone() for t in tensors]
+    torch._foreach_mul_(want, torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+    before = [t.clone() for t in tensors]
+    with np.errstate(all="ignore"):
+        layout, pointers = listed(tensors)
+        layout.scale_(pointers, factor)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    off = [((a.view(bits) != b.view(bits)) & ~(a.isnan() & b.isnan())).sum() for a, b in zip(tensors, want, strict=True)]
+    moved = [((a != b) & ~a.isnan()).sum() for a, b in zip(tensors, before, strict=True)]
+    return int(sum(off)), int(sum(moved))
+
+
+def each_by_its_own():
+    tensors = [numbers(3, torch.float32), numbers(CHUNK + 1, torch.float32), numbers(2, torch.float64), numbers(9, torch.bfloat16)]
+    factors = torch.tensor([0.5, 1.0, 3.0, 0.25], dtype=torch.float64)
+    want = [(t.double() * f).to(t.dtype) for t, f in zip(tensors, factors, strict=True)]
+    layout, pointers = listed(tensors)
+    layout.scale_(pointers, factors)
+    return [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
+
+
+def one_for_all():
+    """A number, a 0-dim tensor, an expanded one (whose memory holds one number alone), every second of a tensor."""
+    half = torch.tensor(0.5, dtype=torch.float64)
+    many = torch.tensor([0.5, 7.0, 0.5, 7.0, 0.5, 7.0], dtype=torch.float64)
+    out = []
+    for factors in (0.5, half, half.expand(3), many[::2]):
+        tensors = [numbers(3, torch.float32), numbers(CHUNK + 1, torch.bfloat16), numbers(2, torch.float64)]
+        want = [t * 0.5 for t in tensors]
+        layout, pointers = listed(tensors)
+        layout.scale_(pointers, factors)
+        out += [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
+    return out
+
+
+def clamped(dtype, value):
+    tensors = [numbers(BLOCK + 3, dtype), torch.tensor([math.nan, math.inf, -math.inf, 0.0, -9.0], dtype=dtype)]
+    limit = torch.tensor(value, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    want = [torch.minimum(torch.maximum(t.to(limit.dtype), -limit), limit).to(dtype) for t in tensors]
+    layout, pointers = listed(tensors)
+    layout.clamp_(pointers, torch.full((2,), value, dtype=torch.float64))
+    return [torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in zip(tensors, want, strict=True)]
+
+
+def would_clamp(p):
+    """Six columns of mixed tensors, and torch's; one tensor has NaN, one is not there."""
+    tensors = [numbers(CHUNK + 9, torch.float32), numbers(0, torch.float32), numbers(77, torch.float64), numbers(BLOCK + 1, torch.bfloat16)]
+    tensors += [numbers(5, torch.float16), torch.tensor([math.nan, 2.0]), torch.tensor([math.inf, 2.0]), torch.ones(3)]
+    values = torch.tensor([0.7, 1.0, 1 / 3, 0.1, math.inf, 1.0, 1.0, 1.0], dtype=torch.float64)
+    layout, pointers = listed(tensors)
+    pointers[-1] = 0
+    with np.errstate(all="ignore"):
+        found = layout.clamped_sums(pointers, values, p)
+    want = measure.clamped_sums(tensors, values, p)
+    want[-1] = 0
+    return found.tolist(), want.tolist()
+
+
+def on_a_page_that_nobody_may_touch(act, value):
+    """A page without any access meanwhile: one read or write ends the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    tensor = torch.frombuffer(page, dtype=torch.float32)
+    tensor.fill_(3.0)
+    layout, pointers = listed([tensor])
+    function, number = getattr(layout, act), torch.tensor(value, dtype=torch.float64)
+    function([torch.ones(tensor.numel()).data_ptr()], number)  # all else has been done once
+    assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    function(pointers, number)
+    assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    return bool((tensor == 3).all())
+
+
+def repeated():
+    tensors = [numbers(CHUNK * 2 + 77, torch.float32), numbers(5000, torch.bfloat16)]
+    moved = [t.clone() for t in tensors]
+    return [[x.hex() for x in measured(given, p)] for p in (2.0, 2.5) for given in (tensors, moved, tensors)]
+
+
+def beyond_two_to_the_31():
+    """The last chunk of a tensor of 2^31 + 10 elements, whose other pages are never touched."""
+    from distclip.kernels import triton_programs as programs
+
+    far = 1 << 31
+    tensor = torch.empty(far + 10, dtype=torch.float16)
+    tensor[-10:] = 2.0
+    pointers, owners = torch.tensor([tensor.data_ptr()]), torch.zeros(1, dtype=torch.int32)
+    tables = (pointers, owners, torch.tensor([-(far // CHUNK)]), torch.tensor([far + 10]), torch.tensor([3], dtype=torch.int32))
+    partials = torch.zeros(1, dtype=torch.float64)
+    programs.chunk_sums[(1,)](*tables, partials, TYPES=8, P=2.0, CHUNK=CHUNK, BLOCK=BLOCK)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    programs.change[(1,)](*tables, half, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, BLOCK=BLOCK)
+    return float(partials), tensor[-10:].tolist()
+
+
+def in_a_capture():
+    """The host's part of a capture, with memory of the CPU: which addresses are used, and what is refused."""
+    layout = Layout([4], [torch.float32], torch.device("cpu"))
+    known, other = torch.ones(4), torch.full((4,), 2.0)
+    eager = layout._there([known.data_ptr()])
+    triton_lists._capturing = lambda device: True
+    triton_lists._RESERVE._free = torch.zeros(1, dtype=torch.int64)
+    same = layout._there([known.data_ptr()]) is eager
+    own = layout._there([other.data_ptr()])
+    kept = [entry[1] for entry in triton_lists._GRAPHS]
+    texts = []
+    for call in (lambda: layout._there([64]), lambda: Layout([5], [torch.float32], torch.device("cpu"))):
+        try:
+            call()
+        except ConfigError as error:
+            texts.append(str(error))
+    return same, own.tolist() == [other.data_ptr()], own.data_ptr() == kept[1].data_ptr(), len(kept), texts
+
+
+def compiled(kernel, target, constants):
+    """PTX of a kernel, compiled and assembled for a device that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from distclip.kernels import triton_programs
+
+    types = dict(
+        pointers="*i64",
+        owners="*i32",
+        firsts="*i64",
+        counts="*i64",
+        codes="*i32",
+        partials="*fp64",
+        sums="*fp64",
+        values="*fp64",
+        chunks="i32",
+    )
+    function = getattr(triton_programs, kernel)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types and name not in ("values", "chunks")
+    }
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4})
+    assert len(built.asm["cubin"]) > 1000
+    ptx = built.asm["ptx"]
+    return {
+        "vector loads": len(re.findall(r"ld\.global\.v[24]\.b(?:32|64)", ptx)),
+        "vector stores": len(re.findall(r"st\.global\.v[24]\.b(?:32|64)", ptx)),
+        "scalar loads": len(re.findall(r"ld\.global\.b(?:16|32|64)", ptx)),
+        "float64 multiply-adds": ptx.count("fma.rn.f64"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "ptx": ptx,
+    }
