@@ -53,6 +53,7 @@ class Actor:
     plan: Plan
     units: Units | None
     group: Tensor  # [pieces] int64 on the compute device
+    _folded: tuple[Present, frozenset[int], Tensor] | None = field(init=False, default=None)
     _own: tuple[Present, list[int], Tensor] | None = field(init=False, default=None)
 
     def folded_factor(self, call: Call, outcome: Outcome, group: int, scaled: bool) -> Tensor | None:
@@ -65,7 +66,7 @@ class Actor:
     def act(self, call: Call, outcome: Outcome, folded: frozenset[int]) -> None:
         """In place. `folded` pieces are left to their optimizers."""
         decision, grads = outcome.decision, outcome.grads
-        if grads.list.tensors:
+        if not folded.issuperset(grads.present.own):
             if outcome.known is not None:
                 factors = self._known_factors(call, outcome.known, grads.present, folded)
             else:
@@ -97,9 +98,14 @@ class Actor:
         scale = call.scales(present.own, outcome.finite.device)
         factors = outcome.coef()[self._groups(present)[1]] * scale
         if folded:
-            left = torch.tensor([i in folded for i in present.own]).to(factors.device)
-            factors = torch.where(left, 1.0, factors)
+            factors = torch.where(self._left(present, folded, factors.device), 1.0, factors)
         return factors
+
+    def _left(self, present: Present, folded: frozenset[int], device: torch.device) -> Tensor:
+        """[own gradients] bool: those that optimizers multiply. Sent to the device only when it changes."""
+        if self._folded is None or self._folded[0] is not present or self._folded[1] != folded:
+            self._folded = (present, folded, torch.tensor([i in folded for i in present.own]).to(device))
+        return self._folded[2]
 
     def _unit_factors(self, outcome: Outcome, factors: float | list[float] | Tensor, grads: Grads) -> list[float] | Tensor:
         """Scales the gradients that have a coefficient for each unit; the factors for the others."""

@@ -62,8 +62,9 @@ class Handshake:
         if OptState.STEPPED in stages:
             raise ConfigError("scaler.step() was already called for this optimizer since scaler.update(); clip before it")
         self.scaled = [stage is OptState.READY for stage in stages]
-        one = torch.ones((), dtype=torch.float32, device=device)
-        self.inverse = scaler.scale(one).double().reciprocal()
+        # on the scale's own device: scale() copies it to another without waiting, and the host would read it before it is there
+        one = torch.ones((), dtype=torch.float32, device=scaler._scale.device)
+        self.inverse = scaler.scale(one).double().reciprocal().to(device)
 
     def found(self, device: torch.device) -> Tensor:
         """[] float64: above 0 where the user's own `unscale_` met inf or NaN on this rank, in whichever parameter."""

@@ -70,7 +70,8 @@ class Call:
         before = self.unscaled()
         if not before:
             return scaled
-        return torch.where(torch.tensor([i in before for i in pieces], device=device), _power(self.grad_scale, p), scaled)
+        plain = torch.full_like(scaled, _power(self.grad_scale, p))
+        return torch.stack([plain if i in before else scaled for i in pieces])  # a mask made here would have to be sent
 
     def scales(self, pieces: Sequence[int], device: torch.device) -> Tensor:
         """[pieces] float64: what unscales each gradient, `grad_scale` included."""

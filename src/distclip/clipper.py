@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -19,13 +20,13 @@ from distclip.acting import Actor, Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
 from distclip.calls import Call
 from distclip.collecting import Collector, GradOf, Grads
-from distclip.deciding import decide, in_total, kept, policy_of, split
+from distclip.deciding import State, decide, in_total, kept, policy_of, split
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
 from distclip.gradlist import GradList
 from distclip.groups import Grouping, Watch
 from distclip.guard import OnNonfinite, Streak
-from distclip.history import empty, recorded
+from distclip.history import History, empty, recorded
 from distclip.host import Mirror
 from distclip.judging import Judge, watched
 from distclip.naming import Found, Params, named_parameters
@@ -176,7 +177,8 @@ class GradClipper:
         self._owners = Owners(self._members, plan.group_of)
         collector = Collector(self._members, plan.pieces, found.slots, self._grad_of, device)
         self._sensor = Sensor(self.plan, collector, wire, self._parts, units, counted, device, config)
-        state = tuple(part.policy.init(len(part.groups), device) for part in self._parts)
+        # copies, since they are written in place
+        state = tuple(tuple(t.clone() for t in part.policy.init(len(part.groups), device)) for part in self._parts)
         if getattr(self, "_state_groups", None) != plan.groups:
             self._state, self._history, self._state_groups = state, empty(device), plan.groups
         nothing = torch.zeros(wire.groups, dtype=torch.float64, device=device)
@@ -396,7 +398,9 @@ class GradClipper:
         if not capturing:
             self._settle()
         self._step += 1
-        seen, message = self._sensor.sense(self._step, call, self._last)
+        seen, message = self._sensor.sense(self._step, call, self._last.clone())
+        if capturing and (seen.faults or call.problem):  # nobody would read them from the message
+            raise call.problem or GradientError("; ".join(seen.faults))
         message = message.to(self._channel.device_for(self._device))
         op = "sum" if math.isfinite(self._options.norm_type) else "max"
         self._channel.reduce_(message, op, f"{call.operation} at step {self._step}")
@@ -424,7 +428,7 @@ class GradClipper:
             if not capturing:
                 self._unjudged.leave(torch.cat(numbers), seen)
         else:
-            inverse = torch.as_tensor(call.inverse, dtype=torch.float64, device=self._device).reshape(1)
+            inverse = self._last.new_ones(1) * call.inverse
             flags = torch.stack([skipped, clipped]).double()
             coefs = torch.where(norms.finite, decision.coef, 1.0)
             host = Mirror.now(torch.cat([*numbers, inverse, flags, coefs]))
@@ -433,9 +437,8 @@ class GradClipper:
             known = Known(host[count + 3 :], scale, bool(acts), bool(skip))
             culprits = self._judge.judge(seen, host[:count])
         if not call.passive:
-            self._state = kept(self._state, state, norms.finite & ~skipped & ~stop)
-            self._history = history
-            self._last = self._token(decision)
+            self._keep(history, kept(self._state, state, norms.finite & ~skipped & ~stop))
+            self._last.copy_(self._token(decision))
         report = self._summary.of(self._step, reduced, decision, rate, history.skips, skipped, clipped, culprits)
         self._decided = None
         if not call.passive:
@@ -443,6 +446,12 @@ class GradClipper:
         return Outcome(
             decision, grads, norms.finite, skipped.float(), overflow.float(), reduced.cut, seen.units, known, report
         )  # fmt: skip
+
+    def _keep(self, history: History, state: State) -> None:
+        """In place: the replays of a captured graph find there what the one before left."""
+        old, new = [*self._history, *chain.from_iterable(self._state)], [*history, *chain.from_iterable(state)]
+        for tensor, value in zip(old, new, strict=True):
+            tensor.copy_(value)
 
     def _token(self, decision: Decision) -> Tensor:
         """[1] float64 below 65536: a hash of the decision's bits, which the next message compares over the ranks."""
@@ -468,7 +477,9 @@ class GradClipper:
             ConfigError: it was cut short, or belongs to another policy or to other groups; nothing was taken over.
         """
         own = Saved(self._step, self._judge.streak.length, self._history, self._state)
-        self._step, self._judge.streak.length, self._history, self._state = loaded(state, self.state_dict(), own)
+        new = loaded(state, self.state_dict(), own)
+        self._step, self._judge.streak.length = new.step, new.bad_in_a_row
+        self._keep(new.history, new.state)
 
 
 def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:

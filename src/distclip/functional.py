@@ -100,8 +100,10 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
     if not _here(grads):
         torch_utils.clip_grad_value_(params, clip_value, foreach)
         return
+    if not grads:
+        return
     with torch.no_grad():
-        GradList.of(_local(grads)).clamp_(torch.full((len(grads),), value, dtype=torch.float64))
+        GradList.of(_local(grads)).clamp_(torch.full((len(grads),), value, dtype=torch.float64, device=grads[0].device))
 
 
 def _listed(tensors: TensorOrTensors) -> list[Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
@@ -53,14 +52,19 @@ class GradList:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is not; never communicates."""
         if self.layout is None:
             return measure.power_sums(self.tensors, p)
-        return self._completed(self.layout.power_sums(self.pointers, p), partial(measure.power_sums, p=p))
+        sums = self.layout.power_sums(self.pointers, p)
+        if self.odd:
+            self._put(sums, measure.power_sums(self._odd(), p))
+        return sums
 
     def clamped_sums(self, values: Tensor, p: float) -> Tensor:
         """[n, 6]: see `measure.clamped_sums`. `values`: float64 [n]."""
         if self.layout is None:
             return measure.clamped_sums(self.tensors, values, p)
         sums = self.layout.clamped_sums(self.pointers, values, p)
-        return self._completed(sums, partial(measure.clamped_sums, values=values[list(self.odd)], p=p))
+        if self.odd:
+            self._put(sums, measure.clamped_sums(self._odd(), self._at(values), p))
+        return sums
 
     def scale_(self, factors: float | Sequence[float] | Tensor) -> None:
         """Multiply in place, all alike or each by its own; what is multiplied by 1 is not written.
@@ -79,7 +83,7 @@ class GradList:
             if alike:
                 own: Sequence[float] | Tensor = [float(factors)] * len(self.odd)
             else:
-                own = factors[list(self.odd)] if isinstance(factors, Tensor) else [factors[i] for i in self.odd]
+                own = self._at(factors) if isinstance(factors, Tensor) else [factors[i] for i in self.odd]
             apply.scale_(self._odd(), own)
 
     def clamp_(self, values: Tensor) -> None:
@@ -87,15 +91,18 @@ class GradList:
         if self.layout is not None:
             self.layout.clamp_(self.pointers, values)
         if self.odd:
-            apply.clamp_(self._odd(), values[list(self.odd)])
+            apply.clamp_(self._odd(), self._at(values))
 
     def _odd(self) -> Sequence[Tensor]:
         return self.tensors if len(self.odd) == len(self.tensors) else [self.tensors[i] for i in self.odd]
 
-    def _completed(self, sums: Tensor, compute: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
-        if self.odd:
-            sums[list(self.odd)] = compute(self._odd()).to(sums.device)
-        return sums
+    def _at(self, values: Tensor) -> Tensor:
+        """Those of the odd ones, without an index, which would have to be sent."""
+        return values if len(self.odd) == len(self.tensors) else torch.stack([values[i] for i in self.odd])
+
+    def _put(self, sums: Tensor, odd: Tensor) -> None:
+        for i, value in zip(self.odd, odd.to(sums.device).unbind(), strict=True):
+            sums[i] = value
 
 
 def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:

@@ -44,8 +44,7 @@ class Mirror(Generic[T]):
         copy = self._ring[self._turn]
         self._turn = 1 - self._turn
         copy.copy_(vector, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        done = torch.cuda.current_stream(vector.device).record_event()  # which need not be the current device's
         self._left = (copy, done, what)
 
     def taken(self) -> Late[T] | None:

@@ -38,14 +38,15 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     for index, value in enumerate(values):
         if value.numel():
             by_device.setdefault(value.device, []).append(index)
-    sums = torch.zeros(len(values), dtype=torch.float64, device=home)
+    slots = [torch.zeros((), dtype=torch.float64, device=home)] * len(values)  # put side by side there: an index would have to be sent
     for device, indices in by_device.items():
         compute = _sums_on_cpu if device.type == "cpu" else _sums_on_device
         part = compute([values[index] for index in indices], p).to(home)
         if len(indices) == len(values):
             return part
-        sums[torch.tensor(indices).to(home, non_blocking=True)] = part
-    return sums
+        for index, value in zip(indices, part.unbind(), strict=True):
+            slots[index] = value
+    return torch.stack(slots)
 
 
 def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:

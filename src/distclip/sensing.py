@@ -81,7 +81,7 @@ class Sensor:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
             faults = grads.faults + strangers(call.owned, self.plan.pieces)
             if not faults and call.problem is None:
-                own = grads.list.power_sums(self.wire.norm_type).to(self.device)
+                own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._nothing[:0]
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
                 sums, has = self._placed(grads, own if powers is None else own * powers), grads.present.has
                 found = self._found(call)
@@ -99,8 +99,12 @@ class Sensor:
         """[] float64 above 0: a scaler met inf or NaN here, or a gradient that the clipper does not know holds some."""
         if not call.hands.enabled:
             return None
-        others = GradList.of(call.others()).power_sums(math.inf).to(self.device)
-        return torch.maximum(call.hands.found(self.device), (~others.isfinite()).sum())
+        found = call.hands.found(self.device)
+        others = call.others()
+        if not others:  # an empty answer lies on the CPU, and sending it would make the host wait
+            return found
+        sums = GradList.of(others).power_sums(math.inf).to(self.device)
+        return torch.maximum(found, (~sums.isfinite()).sum())
 
     def _placed(self, grads: Grads, values: Tensor) -> Tensor:
         """[pieces]: the values of the list in their places, 0 elsewhere."""

@@ -122,21 +122,18 @@ def watched(step, calls=2):
     return seen.found
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="to be mended where the stages are wired")
 POLICIES = [
     distclip.FixedNorm(1.0), distclip.Normalize(1.0), distclip.Scheduled([(0, 1.0), (5, 2.0)]), distclip.AutoClip(), distclip.ZClip(),
     distclip.AdaGC(), distclip.Warmup(distclip.ZClip(), 3, 1.0), distclip.SkipSpikes(distclip.FixedNorm(1.0)),
 ]  # fmt: skip
 
 
-@NOT_YET
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_a_folded_step_copies_and_reads_nothing(fake, policy):
     clipper, _, optimizer = clipped(policy=policy)
     assert watched(lambda: clipper.step(optimizer)) == set()
 
 
-@NOT_YET
 @pytest.mark.parametrize("options", [{"norm_type": math.inf}, {"norm_type": 3.0}, {"groups": distclip.per_parameter()}], ids=str)
 @pytest.mark.parametrize("fold", ["auto", "never"])
 def test_propagating_copies_and_reads_nothing(fake, options, fold):
@@ -146,13 +143,11 @@ def test_propagating_copies_and_reads_nothing(fake, options, fold):
     assert watched(clipper.measure) == set()
 
 
-@NOT_YET
 def test_clamping_copies_and_reads_nothing(fake):
     clipper, _, optimizer = clipped(policy=distclip.FixedValue(1.0), on_nonfinite="propagate")
     assert watched(lambda: clipper.step(optimizer)) == set()
 
 
-@NOT_YET
 def test_empty_shards_and_missing_gradients(fake):
     clipper, params, optimizer = clipped(shapes=((0, 5), (4, 5), (3,)), max_norm=1.0)
     assert watched(lambda: clipper.step(optimizer)) == set()
@@ -160,7 +155,6 @@ def test_empty_shards_and_missing_gradients(fake):
     assert watched(lambda: clipper.step(optimizer)) == set(), "the second call with the same ones missing"
 
 
-@NOT_YET
 @pytest.mark.parametrize("unscaled_before", [False, True])
 def test_a_scaler(fake, unscaled_before):
     clipper, params, one = clipped(max_norm=1.0)
@@ -179,13 +173,11 @@ def test_a_scaler(fake, unscaled_before):
     assert watched(step) == set()
 
 
-@NOT_YET
 def test_the_drop_in(fake):
     _, params, _ = clipped(max_norm=1.0)
     assert watched(lambda: functional.clip_grad_norm_(params, 1.0)) == set()
 
 
-@NOT_YET
 def test_the_drop_in_for_values(fake):
     _, params, _ = clipped(max_norm=1.0)
     assert watched(lambda: functional.clip_grad_value_(params, 1.0)) == set()
