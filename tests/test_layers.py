@@ -60,6 +60,8 @@ ORDER = [
     "summary",
     "saving",
     "report",
+    "sinks",
+    "trackers",
     "clipper",
     "functional",
     "testing",
