@@ -82,6 +82,13 @@ ORDER = [
     "cli.doctor_speed",
     "cli.doctor_table",
     "cli.doctor",
+    "cli.runs",
+    "cli.advice",
+    "cli.suggest",
+    "cli.svg",
+    "cli.report_plots",
+    "cli.report_html",
+    "cli.report_page",
     "__main__",
 ]
 
