@@ -101,10 +101,10 @@ def warnings(run: Run) -> Iterator[str]:
     if len(bent):
         yield (
             f"value clipping bends the direction: at {len(bent) / steps:.1%} of the steps the cosine between raw and clipped gradient is "
-            f"below {_BENT}, at least {float(bent.min()):.2g}; a norm threshold keeps the direction"
+            f"below {_BENT}, down to {float(bent.min()):.2g}; a norm threshold keeps the direction"
         )
     if (ratio := _drift(norms)) is not None:
-        way = f"rises {ratio:.3g}-fold" if ratio > 1 else f"falls to {ratio:.2%}" if ratio > 1e-3 else f"falls to {ratio:.1e} of that"
+        way = f"rises {ratio:.3g}-fold" if ratio > 1 else f"falls to {ratio:.0%}" if ratio > 0.005 else f"falls to {ratio:.1e} of that"
         yield (
             f"the median norm {way} from the first to the last third of the run: one fixed threshold does not fit both; look at "
             "AutoClip, ZClip or Scheduled"

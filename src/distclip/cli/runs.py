@@ -168,10 +168,11 @@ class _Lines:
         parts: list[Parts] = []
         for kind, vectors in self._vectors.items():
             if len(self._names[kind]) > 1 and vectors:
-                at = sorted(vectors)
-                parts.append(Parts(self._names[kind], torch.tensor(at), torch.stack([vectors[s] for s in at]).double(), kind))
+                known = sorted(vectors)
+                parts.append(Parts(self._names[kind], torch.tensor(known), torch.stack([vectors[s] for s in known]).double(), kind))
+        at = torch.tensor(steps)
         return Run(
-            name, str(path), torch.tensor(steps), norm, after, clipped > 0, skipped > 0, coef, threshold, cosine, rate, self._names["group"],
+            name, str(path), at, norm, after, clipped > 0, skipped > 0, coef, threshold, cosine, rate, self._names["group"],
             self._limits, self._norm_type, tuple(parts), tuple(self.skips[s] for s in sorted(self.skips)), tuple(self._notes(path)),
         )  # fmt: skip
 
