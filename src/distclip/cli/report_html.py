@@ -10,7 +10,7 @@ import torch
 
 import distclip
 from distclip.cli.advice import recommend, warnings
-from distclip.cli.report_plots import SERIES, Drawn
+from distclip.cli.plotting import SERIES, Drawn
 from distclip.cli.runs import Run
 
 _MOST_SKIPS = 100  # rows of a table
@@ -40,6 +40,7 @@ svg.narrow {{ display: none; max-width: 560px }}
 .scroll {{ overflow-x: auto; max-width: 100% }}
 table {{ border-collapse: collapse; font-size: .9rem; overflow-wrap: normal }}
 th, td {{ padding: 4px 14px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid) }}
+.skips td, .skips th {{ min-width: 3.2em; white-space: normal }} .skips td:nth-child(n + 2) {{ min-width: 7.5em; overflow-wrap: anywhere }}
 td {{ font-variant-numeric: tabular-nums }} thead th {{ white-space: nowrap }}
 @media (max-width: 700px) {{ table {{ font-size: .8rem }} th, td {{ padding-right: 9px }} }}
 """
@@ -166,8 +167,9 @@ def _skips(run: Run) -> str:
     rest = f'<p class="muted">and {more:,} more</p>' if more > 0 else ""
     return (
         f'<h2>{escape(run.name)}: skipped steps</h2>\n<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="Skipped steps of {escape(run.name)}"><table><thead><tr><th scope="col">step</th><th scope="col">why</th>'
-        f'<th scope="col">culprits (named at the first of a streak)</th></tr></thead><tbody>\n{rows}</tbody></table></div>{rest}'
+        f'aria-label="Skipped steps of {escape(run.name)}"><table class="skips"><thead><tr><th scope="col">step</th>'
+        f'<th scope="col">why</th><th scope="col">culprits, named at the first of a streak</th></tr></thead>'
+        f"<tbody>\n{rows}</tbody></table></div>{rest}"
     )
 
 

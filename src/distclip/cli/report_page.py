@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from distclip.cli.report_html import page
-from distclip.cli.report_plots import figures
 from distclip.cli.runs import RunError, read_runs
 
 
@@ -18,9 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 2 if a log cannot be used or a file cannot be written."""
+    """0, or 2 if matplotlib is missing, a log cannot be used or a file cannot be written."""
     output = Path(options.output)
     folder = Path(options.png) if options.png else output.parent
+    try:
+        from distclip.cli.report_html import page
+        from distclip.cli.report_plots import figures
+    except ImportError:
+        print('distclip report: figures need matplotlib: pip install "distclip[report]"', file=sys.stderr)
+        return 2
     try:
         runs = read_runs(options.runs)
         drawn = figures(runs)
