@@ -49,7 +49,7 @@ def candidates(run: Run) -> list[Candidate]:
     norms = run.norm[run.finite]
     out: list[Candidate] = []
     for percentile in PERCENTILES if len(norms) else ():
-        bound = rounded(_percentile(norms, percentile), up=percentile == 100)
+        bound = rounded(percentile_of(norms, percentile), up=percentile == 100)
         out.append(Candidate(percentile, bound, float((norms > bound).double().mean())))
     return out
 
@@ -66,16 +66,16 @@ def recommend(run: Run) -> Recommendation:
     late, where = norms, ""
     if _drift(norms) is not None:
         late, where = norms[2 * len(norms) // 3 :], " of the last third of the run, since the norm drifts"
-    middle = float(late.median()) if len(late) else 0.0
+    middle = percentile_of(late, 50) if len(late) else 0.0
     if middle <= 0:
         return Recommendation(None, "at least half of the norms are 0")
     lengths = run.after[run.finite & run.clipped & ~run.skipped]
-    if _rate(run) > _ALWAYS and len(lengths) and (length := float(lengths.median())) > 0:
-        times = rounded(float(norms.median()) / length, 3)
+    if _rate(run) > _ALWAYS and len(lengths) and (length := percentile_of(lengths, 50)) > 0:
+        times = rounded(percentile_of(norms, 50) / length, 3)
         reason = f"the length of this run's clipped steps; norms were {times:g} times that, so anything higher lengthens nearly every step"
-        return Recommendation(rounded(length, 3), f"{reason}: lower the learning rate by as much")
+        return Recommendation(rounded(length), f"{reason}: lower the learning rate by as much")
     for percentile in (95.0, 90.0, 75.0, 50.0):
-        bound = rounded(_percentile(late, percentile), 3)
+        bound = rounded(percentile_of(late, percentile))
         if bound <= _SPIKE * middle:
             break
     clipped = float((late > bound).double().mean())
@@ -165,13 +165,13 @@ def _drift(norms: Tensor) -> float | None:
     third = len(norms) // 3
     if 3 * third < _FEW // 2:
         return None
-    first, last = float(norms[:third].median()), float(norms[-third:].median())
+    first, last = percentile_of(norms[:third], 50), percentile_of(norms[-third:], 50)
     if first <= 0 or last <= 0 or 1 / _DRIFT < last / first < _DRIFT:
         return None
     return last / first
 
 
-def _percentile(norms: Tensor, percentile: float) -> float:
+def percentile_of(norms: Tensor, percentile: float) -> float:
     """Interpolated linearly between the two nearest, as NumPy does; of any number of steps."""
     ordered = norms.sort().values
     place = (len(ordered) - 1) * percentile / 100

@@ -11,6 +11,8 @@ from distclip.cli.plotting import INK, STEP, colour, whole_steps
 from distclip.cli.runs import Run
 from distclip.cli.thinning import clipped_shares, known_points, spread, stretches_for, thinned
 
+_FAR = (1e-150, 1e150)  # matplotlib's margins overflow beyond
+
 
 def norm(figure: Any, wide: bool, runs: Sequence[Run]) -> None:
     """Norm and threshold, and below them a strip a run that is filled where it was clipped."""
@@ -56,7 +58,7 @@ def _curves(axes: Any, wide: bool, runs: Sequence[Run], of: Callable[[Run], Any]
         keep = values.isfinite() | ~run.finite
         x, y = run.step[keep].numpy(), np.where(run.finite[keep], values[keep], np.nan)
         if log:
-            y = np.where(y > 0, y, np.nan)
+            y = np.where(y > 0, y, np.nan).clip(*_FAR)
         positive = positive or bool(np.isfinite(y).any())
         x, y = thinned(x, y, stretches_for(len(runs), wide))
         axes.plot(x, y, color=colour(i), marker="." if np.isfinite(y).sum() < 40 else None)

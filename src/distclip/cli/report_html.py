@@ -9,7 +9,7 @@ from html import escape
 import torch
 
 import distclip
-from distclip.cli.advice import recommend, warnings
+from distclip.cli.advice import percentile_of, recommend, warnings
 from distclip.cli.plotting import SERIES, Drawn
 from distclip.cli.runs import Run
 
@@ -100,7 +100,7 @@ def summary(run: Run) -> Iterable[str]:
 
 
 def _median(norms: torch.Tensor) -> float:
-    return float(norms.quantile(0.5)) if len(norms) < 1 << 24 else float(norms.median())
+    return percentile_of(norms, 50)
 
 
 def _largest(norms: torch.Tensor) -> float:

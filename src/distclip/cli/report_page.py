@@ -27,9 +27,9 @@ def run(options: argparse.Namespace) -> int:
         return 2
     try:
         runs = read_runs(options.runs)
-        drawn = figures(runs)
         for place in (output.parent, folder):
             place.mkdir(parents=True, exist_ok=True)
+        drawn = figures(runs)
         output.write_text(page(runs, drawn), encoding="utf-8")
         pictures = [folder / f"{output.stem}-{figure.name}.png" for figure in drawn]
         for path, figure in zip(pictures, drawn, strict=True):
