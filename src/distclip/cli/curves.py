@@ -66,8 +66,8 @@ def _curves(axes: Any, wide: bool, runs: Sequence[Run], of: Callable[[Run], Any]
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_tick)
         low, high = axes.get_ylim()
-        axes.yaxis.set_minor_formatter(_tick_at_2_and_5 if high / low < 100 else _no_tick)
-        if high / low < 10:  # else there may be no labelled tick at all
+        axes.yaxis.set_minor_formatter(_tick_at_2_and_5 if high < 100 * low else _no_tick)
+        if high < 10 * low:  # else there may be no labelled tick at all
             axes.set_ylim(low / 2, high * 1.3)
     whole_steps(axes, wide)
 
