@@ -219,16 +219,34 @@ def test_the_rolling_rate_of_old_logs(tmp_path):
     np.testing.assert_allclose(one.clip_rate.numpy(), expected, rtol=1e-12)
 
 
-def test_new_fields_are_drawn(tmp_path):
-    def change(row):
-        layers = {"layers": ["a", "b"], "layer_norms": [1.0, 2.0]} if row["step"] % 10 == 0 else {"layers": [], "layer_norms": []}
-        return row | {"cosine": [0.8], "clip_rate": 0.125, "skips": 0, "norm_type": None} | layers
-
-    log = rewritten(write_log(tmp_path / "run.jsonl", np.ones(60)), change)
+def test_bent_directions_and_watched_layers_are_drawn(tmp_path):
+    watch = distclip.Watch(distclip.per_parameter(), every=10)
+    options = {"names": ("a", "b"), "direction": (0.96, 0.28, 0.0, 0.0), "watch": watch}
+    with pytest.warns(RuntimeWarning, match="its cosine with the raw one is 0.88"):
+        log = write_log(tmp_path / "run.jsonl", np.ones(60), distclip.FixedValue(0.2), **options)
+    (one,) = read_runs([str(log)])
+    gradient = np.array([0.96, 0.28, 0.0, 0.0] * 2) / math.sqrt(2)
+    clamped = gradient.clip(-0.2, 0.2)
+    np.testing.assert_allclose(one.cosine, gradient @ clamped / np.linalg.norm(gradient) / np.linalg.norm(clamped), rtol=1e-6)
+    assert one.parts[0].kind == "layer" and one.parts[0].steps.tolist() == [10, 20, 30, 40, 50, 60]
+    np.testing.assert_allclose(_shares(one, one.parts[0]), 50, rtol=1e-6)
     page, _ = made(tmp_path, log)
     assert "Cosine between raw and clipped gradient" in page.texts and "run: which layer dominates" in page.texts
-    assert page.texts[page.texts.index("clipped, of the last 500 steps") + 1] == "12.50%"
-    assert page.texts[page.texts.index("norm type p") + 1] == "inf"
+    assert page.texts[page.texts.index("clipped, of the last 500 steps") + 1] == "100.00%"
+    assert any(text.startswith("value clipping bends the direction: at 100.0% of the steps") for text in page.texts)
+
+
+NEW = ("cosine", "clip_rate", "skips", "norm_type", "layers", "layer_norms")
+
+
+def test_logs_of_before_these_fields_are_read(spiky, tmp_path):
+    old = tmp_path / "old.jsonl"
+    old.write_text(spiky.read_text())
+    rewritten(old, lambda row: {name: value for name, value in row.items() if name not in NEW})
+    assert set(NEW) <= rows_of(spiky)[0].keys()
+    _, now = made(tmp_path, spiky)
+    _, before = made(tmp_path, old)
+    assert Page(before).texts == [text.replace("spiky", "old") for text in Page(now).texts]
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_used(spiky, tmp_path, capsys):
