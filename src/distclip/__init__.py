@@ -30,7 +30,9 @@ from distclip.policies import (
     ZClip,
 )
 from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
-from distclip.report import JSONLSink, LoggingSink, Sink
+from distclip.report import Sink
+from distclip.sinks import JSONLSink, LoggingSink
+from distclip.trackers import TensorBoardSink, WandbSink
 
 __version__ = "0.1.0"
 
@@ -65,7 +67,9 @@ __all__ = [
     "Scheduled",
     "Sink",
     "SkipSpikes",
+    "TensorBoardSink",
     "UnitScale",
+    "WandbSink",
     "Warmup",
     "Watch",
     "ZClip",

@@ -10,7 +10,11 @@ from importlib import import_module
 import distclip
 
 # command → (module, one line for --help)
-COMMANDS: dict[str, tuple[str, str]] = {"doctor": ("doctor", "check on this machine or cluster that clipping works: run it under torchrun")}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("doctor", "check on this machine or cluster that clipping works: run it under torchrun"),
+    "report": ("report_page", "a page with figures of one or several runs, from the files that JSONLSink wrote"),
+    "suggest": ("suggest", "how often which max_norm would have clipped a run, and which one to take"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,103 @@
+"""Sinks that need nothing but Python: a JSONL file and Python's logging."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from distclip.errors import ConfigError
+from distclip.records import ClipReport
+
+# With many groups these make most of a line: one entry a group each.
+GROUP_FIELDS = ("groups", "group_norms", "coefs", "threshold", "cosine")
+_REMEMBERED = 128  # norms of steps that were taken, to tell by how much a left-out step is off
+
+
+class JSONLSink:
+    """One JSON object a line and step, flushed at once; inf and NaN are written as null.
+
+    A line holds what `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several hundred kB for 10,000 groups: then write
+    those only now and then. `distclip report` and `distclip suggest` read lines of both kinds.
+
+    Args:
+        path: appended to; folders are made.
+        groups_every: where there are several groups, write what is one entry a group (`groups`, `group_norms`, `coefs`, `threshold`,
+            `cosine`) only at each `groups_every`-th step, and at all skipped ones.
+
+    Raises:
+        ConfigError: `groups_every` is not a whole number of at least 1.
+    """
+
+    def __init__(self, path: str | PathLike[str], groups_every: int = 1) -> None:
+        self.path = Path(path)
+        self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
+
+    def write(self, report: ClipReport) -> None:
+        said = report.to_dict()
+        if len(report.groups) > 1 and report.step % self.groups_every and not said["skipped"]:
+            said = {name: value for name, value in said.items() if name not in GROUP_FIELDS}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nonfinite(said), allow_nan=False) + "\n")
+
+
+class LoggingSink:
+    """One line a step through Python's logging: warnings for skipped steps, else `level`.
+
+    Args:
+        logger: default "distclip".
+        level: of ordinary steps.
+        every: log each `every`-th step, and all skipped ones.
+
+    Raises:
+        ConfigError: `every` is not a whole number of at least 1.
+    """
+
+    def __init__(self, logger: logging.Logger | None = None, level: int = logging.INFO, every: int = 1) -> None:
+        self.logger, self.level = logger or logging.getLogger("distclip"), level
+        self.every = checked_every("LoggingSink", every)
+        self._taken: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def write(self, report: ClipReport) -> None:
+        norm = report.total_norm.item()
+        if report.skipped.item():
+            self.logger.warning("step %d skipped: %s", report.step, self._why(report, norm))
+            return
+        self._taken.append(norm)
+        if report.step % self.every == 0:
+            coefs = ", ".join(f"{c:.4g}" for c in report.coefs[:4].tolist()) + (", …" if len(report.coefs) > 4 else "")
+            self.logger.log(self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs)
+
+    def _why(self, report: ClipReport, norm: float) -> str:
+        bad = int(report.nonfinite.item())
+        if bad or not math.isfinite(norm):
+            who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
+            what = "1 gradient is" if bad == 1 else f"{bad} gradients are" if bad else "the norm is"
+            return f"{what} not finite" + (f": {who}" if who else "")
+        # the threshold does not tell: a policy that leaves steps out may clip at another norm than it skips at
+        before = f", the {len(self._taken)} steps taken before had at most {max(self._taken):.6g}" if self._taken else ""
+        return f"left out by the policy: norm {norm:.6g}{before}"
+
+
+def checked_every(sink: str, every: Any, argument: str = "every") -> int:
+    """A sink's interval in steps.
+
+    Raises:
+        ConfigError: it is not a whole number of at least 1.
+    """
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ConfigError(f"{sink}: {argument}={every!r} must be a whole number of steps, at least 1; 1 writes at every step")
+    return every
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nonfinite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nonfinite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
