@@ -1,0 +1,2 @@
+def block(found):
+    return ""
