@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def build_fsdp2(count: int, variant: str) -> Built:
 
 def build_tp(count: int, variant: str) -> Built:
     """Tensor parallel over two ranks, FSDP2 over the others."""
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # torch advises against its own two all-reduces
     size = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
     model = linears(count)

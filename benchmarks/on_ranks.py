@@ -28,24 +28,24 @@ def measure_layout(name: str, variant: str, count: int, effort: Effort) -> dict[
     out: dict[str, Any] = {}
     for state, limit, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
         runs = {contender: make(limit) for contender, make in built.contenders.items()}
-        out[state] = in_turns(runs, effort, before) | message(clipper.plan.words, effort)
+        out[state] = in_turns(runs, effort, before and dict.fromkeys(runs, before)) | message(clipper.plan.words, effort)
         restore()
     return out
 
 
-def in_turns(runs: Runs, effort: Effort, before: Callable[[], object] | None = None) -> dict[str, dict[str, list[float]]]:
-    """Wall seconds (of the slowest rank) and CPU seconds (of all ranks together) by contender and round."""
-    names = list(runs)
+def in_turns(runs: Runs, effort: Effort, before: Runs | None = None) -> dict[str, dict[str, list[float]]]:
+    """Wall seconds (of the slowest rank) and CPU seconds (of all ranks together) by contender and round; `before` is not timed."""
+    names, before = list(runs), before or {}
     with quiet():
         for name in names:
-            once(runs[name], before)  # caches and lazily made state
-        pilot = torch.tensor(sum(once(runs[name], before)[0] for name in names))
+            once(runs[name], before.get(name))  # caches and lazily made state
+        pilot = torch.tensor(sum(once(runs[name], before.get(name))[0] for name in names))
         dist.all_reduce(pilot, op=dist.ReduceOp.MAX)  # all ranks make as many rounds
         rounds = max(effort.least, min(effort.most, int(effort.seconds / (2 * float(pilot)))))
         found = torch.zeros(2, len(names), rounds, dtype=torch.float64)
         for i in range(rounds):
             for k in range(len(names)) if i % 2 == 0 else reversed(range(len(names))):
-                found[0, k, i], found[1, k, i] = once(runs[names[k]], before)
+                found[0, k, i], found[1, k, i] = once(runs[names[k]], before.get(names[k]))
     dist.all_reduce(found[0], op=dist.ReduceOp.MAX)
     dist.all_reduce(found[1], op=dist.ReduceOp.SUM)
     return {kind: dict(zip(names, rows)) for kind, rows in zip(("wall", "cpu"), found.tolist())}
