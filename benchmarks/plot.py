@@ -10,6 +10,10 @@ from benchmarks.records import Row
 COLORS = {"torch": "#4477aa", "native": "#cc6633"}
 
 
+def label(row: Row) -> str:
+    return f"{row.case}: {row.what}{f', {row.ranks} ranks' if row.ranks > 1 else ''}"
+
+
 def draw(rows: Sequence[Row], target: Path) -> None:
     """Writes `target` (PNG, SVG or PDF by its name).
 
@@ -28,12 +32,12 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     shown = [row for row in rows if row.main and row.unit == "x"]
     if not shown:
         raise SystemExit("benchmarks: --plot shows comparisons with a peer, and none was measured")
-    labels = list(dict.fromkeys((row.case, row.what) for row in shown))
+    labels = list(dict.fromkeys(map(label, shown)))
     kernels = list(dict.fromkeys(row.kernels for row in shown))
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.27 * len(labels)), layout="constrained")
     for row in shown:
         shift = 0.16 * (2 * kernels.index(row.kernels) - len(kernels) + 1)
-        y = labels.index((row.case, row.what)) + shift
+        y = labels.index(label(row)) + shift
         color = COLORS.get(row.kernels, "#228833")
         axes.plot([row.value.q1, row.value.q3], [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
         axes.plot(row.value.median, y, "o", color=color, markersize=4.5)
@@ -47,12 +51,12 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_yticks(range(len(labels)), [f"{case}: {what}" for case, what in labels], fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="x", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-    for i, (case, _) in enumerate(labels[1:], 1):
-        if case != labels[i - 1][0]:
+    for i, text in enumerate(labels[1:], 1):
+        if text.split(":")[0] != labels[i - 1].split(":")[0]:
             axes.axhline(i - 0.5, color="#bbbbbb", linewidth=0.7)
     axes.set_xlabel("times faster than the peer (log scale; right of 1: distclip is faster)")
     handles = [Line2D([], [], color=COLORS.get(k, "#228833"), marker="o", label=f"{k} kernels, median and quartiles") for k in kernels]

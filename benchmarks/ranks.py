@@ -37,11 +37,12 @@ def of_layout(name: str, effort: Effort, kernels: str) -> list[Row]:
                 for variant in LAYOUTS[name].variants:
                     answers = world.run(measure_layout, name, variant, count, effort, timeout=400.0)[0]
                     for state, found in answers.items():
-                        rows += rows_of(name, variant, state, count, size, found, kernels)
+                        shown = size == worlds[-1] and variant == LAYOUTS[name].variants[0]  # in the plot
+                        rows += rows_of(name, variant, state, count, size, found, kernels, shown)
     return rows
 
 
-def rows_of(name: str, variant: str, state: str, count: int, ranks: int, found: dict[str, Any], kernels: str) -> list[Row]:
+def rows_of(name: str, variant: str, state: str, count: int, ranks: int, found: dict[str, Any], kernels: str, shown: bool) -> list[Row]:
     """`found`: wall and CPU seconds by contender and round, and of the bare message."""
     wall, cpu, message = found["wall"], found["cpu"], Spread.of(found["message"])
     what = f"{count:,} parameters{variant and f', {variant}'}, {state}"
@@ -56,7 +57,7 @@ def rows_of(name: str, variant: str, state: str, count: int, ranks: int, found: 
         rows.append(
             Row(
                 name, what, ratios(wall, peer, ours), "x", ours, peer, Spread.of(wall[peer]), Spread.of(wall[ours]),
-                kernels=kernels, ranks=ranks, main=i == 0, note=f"ratio of CPU time {processor:.2f}; {note}", **limits,
+                kernels=kernels, ranks=ranks, main=shown and i == 0, note=f"ratio of CPU time {processor:.2f}; {note}", **limits,
             )
         )  # fmt: skip
     return rows
