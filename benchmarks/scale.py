@@ -8,16 +8,21 @@ from typing import Any
 
 import distclip
 from benchmarks import problems
+from benchmarks.layouts import LAYOUTS
 from benchmarks.model import INFINIBAND, measured, predictions
+from benchmarks.on_ranks import in_turns
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, interleaved
 from benchmarks.worlds import arithmetic, worlds
 from distclip.agreement import pattern
+from distclip.testing import World
 
 
 def scale(effort: Effort, kernels: str) -> tuple[list[Row], dict[str, Any]]:
     quick = effort.quick
-    link, samples = measured(quick)  # forks ranks: before this process makes threads
+    link, samples = measured(quick)  # forks ranks, as the next does: before this process makes threads
+    with World(2) as world:
+        by_units = [world.run(units, layout, 10 if quick else 100, effort, timeout=200.0)[0] for layout in ("fsdp2", "tp")]
     by_count = calls(effort)
     extra = by_count[0]["words"] - by_count[0]["parameters"]
     found = {
@@ -30,6 +35,7 @@ def scale(effort: Effort, kernels: str) -> tuple[list[Row], dict[str, Any]]:
         "weights": weights(quick),
         "calls": by_count,
         "declared": declared(quick),
+        "units": by_units,
         "kernels": kernels,
     }
     rows: list[Row] = []
@@ -81,3 +87,13 @@ def declared(quick: bool) -> list[dict[str, Any]]:
             entry[what] = time.process_time() - start
         out.append(entry)
     return out
+
+
+def units(layout: str, count: int, effort: Effort) -> dict[str, Any]:
+    """On each of two ranks: `clip_` by the norm and by AGC's units, and the words that their messages have."""
+    model = LAYOUTS[layout].build(count, "").model
+    norm, agc = distclip.GradClipper(model, 1e9), distclip.GradClipper(model, policy=distclip.AGC(1e9))
+    times = in_turns({"norm": norm.clip_, "agc": agc.clip_}, effort)["wall"]
+    rows = sum(p.shape[0] if p.ndim > 1 else 1 for p in model.parameters())
+    words = {"norm_words": norm.plan.words, "agc_words": agc.plan.words}
+    return {"layout": layout, "parameters": count, "units": rows} | words | {k: Spread.of(t).median for k, t in times.items()}

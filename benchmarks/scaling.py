@@ -88,4 +88,13 @@ def python(found: dict[str, Any]) -> str:
         for c in found["calls"]
     ]  # fmt: skip
     out.append(table(("parameters", "one group", "a parameter", "a group each", "more for each group", "message with a group each"), rows))
+    out.append("`AGC` scales each unit (a row of a weight, a whole bias); on two gloo ranks, beside a norm clip of the same model:\n")
+    rows = [
+        (
+            u["layout"], f"{u['parameters']:,}", f"{u['units']:,}", time_of(u["norm"]), size_of(8 * u["norm_words"]),
+            time_of(u["agc"]), size_of(8 * u["agc_words"]),
+        )
+        for u in found["units"]
+    ]  # fmt: skip
+    out.append(table(("layout", "parameters", "units", "norm", "its message", "`AGC`", "its message"), rows))
     return "\n".join(out)
