@@ -23,7 +23,7 @@ import distclip
 CLIP, LOCAL, DROP_IN = "GradClipper.clip_", "GradClipper.clip_, local part", "distclip.clip_grad_norm_"
 TORCH, FOREACH = "torch clip_grad_norm_", "torch clip_grad_norm_(foreach=True)"
 RECIPE, METHOD = "torchtitan's recipe", "FSDP1's method"
-WIDTH = 128
+WIDTH = 64
 
 
 class Built(NamedTuple):
@@ -45,7 +45,7 @@ class Layout:
 
 
 def linears(count: int) -> nn.Sequential:
-    """`count` parameters: layers of a weight [128, 128] and a bias [128], in blocks of ten parameters."""
+    """`count` parameters: layers of a weight [64, 64] and a bias [64], in blocks of ten parameters."""
     return nn.Sequential(*(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5))) for _ in range(count // 10)))
 
 
