@@ -28,7 +28,7 @@ CASES = {
     "groups": Case("grouping:groups", "1 to 10,000 groups, in one process and on 4 ranks"),
     "setup": Case("setup:setup", "set-up and first call for 1,000 to 20,000 DTensors", by_kernels=False),
     "memory": Case("memory:memory", "peak memory beside the gradients"),
-    "accelerate": Case("frameworks:accelerate", "accelerator.clip_grad_norm_ on 2 ranks", threads=1),
-    "deepspeed": Case("frameworks:deepspeed", "DeepSpeed ZeRO 2: engine.step() on 2 ranks", threads=1),
+    "accelerate": Case("frameworks:accelerate", "accelerator.clip_grad_norm_ on 2 ranks", threads=1, by_kernels=False),
+    "deepspeed": Case("frameworks:deepspeed", "DeepSpeed ZeRO 2: engine.step() on 2 ranks", threads=1, by_kernels=False),
     "scale": Case("scale:scale", "threaded worlds of 8 to 256 ranks; the message's model up to 16,384", threads=1, by_kernels=False),
 }

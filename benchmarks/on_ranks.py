@@ -41,7 +41,8 @@ def in_turns(runs: Runs, effort: Effort, before: Runs | None = None) -> dict[str
             once(runs[name], before.get(name))  # caches and lazily made state
         pilot = torch.tensor(sum(once(runs[name], before.get(name))[0] for name in names))
         dist.all_reduce(pilot, op=dist.ReduceOp.MAX)  # all ranks make as many rounds
-        rounds = max(effort.least, min(effort.most, int(effort.seconds / (2 * float(pilot)))))
+        fitting = int(effort.seconds / (2 * float(pilot)))  # a turn also has a barrier and a restored copy
+        rounds = max(3, min(effort.most, max(fitting, min(effort.least, 5 * fitting))))
         found = torch.zeros(2, len(names), rounds, dtype=torch.float64)
         for i in range(rounds):
             for k in range(len(names)) if i % 2 == 0 else reversed(range(len(names))):

@@ -17,7 +17,7 @@ from benchmarks.timing import QUICK, Effort, read_bandwidth
 def active_kernels() -> str:
     """`torch`, or the name of the kernels that distclip uses here."""
     try:
-        return str(import_module("distclip.kernels").active())
+        return str(import_module("distclip.kernels").active()).split()[0]
     except (ModuleNotFoundError, AttributeError):
         return "torch"
 

@@ -27,8 +27,8 @@ class Contender:
 class Effort:
     """How long a comparison may take."""
 
-    seconds: float = 3.0
-    least: int = 8  # rounds
+    seconds: float = 2.0
+    least: int = 8  # rounds, unless they take five times as long
     most: int = 400
     quick: bool = False
 
@@ -64,9 +64,11 @@ def interleaved(contenders: Sequence[Contender], effort: Effort) -> dict[str, li
         for contender in contenders:
             one(contender)  # caches and lazily made state
         times: dict[str, list[float]] = {c.name: [] for c in contenders}
-        end = time.perf_counter() + effort.seconds
-        rounds = 0
-        while rounds < effort.least or (rounds < effort.most and time.perf_counter() < end):
+        start, rounds = time.perf_counter(), 0
+        while rounds < effort.most:
+            spent = (time.perf_counter() - start) / effort.seconds
+            if rounds >= 3 and spent >= (1 if rounds >= effort.least else 5):
+                break
             for contender in contenders if rounds % 2 == 0 else reversed(contenders):
                 times[contender.name].append(one(contender))
             rounds += 1
