@@ -85,10 +85,13 @@ def exchange_tables(
     _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64))
     buffer = channel.reduce_(buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables").cpu()
 
+    ranks_of: dict[int, list[int]] = {sender: [] for sender in senders}
+    for rank, head in enumerate(heads):
+        ranks_of[first[head[0]]].append(rank)
     blocks = [buffer[a:b] for a, b in pairwise(starts)]
     return Tables(
         holdings=[[_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()] for block in blocks[: channel.size]],
-        ranks_of=[[rank for rank, head in enumerate(heads) if first[head[0]] == sender] for sender in senders],
+        ranks_of=list(ranks_of.values()),
         rows=[block.reshape(-1, _ROW_WORDS) for block in blocks[channel.size :]],
         mine=senders.index(first[digest]),
         counts=buffer[starts[-1] :].tolist(),
@@ -140,7 +143,7 @@ class Holders:
     slot: list[int]  # [this rank's pieces]: position in the vector that checks the tiling
     members: list[int]  # [this rank's pieces]
     slots: int
-    components: list[tuple[Component, list[int]]]  # with the slots of its parameters
+    components: list[tuple[Component, Tensor]]  # with the slots of its parameters, [n] int64
     misshapen: set[int]  # keys of names that have several shapes
 
 
@@ -157,34 +160,26 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
     cases, case_of = torch.unique(signature, return_inverse=True)
     places, components = _cases(tables, owner, rows, name_of, case_of, len(cases))
 
-    per_case = torch.tensor([len(c) for c in components])
-    per_name = per_case[case_of]
-    base = (per_name.cumsum(0) - per_name).tolist()
-    index = {k: i for i, k in enumerate(names.tolist())}
-    case_list = case_of.tolist()
+    per_name = torch.tensor([len(c) for c in components])[case_of]
+    base = per_name.cumsum(0) - per_name
+    # few of all names are this rank's, where every rank has its own: only those become Python numbers
+    keys = [key(piece.key_name) for piece in pieces]
+    at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64))
     shares: list[Share] = []
     slot: list[int] = []
     members: list[int] = []
     copy_of: dict[tuple[int, int], int] = defaultdict(int)  # a rank may hold a tied parameter under two names
     ordinals = tables.rows[tables.mine][:, 1].tolist()
-    for piece, ordinal in zip(pieces, ordinals, strict=True):
-        name_key = key(piece.key_name)
-        at = index[name_key]
-        found = places[case_list[at]][rank, ordinal]
-        place = found[min(copy_of[at, ordinal], len(found) - 1)]
-        copy_of[at, ordinal] += 1
+    for name_key, first, case, ordinal in zip(keys, base[at].tolist(), case_of[at].tolist(), ordinals, strict=True):
+        found = places[case][rank, ordinal]
+        place = found[min(copy_of[name_key, ordinal], len(found) - 1)]
+        copy_of[name_key, ordinal] += 1
         shares.append(Share(place.holders, _weight(name_key, place)))
-        slot.append(base[at] + place.component)
+        slot.append(first + place.component)
         members.append(place.members)
-    names_of_case: dict[int, list[int]] = defaultdict(list)
-    for at, case in enumerate(case_list):
-        names_of_case[case].append(at)
-    table = [
-        (component, [base[at] + i for at in names_of_case[case]])
-        for case, found in enumerate(components)
-        for i, component in enumerate(found)
-    ]
-    return Holders(shares, slot, members, int(per_name.sum()), table, _misshapen(tables, rows, names, name_of, case_list, places, owner))
+    of_case = case_of.argsort(stable=True).split(torch.bincount(case_of, minlength=len(cases)).tolist())
+    table = [(component, base[at] + i) for at, found in zip(of_case, components, strict=True) for i, component in enumerate(found)]
+    return Holders(shares, slot, members, int(per_name.sum()), table, _misshapen(tables, rows, names, name_of, case_of, places, owner))
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -246,7 +241,7 @@ def _joined(tables: Tables, entries: list[tuple[int, int]]) -> tuple[_Places, li
 
 
 def _misshapen(
-    tables: Tables, rows: Tensor, names: Tensor, name_of: Tensor, case_list: list[int], places: list[_Places], owner: Tensor
+    tables: Tables, rows: Tensor, names: Tensor, name_of: Tensor, case_of: Tensor, places: list[_Places], owner: Tensor
 ) -> set[int]:
     """Keys of names whose copies or parts disagree about the whole parameter's shape."""
     shape = torch.zeros(len(names), dtype=torch.int64).scatter_(0, name_of, rows[:, 2])
@@ -257,7 +252,7 @@ def _misshapen(
         for i in (name_of == at).nonzero().flatten().tolist():
             ordinal = int(rows[i, 1])
             for rank in tables.ranks_of[int(owner[i])]:
-                for place in places[case_list[at]][rank, ordinal]:
+                for place in places[int(case_of[at])][rank, ordinal]:
                     shapes[place.component].add(int(rows[i, 2]))
         if any(len(found) > 1 for found in shapes.values()):
             out.add(int(names[at]))

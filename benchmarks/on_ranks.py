@@ -1,0 +1,69 @@
+"""What each rank runs: contenders in turns behind a barrier; a round lasts as long as its slowest rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import distclip
+from benchmarks import problems
+from benchmarks.layouts import LAYOUTS
+from benchmarks.timing import Effort, quiet
+
+Runs = Mapping[str, Callable[[], object]]
+
+
+def measure_layout(name: str, variant: str, count: int, effort: Effort) -> dict[str, Any]:
+    """On every rank: idle and active rounds. The answer is that of the slowest rank in each round."""
+    built = LAYOUTS[name].build(count, variant)
+    grads = [p.grad for p in built.model.parameters() if p.grad is not None]
+    restore = problems.restorer([g.to_local() if isinstance(g, DTensor) else g for g in grads])
+    clipper = distclip.GradClipper(built.model, 1.0)
+    norm = float(clipper.measure().total_norm)
+    out: dict[str, Any] = {}
+    for state, limit, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
+        runs = {contender: make(limit) for contender, make in built.contenders.items()}
+        out[state] = in_turns(runs, effort, before and dict.fromkeys(runs, before)) | message(clipper.plan.words, effort)
+        restore()
+    return out
+
+
+def in_turns(runs: Runs, effort: Effort, before: Runs | None = None) -> dict[str, dict[str, list[float]]]:
+    """Wall seconds (of the slowest rank) and CPU seconds (of all ranks together) by contender and round; `before` is not timed."""
+    names, before = list(runs), before or {}
+    with quiet():
+        for name in names:
+            once(runs[name], before.get(name))  # caches and lazily made state
+        pilot = torch.tensor(sum(once(runs[name], before.get(name))[0] for name in names))
+        dist.all_reduce(pilot, op=dist.ReduceOp.MAX)  # all ranks make as many rounds
+        fitting = int(effort.seconds / (2 * float(pilot)))  # a turn also has a barrier and a restored copy
+        rounds = max(3, min(effort.most, max(fitting, min(effort.least, 5 * fitting))))
+        found = torch.zeros(2, len(names), rounds, dtype=torch.float64)
+        for i in range(rounds):
+            for k in range(len(names)) if i % 2 == 0 else reversed(range(len(names))):
+                found[0, k, i], found[1, k, i] = once(runs[names[k]], before.get(names[k]))
+    dist.all_reduce(found[0], op=dist.ReduceOp.MAX)
+    dist.all_reduce(found[1], op=dist.ReduceOp.SUM)
+    return {kind: dict(zip(names, rows)) for kind, rows in zip(("wall", "cpu"), found.tolist())}
+
+
+def once(run: Callable[[], object], before: Callable[[], object] | None) -> tuple[float, float]:
+    if before is not None:
+        before()
+    dist.barrier()
+    processor, wall = time.process_time(), time.perf_counter()
+    run()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def message(words: int, effort: Effort) -> dict[str, Any]:
+    """A bare all-reduce as long as distclip's message."""
+    vector = torch.zeros(words, dtype=torch.float64)
+    short = Effort(seconds=effort.seconds / 5, least=effort.least, most=effort.most)
+    times = in_turns({"message": lambda: dist.all_reduce(vector)}, short)
+    return {"message": times["wall"]["message"], "words": words}
