@@ -11,9 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import distclip
+
+# by parameter name, so that the stages of a pipeline, each with an optimizer of its own, make one checkpoint
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Run:
     scaler: torch.amp.GradScaler
 
     def state(self, step: int) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=BY_NAME)
         scaler = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scaler.state_dict().items()}
         return {"model": model, "optimizer": optimizer, "clipper": self.clipper, "scaler": scaler, "step": torch.tensor(step)}
 
@@ -42,7 +45,9 @@ def resume(folder: str, run: Run) -> int:
     state = run.state(0)
     try:
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME
+        )
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         reason = str(error).strip().splitlines()[-1]
         sys.exit(

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.nn.parallel import DistributedDataParallel
 
 from models import GPT
 from strategies.spread import Context, Spread, autocast, loss_of
@@ -48,6 +47,7 @@ class Staged(Spread):
     """One stage of a pipeline; each rank of a stage reads a part of the batch of its own."""
 
     stage: PipelineStage = field(kw_only=True)
+    data: dist.ProcessGroup = field(kw_only=True)  # ranks with the same stage
     schedules: dict[int, Any] = field(default_factory=dict)
 
     def gradients(self, x: Tensor, y: Tensor, accumulate: int, scaler: torch.amp.GradScaler) -> Tensor | None:
@@ -56,20 +56,21 @@ class Staged(Spread):
             self.schedules[accumulate] = kind(self.stage, accumulate, loss_fn=lambda out, target: scaler.scale(loss_of(out, target)))
         losses: list[Tensor] = []
         self.schedules[accumulate].step(*([x] if self.stage.is_first else []), target=y if self.stage.is_last else None, losses=losses)
+        for param in self.model.parameters():  # DDP around a stage fails once it regroups its buckets between micro-batches
+            if param.grad is not None and self.data.size() > 1:
+                dist.all_reduce(param.grad.div_(self.data.size()), group=self.data)
         return torch.stack(losses).mean().detach() / scaler.get_scale() if losses else None
 
 
 def pp(model: nn.Module, precision: str, device: str) -> Spread:
-    """Ranks 0 … n/2-1 hold the first stage, the others the second; DDP averages over the ranks of a stage."""
+    """Ranks 0 … n/2-1 hold the first stage, the others the second; gradients are averaged over the ranks of a stage."""
     world = dist.get_world_size()
     if world % STAGES:
         sys.exit(f"strategy: 'pp' has {STAGES} stages, and {world} ranks do not divide by it; start an even number")
     assert isinstance(model, GPT)
     mesh = init_device_mesh(device, (STAGES, world // STAGES), mesh_dim_names=("stage", "data"))
     index, data = mesh["stage"].get_local_rank(), mesh["data"].get_group()
-    own: nn.Module = Stage(model, index, autocast(precision, device))
-    if data.size() > 1:
-        own = DistributedDataParallel(own, process_group=data)
+    own = Stage(model, index, autocast(precision, device))
     stage = PipelineStage(own, index, STAGES, torch.device(device), group=mesh["stage"].get_group())
-    # what copies there are of a stage's parameters, GradClipper reads from DDP; without DDP it would be told:
-    return Staged(own, nullcontext, part=(data.rank(), data.size()), clipper={"replicated_over": {"*": data}}, stage=stage)
+    over = {"replicated_over": {"*": data}}
+    return Staged(own, nullcontext, part=(data.rank(), data.size()), clipper=over, stage=stage, data=data)
