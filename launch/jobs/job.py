@@ -14,7 +14,6 @@ from clipping import options, rule
 from config import Config
 from models import make_model
 from strategies import spread_model
-from strategies.spread import every_rank
 
 
 class Job:
@@ -80,4 +79,3 @@ def spoil_backward(model: nn.Module, fault: float) -> torch.utils.hooks.Removabl
 
 
 FAULTS = {"none": None, "overflow": math.inf, "nan": math.nan}
-__all__ = ["FAULTS", "Job", "every_rank", "make_optimizer", "spoil", "spoil_backward"]

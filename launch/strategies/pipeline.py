@@ -54,6 +54,8 @@ class Staged(Spread):
         if accumulate not in self.schedules:
             kind = Schedule1F1B if accumulate >= STAGES else ScheduleGPipe  # 1F1B wants as many micro-batches as stages
             self.schedules[accumulate] = kind(self.stage, accumulate, loss_fn=lambda out, target: scaler.scale(loss_of(out, target)))
+        if not self.stage.is_last:  # a scaler makes its scale at its first loss, and this stage sees none
+            scaler.scale(torch.zeros((), device=x.device))
         losses: list[Tensor] = []
         self.schedules[accumulate].step(*([x] if self.stage.is_first else []), target=y if self.stage.is_last else None, losses=losses)
         for param in self.model.parameters():  # DDP around a stage fails once it regroups its buckets between micro-batches
