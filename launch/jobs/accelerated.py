@@ -82,11 +82,9 @@ def stay_on_the_cpu(precision: str) -> None:
     ranks are such; it would otherwise ignore the FSDP part of its configuration in silence."""
     if precision == "fp16":
         sys.exit("training.precision=fp16: Accelerate runs it on GPUs only; use bf16 or fp32 here, or strategy ddp or fsdp2")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import jobs.engine  # noqa: F401 - tells DeepSpeed the same
-
-        return
-    PartialState(backend="gloo", cpu="ACCELERATE_USE_FSDP" not in os.environ)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        import jobs.engine  # noqa: F401 - it tells DeepSpeed the same
+    PartialState(backend="gloo")
     if "ACCELERATE_USE_FSDP" in os.environ:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
