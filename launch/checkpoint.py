@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -35,16 +37,22 @@ class Run:
 
 
 def save(folder: str, step: int, run: Run) -> None:
-    dcp.save(run.state(step), checkpoint_id=folder)
+    """Into a folder of its own; the one before is removed after it, so that a run that is killed while it saves loses nothing."""
+    dcp.save(run.state(step), checkpoint_id=Path(folder) / f"step{step}")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for other in Path(folder).glob("step*"):
+            if other.name != f"step{step}":
+                shutil.rmtree(other)
 
 
 def resume(folder: str, run: Run) -> int:
-    """The step to go on with: 0 where `folder` holds no checkpoint."""
-    if not (Path(folder) / ".metadata").exists():
+    """The step to go on with: 0 where `folder` holds no whole checkpoint."""
+    whole = [path.parent for path in Path(folder).glob("step*/.metadata")]  # written last
+    if not whole:
         return 0
     state = run.state(0)
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=max(whole, key=lambda path: int(path.name[4:])))
         set_state_dict(
             run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME
         )
@@ -52,7 +60,7 @@ def resume(folder: str, run: Run) -> int:
         reason = str(error).strip().splitlines()[-1]
         sys.exit(
             f"output.checkpoint={folder!r} cannot be resumed from ({reason}); it was cut short, or is of another model or clipper: move it "
-            "away to start anew, or name the folder of an older one"
+            "away to start anew"
         )
     if run.scaler.is_enabled():
         whole = ("growth_interval", "_growth_tracker")

@@ -39,17 +39,17 @@ def over_ranks(loss: Tensor | None, device: str) -> float:
     return float(seen[0] / seen[1])
 
 
-def say_scaler(scaler: torch.amp.GradScaler, rank: int, world: int) -> None:
-    states = [scaler.state_dict()] * world
-    if world > 1:
-        dist.all_gather_object(states, scaler.state_dict())
-    if rank == 0:
-        equal = "equal on all ranks" if all(state == states[0] for state in states) else f"NOT EQUAL: {states}"
-        print(f"scaler: scale {scaler.get_scale():g}, {equal}")
+def say_equal(what: str, mine: object) -> None:
+    """Whether all ranks ended with the same. A collective."""
+    states = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(states, mine)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{what}, {'equal on all ranks' if all(state == states[0] for state in states) else f'NOT EQUAL: {states}'}")
 
 
 def train(config: Config, device: str) -> None:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     training, output, inject = config.training, config.output, config.inject
     batches = make_data(config.model, config.data.name, config.data.folder, config.data.seed)
     job = make_job(config, device)
@@ -61,6 +61,7 @@ def train(config: Config, device: str) -> None:
         print(job.clipper.plan)
     start = job.resume(output.checkpoint) if output.checkpoint else 0
 
+    bits = torch.zeros((), dtype=torch.int64, device=device)
     bar = tqdm(range(start, training.steps), disable=rank != 0, mininterval=0.5, ncols=80)
     for step in bar:
         x, y = (t[index * share : (index + 1) * share].to(device) for t in batches(step, training.batch))
@@ -68,12 +69,14 @@ def train(config: Config, device: str) -> None:
             group["lr"] = training.lr * rate(step, config)
         fault = FAULTS[inject.kind] if (step, rank) == (inject.step, inject.rank) else None
         loss, report = job.step(x, y, fault)
+        bits = bits * 31 + report.coefs.float().view(torch.int32).long().sum()
         if step % 20 == 0 or step == training.steps - 1:
             bar.set_postfix(loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}")
         if output.checkpoint and ((step + 1) % output.every == 0 or step + 1 == training.steps):
             job.save(output.checkpoint, step + 1)
+    say_equal(f"bits of the coefficients of {max(0, training.steps - start)} steps: {int(bits) & 0xFFFFFFFF:08x}", int(bits))
     if job.scaler.is_enabled():
-        say_scaler(job.scaler, rank, world)
+        say_equal(f"scaler: scale {job.scaler.get_scale():g}", job.scaler.state_dict())
 
 
 def main() -> None:
