@@ -10,8 +10,11 @@ command -v accelerate >/dev/null || fail "accelerate was not found; run launch/t
 options=(--config_file "$1")
 shift
 [ -z "$NPROC" ] || options+=(--num_processes "$NPROC")
-[ -z "$NNODES" ] || options+=(--num_machines "$NNODES" --machine_rank "${NODE_RANK:?NNODES needs NODE_RANK}")
-[ -z "$MASTER_ADDR" ] || options+=(--main_process_ip "$MASTER_ADDR")
+if [ "${NNODES:-1}" != 1 ]; then
+  [ -n "$MASTER_ADDR" ] && [ -n "$MASTER_PORT" ] && [ -n "$NODE_RANK" ] ||
+    fail "NNODES=$NNODES needs MASTER_ADDR (the node of rank 0), MASTER_PORT and NODE_RANK (0 there)"
+  options+=(--num_machines "$NNODES" --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR")
+fi
 options+=(--main_process_port "${MASTER_PORT:-0}") # 0: a free one
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec accelerate launch "${options[@]}" launch/train.py "$@"

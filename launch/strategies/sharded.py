@@ -25,6 +25,7 @@ def fsdp1(model: nn.Module, precision: str, device: str) -> Spread:
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         mixed_precision=low and MixedPrecision(param_dtype=low, reduce_dtype=torch.float32),
         device_id=torch.cuda.current_device() if device == "cuda" else torch.device("cpu"),
+        device_mesh=init_device_mesh(device, (dist.get_world_size(),)),
         use_orig_params=True,
     )
     return Spread(wrapped, nullcontext, lambda last: nullcontext() if last else wrapped.no_sync())
