@@ -82,12 +82,18 @@ def read(arguments: Sequence[str]) -> Config:
     parser = ArgumentParser(prog="train.py", description="One training program for all launchers")
     parser.add_argument("--config", action="config", help="a YAML file; see configs/")
     parser.add_class_arguments(Config)
-    values = parser.parse_args(list(arguments))
+    values = parser.parse_args(_files_first(arguments))
     values.pop("config", None)
     config = _build(Config, values.as_dict())
     if config.deepspeed and config.strategy != "deepspeed":
         sys.exit(f"deepspeed={config.deepspeed!r} has no part in strategy={config.strategy!r}; leave it out, or use strategy: deepspeed")
     return config
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """The parser lets the later win; what is given on the command line goes over every file, wherever it stands."""
+    files = [i for i, a in enumerate(arguments) if a == "--config" or (i and arguments[i - 1] == "--config") or a.startswith("--config=")]
+    return [arguments[i] for i in files] + [a for i, a in enumerate(arguments) if i not in files]
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
