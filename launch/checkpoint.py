@@ -38,7 +38,7 @@ class Run:
 
 def save(folder: str, step: int, run: Run) -> None:
     """Into a folder of its own; the one before is removed after it, so that a run that is killed while it saves loses nothing."""
-    dcp.save(run.state(step), checkpoint_id=Path(folder) / f"step{step}")
+    dcp.save(run.state(step), checkpoint_id=Path(folder) / f"step{step}", no_dist=not dist.is_initialized())
     if not dist.is_initialized() or dist.get_rank() == 0:
         for other in Path(folder).glob("step*"):
             if other.name != f"step{step}":
@@ -52,10 +52,9 @@ def resume(folder: str, run: Run) -> int:
         return 0
     state = run.state(0)
     try:
-        dcp.load(state, checkpoint_id=max(whole, key=lambda path: int(path.name[4:])))
-        set_state_dict(
-            run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME
-        )
+        newest = max(whole, key=lambda path: int(path.name[4:]))
+        dcp.load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
+        set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         reason = str(error).strip().splitlines()[-1]
         sys.exit(

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -79,8 +80,8 @@ def train(config: Config, device: str) -> None:
         say_equal(f"scaler: scale {job.scaler.get_scale():g}", job.scaler.state_dict())
 
 
-def main() -> None:
-    config = read(sys.argv[1:])
+def main(arguments: Sequence[str]) -> None:
+    config = read(arguments)
     check(config.strategy, config.model, launched="RANK" in os.environ)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

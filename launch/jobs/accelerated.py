@@ -84,7 +84,7 @@ def stay_on_the_cpu(precision: str) -> None:
         sys.exit("training.precision=fp16: Accelerate runs it on GPUs only; use bf16 or fp32 here, or strategy ddp or fsdp2")
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import jobs.engine  # noqa: F401 - it tells DeepSpeed the same
-    PartialState(backend="gloo")
+    PartialState(backend="gloo", cpu=not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys())
     if "ACCELERATE_USE_FSDP" in os.environ:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -70,7 +70,9 @@ def engine_table(config: Config, world: int) -> dict[str, Any]:
     try:
         table: dict[str, Any] = json.loads(Path(config.deepspeed).read_text())
     except OSError:
-        sys.exit(f"deepspeed={config.deepspeed!r} is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds some")
+        sys.exit(
+            f"deepspeed={config.deepspeed!r} is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds some"
+        )
     training = config.training
     low = next((name for name in LOW if table.get(name, {}).get("enabled")), "fp32")
     told = {

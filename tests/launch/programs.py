@@ -45,6 +45,15 @@ def start(*arguments, ranks=2):
 
 def train_here(*arguments):
     """In this process, which is a rank of a process group or alone. What rank 0 says."""
+    return _here(lambda train, config: train.train(config.read(arguments), "cpu"))
+
+
+def main_here(*arguments):
+    """The whole program in this process."""
+    return _here(lambda train, config: train.main(arguments))
+
+
+def _here(run):
     sys.path.insert(0, str(ROOT / "launch"))
     try:
         import config
@@ -52,7 +61,7 @@ def train_here(*arguments):
 
         said = StringIO()
         with redirect_stdout(said):
-            train.train(config.read(arguments), "cpu")
+            run(train, config)
         return said.getvalue()
     finally:
         sys.path.remove(str(ROOT / "launch"))
