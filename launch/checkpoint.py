@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +39,18 @@ class Run:
         return {"model": model, "optimizer": optimizer, "clipper": self.clipper, "scaler": scaler, "step": torch.tensor(step)}
 
 
+@contextmanager
+def one_process_is_meant() -> Iterator[None]:
+    """torch warns where there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def save(folder: str, step: int, run: Run) -> None:
     """Into a folder of its own; the one before is removed after it, so that a run that is killed while it saves loses nothing."""
-    dcp.save(run.state(step), checkpoint_id=Path(folder) / f"step{step}", no_dist=not dist.is_initialized())
+    with one_process_is_meant():
+        dcp.save(run.state(step), checkpoint_id=Path(folder) / f"step{step}")
     if not dist.is_initialized() or dist.get_rank() == 0:
         for other in Path(folder).glob("step*"):
             if other.name != f"step{step}":
@@ -53,7 +65,8 @@ def resume(folder: str, run: Run) -> int:
     state = run.state(0)
     try:
         newest = max(whole, key=lambda path: int(path.name[4:]))
-        dcp.load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
+        with one_process_is_meant():
+            dcp.load(state, checkpoint_id=newest)
         set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         reason = str(error).strip().splitlines()[-1]
