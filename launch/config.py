@@ -34,8 +34,12 @@ class Training:
 
 @dataclass
 class Clip:
-    mode: Literal["none", "norm", "value", "normalize"] = "norm"  # none still measures
-    threshold: float = 1.0  # of the norm, or of each element
+    mode: Literal["none", "norm", "value", "normalize", "scheduled", "autoclip", "zclip", "adagc"] = "norm"  # none still measures
+    threshold: float | None = None  # of the norm, of each element (value), or of the norm during warmup; 1.0 where none is given
+    options: dict[str, Any] = field(default_factory=dict)  # of scheduled, autoclip, zclip and adagc, by the policy's own names
+    warmup: int = 0  # steps at a fixed threshold before an adaptive mode decides
+    skip_spikes: bool = False  # leave out steps whose norm is far above the latest ones
+    groups: Literal["none", "per_layer", "per_parameter"] = "none"  # what has a norm and a threshold of its own
     on_nonfinite: Literal["skip", "raise", "propagate"] = "skip"
 
 
@@ -58,7 +62,8 @@ class Output:
 @dataclass
 class Config:
     model: Literal["recurrent", "lstm", "gpt"] = "recurrent"
-    strategy: str = "ddp"  # see strategies.py
+    strategy: str = "ddp"  # see strategies/
+    deepspeed: str = ""  # DeepSpeed's own JSON, for strategy: deepspeed
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     clip: Clip = field(default_factory=Clip)
@@ -70,16 +75,25 @@ def read(arguments: Sequence[str]) -> Config:
     """`--config FILE --training.lr 0.1 …` → Config. SystemExit, with the nearest known key, for an unknown one."""
     known = [*_keys(Config), "config", "help"]
     for key, where in _given(arguments):
-        if key not in known:
+        if key not in known and not key.startswith("clip.options."):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             sys.exit(f"{where}: unknown key {key!r}{hint} The keys are: {', '.join(sorted(known[:-2]))}")
     parser = ArgumentParser(prog="train.py", description="One training program for all launchers")
     parser.add_argument("--config", action="config", help="a YAML file; see configs/")
     parser.add_class_arguments(Config)
-    values = parser.parse_args(list(arguments))
+    values = parser.parse_args(_files_first(arguments))
     values.pop("config", None)
-    return _build(Config, values.as_dict())
+    config = _build(Config, values.as_dict())
+    if config.deepspeed and config.strategy != "deepspeed":
+        sys.exit(f"deepspeed={config.deepspeed!r} has no part in strategy={config.strategy!r}; leave it out, or use strategy: deepspeed")
+    return config
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """The parser lets the later win; what is given on the command line goes over every file, wherever it stands."""
+    files = [i for i, a in enumerate(arguments) if a == "--config" or (i and arguments[i - 1] == "--config") or a.startswith("--config=")]
+    return [arguments[i] for i in files] + [a for i, a in enumerate(arguments) if i not in files]
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:

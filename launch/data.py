@@ -1,6 +1,7 @@
 """Data made on the spot, drawn by step number: every rank draws the global batch and takes its slice, and a resumed run sees the same."""
 
 import gzip
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +96,12 @@ def text(seed: int, context: int = 64) -> Batches:
         return window[:, :-1], window[:, 1:]
 
     return draw
+
+
+def make_data(model: str, name: str, folder: str, seed: int) -> Batches:
+    """SystemExit for data that the model does not read."""
+    if {"recurrent": "temporal_order", "lstm": "images", "gpt": "text"}[model] != name:
+        sys.exit(f"data.name={name!r} does not fit model={model!r}; recurrent reads temporal_order, lstm images, gpt text")
+    if name == "images":
+        return idx_images(folder, seed) if folder else drawn_images(seed)
+    return (temporal_order if name == "temporal_order" else text)(seed)

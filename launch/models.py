@@ -46,7 +46,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        # rows of qkv are ordered by head: a tensor-parallel rank that holds a part of them holds whole heads
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (-1, 3, x.shape[-1] // self.heads)).transpose(1, 2).unbind(3)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
@@ -66,3 +67,9 @@ class GPT(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h))
+
+
+def make_model(name: str, seed: int) -> nn.Module:
+    """Equal weights on every rank."""
+    torch.manual_seed(seed)
+    return {"recurrent": Recurrent, "lstm": RowLSTM, "gpt": GPT}[name]()

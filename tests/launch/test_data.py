@@ -78,13 +78,15 @@ def test_idx_files_that_are_no_good(tmp_path, content, words):
     assert words in str(error.value)
 
 
-def test_the_command_line_goes_over_the_file(tmp_path):
+@pytest.mark.parametrize("last", [False, True])
+def test_the_command_line_goes_over_the_file(tmp_path, last):
     import config
 
     (tmp_path / "a.yaml").write_text("model: gpt\ntraining: {lr: 0.5, steps: 7}\ndata: {name: text}\n")
-    read = config.read(["--config", str(tmp_path / "a.yaml"), "--training.lr", "0.25", "--inject.kind=nan"])
+    file, line = ["--config", str(tmp_path / "a.yaml")], ["--training.lr", "0.25", "--inject.kind=nan"]
+    read = config.read(line + file if last else file + line)
     assert (read.model, read.training.lr, read.training.steps, read.inject.kind, read.data.name) == ("gpt", 0.25, 7, "nan", "text")
-    assert read.training.batch == 64 and read.clip.threshold == 1.0, "the rest is as it was"
+    assert read.training.batch == 64 and read.clip.threshold is None, "the rest is as it was"
 
 
 @pytest.mark.parametrize("path", sorted((LAUNCH.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem)
@@ -92,7 +94,7 @@ def test_every_configuration_can_be_read(path):
     import config
 
     read = config.read(["--config", str(path)])
-    assert read.clip.threshold > 0 and read.training.steps > 0
+    assert read.training.steps > 0
 
 
 @pytest.mark.parametrize("value", ["many", "1.5"])

@@ -1,66 +1,62 @@
 """The training program as it is started: under torchrun, resumed, and with a slip in its configuration."""
 
-import json
-import os
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from launch.programs import ROOT, launched, lines, main_here, norms, start, train_here, train_with
+
+
+def refused(*arguments):
+    """What the program says instead of training."""
+    with pytest.raises((SystemExit, FileNotFoundError)) as told:
+        main_here(*arguments)
+    return str(told.value)
+
+
 SMALL = ["--training.batch", "8", "--training.steps", "6", "--output.every", "3"]
 
 
-def start(*arguments, ranks=2):
-    launcher = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else [sys.executable]
-    )
-    command = [*launcher, str(ROOT / "launch" / "train.py"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True)
-    try:
-        said, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, said
+@pytest.mark.parametrize("config", ["ddp_bf16", "ddp_fp16", "fsdp1_fp16", "autoclip"])
+def test_a_resumed_run_equals_an_uninterrupted_one(ranks, tmp_path, config):
+    """The scaler's state and the policy's among the rest."""
 
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("config", ["fsdp2", "ddp_bf16", "ddp_fp16"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, config):
     def run(name, steps):
-        return start(
+        return train_with(
+            ranks,
             "--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, "--training.steps", str(steps), "--training.warmup", "1000",
             "--clip.threshold", "0.1",
             "--output.log", str(tmp_path / f"{name}.jsonl"), "--output.checkpoint", str(tmp_path / name),
         )  # fmt: skip
 
     for name, steps in (("whole", 6), ("halves", 3), ("halves", 6)):
-        code, said = run(name, steps)
-        assert code == 0, said
-    assert "distclip plan" in said and "all_reduce" in said
+        said = run(name, steps)
+        assert "distclip plan" in said and "all_reduce" in said and "NOT EQUAL" not in said
     whole, halves = lines(tmp_path / "whole.jsonl"), lines(tmp_path / "halves.jsonl")
     assert [row["step"] for row in halves] == [1, 2, 3, 4, 5, 6]
-    assert [row["total_norm"] for row in halves] == [row["total_norm"] for row in whole]
+    assert norms(tmp_path / "halves.jsonl") == norms(tmp_path / "whole.jsonl")
     assert all(row["clipped"] for row in whole), "vacuous"
 
 
 def test_all_models_run_in_one_process(tmp_path):
     for model, data in (("recurrent", "temporal_order"), ("lstm", "images"), ("gpt", "text")):
-        code, said = start("--model", model, "--data.name", data, "--strategy", "single", *SMALL, ranks=0)
-        assert code == 0, said
+        log = tmp_path / f"{model}.jsonl"
+        train_here("--model", model, "--data.name", data, "--strategy", "single", *SMALL, "--output.log", str(log))
+        assert len(lines(log)) == 6
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--training.lrr", "1"], ["command line: unknown key 'training.lrr'; did you mean 'training.lr'?"]),
-        (["--strategy", "fsdp3"], ["strategy: 'fsdp3' needs a launcher"]),
+        (["--strategy", "fsdp3"], ["strategy: 'fsdp3' is not known; it is one of single, ddp, fsdp1, fsdp2, hsdp, tp,"]),
+        (["--strategy", "pp", "--model", "gpt"], ["strategy: 'pp' needs a launcher: launch/torchrun.sh ..., see the head of that file"]),
+        (["--strategy", "accelerate", "--model", "gpt"], ["needs a launcher: launch/accelerate.sh ..."]),
+        (
+            ["--strategy", "tp", "--model", "lstm"],
+            ["'tp' splits a GPT's blocks, and model='lstm' has none; use model: gpt, or strategy ddp"],
+        ),
+        (["--deepspeed", "x.json"], ["deepspeed='x.json' has no part in strategy='ddp'; leave it out, or use strategy: deepspeed"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
         (
             ["--strategy", "single", "--model", "lstm", "--data.name", "images", "--data.folder", "nowhere"],
@@ -70,16 +66,14 @@ def test_all_models_run_in_one_process(tmp_path):
     ],
 )
 def test_slips_are_told(arguments, words):
-    code, said = start(*arguments, ranks=0)
-    assert code != 0
+    told = refused(*arguments)
     for word in words:
-        assert word in said
+        assert word in told
 
 
 def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
     (tmp_path / "c.yaml").write_text("training: {warm_up: 3}\n")
-    code, said = start("--config", str(tmp_path / "c.yaml"), ranks=0)
-    assert code != 0 and "c.yaml: unknown key 'training.warm_up'; did you mean 'training.warmup'?" in said
+    assert "c.yaml: unknown key 'training.warm_up'; did you mean 'training.warmup'?" in refused("--config", str(tmp_path / "c.yaml"))
 
 
 def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
@@ -98,18 +92,59 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
     assert any(row["clipped"] for row in rows), "vacuous"
 
 
-def test_a_checkpoint_that_was_cut_short_is_told(tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint, and the arguments that made it."""
     arguments = ["--config", str(ROOT / "configs" / "single.yaml"), *SMALL, "--output.checkpoint", str(tmp_path / "run")]
-    assert start(*arguments, ranks=0)[0] == 0
-    for part in (tmp_path / "run").glob("*.distcp"):
+    train_here(*arguments)
+    return arguments, tmp_path / "run"
+
+
+def test_only_the_newest_checkpoint_is_kept_and_one_that_was_not_finished_is_passed_over(saved):
+    arguments, folder = saved
+    assert [path.name for path in folder.iterdir()] == ["step6"]
+    (folder / "step9").mkdir()  # killed before its metadata were written
+    train_here(*arguments, "--training.steps", "7")
+    assert [path.name for path in folder.iterdir()] == ["step7"]
+
+
+def test_a_checkpoint_that_was_cut_short_is_told(saved):
+    arguments, folder = saved
+    for part in folder.rglob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
-    code, said = start(*arguments, "--training.steps", "9", ranks=0)
-    assert code != 0 and "cannot be resumed from" in said and "it was cut short, or is of another model or clipper" in said
+    told = refused(*arguments, "--training.steps", "9")
+    assert "cannot be resumed from" in told and "it was cut short, or is of another model or clipper" in told
 
 
-def test_a_checkpoint_of_another_clipper_is_told(tmp_path):
-    arguments = ["--config", str(ROOT / "configs" / "single.yaml"), *SMALL, "--output.checkpoint", str(tmp_path / "run")]
-    assert start(*arguments, ranks=0)[0] == 0
-    code, said = start(*arguments, "--clip.threshold", "7.0", ranks=0)
-    assert code != 0
-    assert "the checkpoint's policy is 'FixedNorm(max_norm=1.0)', this clipper's 'FixedNorm(max_norm=7.0)'" in said
+def test_a_checkpoint_of_another_clipper_is_told(saved):
+    told = refused(*saved[0], "--clip.threshold", "7.0")
+    assert "the checkpoint's policy is 'FixedNorm(max_norm=1.0)', this clipper's 'FixedNorm(max_norm=7.0)'" in told
+
+
+def test_what_deepspeeds_json_says_otherwise_is_told():
+    """In one process, since each import of DeepSpeed takes seconds."""
+    cases = (
+        ([], "is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds some"),
+        (["--deepspeed", "configs/deepspeed/zero2.json", "--training.batch", "32"],
+         "configs/deepspeed/zero2.json: train_micro_batch_size_per_gpu is 8, but training.batch=32 on 2 ranks in training.accumulate=1 "
+         "micro-steps makes it 16; change one of them"),
+        (["--deepspeed", "configs/deepspeed/zero1.json", "--training.batch", "16"],
+         "configs/deepspeed/zero1.json is for bf16, and training.precision is fp32; change one of them"),
+        (["--deepspeed", "configs/deepspeed/zero2.json", "--training.batch", "32", "--training.accumulate", "2"],
+         "configs/deepspeed/zero2.json: gradient_accumulation_steps is 1, but training.batch=32 on 2 ranks in training.accumulate=2"),
+    )  # fmt: skip
+    program = f"""
+import sys
+sys.path.insert(0, "launch")
+from config import read
+from jobs.engine import engine_table
+for arguments in {[arguments for arguments, _ in cases]!r}:
+    try:
+        engine_table(read(["--strategy", "deepspeed", *arguments]), 2)
+    except SystemExit as told:
+        print(told)
+"""
+    code, said = launched([sys.executable, "-c", program])
+    assert code == 0, said
+    for _, words in cases:
+        assert words in said

@@ -1,0 +1,65 @@
+"""`clip` of the configuration → what GradClipper is told."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import fields
+from typing import Any
+
+import distclip
+from config import Clip, Config
+
+FIXED = {"norm": distclip.FixedNorm, "value": distclip.FixedValue, "normalize": distclip.Normalize}
+ADAPTIVE = {"scheduled": distclip.Scheduled, "autoclip": distclip.AutoClip, "zclip": distclip.ZClip, "adagc": distclip.AdaGC}
+GROUPS = {
+    "none": lambda: None,
+    "per_layer": lambda: distclip.per_layer(2),  # of two components: blocks.0 and blocks.1 apart
+    "per_parameter": distclip.per_parameter,
+}
+
+
+def rule(clip: Clip) -> distclip.Policy:
+    """The policy. SystemExit where `clip` says what its mode cannot honour, or what the policy refuses."""
+    uses_threshold = clip.mode in FIXED or clip.warmup > 0
+    if clip.threshold is not None and not uses_threshold:
+        sys.exit(f"clip.threshold={clip.threshold:g} has no part in clip.mode={clip.mode!r}; leave it out, or set clip.warmup too")
+    if clip.options and clip.mode not in ADAPTIVE:
+        sys.exit(f"clip.options={clip.options} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)}")
+    if clip.warmup and clip.mode not in ADAPTIVE:
+        sys.exit(f"clip.warmup={clip.warmup} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)}")
+    threshold = 1.0 if clip.threshold is None else clip.threshold
+    try:
+        if clip.mode == "none":
+            policy: distclip.Policy = distclip.FixedNorm(math.inf)
+        elif clip.mode in FIXED:
+            policy = FIXED[clip.mode](threshold)
+        else:
+            policy = ADAPTIVE[clip.mode](**known_options(clip))
+        if clip.warmup:
+            policy = distclip.Warmup(policy, clip.warmup, threshold)
+        return distclip.SkipSpikes(policy) if clip.skip_spikes else policy
+    except distclip.ConfigError as error:
+        sys.exit(f"clip: {error}")
+
+
+def known_options(clip: Clip) -> dict[str, Any]:
+    """Those of the policy, by its own names."""
+    names = [f.name for f in fields(ADAPTIVE[clip.mode])]
+    for name in clip.options:
+        if name not in names:
+            sys.exit(f"clip.options: {clip.mode} has no {name!r}; it has {', '.join(names)}")
+    if clip.mode == "scheduled" and "schedule" not in clip.options:
+        sys.exit("clip.options: scheduled needs schedule: [[step, threshold], ...]")
+    return clip.options
+
+
+def options(config: Config) -> dict[str, Any]:
+    """GradClipper's other options; reports of rank 0 go to output.log, and what is skipped to the console."""
+    clip, sinks = config.clip, [distclip.LoggingSink()]
+    if config.output.log:
+        sinks.append(distclip.JSONLSink(config.output.log))
+    on_nonfinite = clip.on_nonfinite
+    if clip.mode == "none" and not clip.skip_spikes and config.training.precision != "fp16":  # a scaler must skip what overflows
+        on_nonfinite = "propagate"
+    return {"groups": GROUPS[clip.groups](), "on_nonfinite": on_nonfinite, "sinks": sinks}

@@ -1,0 +1,34 @@
+"""How the model is spread over the ranks: one function a strategy, in files by kind. A new one is a function and a line of the table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import nn
+
+from strategies.spread import Spread
+
+TORCH = {
+    "single": "replicated", "ddp": "replicated", "fsdp1": "sharded", "fsdp2": "sharded", "hsdp": "sharded",
+    "tp": "tensor", "tp_fsdp2": "tensor", "pp": "pipeline",
+}  # fmt: skip
+OF_FRAMEWORKS = {"accelerate": "accelerated", "deepspeed": "engine"}  # these own a part of the step: see jobs/
+NAMES = (*TORCH, *OF_FRAMEWORKS)
+
+
+def check(name: str, model: str, launched: bool) -> None:
+    """SystemExit for a strategy that is not there, or that cannot run what it is given."""
+    if name not in NAMES:
+        sys.exit(f"strategy: {name!r} is not known; it is one of {', '.join(NAMES)}")
+    if name in ("tp", "tp_fsdp2", "pp") and model != "gpt":
+        sys.exit(f"strategy: {name!r} splits a GPT's blocks, and model={model!r} has none; use model: gpt, or strategy ddp, fsdp2 or hsdp")
+    if not launched and name != "single":
+        script = "torchrun" if name in TORCH else name
+        sys.exit(f"strategy: {name!r} needs a launcher: launch/{script}.sh ..., see the head of that file")
+
+
+def spread_model(name: str, model: nn.Module, precision: str, device: str) -> Spread:
+    spread: Callable[[nn.Module, str, str], Spread] = getattr(import_module(f"strategies.{TORCH[name]}"), name)
+    return spread(model, precision, device)
