@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("clip.c", "edits.h", "lanes.h", "sums.h")
+SOURCES = ("clip.c", "avx2.h", "avx512.h", "edits.h", "half.h", "lanes.h", "plain.h", "sums.h", "unset.h")
 # Not -march=native: the library chooses among instruction sets when it is loaded. Not -ffast-math: NaN and inf must survive.
 # What is left says that nobody reads floating-point exceptions or errno, without which loops with a branch stay scalar.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-trapping-math", "-fno-math-errno", "-w")
+
+
+PLATFORM = f"{sys.platform}-{platform.machine()}"
 
 
 def library_name() -> str:
@@ -27,17 +31,17 @@ def library_name() -> str:
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for source in SOURCES:
         digest.update((HERE / source).read_bytes())
-    return f"libdistclip-{sysconfig.get_platform()}-{digest.hexdigest()[:16]}.so"
+    return f"libdistclip-{PLATFORM}-{digest.hexdigest()[:16]}.so"
 
 
-def compiler() -> str | None:
-    """The C compiler: $CC, cc, gcc or clang, the first that is found; None without one, and on Windows."""
+def compiler() -> list[str] | None:
+    """The command of the C compiler: $CC, or else the first of cc, gcc and clang that is found; None without one, and on Windows."""
     if os.name == "nt":
         return None
-    named = os.environ.get("CC")
-    for name in [named] if named else ["cc", "gcc", "clang"]:
-        if found := shutil.which(name):
-            return found
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return command
     return None
 
 
@@ -55,14 +59,14 @@ def compile_into(folder: Path) -> Path:
     target = folder / library_name()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         fresh = Path(scratch) / target.name
-        command = [program, *FLAGS, str(HERE / "clip.c"), "-o", str(fresh), "-lm"]
+        command = [*program, *FLAGS, str(HERE / "clip.c"), "-o", str(fresh), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = "\n".join(done.stderr.splitlines()[-10:])
             raise RuntimeError(f"the C compiler failed ({' '.join(command)}):\n{said}")
         os.replace(fresh, target)
-    for old in folder.glob("libdistclip-*.so"):
-        if old.name != target.name and old.name.startswith(f"libdistclip-{sysconfig.get_platform()}-"):
+    for old in folder.glob(f"libdistclip-{PLATFORM}-*.so"):
+        if old != target:
             old.unlink(missing_ok=True)
     return target
 

@@ -7,7 +7,19 @@
 #include <stdatomic.h>
 
 #include "edits.h"
-#include "sums.h"
+#include "plain.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include "avx2.h"
+#include "avx512.h"
+#include "half.h"
+#else
+#define X86 0
+#endif
 
 #define BLOCK ((int64_t)1 << 16)    /* elements: fixed, since it decides the order of a sum */
 #define CHUNK ((int64_t)1 << 18)    /* bytes */
@@ -43,14 +55,40 @@ typedef double clamped_function(const char *, int64_t, double, double);
 typedef void cosine_function(const char *, int64_t, double, double *);
 typedef void edit_function(char *, int64_t, double);
 
-#define ROW(F, KIND) {F##_##KIND##_f32, F##_##KIND##_f64, F##_##KIND##_bf16, F##_##KIND##_f16}
 #define ALL(F) {F##_f32, F##_f64, F##_bf16, F##_f16}
+#define ALL_OF(F, SET) {F##_f32_##SET, F##_f64_##SET, F##_bf16_##SET, F##_f16_##SET}
+#define SUMS_OF(SET) {ALL_OF(sum_1, SET), ALL_OF(sum_2, SET), ALL_OF(sum_whole, SET), ALL(sum_any), ALL(sum_max)}
 enum { ONE, TWO, WHOLE, ANY, MAX };
-static sum_function *const SUM_OF[][4] = {ROW(sum, 1), ROW(sum, 2), ROW(sum, whole), ROW(sum, any), ROW(sum, max)};
-static clamped_function *const CLAMPED_OF[][4] = {
-    ROW(clamped, 1), {0}, ROW(clamped, whole), ROW(clamped, any)};
-static cosine_function *const COSINE_OF[4] = ALL(cosine);
-static edit_function *const SCALE_OF[4] = ALL(scale), *const CLAMP_OF[4] = ALL(clamp);
+
+typedef struct {
+  sum_function *sum[5][4];
+  cosine_function *cosine[4];
+} readers;
+
+static const readers PLAIN = {SUMS_OF(plain), ALL_OF(cosine, plain)}, *best = &PLAIN;
+static clamped_function *const CLAMPED_ANY[4] = ALL(clamped_any);
+static edit_function *scale_of[4] = ALL(scale), *clamp_of[4] = ALL(clamp);
+#if X86
+static const readers AVX2 = {SUMS_OF(avx2), ALL_OF(cosine, avx2)}, AVX512 = {SUMS_OF(avx512), ALL_OF(cosine, avx512)};
+#endif
+
+/* Chooses among the instruction sets of this machine, up to the `most`th. Called before anything else. Returns which it is:
+ * 0 plain, 1 AVX2, 2 AVX-512. */
+int64_t distclip_choose(int64_t most) {
+#if X86
+  unsigned a, b, c, d;
+  int f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  int found = !f16c || !__builtin_cpu_supports("avx2") ? 0 : __builtin_cpu_supports("avx512f") ? 2 : 1;
+  if (found > most) found = (int)most;
+  best = found == 2 ? &AVX512 : found ? &AVX2 : &PLAIN;
+  scale_of[F16] = found ? scale_f16c : scale_f16;
+  clamp_of[F16] = found ? clamp_f16c : clamp_f16;
+  return found;
+#else
+  (void)most;
+  return 0;
+#endif
+}
 
 static int kind_of(double p) {
   if (isinf(p)) return MAX;
@@ -75,14 +113,15 @@ static int untouched(const job *j, int64_t tensor) {
 
 static void clamped_sums(const job *j, int64_t tensor, const char *x, int64_t n, double *out) {
   int kind = kind_of(j->p), dtype = j->dtypes[tensor];
-  double limit = value_of(j, tensor), nan = isnan(limit) ? limit : 0;
-  COSINE_OF[dtype](x, n, limit, out + 2);
-  if (kind == TWO) {
-    out[0] = out[2];
-    out[1] = out[3];
+  double limit = value_of(j, tensor), nan = isnan(limit) ? limit : 0, found[6];
+  best->cosine[dtype](x, n, limit, found);
+  memcpy(out + 2, found, 3 * sizeof *found);
+  out[5] = found[5];
+  if (kind == ONE || kind == TWO) {
+    memcpy(out, kind == ONE ? found + 3 : found, 2 * sizeof *found);
   } else { /* the block is read again from the cache */
-    out[0] = SUM_OF[kind][dtype](x, n, j->p);
-    out[1] = kind == MAX ? (out[0] > limit ? limit : out[0]) : CLAMPED_OF[kind][dtype](x, n, j->p, limit);
+    out[0] = best->sum[kind][dtype](x, n, j->p);
+    out[1] = kind == MAX ? (out[0] > limit ? limit : out[0]) : CLAMPED_ANY[dtype](x, n, j->p, limit);
   }
   out[1] += nan;
   out[3] += nan;
@@ -94,20 +133,20 @@ static void one_block(const job *j, int64_t tensor, int64_t block, double *out) 
   int64_t first = block * BLOCK, left = j->counts[tensor] - first, n = left < BLOCK ? left : BLOCK;
   char *x = (char *)(uintptr_t)j->pointers[tensor] + first * SIZES[dtype];
   if (j->operation == SUMS) {
-    *out = SUM_OF[kind_of(j->p)][dtype](x, n, j->p);
+    *out = best->sum[kind_of(j->p)][dtype](x, n, j->p);
   } else if (j->operation == CLAMPED_SUMS) {
     clamped_sums(j, tensor, x, n, out);
   } else {
     double value = value_of(j, tensor);
     /* torch.minimum and maximum answer NaN to a NaN limit */
-    (j->operation == CLAMP && !isnan(value) ? CLAMP_OF : SCALE_OF)[dtype](x, n, value);
+    (j->operation == CLAMP && !isnan(value) ? clamp_of : scale_of)[dtype](x, n, value);
   }
 }
 
 static void one_chunk(const job *j, int64_t index) {
   chunk at = j->starts[index], end = j->starts[index + 1];
   int64_t width = j->operation == SUMS ? 1 : COLUMNS;
-  for (; at.tensor < j->tensors && at.tensor <= end.tensor; at.tensor++, at.block = 0) {
+  for (; at.tensor < end.tensor || (at.tensor == end.tensor && at.block < end.block); at.tensor++, at.block = 0) {
     int64_t blocks = blocks_of(j->counts[at.tensor]), last = at.tensor == end.tensor ? end.block : blocks;
     int skip = untouched(j, at.tensor);
     for (; at.block < last; at.block++) {

@@ -34,12 +34,17 @@ def library() -> ctypes.CDLL | str:
         path = folder / library_name()
         if not path.exists():
             stale = any(folder.glob("libdistclip-*.so"))
-            return "the compiled library does not fit the sources; python -m distclip.kernels.build" if stale else "no compiled library"
+            return (
+                "the compiled library is of other sources than these: run python -m distclip.kernels.build"
+                if stale
+                else "no compiled library"
+            )
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the compiled library cannot be loaded: {error}"
     address, whole = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
+        ("choose", whole, (whole,)),
         ("cut", whole, (whole, address, address, address, address)),
         ("job_size", whole, ()),
         ("bind", None, (address, whole, address, address, whole, address, address)),
@@ -49,6 +54,7 @@ def library() -> ctypes.CDLL | str:
     ):
         function = getattr(lib, f"distclip_{name}")
         function.restype, function.argtypes = result, arguments
+    lib.distclip_choose(2)  # the best that the machine has
     return lib
 
 

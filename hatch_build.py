@@ -1,0 +1,46 @@
+"""Build hook: compiles the native kernels into the wheel, or beside the sources where the install is editable.
+
+Without a C compiler the wheel is pure Python, and torch's operations serve.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelsHook(BuildHookInterface):
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        self.scratch: Path | None = None
+        if self.target_name != "wheel":
+            return
+        folder = Path(self.root) / "src" / "distclip" / "kernels"
+        spec = importlib.util.spec_from_file_location("build_kernels", folder / "build.py")  # distclip itself would import torch
+        assert spec is not None and spec.loader is not None
+        kernels = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernels)
+        try:
+            if version == "editable":
+                kernels.compile_into(folder)
+                return
+            self.scratch = Path(tempfile.mkdtemp())
+            library = kernels.compile_into(self.scratch)
+        except (RuntimeError, OSError) as error:
+            self.app.display_warning(f"distclip is built without its native kernels: {error}")
+            return
+        build_data["force_include"][str(library)] = f"distclip/kernels/{library.name}"
+        build_data["pure_python"] = False
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{platform}"  # ctypes: no ABI of Python or torch
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
