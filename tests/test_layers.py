@@ -68,6 +68,7 @@ ORDER = [
     "integrations.deepspeed_inside.whole",
     "integrations.deepspeed_inside",
     "integrations.deepspeed",
+    "integrations.scaler_rounds",
     "integrations.accelerate",
     "integrations.transformers",
     "integrations.lightning",
