@@ -55,7 +55,7 @@ class GradientClipping(Callback):
             )
         if type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
             raise ConfigError(
-                f"{type(pl_module).__name__}.configure_gradient_clipping may clip too; take it out, GradientClipping(max_norm=...) is enough"
+                f"{type(pl_module).__name__}.configure_gradient_clipping may clip too; take it out: GradientClipping is enough"
             )
         name = type(trainer.strategy).__name__
         if "DeepSpeed" in name:
