@@ -1,6 +1,7 @@
 """Each *After* of the migration guide, taken out of the page and run: in four gloo ranks, or with its framework in a job of its own."""
 
 import ast
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,7 +22,8 @@ def test_the_block_does_what_the_page_says(ranks, block):
 
 def test_the_blocks_inside_frameworks():
     for name in ("accelerate", "deepspeed", "lightning", "transformers"):
-        pytest.importorskip(name)
+        if find_spec(name) is None:  # importing them changes the environment
+            pytest.skip(f"{name} is not installed")
     (seen,) = launched("../docs/in_frameworks.py", ranks=1)
     assert set(seen) == FRAMEWORKS == {block.fixture for block in marked(PAGE, "runs in a framework: ")}
     for step in seen.values():

@@ -25,6 +25,11 @@ def test_what_a_forgotten_reduction_says(ranks):
     assert all("rank" in text and "qkv.weight" in text for text in ranks.run(pages.run, block.fixture, block))
 
 
+def test_what_undeclared_stages_of_equal_names_say(ranks):
+    block = next(block for block in BLOCKS if block.fixture == "pipeline_plain_stages")
+    assert all("body.weight" in text for text in ranks.run(pages.undeclared_stages, block))
+
+
 @pytest.mark.parametrize("page", [*RECIPES, "fault_tolerance.md"])
 def test_no_block_is_left_out(page):
     assert all(block.mark.startswith("runs: ") for block in blocks(page)) and blocks(page)
