@@ -67,8 +67,12 @@ ORDER = [
     "testing",
     "__init__",
     "integrations",
+    "integrations.deepspeed_inside.engine",
+    "integrations.deepspeed_inside.sharded",
+    "integrations.deepspeed_inside.whole",
     "integrations.deepspeed_inside",
     "integrations.deepspeed",
+    "integrations.scaler_rounds",
     "integrations.accelerate",
     "integrations.transformers",
     "integrations.lightning",
@@ -100,7 +104,7 @@ ORDER = [
 PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
-DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside"}
+DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside.sharded"}
 DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts", "_layouts", "_speed")}  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "fold": {"DTensor"}}

@@ -1,4 +1,7 @@
-"""A loop of Accelerate's own style, with distclip's one line: torchrun ... accelerate_loop.py STRATEGY. Prints one JSON line a rank."""
+"""A loop of Accelerate's own style, with distclip's one line: torchrun ... accelerate_loop.py STRATEGY. Prints one JSON line a rank.
+
+`accelerate_loop.py STRATEGY FOLDER` resumes from what another run saved there.
+"""
 
 import gc
 import json
@@ -131,6 +134,74 @@ def two_models():
     return {"apart": [a / float(n) - 1 for a, (_, n) in zip(apart, wanted)], "after": after, "norm": min(float(n) for _, n in wanted)}
 
 
+def two_optimizers_in_fp16(order):
+    """Accelerate updates the scaler after each optimizer's step: none may be unscaled twice by it, nor by another loss's scale."""
+    accelerator = make_accelerator(fp16=True)
+    plain = [net(0), net(5)]
+    x, y = data(1)
+    wanted = [oracle(m, x, y) for m in plain]
+    pairs = [accelerator.prepare(m, torch.optim.SGD(m.parameters(), 1.0)) for m in plain]
+    for m, _ in pairs:
+        prepare(accelerator, m, max_norm=0.1)
+    before = [whole(m) for m, _ in pairs]
+    for m, _ in pairs:
+        accelerator.backward(loss_of(m, mine(accelerator, x), mine(accelerator, y)))
+    if order == "together":
+        norms = [float(accelerator.clip_grad_norm_((p for m, _ in pairs for p in m.parameters()), HUGE))]
+        exact = [math.hypot(*(float(n) for _, n in wanted))]
+    else:
+        if order == "overflow" and accelerator.process_index == 0:
+            next(pairs[0][0].parameters()).grad[0, 0] = math.inf
+        norms, exact = [], [float(n) for _, n in wanted]
+        for m, o in pairs:
+            norms.append(float(accelerator.clip_grad_norm_(m.parameters(), 0.1)))
+            if order == "overflow":
+                o.step()
+    if order != "overflow":
+        for _, o in pairs:
+            o.step()
+    coefs = [1.0 if order == "together" else min(1.0, 0.1 / float(n)) for _, n in wanted]
+    now = [whole(m) for m, _ in pairs]
+    first = 1 if order == "overflow" else 0
+    return {
+        "off": max(
+            off(n, b, {k: g * c for k, g in grads.items()}) for n, b, c, (grads, _) in list(zip(now, before, coefs, wanted))[first:]
+        ),
+        "norm_off": max(abs(a / b - 1) for a, b in list(zip(norms, exact))[first:]),
+        "scale": accelerator.scaler.get_scale(),
+    }
+
+
+def part_is_not_finite():
+    """The whole step is left out, not the part alone."""
+    accelerator = make_accelerator()
+    plain = spread(accelerator, net(0))
+    model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=0.1)
+    x, y = data(1)
+    before = whole(model)
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)) * math.inf)
+    accelerator.clip_grad_norm_([p for n, p in model.named_parameters() if "0." in n], 0.1)
+    optimizer.step()
+    return all(torch.equal(t, before[n]) for n, t in whole(model).items())
+
+
+def unfrozen():
+    """Parameters that begin to train after `prepare` belong to the model that it was told."""
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    for p in list(model.parameters())[:2]:
+        p.requires_grad_(False)
+    clipper = prepare(accelerator, model, max_norm=0.1)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    x, y = data(1)
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+    norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+    return {"norm_off": abs(float(norm) / float(oracle(net(0), x, y)[1]) - 1), "calls": clipper.last_report.step}
+
+
 def overflow():
     """fp16 with a scaler: an overflow of one optimizer leaves the other's scale and step alone until its own clip."""
     accelerator = make_accelerator(fp16=True)
@@ -168,6 +239,7 @@ def refusals():
         lambda: accelerator.clip_grad_norm_(other.parameters(), 0.5),
         lambda: accelerator.clip_grad_norm_(list(model.parameters())[:1], None),
         lambda: prepare(accelerator, max_norm=1.0),
+        lambda: prepare(accelerator, model, max_norm=1.0, grad_of=lambda p: p.grad),
     ):
         try:
             call()
@@ -187,10 +259,13 @@ def checkpoints():
             model.zero_grad()
             accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
             accelerator.clip_grad_norm_(model.parameters(), None)
+        # parameters never move: the norms are those of any world size
         return [t.tolist() for t in clipper.state_dict().values() if isinstance(t, torch.Tensor)]
 
     states, folder = [], [tempfile.mkdtemp() if int(os.environ.get("RANK", 0)) == 0 else None]
-    for resumed in (False, True):
+    if len(sys.argv) > 2:
+        folder = [sys.argv[2]]
+    for resumed in (False, True) if len(sys.argv) == 2 else (True,):
         accelerator = make_accelerator()
         if accelerator.num_processes > 1:
             dist.broadcast_object_list(folder)
@@ -202,7 +277,7 @@ def checkpoints():
             clips(accelerator, model, clipper, range(3))
             accelerator.save_state(folder[0])
         states.append(clips(accelerator, model, clipper, range(3, 6)))
-    return {"equal": states[0] == states[1], "step": states[0][0]}
+    return {"equal": states[0] == states[-1], "step": states[-1][0], "folder": folder[0], "state": states[-1]}
 
 
 def deepspeed_refusals():
@@ -227,6 +302,9 @@ def deepspeed_refusals():
 
 def main():
     torch.set_num_threads(1)
+    if len(sys.argv) > 2:
+        print("RESULT " + json.dumps({"checkpoints": checkpoints()}), flush=True)
+        return
     cases = {
         "clip": one_step,
         "tiny": lambda: one_step(TINY),
@@ -237,14 +315,16 @@ def main():
     if STRATEGY == "deepspeed":
         cases |= {"refusals": deepspeed_refusals}
     else:
-        cases |= {"value": lambda: one_step(0.05, rule="value"), "part": lambda: one_step(part="0.")}
+        cases |= {"value": lambda: one_step(0.05, rule="value"), "part": lambda: one_step(part="0."), "part_bad": part_is_not_finite}
     if STRATEGY not in ("deepspeed", "tp"):
         cases |= {"two_models": two_models, "refusals": refusals}
     if STRATEGY in ("single", "ddp"):
-        cases |= {"fp16": lambda: one_step(fp16=True), "overflow": overflow, "checkpoints": checkpoints}
+        cases |= {"fp16": lambda: one_step(fp16=True), "overflow": overflow, "checkpoints": checkpoints, "unfrozen": unfrozen}
+        cases |= {f"fp16 {order}": lambda order=order: two_optimizers_in_fp16(order) for order in ("apart", "together", "overflow")}
     print("RESULT " + json.dumps({name: run() for name, run in cases.items()}), flush=True)
     gc.collect()
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

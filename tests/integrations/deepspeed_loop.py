@@ -1,9 +1,10 @@
-"""A DeepSpeed loop with distclip's one line: `deepspeed_loop.py STAGE DTYPE` on every rank; prints what each case found."""
+"""A DeepSpeed loop with distclip's one line: `deepspeed_loop.py "STAGE DTYPE" ...` on every rank; prints what each case found."""
 
 import gc
 import json
 import math
 import sys
+import tempfile
 
 import deepspeed
 import torch
@@ -14,15 +15,21 @@ from deepspeed.utils import safe_get_full_fp32_param
 import distclip
 import distclip.testing
 from distclip.integrations.deepspeed import attach
+from distclip.integrations.deepspeed_inside import kind_of
 from problem import HUGE, TINY, data, loss_of, net, off, oracle
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
-STAGE, DTYPE = sys.argv[1], sys.argv[2]
-LOW = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[DTYPE]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STAGE, DTYPE, LOW = "", "", torch.float32  # of the engine that is tried now
 
 
-def config(micro=1, scale=None, clipping=0.0):
+def config(micro=1, scale=None, clipping=0.0, **more):
     zero = {"stage": int(STAGE[0]), "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 8}
+    if "small" in STAGE:  # several sub-groups
+        zero["sub_group_size"] = 40
+    if "loose" in STAGE:
+        zero["contiguous_gradients"] = False
+    zero |= more
     if "offload" in STAGE:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     out = {
@@ -36,6 +43,8 @@ def config(micro=1, scale=None, clipping=0.0):
     }
     if DTYPE == "bf16":
         out["bf16"] = {"enabled": True}
+        if "unchecked" in STAGE:
+            out["bf16"]["check_grad_overflow"] = False
         if "fp32acc" in STAGE:
             out["data_types"] = {"grad_accum_dtype": "fp32"}
     if DTYPE == "fp16":
@@ -157,6 +166,136 @@ def clamped():
     return {"largest": max(float(m.abs().max()) for m in moved.values())}
 
 
+def by_patterns():
+    """A part of the model alone, the rest exempt; and every parameter by its own norm."""
+    x, y = batch()
+    grads, _ = expected(x, y)
+    out = {}
+    for name, groups in {"part": distclip.by_name({"0.*": 0.1, "*": distclip.Exempt()}), "each": distclip.per_parameter()}.items():
+        engine, clipper = started(0.1, groups=groups)
+        before = masters(engine)
+        train(engine, x, y)
+        after = masters(engine)
+        own = {n: float(g.norm()) for n, g in grads.items()}
+        first = math.hypot(own["0.weight"], own["0.bias"])
+        coefs = {n: min(1.0, 0.1 / (own[n] if name == "each" else first)) if name == "each" or n.startswith("0.") else 1.0 for n in own}
+        out[name] = {
+            "off": off(after, before, {n: g * coefs[n] for n, g in grads.items()}),
+            "norm_off": abs(float(clipper.last_report.total_norm) / (first if name == "part" else expected(x, y)[1]) - 1),
+            "clips": max(coefs.values()) < 1 if name == "each" else first > 0.1,
+        }
+    return out
+
+
+class Odd(torch.nn.Module):
+    """Sizes that no number of ranks divides, and a layer that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.unused, self.b = torch.nn.Linear(6, 7), torch.nn.Linear(3, 5), torch.nn.Linear(7, 3, bias=False)
+        self.gain = torch.nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))) * self.gain
+
+
+def odd_sizes():
+    model = Odd()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
+    clipper = attach(engine, 0.1)
+    x, y = batch()
+    _, norm = oracle_of_odd(x, y[:, :3])
+    train(engine, x, y[:, :3])
+    return {"norm": norm, "norm_off": abs(float(clipper.last_report.total_norm) / norm - 1)}
+
+
+def oracle_of_odd(x, y):
+    model = Odd().to(LOW).double()
+    loss_of(model, x.double(), y.double()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return grads, math.sqrt(sum(float(g.norm()) ** 2 for g in grads.values()))
+
+
+ADAPTIVE = {
+    "zclip": lambda: (distclip.ZClip(warmup=3), None),
+    "adagc": lambda: (distclip.AdaGC(warmup=2), distclip.per_parameter()),
+}
+FACTORS = (1.0, 1.3, 0.8, 1.1, 9.0, 1.0)
+
+
+def followed(policy, groups, reports):
+    """The coefficients of a clipper in one process that sees the same norms, as gradients of one element each."""
+    names = reports[0].groups
+    params = [(name, torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))) for name in names]
+    own = distclip.GradClipper(params, policy=policy, groups=groups, process_group=distclip.LOCAL)
+    out = []
+    for report in reports:
+        for (_, param), norm in zip(params, report.group_norms):
+            param.grad = norm.double().reshape(1).clone()
+        out.append(own.clip_().coefs.double())
+    return out
+
+
+def adaptive():
+    """Policies with a state decide as they do outside, and what they decide is what happens."""
+    x, y = batch()
+    out = {}
+    for name, make in ADAPTIVE.items():
+        policy, groups = make()
+        engine, clipper = started(None, policy=policy, groups=groups)
+        reports, lengths = [], []
+        for factor in FACTORS:
+            before = masters(engine)
+            train(engine, x, y, factor=factor)
+            reports.append(clipper.last_report)
+            moved = change(before, masters(engine))
+            lengths.append(math.sqrt(sum(float(m.norm()) ** 2 for m in moved.values())))
+        wanted = followed(*make(), reports)
+        after = [float(r.norm_after) for r in reports]
+        out[name] = {
+            "coef_off": max(float((r.coefs.double() - w).abs().max()) for r, w in zip(reports, wanted)),
+            "length_off": max(abs(seen / told - 1) for seen, told in zip(lengths, after)),
+            "smallest": min(float(r.coefs.min()) for r in reports),
+        }
+    return out
+
+
+def checkpointed():
+    """The clipper's state goes in `client_state`."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    x, y = batch()
+    coefs = []
+    for resumed in (False, True):
+        engine, clipper = started(None, policy=distclip.AutoClip(window=8))
+        if resumed:
+            _, client = engine.load_checkpoint(folder[0], tag="a")
+            clipper.load_state_dict(client["clipper"])
+        else:
+            for factor in FACTORS[:3]:
+                train(engine, x, y, factor=factor)
+            engine.save_checkpoint(folder[0], tag="a", client_state={"clipper": clipper.state_dict()})
+        seen = []
+        for factor in FACTORS[3:]:
+            train(engine, x, y, factor=factor)
+            seen.append(float(clipper.last_report.clip_coef))
+        coefs.append(seen)
+    return {"coefs": coefs, "step": int(clipper.state_dict()["step"])}
+
+
+def scheduled():
+    """A scheduler that is built after `attach`: only at stage 0 in float32 is the engine's optimizer one of torch's."""
+    engine, clipper = started(0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(engine.basic_optimizer, 1, gamma=0.5)
+    x, y = batch()
+    before = masters(engine)
+    train(engine, x, y)
+    scheduler.step()
+    length = math.sqrt(sum(float(m.norm()) ** 2 for m in change(before, masters(engine)).values()))
+    return {"length": length, "lr": engine.basic_optimizer.param_groups[0]["lr"], "calls": clipper.last_report.step}
+
+
 def loss_scale(engine):
     return float(engine.optimizer.loss_scale if STAGE[0] != "0" else engine.optimizer.loss_scale_config.cur_scale)
 
@@ -208,25 +347,46 @@ def refusals():
 
 
 def missing():
-    model = net()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
-    name = {"1": "averaged_gradients", "2": "averaged_gradients", "3": "averaged_gradients"}.get(STAGE[0])
-    if name is None or not hasattr(engine.optimizer, name):
-        return None
-    delattr(engine.optimizer, name)
-    try:
-        attach(engine, 0.1)
-    except ValueError as error:
-        return str(error).replace(deepspeed.__version__, "X")
-    return ""
+    """Another version of DeepSpeed: what the optimizer lacks, and what the engine lacks."""
+    texts = []
+    for at_engine in (False, True):
+        model = net()
+        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
+        needs = kind_of(engine).needs
+        if at_engine:
+            del engine.torch_autocast_z0_gradscaler
+        elif needs:
+            delattr(engine.optimizer, needs[0])
+        else:
+            continue
+        try:
+            attach(engine, 0.1)
+        except ValueError as error:
+            texts.append(str(error).replace(deepspeed.__version__, "X"))
+    return texts
 
 
-def main():
-    torch.set_num_threads(1)
-    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can
-    if "fused" in STAGE:  # FusedAdam needs a GPU; its wrapper is the same for any optimizer
-        deepspeed.runtime.engine.FusedAdam = torch.optim.SGD
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+def unsupported():
+    texts, cases = [], []
+    model, extra = net(), torch.nn.Parameter(torch.zeros(3))
+    if STAGE[0] == "0":  # from stage 1 on DeepSpeed itself cannot take a parameter that is not in the model
+        optimizer = torch.optim.SGD([*model.parameters(), extra], 1.0)
+        strange, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config())
+        cases.append(lambda: attach(strange, 0.1))
+    if STAGE[0] in "12" and "fp32acc" not in STAGE and "offload" not in STAGE:
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        unmeasured, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(compute_grad_norm=False))
+        cases.append(lambda: attach(unmeasured, 0.1))
+    for case in cases:
+        try:
+            case()
+            texts.append("")
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+def tried():
     huge, unclipped = one_step(HUGE)
     cases = {
         "huge": huge,
@@ -236,14 +396,37 @@ def main():
         "accumulate": one_step(0.1, micro=2)[0],
         "without_distclip": without_distclip(),
         "by_groups": by_groups(),
+        "by_patterns": by_patterns(),
         "clamped": clamped(),
+        "adaptive": adaptive(),
         "skipping": skipping(),
+        "odd": odd_sizes(),
+        "checkpoint": checkpointed(),
         "refusals": refusals(),
         "missing": missing(),
+        "unsupported": unsupported(),
     }
     if DTYPE == "fp16":
         cases["growth"] = growth()
-    print("RESULT " + json.dumps(cases), flush=True)
+    if (STAGE, DTYPE) == ("0", "fp32"):
+        cases["scheduled"] = scheduled()
+    return cases
+
+
+def main():
+    global STAGE, DTYPE, LOW
+    torch.set_num_threads(1)
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    fused, out = deepspeed.runtime.engine.FusedAdam, {}
+    for engine in sys.argv[1:]:
+        STAGE, DTYPE = engine.split()
+        LOW = DTYPES[DTYPE]
+        # FusedAdam needs a GPU; its wrapper is the same for any optimizer
+        deepspeed.runtime.engine.FusedAdam = torch.optim.SGD if "fused" in STAGE else fused
+        out[engine] = tried()
+        gc.collect()
+    print("RESULT " + json.dumps(out), flush=True)
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

@@ -12,9 +12,11 @@ import warnings
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallel
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,19 +37,29 @@ def shards(model, mesh):
 
 
 class Regression(LightningModule):
-    def __init__(self):
+    def __init__(self, steps="all", fused=False, factor=1.0):
         super().__init__()
-        self.net = net()
+        self.net, self.steps, self.fused, self.factor = net(), steps, fused, factor
 
     def configure_model(self):
         if STRATEGY == "fsdp2" and self.device_mesh is not None:
             shards(self.net, self.device_mesh)
 
     def training_step(self, batch, index):
-        return loss_of(self.net, *batch)
+        return loss_of(self.net, *batch) * self.factor
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1.0)
+        params = {
+            "all": lambda: list(self.parameters()),
+            "groups": lambda: [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "weight_decay": 0.0}],
+            "part": lambda: list(self.net[2].parameters()),
+        }[self.steps]()
+        return torch.optim.SGD(params, 1.0, fused=self.fused)
+
+
+class ClipsToo(Regression):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, gradient_clip_val=0.5)
 
 
 class Two(LightningModule):
@@ -89,18 +101,19 @@ def loader(micro=1):
     return DataLoader(TensorDataset(x, y), batch_size=ROWS // WORLD // micro)
 
 
-def one_step(max_norm, micro=1):
-    module, callback = Regression(), GradientClipping(max_norm=max_norm)
+def one_step(max_norm, micro=1, steps="all"):
+    module, callback = Regression(steps), GradientClipping(max_norm=max_norm)
     before = {n.removeprefix("net."): p.detach().double().clone() for n, p in module.named_parameters()}
     run = trainer(callback, max_steps=1, accumulate_grad_batches=micro)
     run.fit(module, loader(micro))
     now = {n.removeprefix("net."): p for n, p in whole(module).items()}
     logged = {key: float(value) for key, value in run.logged_metrics.items()}
-    return found(now, before, max_norm, callback.clippers[0].last_report) | {"logged": logged}
+    return found(now, before, max_norm, callback.clippers[0].last_report, "2." if steps == "part" else "") | {"logged": logged}
 
 
-def found(now, before, max_norm, report):
-    grads, norm = oracle(net(), *data(1, ROWS))
+def found(now, before, max_norm, report, part=""):
+    grads, norm = oracle(net(), *data(1, ROWS), lambda n: n.startswith(part))
+    now, before, grads = ({n: t for n, t in all.items() if n.startswith(part)} for all in (now, before, grads))
     return {
         "off": off(now, before, clipped(grads, norm, max_norm)),
         "norm": float(norm),
@@ -125,12 +138,28 @@ def two_optimizers():
     return out
 
 
+def in_fp16(max_norm, factor=1.0, fused=False):
+    """Lightning takes bf16 for 16-mixed on a CPU; given as a plugin, fp16 and its scaler run there as on a GPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    module, callback = Regression(fused=fused, factor=factor), GradientClipping(max_norm=max_norm)
+    before = {n.removeprefix("net."): p.detach().double().clone() for n, p in module.named_parameters()}
+    trainer(callback, max_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).fit(module, loader())
+    now = {n.removeprefix("net."): p for n, p in whole(module).items()}
+    return found(now, before, max_norm, callback.clippers[0].last_report) | {"scale": scaler.get_scale()}
+
+
 def both_clip():
+    texts = []
+    for module, more in ((Regression(), {"gradient_clip_val": 0.5}), (ClipsToo(), {})):
+        try:
+            trainer(GradientClipping(max_norm=1.0), max_steps=1, **more).fit(module, loader())
+        except ValueError as error:
+            texts.append(str(error))
     try:
-        trainer(GradientClipping(max_norm=1.0), max_steps=1, gradient_clip_val=0.5).fit(Regression(), loader())
+        GradientClipping(max_norm=1.0, grad_of=lambda p: p.grad)
     except ValueError as error:
-        return str(error)
-    return ""
+        texts.append(str(error))
+    return texts
 
 
 def resumed():
@@ -147,6 +176,31 @@ def resumed():
     second = GradientClipping(policy=policy)
     trainer(second, max_steps=3).fit(Regression(), loader(), ckpt_path=f"{folder[0]}/a.ckpt", weights_only=False)
     return {"before": int(first.clippers[0].state_dict()["step"]), "after": int(second.clippers[0].state_dict()["step"])}
+
+
+def by_parts():
+    """Two optimizers of one module under fp16: each part by its own norm, each unscaled once, one update of the scaler."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    precision = FabricMixedPrecision("16-mixed", "cpu", scaler)
+    fabric = Fabric(accelerator="cpu", devices=WORLD, strategy=strategy("fabric"), plugins=[precision])
+    fabric.launch()
+    plain = net()
+    before = whole(plain)
+    model, *optimizers = fabric.setup(plain, *(torch.optim.SGD(part.parameters(), 1.0) for part in (plain[0], plain[2])))
+    prepare(fabric, model, max_norm=0.1)
+    x, y = (t[RANK::WORLD] for t in data(1, ROWS))
+    fabric.backward(loss_of(model, x, y))
+    norms = [float(fabric.clip_gradients(model, optimizer, max_norm=0.1)) for optimizer in optimizers]
+    for optimizer in optimizers:
+        optimizer.step()
+    now = {n.removeprefix("_forward_module.").removeprefix("module."): p for n, p in whole(model).items()}
+    out = {"scale": scaler.get_scale()}
+    for part, seen in zip(("0.", "2."), norms):
+        grads, norm = oracle(net(), *data(1, ROWS), lambda n, part=part: n.startswith(part))
+        wanted = clipped({n: g for n, g in grads.items() if n.startswith(part)}, norm, 0.1)
+        select = lambda all, part=part: {n: t for n, t in all.items() if n.startswith(part)}  # noqa: E731
+        out[part] = {"off": off(select(now), select(before), wanted), "norm": float(norm), "norm_off": abs(seen / float(norm) - 1)}
+    return out
 
 
 def fabric_steps():
@@ -200,13 +254,15 @@ def main():
     warnings.simplefilter("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     cases = {"clip": one_step(0.1), "tiny": one_step(TINY), "huge": one_step(HUGE), "accumulate": one_step(0.1, micro=2)}
-    cases["both"] = both_clip()
+    cases |= {"groups": one_step(0.1, steps="groups"), "part": one_step(0.1, steps="part"), "both": both_clip()}
     if STRATEGY != "fsdp2":
-        cases |= {"two": two_optimizers(), "resumed": resumed()}
+        cases |= {"two": two_optimizers(), "resumed": resumed(), "by_parts": by_parts()}
+        cases |= {"fp16": in_fp16(0.1), "fp16 fused": in_fp16(0.1, fused=True), "fp16 bad": in_fp16(0.1, factor=math.inf)}
     cases["fabric"] = fabric_steps()
     print("RESULT " + json.dumps(cases), flush=True)
     gc.collect()
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

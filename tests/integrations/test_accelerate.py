@@ -1,5 +1,8 @@
 """Accelerate: its loop with distclip's one line, against a float64 oracle in one process, under every layout that a CPU runs."""
 
+from functools import cache
+
+import numpy as np
 import pytest
 
 from integrations.launched import launched
@@ -9,9 +12,14 @@ pytest.importorskip("accelerate")
 LAYOUTS = {"single": 0, "ddp": 2, "fsdp1": 2, "fsdp2": 2, "tp": 2, "deepspeed": 2}
 
 
+@cache
+def rows_of(layout):
+    return launched("accelerate_loop.py", layout, ranks=LAYOUTS[layout])
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def rows(request):
-    return launched("accelerate_loop.py", request.param, ranks=LAYOUTS[request.param])
+    return rows_of(request.param)
 
 
 @pytest.mark.parametrize("case", ["clip", "tiny", "huge", "value", "groups", "accumulate", "part"])
@@ -39,7 +47,7 @@ def test_two_models_are_clipped_apart_and_together(rows):
 
 
 def test_refusals_read_well(rows):
-    if len(rows[0].get("refusals", {"texts": []})["texts"]) != 4 or "value" not in rows[0]:
+    if len(rows[0].get("refusals", {"texts": []})["texts"]) != 5 or "value" not in rows[0]:
         pytest.skip("the same code as under the other layouts")
     for row in rows:
         assert row["refusals"]["texts"] == [
@@ -49,6 +57,7 @@ def test_refusals_read_well(rows):
             "max_norm=...) for that model too",
             "max_norm=None: parts of a model, and several together, have no policy of their own; pass a number",
             "prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned",
+            "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use GradClipper itself for other gradients",
         ]
 
 
@@ -63,7 +72,38 @@ def test_an_overflow_stops_the_optimizer_concerned_on_all_ranks(rows):
 def test_an_adaptive_policy_is_checkpointed(rows):
     if "checkpoints" not in rows[0]:
         pytest.skip("the state does not depend on the sharding: shown under one process and DDP")
-    assert all(row["checkpoints"] == {"equal": True, "step": 6} for row in rows)
+    assert all(row["checkpoints"]["equal"] and row["checkpoints"]["step"] == 6 for row in rows)
+
+
+def test_it_resumes_on_another_world_size():
+    saved = rows_of("ddp")[0]["checkpoints"]
+    (resumed,) = launched("accelerate_loop.py", "single", saved["folder"], ranks=0)
+    before, after = ([np.ravel(part) for part in row["state"]] for row in (saved, resumed["checkpoints"]))
+    assert resumed["checkpoints"]["step"] == 6 and len(before) == len(after) > 2
+    for one, other in zip(before, after):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize("order", ["apart", "together", "overflow"])
+def test_in_fp16_each_of_two_optimizers_is_unscaled_once(rows, order):
+    if f"fp16 {order}" not in rows[0]:
+        pytest.skip("Accelerate's fp16 with FSDP needs a GPU")
+    for row in rows:
+        seen = row[f"fp16 {order}"]
+        assert seen["off"] <= 1e-6 and seen["norm_off"] <= 1e-6
+        assert seen["scale"] == (512.0 if order == "overflow" else 1024.0)
+
+
+def test_a_part_that_is_not_finite_stops_the_whole_step(rows):
+    if "part_bad" not in rows[0]:
+        pytest.skip("parts are refused under DeepSpeed")
+    assert all(row["part_bad"] for row in rows)
+
+
+def test_parameters_that_begin_to_train_later(rows):
+    if "unfrozen" not in rows[0]:
+        pytest.skip("shown under one process and DDP")
+    assert all(row["unfrozen"]["norm_off"] <= 1e-6 and row["unfrozen"]["calls"] == 1 for row in rows)
 
 
 def test_deepspeed_refuses_what_it_cannot_do(rows):

@@ -35,10 +35,10 @@ class Regression(nn.Module):
         return {"loss": (self.net(x) - labels).square().mean()}
 
 
-def reset():
+def reset(micro=1):
     for state in (AcceleratorState, GradientState):
         state._reset_state()
-    if STRATEGY == "fsdp2":
+    if STRATEGY.startswith("fsdp"):
         PartialState._reset_state()
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState(backend="gloo")
@@ -50,15 +50,20 @@ def reset():
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
         config = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
-        own = {"train_micro_batch_size_per_gpu": ROWS // WORLD, "gradient_clipping": "auto"}  # what Trainer wants: its max_grad_norm
+        own = {"gradient_clipping": "auto"}  # what Trainer wants: its max_grad_norm
+        own |= {"train_micro_batch_size_per_gpu": ROWS // WORLD // micro, "gradient_accumulation_steps": micro}
         plugin = DeepSpeedPlugin(hf_ds_config=config | own)
         Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # by which TrainingArguments would make a second plugin
 
 
 def arguments(folder, **more):
-    if STRATEGY == "fsdp2":
-        more |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "fsdp_transformer_layer_cls_to_wrap": ["Linear"]}}
+    if STRATEGY.startswith("fsdp"):
+        version = int(STRATEGY[-1])
+        config = {"version": version, "fsdp_transformer_layer_cls_to_wrap": ["Linear"]}
+        if version == 1:
+            config |= {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True}
+        more |= {"fsdp": "full_shard", "fsdp_config": config}
         more |= {"accelerator_config": {"use_configured_state": True}}
     elif STRATEGY == "deepspeed":
         more |= {"accelerator_config": {"use_configured_state": True}}
@@ -71,9 +76,11 @@ def arguments(folder, **more):
     )  # fmt: skip
 
 
-def trained(folder, resume=None, policy=None, rows=ROWS, **more):
-    reset()
+def trained(folder, resume=None, policy=None, rows=ROWS, frozen="none", **more):
+    reset(more.get("gradient_accumulation_steps", 1))
     model = Regression()
+    for name, param in model.named_parameters():
+        param.requires_grad_(not name.startswith(frozen))
     x, y = data(1, rows)
     records = [{"x": a, "labels": b} for a, b in zip(x, y)]
     trainer = Trainer(model, arguments(folder, **more), train_dataset=records)
@@ -84,10 +91,12 @@ def trained(folder, resume=None, policy=None, rows=ROWS, **more):
     return trainer, callback, before, now
 
 
-def one_step(folder, max_norm, micro=1):
+def one_step(folder, max_norm, micro=1, frozen="none"):
     more = {"per_device_train_batch_size": ROWS // WORLD // micro, "gradient_accumulation_steps": micro} if micro > 1 else {}
-    trainer, callback, before, now = trained(folder, max_grad_norm=max_norm, **more)
-    grads, norm = oracle(net(), *data(1, ROWS))
+    trainer, callback, before, now = trained(folder, max_grad_norm=max_norm, frozen=frozen, **more)
+    grads, norm = oracle(net(), *data(1, ROWS), lambda n: not f"net.{n}".startswith(frozen))
+    still = max([0.0, *(float((now[n] - before[n]).abs().max()) for n in now if f"net.{n}".startswith(frozen))])
+    grads, now, before = ({n: t for n, t in all.items() if not f"net.{n}".startswith(frozen)} for all in (grads, now, before))
     logs = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
     report = callback.clipper.last_report
     return {
@@ -97,6 +106,7 @@ def one_step(folder, max_norm, micro=1):
         "bits": float(report.total_norm).hex(),
         "calls": report.step,
         "moved": largest_move(now, before),
+        "still": still,
         "logs": {key: logs.get(key) for key in ("grad_norm", "clip_coef", "clip_rate", "clip_skipped")},
     }
 
@@ -115,12 +125,13 @@ def resumed(folder):
 
 def refused(folder):
     reset()
-    trainer = Trainer(Regression(), arguments(folder, max_grad_norm=0.0))
-    try:
-        clip_with_distclip(trainer, policy=distclip.AutoClip())
-    except ValueError as error:
-        return str(error)
-    return ""
+    trainer, texts = Trainer(Regression(), arguments(folder, max_grad_norm=0.0)), []
+    for policy in (distclip.AutoClip(), None, None):
+        try:
+            clip_with_distclip(trainer, policy=policy)
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
 
 
 def main():
@@ -139,8 +150,7 @@ def main():
         "huge": one_step(folder, HUGE),
         "zero": one_step(folder, 0.0),
     }
-    if STRATEGY != "deepspeed":  # whose engine was told its accumulation in the config
-        cases["accumulate"] = one_step(folder, 0.1, micro=2)
+    cases |= {"accumulate": one_step(folder, 0.1, micro=2), "part": one_step(folder, 0.1, frozen="net.0")}
     if STRATEGY in ("single", "ddp"):
         cases |= {"resumed": resumed(folder), "refused": refused(folder)}
     print("RESULT " + json.dumps(cases), flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
+from distclip.integrations.scaler_rounds import LaterUpdate
 
 _HERE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -40,9 +42,11 @@ def prepare(
       returns the global norm before clipping, a plain 0-dim tensor; of the part only. For whole models `max_norm` and `norm_type` must be
       those given here (None under a `policy`): two thresholds for one model are a mistake.
     * `clip_grad_value_(parameters, clip_value)` works on sharded models too.
-    * Only the optimizers that hold the given parameters are unscaled.
+    * Only the optimizers that hold the given parameters are unscaled. With several optimizers the scaler is updated once a round, when
+      the next loss is scaled, and not after each optimizer's step, by which Accelerate unscales the others twice.
     * On a micro-step of gradient accumulation nothing is done or sent, and the answer is NaN.
-    * A step that is not finite is skipped on all ranks: gradients are None, `optimizer.step()` moves nothing.
+    * A step that is not finite is skipped on all ranks: the gradients of the optimizers concerned are None, `optimizer.step()` moves
+      nothing.
 
     Under DeepSpeed `accelerator.backward()` already takes the step, so distclip decides there, in place of the engine's own clipping
     (see `distclip.integrations.deepspeed.attach`); `clip_grad_norm_` then tells that step's norm. Clipping by value or parts of the model
@@ -52,10 +56,14 @@ def prepare(
         options: of `GradClipper`; under DeepSpeed of `attach`.
 
     Raises:
-        ConfigError: no model, a model that is not wrapped yet, or a framework under which Accelerate does not own the step.
+        ConfigError: no model, an option that cannot be honoured, or a framework under which Accelerate does not own the step.
     """
     if not models:
         raise ConfigError("prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned")
+    if "grad_of" in options:
+        raise ConfigError(
+            "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use GradClipper itself for other gradients"
+        )
     if accelerator.distributed_type not in _HERE:
         raise ConfigError(f"accelerate's distributed type {accelerator.distributed_type.value} is not supported")
     if not hasattr(accelerator, "_optimizers"):
@@ -66,7 +74,8 @@ def prepare(
         clipper = GradClipper(list(models), max_norm, policy=policy, **options)
     now = getattr(accelerator.clip_grad_norm_, "__self__", None)
     clipping = now if isinstance(now, _Clipping) else _Clipping(accelerator)
-    clipping.whole[_identity(_trainable(models))] = _Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options)
+    clipping.prepared = [p for p in clipping.prepared if _identity(_params(p.models)).isdisjoint(_identity(_params(models)))]
+    clipping.prepared.append(_Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options))
     accelerator.clip_grad_norm_ = clipping.clip_grad_norm_
     accelerator.clip_grad_value_ = clipping.clip_grad_value_
     accelerator.register_for_checkpointing(clipper)
@@ -77,7 +86,7 @@ def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> N
     """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper was built with."""
     clipping = getattr(accelerator.clip_grad_norm_, "__self__", None)
     assert isinstance(clipping, _Clipping), "prepare comes first"
-    for prepared in clipping.whole.values():
+    for prepared in clipping.prepared:
         if prepared.clipper is clipper:
             prepared.max_norm = max_norm
 
@@ -104,19 +113,20 @@ class _Clipping:
     """What stands behind an accelerator's clipping methods."""
 
     accelerator: Accelerator
-    whole: dict[frozenset[int], _Prepared] = field(default_factory=dict)
+    prepared: list[_Prepared] = field(default_factory=list)
     made: dict[tuple[frozenset[int], str], tuple[float, float, GradClipper]] = field(default_factory=dict)  # for parts and values
+    later: LaterUpdate | None = None
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2) -> Tensor:
         params = _listed(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
-        prepared = self.whole.get(_identity(params))
+        prepared = next((p for p in self.prepared if _identity(_trainable(p.models)) == _identity(params)), None)
         if prepared is None:
             self._refuse_under_deepspeed("parts of a model")
             if max_norm is None:
                 raise ConfigError("max_norm=None: parts of a model, and several together, have no policy of their own; pass a number")
-            return self._clip(params, self._of(params, "norm", float(max_norm), float(norm_type))).total_norm
+            return self._clip(params, self._of(params, "norm", float(max_norm), float(norm_type)), part=True).total_norm
         if max_norm != prepared.max_norm or float(norm_type) != prepared.norm_type:
             raise ConfigError(
                 f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type}, but distclip was prepared with "
@@ -133,7 +143,7 @@ class _Clipping:
         params = _listed(parameters)
         self._refuse_under_deepspeed("elements, by value,")
         if self.accelerator.sync_gradients:
-            self._clip(params, self._of(params, "value", float(clip_value), 2.0))
+            self._clip(params, self._of(params, "value", float(clip_value), 2.0), part=True)
 
     def _refuse_under_deepspeed(self, what: str) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -142,14 +152,21 @@ class _Clipping:
                 "prepare(accelerator, model, policy=distclip.FixedValue(...)), or groups=distclip.by_name({...})"
             )
 
-    def _clip(self, params: Sequence[Tensor], clipper: GradClipper) -> ClipReport:
+    def _clip(self, params: Sequence[Tensor], clipper: GradClipper, part: bool = False) -> ClipReport:
         asked = {id(p) for p in params}
-        inner: list[Optimizer] = self.accelerator._optimizers
-        owners = [o for o in inner if any(id(p) in asked for group in o.param_groups for p in group["params"])]
+        every: list[Optimizer] = self.accelerator._optimizers
+        owners = [o for o in every if any(id(p) in asked for group in o.param_groups for p in group["params"])]
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.is_enabled() and not owners:
             raise ConfigError("no optimizer that accelerator.prepare was given holds these parameters, so they cannot be unscaled")
-        return clipper.clip_(owners, scaler)
+        if scaler is not None and scaler.is_enabled() and self.later is None and len(every) > 1:
+            self.later = LaterUpdate(scaler)
+        with nullcontext() if self.later is None else self.later.clipping():
+            report = clipper.clip_(owners, scaler)
+        if part and bool(report.skipped):  # a step that is left out is left out whole
+            for param in (p for o in owners for group in o.param_groups for p in group["params"]):
+                param.grad = None
+        return report
 
     def _of(self, params: Sequence[Tensor], kind: str, bound: float, norm_type: float) -> GradClipper:
         """A clipper for exactly these parameters; made at the first call, which is a collective, and anew for another bound."""
@@ -157,9 +174,9 @@ class _Clipping:
         known = self.made.get((asked, kind))
         if known is not None and known[:2] == (bound, norm_type):
             return known[2]
-        prepared = [p for p in self.whole.values() if asked & _identity(_trainable(p.models))]
+        prepared = [p for p in self.prepared if asked & _identity(_params(p.models))]
         models = list({id(model): model for p in prepared for model in p.models}.values())
-        strange = len(asked - _identity(_trainable(models)))
+        strange = len(asked - _identity(_params(models)))
         if strange:
             raise ConfigError(
                 f"{strange} of {len(asked)} parameters are of no model that distclip knows; "
@@ -183,7 +200,11 @@ def _listed(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
 
 
 def _trainable(models: Iterable[nn.Module]) -> list[Tensor]:
-    return [p for model in models for p in model.parameters() if p.requires_grad]
+    return [p for p in _params(models) if p.requires_grad]
+
+
+def _params(models: Iterable[nn.Module]) -> list[Tensor]:
+    return [p for model in models for p in model.parameters()]
 
 
 def _identity(params: Iterable[Tensor]) -> frozenset[int]:

@@ -6,7 +6,7 @@
     engine.backward(loss)
     engine.step()  # as before
 
-Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside.py` alone, and is checked here.
+Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside/` alone, and is checked here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import deepspeed
 from torch import Tensor
 
 from distclip import PRIVATE, ConfigError, GradClipper, Policy
-from distclip.integrations.deepspeed_inside import KINDS, Inside
+from distclip.integrations.deepspeed_inside import (
+    KINDS,
+    OF_ENGINE,
+    Inside,
+    end_own_clipping,
+    kind_of,
+    missing,
+    own_clipping,
+    unsupported,
+)
 
 _OPTIONS = ("norm_type", "groups", "on_nonfinite", "drift_tolerance", "skip_limit", "sinks")
 
@@ -49,19 +58,13 @@ def attach(
             raise ConfigError(f"attach(engine, ..., {name}=): DeepSpeed decides that; the options are {', '.join(_OPTIONS)}")
     if getattr(engine, "_distclip", None) is not None:
         raise ConfigError("this engine has a clipper already; attach one only")
-    _refuse_layouts(engine)
-    kind = KINDS.get(type(engine.optimizer).__name__)
-    if kind is None and engine.optimizer is getattr(engine, "basic_optimizer", None):
-        kind = KINDS["plain"]
-    if kind is None:
-        raise ConfigError(f"the engine's optimizer is a {type(engine.optimizer).__name__}; distclip knows {', '.join(KINDS)}")
-    missing = kind.missing(engine)
-    if missing:
+    kind = _checked_kind(engine)
+    if (own := own_clipping(engine)) and not take_over:
         raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which distclip needs; it was written against DeepSpeed 0.19"
+            f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where a config does not). Write '
+            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., take_over=True)'
         )
-    _refuse_second_clipping(engine, take_over)
-    inside: Inside = kind(engine)
+    inside = kind(engine)
     if engine.fp16_enabled() and options.get("on_nonfinite") == "propagate":
         raise ConfigError("on_nonfinite='propagate' and fp16 exclude each other: steps that overflow must be skipped; use 'skip'")
     grouping = options.pop("groups", None)
@@ -74,39 +77,34 @@ def attach(
         replicated_over={"*": PRIVATE} if kind.sharded else None,
         **options,
     )
+    end_own_clipping(engine)
     inside.install(clipper)
     engine._distclip = inside
     return clipper
 
 
-def _refuse_layouts(engine: Any) -> None:
-    refused = {
-        "a model-parallel mpu": engine.mpu is not None,
-        "mixture-of-experts layers": engine.has_moe_layers,
-        "pipeline parallelism": engine.pipeline_parallelism,
-        "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None
-        or getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None,
-        "Muon with fp16": engine.fp16_enabled() and "muon" in type(engine.basic_optimizer).__name__.lower(),
-        "an optimizer swapped to NVMe": bool(getattr(engine.optimizer, "swap_optimizer", False)),
-        '"zero_optimization": {"compute_grad_norm": false}': not getattr(engine.optimizer, "compute_grad_norm", True),
-        "a legacy fused optimizer": getattr(engine.optimizer, "fused_adam_legacy", False)
-        or getattr(engine.optimizer, "fused_lamb_legacy", False),
-    }
-    for what, found in refused.items():
-        if found:
-            raise ConfigError(f"attach: this engine has {what}, which distclip does not support under DeepSpeed")
+def _checked_kind(engine: Any) -> type[Inside]:
+    """ConfigError unless this is an engine of a kind, with a layout and of a DeepSpeed that distclip knows."""
+    _refuse_missing(missing(engine, OF_ENGINE))
+    _refuse_unsupported(unsupported(engine))
+    kind = kind_of(engine)
+    if kind is None:
+        raise ConfigError(f"the engine's optimizer is a {type(engine.optimizer).__name__}; distclip knows {', '.join(KINDS)}")
+    _refuse_missing(missing(engine.optimizer, kind.needs))
+    _refuse_unsupported(kind.unsupported(engine.optimizer))
+    return kind
 
 
-def _refuse_second_clipping(engine: Any, take_over: bool) -> None:
-    own = float(engine.gradient_clipping())
-    if own and not take_over:
+def _refuse_unsupported(found: Sequence[str]) -> None:
+    if found:
+        raise ConfigError(f"attach: this engine has {found[0]}, which distclip does not support under DeepSpeed")
+
+
+def _refuse_missing(lost: Sequence[str]) -> None:
+    if lost:
         raise ConfigError(
-            f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where a config does not). Write '
-            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., take_over=True)'
+            f"DeepSpeed {deepspeed.__version__} has no {', '.join(lost)}, which distclip needs; it was written against DeepSpeed 0.19"
         )
-    engine._config.gradient_clipping = 0.0
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = 0.0
 
 
 class _ByOriginal:

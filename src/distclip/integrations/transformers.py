@@ -39,8 +39,10 @@ def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **opti
         The callback; its `clipper` is there once training began.
 
     Raises:
-        ConfigError: a policy together with `max_grad_norm=0`, which would tell Trainer not to clip.
+        ConfigError: a policy together with `max_grad_norm=0`, which would tell Trainer not to clip; a trainer that was given one before.
     """
+    if any(isinstance(callback, DistclipCallback) for callback in trainer.callback_handler.callbacks):
+        raise ConfigError("this trainer is clipped by distclip already; call clip_with_distclip once")
     if policy is not None and not trainer.args.max_grad_norm > 0:
         raise ConfigError(f"max_grad_norm={trainer.args.max_grad_norm} tells Trainer not to clip; leave it at 1.0 when a policy is passed")
     callback = DistclipCallback(trainer, policy, options)

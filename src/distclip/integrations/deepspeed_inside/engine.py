@@ -1,0 +1,172 @@
+"""What all kinds of DeepSpeed engine share.
+
+Each kind of DeepSpeed optimizer reduces and partitions gradients during backward. Its `step` then measures a norm, moves the loss
+scale, and multiplies float32 copies of the gradients by clip and inverse scale. The first and the last are replaced here; the loss
+scale is read before it moves, since gradients carry the one of their backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from types import MethodType
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from distclip import ClipReport, ConfigError, GradClipper
+
+OF_ENGINE = (
+    "module", "optimizer", "basic_optimizer", "mpu", "has_moe_layers", "pipeline_parallelism", "torch_autocast_z0_gradscaler",
+    "fp16_enabled", "dynamic_loss_scale", "gradient_clipping", "_config.gradient_clipping", "skipped_steps", "get_global_grad_norm",
+)  # fmt: skip
+
+
+def missing(holder: Any, names: Sequence[str]) -> list[str]:
+    """Those of the dotted names that `holder` has not, each behind its class."""
+    lost: list[str] = []
+    for name in names:
+        try:
+            attrgetter(name)(holder)
+        except AttributeError:
+            lost.append(f"{type(holder).__name__}.{name}")
+    return lost
+
+
+def unsupported(engine: Any) -> list[str]:
+    """What this engine has, of whatever kind, that distclip cannot clip under."""
+    found = {
+        "a model-parallel mpu": engine.mpu is not None,
+        "mixture-of-experts layers": engine.has_moe_layers,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None,
+        "Muon with fp16": engine.fp16_enabled() and "muon" in type(engine.basic_optimizer).__name__.lower(),
+    }
+    return [what for what, has in found.items() if has]
+
+
+def own_clipping(engine: Any) -> float:
+    return float(engine.gradient_clipping())
+
+
+def end_own_clipping(engine: Any) -> None:
+    engine._config.gradient_clipping = 0.0
+    if hasattr(engine.optimizer, "clip_grad"):  # a wrapper's; the user's own optimizer has none
+        engine.optimizer.clip_grad = 0.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Part:
+    """What this rank steps of one parameter."""
+
+    name: str
+    param: Tensor  # the model's
+    group: int  # its param group
+    flat: int  # its place among DeepSpeed's flat buffers
+    start: int  # in the flat buffer
+    master: Tensor  # float32, as a rule a view of the flat buffer
+
+
+class Inside:
+    """One attached engine."""
+
+    needs: ClassVar[tuple[str, ...]] = ()  # of the optimizer
+    sharded: ClassVar[bool] = True  # parts of different ranks are different data
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.optimizer = engine, engine.optimizer
+        self._names = {id(param): name for name, param in engine.module.named_parameters()}
+        self.parts: list[Part] = list(self.found_parts())
+        self._grads: dict[int, Tensor] = {}  # id of a master → its gradient now
+        self._spike = False
+        self.clipper: GradClipper
+
+    @classmethod
+    def unsupported(cls, optimizer: Any) -> list[str]:
+        """What this optimizer has that distclip cannot clip under."""
+        return []
+
+    def found_parts(self) -> Iterator[Part]:
+        raise NotImplementedError
+
+    def install(self, clipper: GradClipper) -> None:
+        self.clipper = clipper
+        if hasattr(self.optimizer, "_update_scale"):
+            self.replace("_update_scale", self._update_scale)
+        self.replace("step", self._step)
+
+    def grad_of(self, master: Tensor) -> Tensor | None:
+        return self._grads.get(id(master))
+
+    @contextmanager
+    def original_param_groups(self) -> Generator[None]:
+        """Param groups hold the model's parameters again; DeepSpeed leaves flat buffers there, or nothing."""
+        groups = self.optimizer.param_groups
+        saved = [group["params"] for group in groups]
+        try:
+            for i, group in enumerate(groups):
+                group["params"] = [part.param for part in self.parts if part.group == i]
+            yield
+        finally:
+            for group, params in zip(groups, saved, strict=True):
+                group["params"] = params
+
+    def part(self, param: Tensor, group: int, flat: int, buffer: Tensor, start: int, count: int) -> Part:
+        return Part(self.name(param), param, group, flat, start, buffer.detach().narrow(0, start, count))
+
+    def name(self, param: Tensor) -> str:
+        if id(param) not in self._names:
+            raise ConfigError(
+                f"the engine's optimizer steps a parameter of shape {tuple(param.shape)} that is not in the model; put it into the model "
+                "that deepspeed.initialize gets"
+            )
+        return self._names[id(param)]
+
+    def slices(self, flat: int, grad: Tensor) -> list[Part]:
+        """The parts of one flat buffer; their gradients are from now on those of `grad`."""
+        mine = [part for part in self.parts if part.flat == flat]
+        self._grads |= {id(part.master): grad.narrow(0, part.start, part.master.numel()) for part in mine}
+        return mine
+
+    def decide(self, scale: float = 1.0) -> ClipReport:
+        dynamic = bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
+        report = self.clipper.decide(1 / scale, rescaled=dynamic)
+        self._spike = bool(report.skipped) and not int(report.nonfinite) and bool(report.total_norm.isfinite())
+        return report
+
+    def replace(self, name: str, new: Callable[..., Any]) -> None:
+        """A method of the optimizer by ours; the optimizer's own is `own_<name>` from now on."""
+
+        def instead(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return new(*args, **kwargs)
+
+        setattr(self, f"own_{name}", getattr(self.optimizer, name))
+        # bound to the optimizer: a learning-rate scheduler takes the function out of `optimizer.step` and binds it anew
+        setattr(self.optimizer, name, MethodType(instead, self.optimizer))
+
+    def _update_scale(self, *args: Any, **kwargs: Any) -> None:
+        """A spike that a policy leaves out is no overflow."""
+        getattr(self, "own__update_scale")(*((False,) if self._spike else args), **({} if self._spike else kwargs))  # noqa: B009
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.clipper.last_report
+        try:
+            return self.take_step(*args, **kwargs)
+        finally:
+            self._spike = False
+            self._grads.clear()
+            report = self.clipper.last_report
+            if report is not None and report is not before:
+                self.optimizer._global_grad_norm = float(report.total_norm)
+
+    def take_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.own_step(*args, **kwargs)
+
+    own_step: Callable[..., Any]
+
+
+def unasked(*args: Any, **kwargs: Any) -> bool:
+    """In place of DeepSpeed's checks for overflow."""
+    return False

@@ -1,0 +1,54 @@
+"""A GradScaler under a framework that updates it after each optimizer's step: Accelerate, Fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+
+class LaterUpdate:
+    """Puts `scaler.update()` off until the next loss is scaled.
+
+    Where there are several optimizers, an update after each one's step forgets which others are unscaled already, so that they would be
+    unscaled a second time, and it changes the scale that their gradients carry. Here one round is one update, as torch asks for.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self._update, self._scale, self._get_scale, self._state_dict = scaler.update, scaler.scale, scaler.get_scale, scaler.state_dict
+        self._due = self._clipping = False
+        scaler.update, scaler.scale, scaler.get_scale, scaler.state_dict = self.update, self.scale, self.get_scale, self.state_dict
+
+    @contextmanager
+    def clipping(self) -> Generator[None]:
+        """Inside, the scale is read without beginning a new round."""
+        self._clipping = True
+        try:
+            yield
+        finally:
+            self._clipping = False
+
+    def update(self, new_scale: Any = None) -> None:
+        if new_scale is None:
+            self._due = True
+        else:
+            self._due = False
+            self._update(new_scale)
+
+    def scale(self, outputs: Any) -> Any:
+        if not self._clipping:
+            self._settle()
+        return self._scale(outputs)
+
+    def get_scale(self) -> float:
+        self._settle()
+        return self._get_scale()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return self._state_dict()
+
+    def _settle(self) -> None:
+        if self._due:
+            self._due = False
+            self._update()
