@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distclip.errors import GradientError
 
+_UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 ROW = 64
 CHUNK = 1 << 20
 SMALL = 1024  # up to here a float64 norm costs less than the Python calls of the row-wise path
@@ -111,16 +112,60 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
 
 
 def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
-    """[n] float64: small tensors in one call, each large one in chunks."""
+    """[n] float64: small tensors in one call, middling ones with their rows put together, each large one in chunks."""
     sums: list[float] = [0.0] * len(tensors)
     small = [index for index, tensor in enumerate(tensors) if tensor.numel() <= SMALL]
+    middling: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if SMALL < tensor.numel() <= CHUNK and _has_rows(tensor, p):
+            middling.setdefault(tensor.dtype, []).append(index)
     if small:
         for index, value in zip(small, _sums_on_device([tensors[i] for i in small], p).tolist(), strict=True):
             sums[index] = value
-    for index, tensor in enumerate(tensors):
-        if tensor.numel() > SMALL:
-            sums[index] = _combine([_chunk_sum(chunk, p) for chunk in _chunks(tensor)], p)
+    for same in middling.values():
+        for index, value in zip(same, _sums_of_rows([tensors[i] for i in same], p), strict=True):
+            sums[index] = value
+    for index in set(range(len(tensors))).difference(small, *middling.values()):
+        sums[index] = _combine([_chunk_sum(chunk, p) for chunk in _chunks(tensors[index])], p)
     return torch.tensor(sums, dtype=torch.float64)
+
+
+def _has_rows(tensor: Tensor, p: float) -> bool:
+    return tensor.dtype in _UP_TO_FLOAT32 and p in (2, math.inf) and tensor.is_contiguous()
+
+
+def _sums_of_rows(tensors: list[Tensor], p: float) -> list[float]:
+    """Of contiguous tensors of one dtype up to float32, copied side by side by batches of at most CHUNK elements: a call for each would cost more."""
+    whole = [tensor.numel() // ROW * ROW for tensor in tensors]
+    flat = [tensor.view(-1) for tensor in tensors]
+    cut = [index for index, tensor in enumerate(flat) if whole[index] < tensor.numel()]
+    tails = dict(zip(cut, _sums_on_device([flat[i][whole[i] :] for i in cut], p).tolist(), strict=True)) if cut else {}
+    for index in cut:
+        flat[index] = flat[index][: whole[index]]
+    sums: list[float] = []
+    while len(sums) < len(flat):
+        start, end, size = len(sums), len(sums), 0
+        while end < len(flat) and size + whole[end] <= CHUNK:
+            end, size = end + 1, size + whole[end]
+        sums += _sums_of_batch(flat[start:end], p)
+    return [_combine([value, tails[index]], p) if index in tails else value for index, value in enumerate(sums)]
+
+
+def _sums_of_batch(flat: list[Tensor], p: float) -> list[float]:
+    """Of tensors of whole rows."""
+    counts = [tensor.numel() // ROW for tensor in flat]
+    norms = torch.linalg.vector_norm(torch.cat(flat).float().view(-1, ROW), p, dim=1).double()
+    owner = torch.arange(len(flat)).repeat_interleave(torch.tensor(counts))
+    bodies = torch.zeros(len(flat), dtype=torch.float64)
+    bodies = bodies.scatter_reduce_(0, owner, norms, "amax") if p == math.inf else bodies.index_add_(0, owner, norms * norms)
+    return [_redone(x, count, body, p) for x, count, body in zip(flat, counts, bodies.tolist(), strict=True)]
+
+
+def _redone(flat: Tensor, rows: int, body: float, p: float) -> float:
+    """The sum of so many rows, read again in float64 where float32 cannot hold it."""
+    if p == math.inf or rows * ROW_FLOOR <= body < math.inf or (body == 0 and not flat.any()):
+        return body
+    return _exact_sum(flat, p)
 
 
 def _combine(parts: list[float], p: float) -> float:
@@ -151,10 +196,7 @@ def _chunk_sum(chunk: Tensor, p: float) -> float:
     whole = chunk.numel() // ROW * ROW
     if not whole:
         return _exact_sum(chunk, p)
-    rows = chunk[:whole].view(-1, ROW)
-    body = _row_sum(rows, p)
-    if p != math.inf and not len(rows) * ROW_FLOOR <= body < math.inf and (body != 0 or bool(rows.any())):
-        body = _exact_sum(chunk[:whole], p)
+    body = _redone(chunk[:whole], whole // ROW, _row_sum(chunk[:whole].view(-1, ROW), p), p)
     return body if whole == chunk.numel() else _combine([body, _exact_sum(chunk[whole:], p)], p)
 
 

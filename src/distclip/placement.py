@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
@@ -120,7 +121,7 @@ def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> P
     # Shard, _StridedShard, and whatever else splits: all that is not Replicate gives this rank a part of its own
     parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not isinstance(p, Replicate)]
     how = f"{', '.join(map(_short, placements))} on a {' x '.join(map(str, sizes))} mesh"
-    scopes = ("ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist()))), *extra)
+    scopes = (_mesh_token(mesh), *extra)
     param, shape = named.param, tuple(spec.shape)
     is_dtensor = isinstance(param, DTensor)
     local = param.to_local() if is_dtensor else param
@@ -186,6 +187,13 @@ def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str
     return ()
 
 
+@lru_cache(maxsize=64)
+def _mesh_token(mesh: Any) -> str:
+    """Made once for each mesh, not for each parameter on it."""
+    return "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
+
+
+@lru_cache(maxsize=256)
 def ranks_token(group: ProcessGroup) -> str:
     return "ranks " + ",".join(map(str, sorted(get_process_group_ranks(group))))
 
