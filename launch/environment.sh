@@ -16,6 +16,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
     fail "pip could not install; look at its message above (is there a network, or a package index that has these versions?)"
   echo "$stamp" >.venv/installed
 fi
-command -v cc >/dev/null || echo "distclip: no C compiler was found; nothing here needs one yet" >&2
+.venv/bin/python -m distclip.kernels.build >/dev/null || # only if the sources changed
+  echo "distclip: the native kernels could not be compiled (is there a C compiler?); torch's operations serve, slower" >&2
 PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

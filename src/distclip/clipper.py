@@ -93,13 +93,12 @@ class GradClipper:
         watch: Watch | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self._channel = Channel.over(process_group)
+        self._process_group, self._sinks = process_group, sinks
         self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch)
         self._params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
-        self._writer = Writer(sinks if self._channel.rank == 0 else ())
-        weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
+        self._writer = Writer(())
         self._step = 0
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
@@ -112,6 +111,10 @@ class GradClipper:
 
         The policy's state stays if the groups do; else it starts anew.
         """
+        self._channel = Channel.over(self._process_group)
+        self._writer.flush()
+        self._writer = Writer(self._sinks if self._channel.rank == 0 else ())
+        weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         error: Exception | None = None
         found, local, config = Found(), list[tuple[Any, Piece]](), dict[str, str]()
         group_of, layer_of, ranges = list[str](), list[str](), list[UnitRange | None]()

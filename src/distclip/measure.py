@@ -135,7 +135,7 @@ def _has_rows(tensor: Tensor, p: float) -> bool:
 
 
 def _sums_of_rows(tensors: list[Tensor], p: float) -> list[float]:
-    """Of contiguous tensors of one dtype up to float32, put side by side, up to CHUNK elements at a time: a call for each would cost more."""
+    """Of contiguous tensors of one dtype up to float32, put side by side CHUNK elements at a time: a call for each would cost more."""
     whole = [tensor.numel() // ROW * ROW for tensor in tensors]
     flat = [tensor.view(-1) for tensor in tensors]
     cut = [index for index, tensor in enumerate(flat) if whole[index] < tensor.numel()]

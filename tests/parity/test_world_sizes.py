@@ -1,6 +1,7 @@
 """The same gradients over 1, 2, 4 and 8 ranks, copied or sharded: one norm, to 2e-7, and the same bits on all ranks of a world."""
 
 import math
+from datetime import timedelta
 
 import pytest
 import torch
@@ -57,3 +58,32 @@ def test_the_norm_does_not_depend_on_the_number_of_ranks(by_size):
         assert len(rows) == size and all(row == rows[0] for row in rows), "the same bits on all ranks"
         assert rows[0] == pytest.approx(truth, rel=1e-6)
         assert rows[0] == pytest.approx(by_size[1][0], rel=2e-7), size
+
+
+def shrinking(store):
+    """Four ranks build a clipper, two go on after the world was made anew: what they then clip, and the clipper's history."""
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clipper = distclip.GradClipper([("w", p)], policy=distclip.AutoClip(50.0))
+    clipper.clip_()
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank >= 2:
+        return None
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2), timeout=timedelta(seconds=20))
+    clipper.rebuild()
+    p.grad = torch.tensor([6.0, 8.0])
+    report = clipper.clip_()
+    rows = (report.total_norm.item(), report.threshold.item(), clipper.plan.ranks, p.grad.tolist())
+    dist.destroy_process_group()
+    return rows
+
+
+def test_the_world_may_shrink(tmp_path):
+    with World(4) as world:
+        rows = world.run(shrinking, str(tmp_path / "store"))
+    assert rows[2:] == [None, None]
+    for norm, threshold, over, grad in rows[:2]:
+        assert (norm, threshold, over) == (10.0, 7.5, (0, 1)), "the median of 5 and 10: the policy's state stays"
+        assert grad == pytest.approx([4.5, 6.0])
