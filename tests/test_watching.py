@@ -28,9 +28,11 @@ def layers_of(how):
             p.grad = whole.clone()
     rows = {}
     for p in (2.0, INF):
-        clipper = distclip.GradClipper(model, 1.0, norm_type=p, watch=distclip.Watch(distclip.per_layer(), every=2))
+        clipper = distclip.GradClipper(model, INF, norm_type=p, watch=distclip.Watch(distclip.per_layer(), every=2))
         with count_collectives() as seen:
-            first, second = clipper.measure(), clipper.measure()
+            first, second = clipper.clip_(), clipper.clip_()
+        asked = clipper.measure()
+        assert asked.layers == second.layers and asked.layer_norms.equal(second.layer_norms), "measure() always reports them"
         rows[p] = (first.layers, first.layer_norms.numel(), second.layers, second.layer_norms.tolist(), seen.names, clipper.plan.words)
     return rows
 

@@ -71,7 +71,7 @@ class Actor:
                 factors = self._known_factors(call, outcome.known, grads.present, folded)
             else:
                 factors = self._device_factors(call, outcome, grads.present, folded)
-            if decision.unitwise:
+            if decision.unitwise and (outcome.known is None or outcome.known.acts):
                 factors = self._unit_factors(outcome, factors, grads)
             grads.list.scale_(factors)
             if decision.clamped and (outcome.known is None or outcome.known.acts):

@@ -20,10 +20,9 @@ from distclip.acting import Actor, Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
 from distclip.calls import Call
 from distclip.collecting import Collector, GradOf, Grads
-from distclip.deciding import State, decide, in_total, kept, policy_of, split
+from distclip.deciding import State, decide, in_total, kept, may_skip, policy_of, split
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
-from distclip.gradlist import GradList
 from distclip.groups import Grouping, Watch
 from distclip.guard import OnNonfinite, Streak
 from distclip.history import History, empty, recorded
@@ -32,7 +31,7 @@ from distclip.judging import Judge, watched
 from distclip.naming import Found, Params, named_parameters
 from distclip.options import Asked, Options, checked
 from distclip.owners import Owners
-from distclip.placement import Declared, ReplicatedOver, Shared, UnitRange, local_tensor, pieces, unit_range
+from distclip.placement import Declared, ReplicatedOver, Shared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
 from distclip.policies import Policy
 from distclip.records import ClipReport, Culprit, Decision, Norms, Piece
@@ -99,7 +98,7 @@ class GradClipper:
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
         self._writer = Writer(())
-        self._step = 0
+        self._step = self._taken = 0  # calls, and those of them that were not passive
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
         self.rebuild()
@@ -136,15 +135,17 @@ class GradClipper:
             config = self._options.texts() | declared
         except Exception as e:
             error = e
-        self._members = [named.param for named, _ in local]
-        self._device = next((p.device for p in self._members if p.device.type == "cuda"), torch.device("cpu"))
-        agree_on_call(self._channel, config, error, self._device)
+        members = [named.param for named, _ in local]
+        device = next((p.device for p in members if p.device.type == "cuda"), torch.device("cpu"))
+        agree_on_call(self._channel, config, error, device)
 
         counts = {pattern: self._matches(pattern, local) for pattern in self._patterns()}
         own = [piece for _, piece in local]
         layers = None if self._options.watch is None else layer_of
-        plan = make_plan(self._channel, own, group_of, counts, self._options.norm_type, self._device, layers)
-        self._prepare(plan, found, ranges, str(sorted(config.items())))
+        plan = make_plan(self._channel, own, group_of, counts, self._options.norm_type, device, layers)
+        self._members, self._device = members, device
+        with torch.inference_mode(False):  # what is made here is written at every step
+            self._prepare(plan, found, ranges, str(sorted(config.items())))
 
     def _range(self, group: str, param: Tensor, piece: Piece) -> UnitRange | None:
         """Which units a piece holds, if its group is scaled by units."""
@@ -182,20 +183,28 @@ class GradClipper:
         self._sensor = Sensor(self.plan, collector, wire, self._parts, units, counted, device, config)
         # copies, since they are written in place
         state = tuple(tuple(t.clone() for t in part.policy.init(len(part.groups), device)) for part in self._parts)
-        if getattr(self, "_state_groups", None) != plan.groups:
-            self._state, self._history, self._state_groups = state, empty(device), plan.groups
+        if getattr(self, "_state_groups", None) == plan.groups:
+            state = tuple(tuple(t.to(device) for t in part) for part in self._state)
+            self._history = History(*(t.to(device) for t in self._history))
+        else:
+            self._history, self._state_groups = empty(device), plan.groups
+        self._state = state
         nothing = torch.zeros(wire.groups, dtype=torch.float64, device=device)
         words = nothing.new_zeros(self._sensor.policy_words)
         idle = Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), words, p)
         self._clamped = decide(self._parts, idle, state)[0].clamped
+        # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
+        self._propagates = options.on_nonfinite == "propagate" and not may_skip(self._parts, idle, state)
         # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
         self._tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
         streak = Streak(options.on_nonfinite, options.skip_limit)
         self._judge = Judge(self._channel, self.plan, wire, self._parts, streak, self._tolerance, device, config)
         self._actor = Actor(self.plan, units, wire.group)
         wide = any(param.dtype in (torch.float64, torch.complex128) for param in self._members)
-        dtype = torch.float64 if wide and self._channel.size == 1 else torch.float32
-        self._summary = Summary(self.plan, options.watch, counted, dtype)
+        if self._channel.size > 1:
+            own = torch.tensor([int(wide)], device="cpu")
+            wide = bool(self._channel.slots(own, device, "the set-up's choice of the report's dtype").any())
+        self._summary = Summary(self.plan, options.watch, counted, torch.float64 if wide else torch.float32)
         self._last = torch.zeros(1, dtype=torch.float64, device=device)
         draw = torch.Generator().manual_seed(1)
         self._mixers = torch.randint(1 << 62, (2, wire.groups), generator=draw).bitwise_or(1).to(device)
@@ -222,7 +231,7 @@ class GradClipper:
         """
         optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         call = self._call("clip_", optimizers, scaler, grad_scale)
-        outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
+        outcome = self._run(call, may_wait=self._propagates)
         if outcome.known is not None and outcome.known.skip:
             taken_away(call, self._reachable(call))
         else:
@@ -249,7 +258,7 @@ class GradClipper:
         """
         call = self._call("step", optimizers, scaler, grad_scale)
         folding = self._folding(call)
-        outcome = self._run(call, len(folding) == len(call.owned) or self._options.on_nonfinite == "propagate")
+        outcome = self._run(call, len(folding) == len(call.owned) or self._propagates)
         if outcome.known is None or not outcome.known.skip:
             self._actor.act(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
             for k, owned in enumerate(call.owned):
@@ -279,8 +288,9 @@ class GradClipper:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
         call = replace(self._call("decide", grad_scale=grad_scale), patient=rescaled)
-        outcome = self._run(call, may_wait=self._options.on_nonfinite == "propagate")
-        self._decided = call, outcome
+        outcome = self._run(call, may_wait=self._propagates)
+        self._decided = call, replace(outcome, grads=Grads.none())  # not to keep gradients alive until the next step
+        self._applied = set[int]()
         self._write(outcome.report)
         return outcome.report
 
@@ -293,24 +303,27 @@ class GradClipper:
                 tensors than those that were measured (float32 copies of bf16 ones).
 
         Raises:
-            ConfigError: nothing was decided, or the step is to be left out.
+            ConfigError: nothing was decided, the step is to be left out, or a parameter was passed before.
         """
         if self._decided is None:
             raise ConfigError("apply_() applies what decide() decided; call decide() first, on all ranks")
         call, outcome = self._decided
         if outcome.known is not None and outcome.known.skip:
             raise ConfigError(f"step {self._step} is to be left out (report.skipped); there is nothing to apply")
-        asked, collector = {id(param) for param in params}, self._sensor.collector
-        found = [(i, collector.grad_of(param)) for i, param in enumerate(self._members) if id(param) in asked]
-        here = [(i, local_tensor(grad)) for i, grad in found if grad is not None]
-        own = [i for i, _ in here]
-        grads = Grads(collector.present(own, own), GradList.of([grad for _, grad in here]))
-        self._actor.act(call, replace(outcome, grads=grads), frozenset())
+        asked = {id(param) for param in params}
+        mine = [i for i, param in enumerate(self._members) if id(param) in asked]
+        again = [self.plan.pieces[i].name for i in mine if i in self._applied]
+        if again:
+            raise ConfigError(f"apply_() got {again[0]} twice since decide() ({len(again)} in all); it would be clipped twice")
+        self._applied.update(mine)
+        self._actor.act(call, replace(outcome, grads=self._sensor.collector.some(mine)), frozenset())
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
     def measure(self, of: Literal["grad", "param"] = "grad") -> ClipReport:
         """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One all-reduce.
+
+        The report's coefficients, thresholds and `norm_after` are what `clip_` would do; `clipped` and `skipped` are False.
 
         Args:
             of: `grad`, or `param` for the parameters themselves, in the same groups.
@@ -331,11 +344,16 @@ class GradClipper:
         self._judge.compare(Seen(self._step, call, outcome.grads, [], self._last, nothing, nothing))
 
     def _reachable(self, call: Call) -> list[Tensor]:
-        """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where they cannot."""
+        """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where they cannot.
+
+        With `grad_of` this is a collective: a rank may have no gradients to take away.
+        """
         if self._grad_of is None:
             return self._members
         gone = [p for p in self._members if self._grad_of(p) is not None]
-        if not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone):
+        out_of_reach = not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone)
+        told = self._channel.slots(torch.tensor([int(out_of_reach)], device="cpu"), self._device, "the question who can skip a step")
+        if told.any():
             raise GradientError(
                 f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
                 "use clipper.step(optimizer), which leaves the optimizer out"
@@ -401,6 +419,8 @@ class GradClipper:
         if not capturing:
             self._settle()
         self._step += 1
+        self._taken += not call.passive
+        self._decided = None
         seen, message = self._sensor.sense(self._step, call, self._last.clone())
         if capturing and (seen.faults or call.problem):  # nobody would read them from the message
             raise call.problem or GradientError("; ".join(seen.faults))
@@ -442,8 +462,10 @@ class GradClipper:
         if not call.passive:
             self._keep(history, kept(self._state, state, norms.finite & ~skipped & ~stop))
             self._last.copy_(self._token(decision))
-        report = self._summary.of(self._step, reduced, decision, rate, history.skips, skipped, clipped, culprits)
-        self._decided = None
+        skips_so_far = history.skips.clone()  # the state itself is written in place at the next call
+        report = self._summary.of(
+            self._step, reduced, decision, rate, skips_so_far, skipped, clipped, culprits, self._taken, call.passive
+        )  # fmt: skip
         if not call.passive:
             self.last_report = report
         return Outcome(
@@ -483,6 +505,7 @@ class GradClipper:
         new = loaded(state, self.state_dict(), own)
         self._step, self._judge.streak.length = new.step, new.bad_in_a_row
         self._keep(new.history, new.state)
+        self._taken = int(new.history.calls)
 
 
 def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:

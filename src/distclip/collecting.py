@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip import kernels
-from distclip.gradlist import GradList, is_block
+from distclip.gradlist import PLAIN, GradList, is_block
 from distclip.naming import Slot
 from distclip.placement import local_tensor
 from distclip.records import Piece
 
 GradOf = Callable[[Tensor], "Tensor | None"]
 own_grad: GradOf = attrgetter("grad")
-_POINTER, _NUMEL, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
-_DTYPE, _DEVICE, _SPEC, _LOCAL = attrgetter("dtype"), attrgetter("device"), attrgetter("_spec"), attrgetter("_local_tensor")
+_POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
+_SHAPE, _DTYPE, _SPEC, _LOCAL = attrgetter("shape"), attrgetter("dtype"), attrgetter("_spec"), attrgetter("_local_tensor")
+_ON_CPU = attrgetter("is_cpu")
+_REMEMBERED = 8  # sets of gradients that are there: experts come and go
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,9 @@ class Grads:
 class _Expected:
     """What the lists of a step are compared with."""
 
-    has: list[bool]  # [members]
     types: list[type]
-    numels: list[int]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     specs: list[object]  # of the DTensors among them
     layout: kernels.Layout | None
@@ -83,26 +85,32 @@ class Collector:
         self._tables = [slot.table for slot in slots]
         self._keys = [slot.key for slot in slots]
         self._held = [slot.value for slot in slots]
-        self._expected: _Expected | None = None
+        self._expected: dict[bytes, _Expected] = {}  # by which gradients are there
         self._present: Present | None = None
 
     def collect(self) -> Grads:
         """A gradient that two parameters share is taken once."""
         grads = list(map(self.grad_of, self.members))
-        if self._expected is not None and all(map(is_, map(dict.get, self._tables, self._keys), self._held)):
+        has = bytes([grad is not None for grad in grads])
+        expected = self._expected.get(has)
+        if expected is not None and all(map(is_, map(dict.get, self._tables, self._keys), self._held)):
             try:
-                found = self._compared(grads, self._expected)
+                found = self._compared([grad for grad in grads if grad is not None], expected)
             except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
                 found = None
             if found is not None:
-                return Grads(self._expected.present, found)
-        return self._looked_at(grads)
+                return Grads(expected.present, found)
+        return self._looked_at(grads, has)
 
-    def _compared(self, given: list[Tensor | None], expected: _Expected) -> GradList | None:
+    def some(self, mine: Sequence[int]) -> Grads:
+        """Of these pieces alone, as they are now; one that two share is taken once."""
+        found = [(i, local_tensor(grad)) for i in mine if (grad := self.grad_of(self.members[i])) is not None]
+        own = list({_memory(grad): i for i, grad in reversed(found)}.values())[::-1]
+        local = {i: grad for i, grad in found}
+        return Grads(self.present(own, [i for i, _ in found]), GradList.of([local[i] for i in own]))
+
+    def _compared(self, grads: list[Tensor], expected: _Expected) -> GradList | None:
         """None where anything is not as expected."""
-        if [grad is not None for grad in given] != expected.has:
-            return None
-        grads = [grad for grad in given if grad is not None]
         if list(map(type, grads)) != expected.types:
             return None
         if expected.specs:
@@ -110,33 +118,34 @@ class Collector:
             if [_SPEC(grad) for grad, is_sharded in zip(grads, sharded) if is_sharded] != expected.specs:
                 return None
             grads = [_LOCAL(grad) if is_sharded else grad for grad, is_sharded in zip(grads, sharded)]
-            if set(map(type, grads)) != {Tensor}:  # a collective still fills one
-                return None
-        fits = list(map(_NUMEL, grads)) == expected.numels and list(map(_DTYPE, grads)) == expected.dtypes
-        if not fits or not all(map(_CONTIGUOUS, grads)):
+        if not PLAIN.issuperset(map(type, grads)):  # a collective still fills one, or it has no memory of its own
             return None
-        # torch itself sees to it that `.grad` is on its parameter's device
-        if self.grad_of is not own_grad and set(map(_DEVICE, grads)) != {self.device}:
+        if list(map(_SHAPE, grads)) != expected.shapes or list(map(_DTYPE, grads)) != expected.dtypes:
+            return None
+        if not all(map(_CONTIGUOUS, grads)) and list(map(_STRIDES, grads)) != expected.strides:
+            return None
+        if set(map(_ON_CPU, grads)) != {self.device.type == "cpu"}:  # the model was moved, or grad_of looks elsewhere
             return None
         pointers = array("Q", map(_POINTER, grads))
         if len(set(pointers)) != expected.filled:  # one gradient under two parameters
             return None
         return GradList(grads, expected.layout, pointers, expected.odd)
 
-    def _looked_at(self, grads: Sequence[Tensor | None]) -> Grads:
+    def _looked_at(self, grads: Sequence[Tensor | None], has: bytes) -> Grads:
         own: list[int] = []
         every: list[int] = []
         local: list[Tensor] = []
         faults: list[str] = []
-        seen: set[int] = set()
+        seen: set[tuple[int, ...]] = set()
         for i, (grad, piece) in enumerate(zip(grads, self.pieces, strict=True)):
             if grad is None:
                 continue
             every.append(i)
-            if id(grad) in seen:
-                continue
-            seen.add(id(grad))
             fault, tensor = _misplaced(grad, piece), local_tensor(grad)
+            memory = _memory(tensor)
+            if memory in seen:
+                continue
+            seen.add(memory)
             if fault is None and tuple(tensor.shape) != piece.local_shape:
                 fault = (
                     f"the gradient of {piece.name} has local shape {tuple(tensor.shape)}, the plan says {piece.local_shape} "
@@ -153,6 +162,8 @@ class Collector:
                 f"no parameter has a gradient, and {hooks} runs as soon as a gradient is accumulated: an optimizer that steps inside "
                 "backward leaves nothing to clip, and the global norm is not known yet there; step after the clip, without this hook"
             )
+        if self.grad_of is not own_grad and local and (fault := self._fleeting(every[0])):
+            faults.append(fault)
         replaced = [slot.path for slot in self.slots if slot.replaced()]
         if replaced:
             faults.append(
@@ -161,8 +172,22 @@ class Collector:
         if self._present is None or self._present.own != tuple(own) or self._present.all != tuple(every):
             self._present = self.present(own, every)
         found = Grads(self._present, GradList.of(local), faults)
-        self._expected = None if faults or len(own) < len(every) else self._expectation(grads, found)
+        if len(self._expected) >= _REMEMBERED:
+            self._expected.clear()
+        self._expected.pop(has, None)
+        if not faults and len(own) == len(every) and (expected := self._expectation(grads, found)) is not None:
+            self._expected[has] = expected
         return found
+
+    def _fleeting(self, i: int) -> str | None:
+        """What is wrong with a `grad_of` that makes a new tensor at each call."""
+        first, second = self.grad_of(self.members[i]), self.grad_of(self.members[i])
+        if first is None or second is None or _memory(local_tensor(first)) == _memory(local_tensor(second)):
+            return None
+        return (
+            f"grad_of makes a new tensor for {self.pieces[i].name} at each call, so that clipping it changes nothing; return the tensor "
+            "that the optimizer reads"
+        )
 
     def present(self, own: Sequence[int], every: Sequence[int]) -> Present:
         count = len(self.members)
@@ -175,21 +200,27 @@ class Collector:
         """For the next steps, if the kernel takes all of these as they are, or torch does."""
         listed = found.list
         mixed = listed.layout is not None and len(listed.odd) > 0
-        if mixed or not all(is_block(tensor, self.device) and tensor.is_contiguous() for tensor in listed.tensors):
+        if mixed or not all(is_block(tensor, self.device) for tensor in listed.tensors):
             return None
         given = [grad for grad in grads if grad is not None]
-        numels = [tensor.numel() for tensor in listed.tensors]
         return _Expected(
-            has=[grad is not None for grad in grads],
             types=list(map(type, given)),
-            numels=numels,
+            shapes=[tensor.shape for tensor in listed.tensors],
+            strides=[tensor.stride() for tensor in listed.tensors],
             dtypes=[tensor.dtype for tensor in listed.tensors],
             specs=[_SPEC(grad) for grad in given if type(grad) is DTensor],
             layout=listed.layout,
             odd=listed.odd,
-            filled=sum(map(bool, numels)) + (0 in numels),
+            filled=len({tensor.data_ptr() for tensor in listed.tensors}),
             present=found.present,
         )
+
+
+def _memory(tensor: Tensor) -> tuple[int, ...]:
+    """Equal for two gradients that are the same, be they one object or two over the same memory."""
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not tensor.numel():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.numel())
 
 
 def _misplaced(grad: Tensor, piece: Piece) -> str | None:

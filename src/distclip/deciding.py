@@ -86,6 +86,11 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
     ), new
 
 
+def may_skip(parts: Sequence[Part], norms: Norms, states: State) -> bool:
+    """Whether some policy ever leaves a step out, from an answer to any norms."""
+    return any(part.policy.decide(_of_part(part, norms), s)[0].skip is not None for part, s in zip(parts, states, strict=True))
+
+
 def _of_part(part: Part, norms: Norms) -> Norms:
     if len(part.groups) == len(norms.per_group):
         return norms

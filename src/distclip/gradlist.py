@@ -12,6 +12,7 @@ from torch import Tensor
 from distclip import apply, kernels, measure
 from distclip.kernels import Layout
 
+PLAIN = frozenset({Tensor, torch.nn.Parameter})  # others may have no memory of their own, or not yet
 _DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
 
@@ -107,7 +108,7 @@ class GradList:
 
 def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:
     """Whether all are contiguous real tensors on `home`; told in a fraction of the time that one by one takes."""
-    if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter} or {torch.strided} != set(map(_LAYOUT, tensors)):
+    if not PLAIN.issuperset(map(type, tensors)) or {torch.strided} != set(map(_LAYOUT, tensors)):
         return False
     real = not any(dtype.is_complex for dtype in set(map(_DTYPE, tensors)))
     return real and set(map(_DEVICE, tensors)) == {home} and all(map(Tensor.is_contiguous, tensors))
@@ -115,7 +116,7 @@ def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:
 
 def is_block(tensor: Tensor, home: torch.device) -> bool:
     """Whether the tensor's elements fill one block of memory at its address, in any order, on `home`."""
-    if tensor.layout is not torch.strided or tensor.device != home or tensor.is_complex():
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.device != home or tensor.is_complex():
         return False
     if tensor.is_contiguous():
         return True

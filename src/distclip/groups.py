@@ -99,7 +99,7 @@ class Watch:
 
     Args:
         groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds play no part).
-        every: steps from one report of them to the next.
+        every: steps from one report of them to the next; `measure()` always reports them.
 
     Raises:
         ConfigError: every < 1.

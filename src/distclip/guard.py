@@ -72,10 +72,11 @@ class Streak:
         )
 
     def error(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...]) -> NonFiniteError:
+        unknown = "only their sum overflows, or it is of a parameter that the clipper does not know"
         who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)
         many = f" in {self.length} steps in a row (skip_limit={self.limit})" if self.length > 1 else ""
         return NonFiniteError(
-            f"step {step}: {_count(nonfinite)} not finite{many}: {who or 'only their sum overflows'}. "
+            f"step {step}: {_count(nonfinite)} not finite{many}: {who or unknown}. "
             "Look at the loss, the data and the learning rate of that step; on_nonfinite='skip' leaves such steps out"
         )
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.amp import innermost
 from distclip.records import Piece
-
-_REMEMBERED = 16  # optimizers; more are made anew again and again, and none is to be kept alive for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +25,17 @@ class Owned:
     group: int | None  # the one group of all its parameters, if there are no others and no second group
 
 
+class Share(NamedTuple):
+    """What is remembered of an optimizer: nothing that would keep it alive."""
+
+    signature: tuple[tuple[int, int], ...]  # of its param groups
+    pieces: frozenset[int]
+    others: tuple[Tensor, ...]
+    group: int | None
+
+
 class Owners:
-    """Remembers what each optimizer owns until its param groups change.
+    """Remembers what each optimizer owns, for as long as it lives and its param groups stay.
 
     Args:
         members: [pieces] the parameters; group_of: [pieces] their groups.
@@ -36,25 +44,23 @@ class Owners:
     def __init__(self, members: Sequence[Tensor], group_of: Sequence[int]) -> None:
         self._piece = {id(param): i for i, param in enumerate(members)}
         self._group_of = group_of
-        self._known: dict[int, tuple[tuple[Any, ...], Owned]] = {}
+        self._known: WeakKeyDictionary[Optimizer, Share] = WeakKeyDictionary()
 
     def of(self, optimizer: Optimizer) -> Owned:
         inner = innermost(optimizer)
         signature = tuple((id(group["params"]), len(group["params"])) for group in inner.param_groups)
-        known = self._known.get(id(optimizer))
-        if known is None or known[0] != signature or known[1].given is not optimizer:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            known = self._known[id(optimizer)] = (signature, self._found(optimizer, inner))
-        return known[1]
+        known = self._known.get(optimizer)
+        if known is None or known.signature != signature:
+            known = self._known[optimizer] = self._share(inner, signature)
+        return Owned(optimizer, inner, known.pieces, known.others, known.group)
 
-    def _found(self, optimizer: Optimizer, inner: Optimizer) -> Owned:
+    def _share(self, inner: Optimizer, signature: tuple[tuple[int, int], ...]) -> Share:
         params: list[Tensor] = [param for group in inner.param_groups for param in group["params"]]
         pieces = [i for param in params if (i := self._piece.get(id(param))) is not None]
         others = tuple(param for param in params if id(param) not in self._piece and param.requires_grad)
         groups = {self._group_of[i] for i in pieces}
         group = groups.pop() if len(groups) == 1 and not others else None
-        return Owned(optimizer, inner, frozenset(pieces), others, group)
+        return Share(signature, frozenset(pieces), others, group)
 
 
 def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:

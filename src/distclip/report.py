@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,9 +53,15 @@ class Writer:
                 sink.write(report)
             except Exception as error:
                 self._sinks.remove(sink)
-                warnings.warn(
+                _tell(
                     f"{type(sink).__name__} failed at step {report.step} and is off from now on, training goes on: "
-                    f"{type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=5,
+                    f"{type(error).__name__}: {error}"
                 )
+
+
+def _tell(text: str) -> None:
+    """A warning; in the log where warnings are errors, since one on this rank alone would leave the others waiting."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
+    except RuntimeWarning:
+        logging.getLogger("distclip").warning(text)

@@ -24,6 +24,8 @@ from distclip.records import Norms
 from distclip.units import Units, UnitStep
 from distclip.wire import Wire
 
+_MIXER = -7046029254386353131
+
 
 @dataclass(slots=True)
 class Seen:
@@ -79,7 +81,7 @@ class Sensor:
         grads, faults = self._everything, list[str]()
         try:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
-            faults = grads.faults + strangers(call.owned, self.plan.pieces)
+            faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._nothing[:0]
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
@@ -91,6 +93,18 @@ class Sensor:
             faults = [*faults, f"{type(error).__name__}: {error}"]
         message = self.wire.pack(sums, has, stats, found, self._tail(bool(faults), step, call, last))
         return Seen(step, call, grads, faults, last, sums, has, units), message
+
+    def _left_scaled(self, call: Call, grads: Grads) -> list[str]:
+        """With a scaler every gradient belongs to an optimizer that was passed: its records say whether the gradient is still scaled."""
+        if not call.hands.enabled or call.of == "param":
+            return []
+        left = sorted(set(grads.present.all).difference(*(owned.pieces for owned in call.owned)))
+        if not left:
+            return []
+        return [
+            f"{self.plan.pieces[left[0]].name} has a scaled gradient and is in none of the optimizers that were passed ({len(left)} "
+            f"parameter{'s' if len(left) > 1 else ''} in all); pass all of the scaler's optimizers in one call"
+        ]
 
     def _parameters(self) -> Grads:
         return Grads(self._everything.present, GradList.of([local_tensor(p.detach()) for p in self.collector.members]))
@@ -145,6 +159,9 @@ class Sensor:
     def _tail(self, wrong: bool, step: int, call: Call, last: Tensor) -> Tensor:
         """[4] float64. Filled in on the device: a tensor made from a list would make the host wait for it."""
         numbers = (float(wrong), float(step & 0xFFFF), float(key(call.text + self.config) & 0xFFFF))
+        if call.hands.inverse is not None:  # a scale that differs between ranks is a disagreement
+            bits = call.hands.inverse.reshape(1).view(torch.int64)
+            last = (last + ((bits * _MIXER) >> 40 & 0xFFFF)) % 0x10000
         if self.device.type == "cpu":
             return torch.cat([torch.tensor(numbers, dtype=torch.float64), last])
         return torch.cat([*(last.new_full((1,), number) for number in numbers), last])
@@ -162,5 +179,5 @@ class Sensor:
                     stats[part.stats] += table[part.index].flatten()
         counted = torch.where(self.in_total, sums, 0.0)
         total = norm_of(counted.amax() if math.isinf(p) else counted.sum(), p)
-        finite = sums.sum().isfinite() & (bad == 0)
+        finite = self.wire.total(message).isfinite() & (bad == 0)
         return Reduced(Norms(norm_of(sums, p), total, finite, bad.to(torch.int64), stats, p), norm_of(layers, p), cut)

@@ -34,6 +34,8 @@ class Summary:
         skipped: Tensor,
         clipped: Tensor,
         culprits: tuple[Culprit, ...],
+        taken: int,
+        passive: bool,
     ) -> ClipReport:
         """All on the device.
 
@@ -41,14 +43,15 @@ class Summary:
             rate: [] float64, and skips, [] int64: of the history.
             skipped: [] bool: the step is not taken.
             clipped: [] bool: some gradient is scaled or clamped.
+            taken: calls so far that were not passive; passive: this one touches nothing.
         """
         norms, dtype = reduced.norms, self.dtype
         coefs = torch.where(skipped, 0.0, torch.where(norms.finite, decision.coef, 1.0))
-        shown = self.watch is not None and step % self.watch.every == 0
+        shown = self.watch is not None and (passive or taken % self.watch.every == 0)
         return ClipReport(
             step=step,
             total_norm=norms.total.to(dtype),
-            norm_after=self._after(reduced, decision).to(dtype),
+            norm_after=torch.where(skipped & norms.finite, 0.0, self._after(reduced, decision)).to(dtype),
             clipped=clipped,
             skipped=skipped,
             nonfinite=norms.nonfinite,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distclip.apply import wide
 from distclip.collecting import Grads
+from distclip.errors import GradientError
 from distclip.exchange import Channel
 from distclip.placement import UnitRange, local_tensor
 from distclip.plan import Plan
@@ -78,16 +79,21 @@ class Units:
             if span is None:
                 continue
             share, group = 1 / self._plan.shares[i].holders, self._plan.group_of[i]
-            weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
             squares = _squares(grad, span.held).to(self._device) * factor.square()
             if span.cut:
-                here = slice(self._start[i] + span.first, self._start[i] + span.first + span.held)
-                words[0, here] += weights * share
-                words[1, here] += squares * share
+                words[1, self._words_of(i, span)] += squares * share
                 continue
+            weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
             coef = coefs[i] = self._rules[group].unit_coefs(weights.sqrt(), squares.sqrt())
             table[group] += torch.stack([(coef < 1).sum(), share * (coef.square() * squares).sum()])
+        for i, span in enumerate(self._ranges):  # also of a part without a gradient: the unit is as large as all its parts
+            if span is not None and span.cut:
+                weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
+                words[0, self._words_of(i, span)] += weights / self._plan.shares[i].holders
         return UnitStep(table, words, coefs)
+
+    def _words_of(self, i: int, span: UnitRange) -> slice:
+        return slice(self._start[i] + span.first, self._start[i] + span.first + span.held)
 
     def judge(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """From the reduced words [2, cut units]: their coefficients [cut units], and their addends to the table, [groups, 2]."""
@@ -105,16 +111,25 @@ class Units:
             span = self._ranges[i]
             if span is None:
                 continue
-            start = self._start[i] + span.first
-            coef = torch.where(finite, cut[start : start + span.held] if span.cut else step.coefs[i], 1.0) * factor
+            coef = torch.where(finite, cut[self._words_of(i, span)] if span.cut else step.coefs[i], 1.0) * factor
             by = coef.to(grad.device, wide(grad.dtype)).view([-1] + [1] * (grad.ndim - 1) if grad.ndim else [])
-            if grad.dtype == by.dtype:
-                grad.mul_(by)
-            else:
+            if grad.dtype in (torch.bfloat16, torch.float16):
                 grad.copy_(grad.to(by.dtype).mul_(by))
+            else:
+                grad.mul_(by)
 
 
 def _squares(tensor: Tensor, units: int) -> Tensor:
-    """[units] float64 sums of squares of a local tensor whose first dimension is its units', or that is one unit."""
+    """[units] float64 sums of squares of a local tensor whose first dimension is its units', or that is one unit.
+
+    Raises:
+        GradientError: a sparse tensor.
+    """
+    if tensor.is_sparse:
+        raise GradientError(
+            f"a sparse gradient of shape {tuple(tensor.shape)} cannot be scaled by units; exempt it by "
+            "groups=by_name({...: Exempt()}), or use sparse=False"
+        )
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     rows = tensor.reshape(units, -1) if tensor.numel() else tensor.new_zeros(units, 0)
     return torch.cat([chunk.double().square().sum(1) for chunk in rows.split(max(1, _CHUNK // max(1, rows.shape[1])))])

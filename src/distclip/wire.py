@@ -95,9 +95,16 @@ class Wire:
         bad = after + (1 if math.isinf(self.norm_type) else 3)
         return message[: self.groups], message[self.groups : start], message[start:after], message[bad]
 
+    def total(self, message: Tensor) -> Tensor:
+        """[] float64: the power sum of all groups; inf where it is finite and the norm, its p-th root, is not (p below 1)."""
+        total = message[: self.groups].sum()
+        if self.norm_type < 1:
+            total = torch.where(total.pow(1 / self.norm_type).isfinite(), total, math.inf)
+        return total
+
     def stop(self, message: Tensor, tolerance: float | None) -> Tensor:
         """[] float32 on the message's device: 1 where `guard.judge` would not let the step go on. No host sync."""
-        total = message[: self.groups].sum()
+        total = self.total(message)
         rest = message[self.groups + self.layers + self.stats :]
         v, other = rest[-2 * TOKENS : -TOKENS].long(), rest[-TOKENS:].long()
         if math.isinf(self.norm_type):
@@ -112,8 +119,7 @@ class Wire:
 
     def told(self, message: Tensor) -> Tensor:
         """What `flags` reads of a message: the sum over all groups, and the words behind groups, layers and stats."""
-        total = message[: self.groups].sum().reshape(1)
-        return torch.cat([total, message[self.groups + self.layers + self.stats :]])
+        return torch.cat([self.total(message).reshape(1), message[self.groups + self.layers + self.stats :]])
 
     def flags(self, host: Sequence[float]) -> Flags:
         """From the numbers of `told` on the host."""
