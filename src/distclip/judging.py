@@ -59,6 +59,8 @@ class Judge:
         verdict = judge(flags, None if call.operation == "audit" else self.tolerance)
         if verdict is Verdict.DISAGREE:
             doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {key(self.config) & 0xFFFF:04x}"
+            if call.hands.inverse is not None:
+                doing += f", scale {1 / float(call.hands.inverse):g}"
             raise audit.name_disagreement(self.channel, doing, self.device)
         if call.problem is not None:
             raise call.problem

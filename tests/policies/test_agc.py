@@ -198,3 +198,43 @@ def test_low_precision_is_multiplied_in_float32():
     distclip.GradClipper([("w", p)], policy=distclip.AGC(0.1)).clip_()
     assert p.grad[0].double().norm().item() == pytest.approx(0.1 * 0.5 * 1000**0.5, rel=4e-3)
     assert (p.grad[1] == torch.tensor(0.001).bfloat16()).all()
+
+
+def test_within_the_threshold_nothing_is_written():
+    p = nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.full_like(p, 1e-4)
+    version = p.grad._version
+    report = distclip.GradClipper([("w", p)], policy=distclip.AGC(0.1)).clip_()
+    assert not report.clipped and p.grad._version == version
+
+
+def test_complex_weights_and_sparse_gradients():
+    p = nn.Parameter(torch.ones(2, 3, dtype=torch.complex64))
+    p.grad = torch.full_like(p, 100j)
+    report = distclip.GradClipper([("w", p)], policy=distclip.AGC(0.1)).clip_()
+    assert report.clipped and p.grad[0].norm().item() == pytest.approx(0.1 * 3**0.5, rel=1e-6)
+    assert p.grad.real.abs().max() == 0 and report.norm_after.item() == pytest.approx(0.1 * 6**0.5, rel=1e-6)
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(
+        distclip.GradientError, match=r"a sparse gradient of shape \(4, 2\) cannot be scaled by units; exempt it by groups="
+    ):
+        distclip.GradClipper(table, policy=distclip.AGC(0.1)).clip_()
+
+
+def one_part_without_a_gradient():
+    import torch.distributed as dist
+
+    weight, grad = drawn("w weight", 4, 8) / 4, drawn("w grad", 4, 8) / 64
+    grad[:, :2] = 0
+    weight_part, grad_part = (distribute_tensor(t, mesh(4), [Shard(1)], src_data_rank=None) for t in (weight, grad))
+    p = nn.Parameter(weight_part)
+    p.grad = None if dist.get_rank() == 0 else grad_part
+    distclip.GradClipper([("w", p)], policy=distclip.AGC(0.05)).clip_()
+    want = unitwise(weight, grad, 0.05)[0][:, 2 * dist.get_rank() : 2 * dist.get_rank() + 2]
+    return p.grad is None or float((p.grad.to_local().double() - want).abs().max())
+
+
+def test_a_unit_is_as_large_as_all_its_parts(ranks):
+    first, *others = ranks.run(one_part_without_a_gradient)
+    assert first is True and max(others) <= 1e-7

@@ -1,0 +1,166 @@
+"""Slips that would train wrongly without a word: each is told, or cannot happen."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import distclip
+
+LEFT = (
+    "step 1: rank 0: b has a scaled gradient and is in none of the optimizers that were passed (1 parameter in all); pass all of the "
+    "scaler's optimizers in one call"
+)
+
+
+def two_optimizers():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    a.grad, b.grad = torch.full((2,), 8.0), torch.full((2,), 8.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    return a, b, torch.optim.SGD([a], 1.0), torch.optim.SGD([b], 1.0), scaler
+
+
+def test_a_scaled_gradient_of_an_optimizer_that_was_not_passed():
+    a, b, first, second, scaler = two_optimizers()
+    clipper = distclip.GradClipper([("a", a), ("b", b)], math.inf)
+    for call in (lambda: clipper.clip_(first, scaler), lambda: clipper.step(first, scaler=scaler)):
+        with pytest.raises(distclip.GradientError) as error:
+            call()
+        assert str(error.value).replace("step 2", "step 1") == LEFT
+        assert a.tolist() == [1, 1] and a.grad.tolist() == [8, 8], "nothing was touched"
+    clipper.step(first, second, scaler=scaler)
+    assert a.tolist() == b.tolist() == [0, 0]
+
+
+def scales_that_differ():
+    _, p = "w", nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0 if dist.get_rank() else 16.0)
+    scaler.scale(torch.ones(()))
+    optimizer = torch.optim.SGD([p], 1.0)
+    try:
+        distclip.GradClipper([("w", p)], 1.0).step(optimizer, scaler=scaler)
+    except distclip.AgreementError as error:
+        return str(error), p.tolist()
+
+
+def test_scales_that_differ_between_ranks(ranks):
+    for text, now in ranks.run(scales_that_differ):
+        assert "rank 0: at step 1: step with 1 optimizer, a scaler" in text and "scale 16" in text and "scale 8" in text
+        assert now == [1, 1]
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_spike_is_left_out_also_where_inf_is_let_through(waits, fused):
+    p = nn.Parameter(torch.zeros(1))
+    policy = distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=2, window=8)
+    clipper = distclip.GradClipper([("w", p)], policy=policy, on_nonfinite="propagate")
+    clipper._may_wait = waits
+    optimizer = torch.optim.SGD([p], 1.0, fused=fused)
+    for size in (1.0, 1.1, 0.9, 1000.0):
+        p.grad = torch.tensor([size])
+        report = clipper.step(optimizer)
+    assert bool(report.skipped) and p.item() == pytest.approx(-3.0) and report.norm_after == 0
+    p.grad = torch.tensor([1000.0])
+    clipper.clip_()
+    assert p.grad is None
+
+
+def decided():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    a.grad = torch.tensor([3.0, 4.0])
+    b.grad = a.grad
+    return a, b, distclip.GradClipper([("a", a), ("b", b)], 1.0)
+
+
+def test_apply_clips_once():
+    a, b, clipper = decided()
+    clipper.decide()
+    clipper.apply_([a, b])
+    assert a.grad.norm().item() == pytest.approx(1.0), "a gradient that two parameters share"
+    with pytest.raises(distclip.ConfigError, match=r"apply_\(\) got a twice since decide\(\) \(2 in all\); it would be clipped twice"):
+        clipper.apply_([a, b])
+
+
+def test_what_was_decided_before_an_error_is_not_applied():
+    a, b, clipper = decided()
+    clipper.decide()
+    a.grad[0] = math.nan
+    strict = distclip.GradClipper([("a", a), ("b", b)], 1.0, on_nonfinite="raise")
+    for own in (clipper, strict):
+        if own is strict:
+            with pytest.raises(distclip.NonFiniteError):
+                own.decide()
+            with pytest.raises(distclip.ConfigError, match="call decide"):
+                own.apply_([a, b])
+
+
+def test_a_small_p_whose_root_overflows_is_not_finite():
+    p = nn.Parameter(torch.zeros(100_000))
+    p.grad = torch.ones(100_000)
+    report = distclip.GradClipper([("w", p)], 1.0, norm_type=0.01).clip_()
+    assert bool(report.skipped) and report.total_norm.isinf() and p.grad is None
+
+
+def large_doubles():
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    p.grad = torch.full((4,), 1e100, dtype=torch.float64)
+    report = distclip.GradClipper([("w", p)], 1.0).clip_()
+    return report.total_norm.dtype, report.total_norm.item()
+
+
+def test_doubles_are_reported_as_doubles(ranks):
+    for dtype, norm in ranks.run(large_doubles):
+        assert dtype == torch.float64 and norm == pytest.approx(2e100)
+
+
+def test_a_report_stays_as_it_was():
+    p = nn.Parameter(torch.zeros(1))
+    clipper, reports = distclip.GradClipper([("w", p)], 1.0), []
+    for size in (math.nan, 1.0, math.nan):
+        p.grad = torch.tensor([size])
+        reports.append(clipper.clip_())
+        reports.append(clipper.measure())
+    assert [report.skips.item() for report in reports] == [1, 1, 1, 1, 2, 2]
+
+
+def test_a_failing_sink_does_not_end_training_where_warnings_are_errors(caplog):
+    class Broken:
+        def write(self, report):
+            raise OSError("gone")
+
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    clipper = distclip.GradClipper([("w", p)], 1.0, sinks=[Broken()])
+    clipper.clip_()
+    assert "Broken failed at step 1 and is off from now on" in caplog.text
+
+
+def out_of_reach():
+    p = nn.Parameter(torch.zeros(2))
+    p.main_grad = torch.tensor([1.0, math.nan]) if dist.get_rank() == 0 else torch.ones(2)
+    own = nn.Parameter(torch.zeros(2))
+    own.main_grad = None
+    clipper = distclip.GradClipper([("w", p), ("own", own)], 1.0, grad_of=lambda q: q.main_grad)
+    try:
+        clipper.clip_()
+    except distclip.GradientError as error:
+        return str(error)
+
+
+def test_a_skip_that_some_ranks_cannot_do_is_an_error_on_all(ranks):
+    for text in ranks.run(out_of_reach):
+        assert text.startswith("step 1 is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere")
+
+
+def test_built_in_inference_mode_it_works_outside():
+    p = nn.Parameter(torch.zeros(2))
+    with torch.inference_mode():
+        clipper = distclip.GradClipper([("w", p)], policy=distclip.ZClip(warmup=2))
+    for _ in range(2):
+        p.grad = torch.tensor([3.0, 4.0])
+        assert clipper.clip_().total_norm == 5
