@@ -29,7 +29,7 @@ INF, CPU = math.inf, torch.device("cpu")
 SHAPES = ((5, 3), (2000,), (1100, 1000), (), (0,))  # small, middling and large for torch's operations; a scalar; nothing
 POLICIES = {
     "FixedNorm": lambda: distclip.FixedNorm(1.0),
-    "FixedValue": lambda: distclip.FixedValue(0.1),
+    "FixedValue": lambda: distclip.FixedValue(2.0),
     "Normalize": lambda: distclip.Normalize(1.0),
     "Scheduled": lambda: distclip.Scheduled([(0, 2.0), (2, 0.5)]),
     "Scheduled by a function": lambda: distclip.Scheduled(decaying),
