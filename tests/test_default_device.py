@@ -27,6 +27,7 @@ from policies.test_trace import GROUPS, at
 
 INF, CPU = math.inf, torch.device("cpu")
 SHAPES = ((5, 3), (2000,), (1100, 1000), (), (0,))  # small, middling and large for torch's operations; a scalar; nothing
+FEW = ((5, 3), (2000,), (), (0,))
 POLICIES = {
     "FixedNorm": lambda: distclip.FixedNorm(1.0),
     "FixedValue": lambda: distclip.FixedValue(2.0),
@@ -63,8 +64,8 @@ def kernels(request, monkeypatch):
     monkeypatch.setenv("DISTCLIP_KERNELS", request.param)
 
 
-def params(dtype=torch.float32):
-    out = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
+def params(dtype=torch.float32, shapes=SHAPES):
+    out = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
     draw(out, 0)
     return out
 
@@ -223,7 +224,7 @@ def test_the_tables_of_the_gpu_kernels(elsewhere=UNDER["context"]):
 
 
 def steps(make, where, built_inside, **options):
-    ps = params()
+    ps = params(shapes=FEW)
     named = [(f"p{i}", p) for i, p in enumerate(ps)]
     with where() if built_inside else nullcontext():
         clipper = distclip.GradClipper(named, policy=make(), **options)
@@ -264,7 +265,7 @@ def test_clippers_of_other_orders_and_groups(kernels, elsewhere, p):
 @pytest.mark.parametrize("fold", ["auto", "never"])
 def test_steps_of_an_optimizer(kernels, elsewhere, fold):
     def results(where):
-        ps = params()
+        ps = params(shapes=FEW)
         optimizer = torch.optim.AdamW(ps, lr=0.1, fused=True)
         for group in optimizer.param_groups:  # the optimizer's own counters are the user's affair
             optimizer.state.update(
@@ -283,7 +284,7 @@ def test_steps_of_an_optimizer(kernels, elsewhere, fold):
 
 def clips_on_ranks(_):
     def results(where):
-        ps = params()
+        ps = params(shapes=FEW)
         with where():
             clipper = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(ps)], max_norm=1.0)
             report = clipper.clip_()
@@ -299,7 +300,7 @@ def test_clippers_on_four_ranks(ranks):
 
 
 def one_rank_elsewhere(rank_of):
-    ps = params()
+    ps = params(shapes=FEW)
     with torch.device("meta") if torch.distributed.get_rank() == rank_of else nullcontext():
         clipper = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(ps)], max_norm=1.0)
         return float(clipper.clip_().total_norm)
