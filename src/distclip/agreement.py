@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -70,19 +70,19 @@ def exchange_tables(
         (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group), key(layer))
         for piece, group, layer in zip(pieces, group_of, layer_of, strict=True)
     ]
-    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, _ROW_WORDS)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, _ROW_WORDS)
     digest = key(str(rows))
-    heads = channel.slots(torch.tensor([digest, len(rows), len(holdings)]), device, "the set-up's table of sizes").tolist()
+    heads = channel.slots(torch.tensor([digest, len(rows), len(holdings)], device="cpu"), device, "the set-up's table of sizes").tolist()
 
     first = {d: rank for rank, (d, _, _) in reversed(list(enumerate(heads)))}  # digest → first rank that has it
     senders = sorted(set(first.values()))
     words = [h * _HOLDING_WORDS for _, _, h in heads] + [heads[rank][1] * _ROW_WORDS for rank in senders]
-    starts = [0, *torch.tensor(words).cumsum(0).tolist()]
-    buffer = torch.zeros(starts[-1] + len(counts), dtype=torch.int64)
-    _put(buffer, starts[channel.rank], torch.tensor([_encode(h) for h in holdings], dtype=torch.int64))
+    starts = [0, *accumulate(words)]
+    buffer = torch.zeros(starts[-1] + len(counts), dtype=torch.int64, device="cpu")
+    _put(buffer, starts[channel.rank], torch.tensor([_encode(h) for h in holdings], dtype=torch.int64, device="cpu"))
     if channel.rank in senders:
         _put(buffer, starts[channel.size + senders.index(channel.rank)], table)
-    _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64))
+    _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64, device="cpu"))
     buffer = channel.reduce_(buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables").cpu()
 
     ranks_of: dict[int, list[int]] = {sender: [] for sender in senders}
@@ -152,19 +152,19 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
 
     Parameters that the same holdings of the same tables hold are one case, so the joining is done once a case, not once a name.
     """
-    owner = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(tables.rows)])
+    owner = torch.cat([torch.full((len(rows),), i, device="cpu") for i, rows in enumerate(tables.rows)])
     rows = torch.cat(tables.rows)
     names, name_of = torch.unique(rows[:, 0], return_inverse=True)
     mark = _mixed(owner * 1_000_003 + rows[:, 1] + 1)
-    signature = torch.zeros(len(names), dtype=torch.int64).index_add_(0, name_of, mark)
+    signature = torch.zeros(len(names), dtype=torch.int64, device="cpu").index_add_(0, name_of, mark)
     cases, case_of = torch.unique(signature, return_inverse=True)
     places, components = _cases(tables, owner, rows, name_of, case_of, len(cases))
 
-    per_name = torch.tensor([len(c) for c in components])[case_of]
+    per_name = torch.tensor([len(c) for c in components], device="cpu")[case_of]
     base = per_name.cumsum(0) - per_name
     # few of all names are this rank's, where every rank has its own: only those become Python numbers
     keys = [key(piece.key_name) for piece in pieces]
-    at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64))
+    at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64, device="cpu"))
     shares: list[Share] = []
     slot: list[int] = []
     members: list[int] = []
@@ -197,8 +197,8 @@ def _cases(
     tables: Tables, owner: Tensor, rows: Tensor, name_of: Tensor, case_of: Tensor, count: int
 ) -> tuple[list[_Places], list[list[Component]]]:
     """For each case the place of every (rank, holding) and the components, from one example name."""
-    example = torch.full((count,), -1).scatter_(0, case_of, torch.arange(len(case_of)))
-    is_example = torch.zeros(len(case_of), dtype=torch.bool)
+    example = torch.full((count,), -1, device="cpu").scatter_(0, case_of, torch.arange(len(case_of), device="cpu"))
+    is_example = torch.zeros(len(case_of), dtype=torch.bool, device="cpu")
     is_example[example] = True
     entries: dict[int, list[tuple[int, int]]] = defaultdict(list)
     chosen = is_example[name_of]
@@ -244,7 +244,7 @@ def _misshapen(
     tables: Tables, rows: Tensor, names: Tensor, name_of: Tensor, case_of: Tensor, places: list[_Places], owner: Tensor
 ) -> set[int]:
     """Keys of names whose copies or parts disagree about the whole parameter's shape."""
-    shape = torch.zeros(len(names), dtype=torch.int64).scatter_(0, name_of, rows[:, 2])
+    shape = torch.zeros(len(names), dtype=torch.int64, device="cpu").scatter_(0, name_of, rows[:, 2])
     suspects = name_of[rows[:, 2] != shape[name_of]].unique().tolist()
     out: set[int] = set()
     for at in suspects:

@@ -29,7 +29,7 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None
             for values in _stored(tensor):
                 alike[values.device, values.dtype, factor].append(values)
     for (device, dtype, factor), same in alike.items():
-        _multiply_(same, torch.tensor(factor, dtype=torch.float64).to(wide(dtype)).to(device, non_blocking=True))
+        _multiply_(same, torch.tensor(factor, dtype=torch.float64, device="cpu").to(wide(dtype)).to(device, non_blocking=True))
 
 
 def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:

@@ -58,7 +58,7 @@ def compare_replicas(
 
 def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device) -> set[int]:
     """Slots of up to ten parameters whose copies differ most. One all-reduce of four numbers a parameter."""
-    table = torch.zeros(4, plan.slots, dtype=torch.float64)
+    table = torch.zeros(4, plan.slots, dtype=torch.float64, device="cpu")
     for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
         if i in prints:
             square, signed = prints[i]

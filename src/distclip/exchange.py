@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final, Literal
 
 import torch
@@ -84,19 +85,19 @@ class Channel:
 
     def slots(self, words: Tensor, device: torch.device, what: str) -> Tensor:
         """[n] int64 of equal length on every rank → [ranks, n] on the CPU. One all-reduce."""
-        table = torch.zeros(self.size, words.numel(), dtype=torch.int64)
+        table = torch.zeros(self.size, words.numel(), dtype=torch.int64, device="cpu")
         table[self.rank] = words
         return self.reduce_(table.to(self.device_for(device)), "sum", what).cpu()
 
     def texts(self, text: str, device: torch.device, what: str) -> list[str]:
         """Every rank's text. Two all-reduces; for set-up and failure paths."""
         data = text.encode()
-        sizes = self.slots(torch.tensor([len(data)]), device, what).flatten().tolist()
+        sizes = self.slots(torch.tensor([len(data)], device="cpu"), device, what).flatten().tolist()
         start = sum(sizes[: self.rank])
-        joined = torch.zeros(sum(sizes), dtype=torch.int32)
-        joined[start : start + len(data)] = torch.tensor(list(data), dtype=torch.int32)
+        joined = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
+        joined[start : start + len(data)] = torch.tensor(list(data), dtype=torch.int32, device="cpu")
         whole = bytes(self.reduce_(joined.to(self.device_for(device)), "sum", what).cpu().tolist())
-        ends = torch.tensor(sizes).cumsum(0).tolist()
+        ends = accumulate(sizes)
         return [whole[end - size : end].decode() for size, end in zip(sizes, ends, strict=True)]
 
 

@@ -40,7 +40,7 @@ class Mirror(Generic[T]):
             self._left = (vector.clone(), None, what)
             return
         if not self._ring or self._ring[0].numel() != vector.numel():
-            self._ring = [torch.empty(vector.numel(), dtype=vector.dtype, pin_memory=True) for _ in range(2)]
+            self._ring = [torch.empty(vector.numel(), dtype=vector.dtype, device="cpu", pin_memory=True) for _ in range(2)]
         copy = self._ring[self._turn]
         self._turn = 1 - self._turn
         copy.copy_(vector, non_blocking=True)

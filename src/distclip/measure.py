@@ -32,7 +32,7 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     overflow where torch's norm does. Temporaries are bounded on the CPU. Raises nothing; never communicates.
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     home = tensors[0].device
     values = [_values(tensor) for tensor in tensors]
     by_device: dict[torch.device, list[int]] = {}
@@ -79,7 +79,7 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
             head = torch.maximum(row[:2], sizes) if p == math.inf else row[:2] + sizes
             row = torch.cat([head, row[2:] + products])
         rows.append(row.to(tensors[0].device))
-    return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64)
+    return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64, device="cpu")
 
 
 def norm_of(sums: Tensor, p: float) -> Tensor:
@@ -127,7 +127,7 @@ def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
             sums[index] = value
     for index in set(range(len(tensors))).difference(small, *middling.values()):
         sums[index] = _combine([_chunk_sum(chunk, p) for chunk in _chunks(tensors[index])], p)
-    return torch.tensor(sums, dtype=torch.float64)
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def _has_rows(tensor: Tensor, p: float) -> bool:
@@ -155,8 +155,8 @@ def _sums_of_batch(flat: list[Tensor], p: float) -> list[float]:
     """Of tensors of whole rows."""
     counts = [tensor.numel() // ROW for tensor in flat]
     norms = torch.linalg.vector_norm(torch.cat(flat).float().view(-1, ROW), p, dim=1).double()
-    owner = torch.arange(len(flat)).repeat_interleave(torch.tensor(counts))
-    bodies = torch.zeros(len(flat), dtype=torch.float64)
+    owner = torch.arange(len(flat), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+    bodies = torch.zeros(len(flat), dtype=torch.float64, device="cpu")
     bodies = bodies.scatter_reduce_(0, owner, norms, "amax") if p == math.inf else bodies.index_add_(0, owner, norms * norms)
     return [_redone(x, count, body, p) for x, count, body in zip(flat, counts, bodies.tolist(), strict=True)]
 

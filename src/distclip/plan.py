@@ -72,7 +72,7 @@ def agree_on_call(channel: Channel, config: Mapping[str, str], error: Exception 
     """
     if channel.size > 1:
         digest = key(str(sorted(config.items()))) if error is None else 0
-        heads = channel.slots(torch.tensor([digest, int(error is not None)]), device, "the set-up's first message")
+        heads = channel.slots(torch.tensor([digest, int(error is not None)], device="cpu"), device, "the set-up's first message")
         if heads[:, 1].any():
             said = channel.texts(f"{type(error).__name__}: {error}" if error else "", device, "the report of a set-up error")
             if error is None:
@@ -131,7 +131,7 @@ def make_plan(
         local = [f"{p.name} has shape {p.shape}" for p in pieces if key(p.key_name) in holders.misshapen]
         refuse(channel, local, device, "the comparison of shapes")
 
-    sums = torch.zeros(2, holders.slots, dtype=torch.float64)
+    sums = torch.zeros(2, holders.slots, dtype=torch.float64, device="cpu")
     for piece, share, slot, members in zip(pieces, holders.shares, holders.slot, holders.members, strict=True):
         sums[0, slot] += piece.local_numel / share.holders
         sums[1, slot] += piece.numel / members

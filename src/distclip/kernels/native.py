@@ -107,7 +107,7 @@ class Layout:
 
         An inf or NaN makes its sum non-finite; no elements and no gradient give 0. float64 gradients overflow where torch's do.
         """
-        out = torch.empty(self.tensors, dtype=torch.float64)
+        out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
         self._run(SUMS, pointers, p, None, out)
         return out
 
@@ -122,7 +122,7 @@ class Layout:
             values: v >= 0: float64 [n], or 0-dim for all. Rounded to float32 unless the gradient is float64; inf clamps nothing.
             p: Order of the first two columns.
         """
-        out = torch.empty(self.tensors, COLUMNS, dtype=torch.float64)
+        out = torch.empty(self.tensors, COLUMNS, dtype=torch.float64, device="cpu")
         self._run(CLAMPED_SUMS, pointers, p, values, out)
         return out
 
@@ -168,7 +168,7 @@ class Layout:
 
     def _checked(self, values: Tensor | float) -> Tensor:
         if isinstance(values, (int, float)):
-            return torch.tensor(values, dtype=torch.float64)
+            return torch.tensor(values, dtype=torch.float64, device="cpu")
         given = values.detach().to("cpu", torch.float64)
         if given.ndim and given.shape != (self.tensors,):
             raise ValueError(f"values of shape {tuple(given.shape)} came for {self.tensors} tensors; give one each, or one for all")

@@ -53,14 +53,14 @@ class Layout:
             raise ConfigError(_WARM_UP)
         self.device, self.size = device, len(counts)
         self._programs: Any = programs
-        count = torch.tensor(counts, dtype=torch.int64)
+        count = torch.tensor(counts, dtype=torch.int64, device="cpu")
         chunks = (count + programs.CHUNK - 1) // programs.CHUNK
         firsts = torch.cat([count.new_zeros(1), chunks.cumsum(0)])
         self._chunks = int(firsts[-1])
         codes = [CODES[dtype] for dtype in dtypes]
         self._types = sum({1 << code for code in codes})
-        owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32), chunks)
-        tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32))
+        owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks)
+        tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32, device="cpu"))
         self._tables = [_sent(table, device) for table in tables]
         self._sent: tuple[list[int], int, Tensor] | None = None  # addresses, for which stream, on the device
         self._ready = _recorded(device)
@@ -128,7 +128,7 @@ class Layout:
                 _GRAPHS.append((self, known))
                 return known[2]
             host = _RESERVE.take(self.size)
-            host.copy_(torch.tensor(addresses, dtype=torch.int64))
+            host.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
             _GRAPHS.append((self, host))
             return host.to(self.device, non_blocking=True)
         stream = _stream(self.device)
@@ -137,7 +137,7 @@ class Layout:
         if self.device.type == "cuda":
             _RESERVE.ensure(self.size)
             self._follow()
-        sent = _sent(torch.tensor(addresses, dtype=torch.int64), self.device)
+        sent = _sent(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self.device)
         self._sent = (addresses, stream, sent)
         return sent
 
@@ -165,12 +165,12 @@ class _Reserve:
     """Pinned memory for the addresses that captured graphs send. Set aside before, as none can be allocated in a capture; never reused."""
 
     def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.int64)
+        self._free = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def ensure(self, words: int) -> None:
         """Room for several captures of a list."""
         if self._free.numel() < 4 * words:
-            self._free = torch.empty(max(16 * words, 1 << 14), dtype=torch.int64, pin_memory=True)
+            self._free = torch.empty(max(16 * words, 1 << 14), dtype=torch.int64, device="cpu", pin_memory=True)
 
     def take(self, words: int) -> Tensor:
         if self._free.numel() < words:

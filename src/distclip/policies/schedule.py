@@ -45,7 +45,7 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         if callable(self.schedule):
-            first = torch.as_tensor(self.schedule(torch.zeros((), dtype=torch.float64)))
+            first = torch.as_tensor(self.schedule(torch.zeros((), dtype=torch.float64, device="cpu")), device="cpu")
             checked_threshold("Scheduled: schedule(0)", float(first.min()), self.allow_zero)
             return
         points = tuple((float(step), float(threshold)) for step, threshold in self.schedule)
