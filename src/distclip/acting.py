@@ -104,7 +104,7 @@ class Actor:
     def _left(self, present: Present, folded: frozenset[int], device: torch.device) -> Tensor:
         """[own gradients] bool: those that optimizers multiply. Sent to the device only when it changes."""
         if self._folded is None or self._folded[0] is not present or self._folded[1] != folded:
-            self._folded = (present, folded, torch.tensor([i in folded for i in present.own]).to(device))
+            self._folded = (present, folded, torch.tensor([i in folded for i in present.own], device="cpu").to(device))
         return self._folded[2]
 
     def _unit_factors(self, outcome: Outcome, factors: float | list[float] | Tensor, grads: Grads) -> list[float] | Tensor:
@@ -115,7 +115,7 @@ class Actor:
         self.units.scale_(grads, outcome.units, outcome.cut, outcome.finite, each)
         done = [group in unitwise for group in self._groups(grads.present)[0]]
         if isinstance(factors, Tensor):
-            return torch.where(torch.tensor(done).to(factors.device), 1.0, factors)
+            return torch.where(torch.tensor(done, device="cpu").to(factors.device), 1.0, factors)
         return [1.0 if was else float(factor) for was, factor in zip(done, each, strict=True)]
 
     def _clamp_(self, outcome: Outcome, grads: Grads) -> None:
@@ -126,7 +126,9 @@ class Actor:
             grads.list.clamp_(bounds)
             return
         mine = [n for n, group in enumerate(groups) if group in clamped]
-        GradList.of([grads.list.tensors[n] for n in mine]).clamp_(bounds[torch.tensor(mine, dtype=torch.int64).to(bounds.device)])
+        GradList.of([grads.list.tensors[n] for n in mine]).clamp_(
+            bounds[torch.tensor(mine, dtype=torch.int64, device="cpu").to(bounds.device)]
+        )
 
     def _groups(self, present: Present) -> tuple[list[int], Tensor]:
         """[own gradients] the groups of the gradients that are there, on the host and on the compute device."""

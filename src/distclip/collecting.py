@@ -49,7 +49,7 @@ class Grads:
 
     @classmethod
     def none(cls) -> Grads:
-        nothing = torch.zeros(0)
+        nothing = torch.zeros(0, device="cpu")
         return cls(Present((), (), nothing.long(), nothing), GradList.of(()))
 
 
@@ -191,9 +191,9 @@ class Collector:
 
     def present(self, own: Sequence[int], every: Sequence[int]) -> Present:
         count = len(self.members)
-        has = torch.zeros(count, dtype=torch.float64)
+        has = torch.zeros(count, dtype=torch.float64, device="cpu")
         has[list(every)] = 1
-        index = None if len(own) == count else torch.tensor(own, dtype=torch.int64).to(self.device)
+        index = None if len(own) == count else torch.tensor(own, dtype=torch.int64, device="cpu").to(self.device)
         return Present(tuple(own), tuple(every), index, has.to(self.device))
 
     def _expectation(self, grads: Sequence[Tensor | None], found: Grads) -> _Expected | None:

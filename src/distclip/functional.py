@@ -63,7 +63,7 @@ def get_total_norm(
     given = _distinct(_listed(tensors))
     p = float(norm_type)
     if not given:
-        return torch.tensor(0.0, device="cpu")
+        return torch.tensor(0.0)
     sharded = [t for t in given if isinstance(t, DTensor)] if DTensor in set(map(type, given)) else []
     if not sharded and (not _here(given) or not 0 < p <= math.inf):
         return torch_utils.get_total_norm(given, p, error_if_nonfinite, foreach)

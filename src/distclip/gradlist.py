@@ -77,9 +77,12 @@ class GradList:
         if alike and factors == 1.0:
             return
         if self.layout is not None:
-            self.layout.scale_(
-                self.pointers, factors if alike or isinstance(factors, Tensor) else torch.tensor(factors, dtype=torch.float64)
-            )
+            if isinstance(factors, (int, float, Tensor)):
+                self.layout.scale_(self.pointers, factors)
+                _written(self.tensors)
+            else:
+                self.layout.scale_(self.pointers, torch.tensor(factors, dtype=torch.float64, device="cpu"))
+                _written([tensor for tensor, factor in zip(self.tensors, factors, strict=True) if factor != 1])
         if self.odd:
             if alike:
                 own: Sequence[float] | Tensor = [float(factors)] * len(self.odd)
@@ -91,6 +94,7 @@ class GradList:
         """Clamp in place to [-value, value]; NaN stays. `values`: float64 [n]."""
         if self.layout is not None:
             self.layout.clamp_(self.pointers, values)
+            _written(self.tensors)
         if self.odd:
             apply.clamp_(self._odd(), self._at(values))
 
@@ -104,6 +108,11 @@ class GradList:
     def _put(self, sums: Tensor, odd: Tensor) -> None:
         for i, value in zip(self.odd, odd.to(sums.device).unbind(), strict=True):
             sums[i] = value
+
+
+def _written(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd what a kernel wrote: a graph that saved one of these (create_graph=True) must not be used any more."""
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:

@@ -179,7 +179,7 @@ class ClipReport:
         tensors, start = dict[str, Tensor](), 0
         for name in _TENSORS:
             own: Tensor = getattr(self, name)
-            part = torch.tensor(numbers[start : start + own.numel()], dtype=torch.float64)
+            part = torch.tensor(numbers[start : start + own.numel()], dtype=torch.float64, device="cpu")
             tensors[name], start = part.to(own.dtype).reshape(own.shape), start + own.numel()
         return replace(self, **tensors)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.agreement import key
+from distclip.answers import checked_stats
 from distclip.calls import Call
 from distclip.collecting import Collector, Grads, Present
 from distclip.deciding import Part
@@ -135,7 +136,7 @@ class Sensor:
             if step is not None and hasattr(part.policy, "unit_coefs"):
                 stats[part.stats] = step.table[part.index].flatten()
             elif isinstance(part.policy, LocalStats):
-                stats[part.stats] = part.policy.local_stats(self._local(part, grads, scale)).flatten()
+                stats[part.stats] = checked_stats(part, part.policy.local_stats(self._local(part, grads, scale)))
         return step
 
     def _local(self, part: Part, grads: Grads, scale: Tensor) -> LocalGrads:
@@ -152,9 +153,9 @@ class Sensor:
         place = {group: i for i, group in enumerate(part.groups)}
         mine = [n for n, i in enumerate(present.own) if self.plan.group_of[i] in place]
         pieces = [present.own[n] for n in mine]
-        group = torch.tensor([place[self.plan.group_of[i]] for i in pieces], dtype=torch.int64)
-        share = torch.tensor([1 / self.plan.shares[i].holders for i in pieces], dtype=torch.float64)
-        return mine, torch.tensor(mine, dtype=torch.int64).to(self.device), group.to(self.device), share.to(self.device)
+        group = torch.tensor([place[self.plan.group_of[i]] for i in pieces], dtype=torch.int64, device="cpu")
+        share = torch.tensor([1 / self.plan.shares[i].holders for i in pieces], dtype=torch.float64, device="cpu")
+        return mine, torch.tensor(mine, dtype=torch.int64, device="cpu").to(self.device), group.to(self.device), share.to(self.device)
 
     def _tail(self, wrong: bool, step: int, call: Call, last: Tensor) -> Tensor:
         """[4] float64. Filled in on the device: a tensor made from a list would make the host wait for it."""
@@ -163,7 +164,7 @@ class Sensor:
             bits = call.hands.inverse.reshape(1).view(torch.int64)
             last = (last + ((bits * _MIXER) >> 40 & 0xFFFF)) % 0x10000
         if self.device.type == "cpu":
-            return torch.cat([torch.tensor(numbers, dtype=torch.float64), last])
+            return torch.cat([torch.tensor(numbers, dtype=torch.float64, device="cpu"), last])
         return torch.cat([*(last.new_full((1,), number) for number in numbers), last])
 
     def read(self, message: Tensor) -> Reduced:

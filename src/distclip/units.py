@@ -59,10 +59,10 @@ class Units:
         device: torch.device,
     ) -> None:
         self._plan, self._params, self._ranges, self._rules, self._device = plan, params, ranges, rules, device
-        sizes = torch.zeros(2, plan.slots, dtype=torch.int64)
+        sizes = torch.zeros(2, plan.slots, dtype=torch.int64, device="cpu")
         for i, span in enumerate(ranges):
             if span is not None and span.cut:
-                sizes[:, plan.slot_of[i]] = torch.tensor([span.whole, plan.group_of[i]])
+                sizes[:, plan.slot_of[i]] = torch.tensor([span.whole, plan.group_of[i]], device="cpu")
         sizes = channel.reduce_(sizes.to(channel.device_for(device)), "max", "the set-up's count of units").cpu()
         starts = (sizes[0].cumsum(0) - sizes[0]).tolist()
         self._start = [starts[slot] for slot in plan.slot_of]
