@@ -42,6 +42,7 @@ ORDER = [
     "policies.spikes",
     "policies",
     "deciding",
+    "answers",
     "wire",
     "guard",
     "options",

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from distclip import fold
 from distclip.acting import Actor, Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
+from distclip.answers import checked_answers, first_state
 from distclip.calls import Call
 from distclip.collecting import Collector, GradOf, Grads
-from distclip.deciding import State, decide, in_total, kept, may_skip, policy_of, split
+from distclip.deciding import State, decide, in_total, kept, may_skip, moved, policy_of, split
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
 from distclip.groups import Grouping, Watch
@@ -181,10 +182,9 @@ class GradClipper:
         self._owners = Owners(self._members, plan.group_of)
         collector = Collector(self._members, plan.pieces, found.slots, self._grad_of, device)
         self._sensor = Sensor(self.plan, collector, wire, self._parts, units, counted, device, config)
-        # copies, since they are written in place
-        state = tuple(tuple(t.clone() for t in part.policy.init(len(part.groups), device)) for part in self._parts)
+        state = tuple(first_state(part.policy, len(part.groups), device) for part in self._parts)
         if getattr(self, "_state_groups", None) == plan.groups:
-            state = tuple(tuple(t.to(device) for t in part) for part in self._state)
+            state = tuple(moved(part, device) for part in self._state)
             self._history = History(*(t.to(device) for t in self._history))
         else:
             self._history, self._state_groups = empty(device), plan.groups
@@ -192,7 +192,7 @@ class GradClipper:
         nothing = torch.zeros(wire.groups, dtype=torch.float64, device=device)
         words = nothing.new_zeros(self._sensor.policy_words)
         idle = Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), words, p)
-        self._clamped = decide(self._parts, idle, state)[0].clamped
+        self._clamped = checked_answers(self._parts, idle, state).clamped
         # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
         self._propagates = options.on_nonfinite == "propagate" and not may_skip(self._parts, idle, state)
         # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
@@ -493,13 +493,13 @@ class GradClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with `weights_only`."""
-        return saved(Saved(self._step, self._judge.streak.length, self._history, self._state), self._options.policy, self.plan.groups)
+        return saved(Saved(self._step, self._judge.streak.length, self._history, self._state), self._options, self._parts, self.plan.groups)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
 
         Raises:
-            ConfigError: it was cut short, or belongs to another policy or to other groups; nothing was taken over.
+            ConfigError: it was cut short, or belongs to another policy, norm_type or other groups; nothing was taken over.
         """
         own = Saved(self._step, self._judge.streak.length, self._history, self._state)
         new = loaded(state, self.state_dict(), own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,9 @@ def in_total(groups: Sequence[str], rules: Mapping[str, Rule]) -> list[bool]:
 
 def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision, State]:
     """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms' device."""
-    answers = [part.policy.decide(_of_part(part, norms), state) for part, state in zip(parts, states, strict=True)]
+    answers = [part.policy.decide(norms_of(part, norms), state) for part, state in zip(parts, states, strict=True)]
     new = tuple(state for _, state in answers)
-    rows = [_row(answer, _of_part(part, norms)) for part, (answer, _) in zip(parts, answers, strict=True)]
+    rows = [_row(answer, norms_of(part, norms)) for part, (answer, _) in zip(parts, answers, strict=True)]
     skips = [answer.skip.any() for answer, _ in answers if answer.skip is not None]
     return Decision(
         *(_placed(parts, [row[i] for row in rows], norms.per_group) for i in range(5)),
@@ -88,10 +88,11 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
 
 def may_skip(parts: Sequence[Part], norms: Norms, states: State) -> bool:
     """Whether some policy ever leaves a step out, from an answer to any norms."""
-    return any(part.policy.decide(_of_part(part, norms), s)[0].skip is not None for part, s in zip(parts, states, strict=True))
+    return any(part.policy.decide(norms_of(part, norms), s)[0].skip is not None for part, s in zip(parts, states, strict=True))
 
 
-def _of_part(part: Part, norms: Norms) -> Norms:
+def norms_of(part: Part, norms: Norms) -> Norms:
+    """What a part's policy is shown."""
     if len(part.groups) == len(norms.per_group):
         return norms
     return Norms(norms.per_group[part.index], norms.total, norms.finite, norms.nonfinite, norms.stats[part.stats], norms.norm_type)
@@ -119,7 +120,22 @@ def _placed(parts: Sequence[Part], values: Sequence[Tensor], like: Tensor) -> Te
 
 def kept(old: State, new: State, finite: Tensor) -> State:
     """The new state where the step was finite, else the old one: selected, never multiplied."""
-    return tuple(tuple(torch.where(finite, n, o) for o, n in zip(before, now, strict=True)) for before, now in zip(old, new, strict=True))
+    return tuple(
+        _like(before, (torch.where(finite, n, o) for o, n in zip(before, now, strict=True))) for before, now in zip(old, new, strict=True)
+    )
+
+
+def copied(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Clones, in a named tuple of the same kind where it is one."""
+    return _like(state, (t.clone() for t in state))
+
+
+def moved(state: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    return _like(state, (t.to(device) for t in state))
+
+
+def _like(state: tuple[Tensor, ...], values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return getattr(state, "_make", tuple)(values)
 
 
 def describe_rules(rules: Mapping[str, Any], describe: Any) -> str:

@@ -54,8 +54,14 @@ class Options:
             "drift_tolerance": repr(self.drift_tolerance),
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
-            "watch": repr(self.watch),
+            "watch": f"Watch({_described(self.watch.groups)}, every={self.watch.every})" if self.watch else "None",
         }
+
+
+def _described(grouping: Grouping) -> str:
+    """Its rules by `describe`: the repr of a table holds that of its policies, which may be an address."""
+    rules = describe_rules(grouping.rules(), describe)
+    return f"{type(grouping).__name__.strip('_')}({rules})" if rules else describe(grouping).strip("_")
 
 
 def checked(asked: Asked) -> Options:

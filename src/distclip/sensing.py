@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.agreement import key
+from distclip.answers import checked_stats
 from distclip.calls import Call
 from distclip.collecting import Collector, Grads, Present
 from distclip.deciding import Part
@@ -135,7 +136,7 @@ class Sensor:
             if step is not None and hasattr(part.policy, "unit_coefs"):
                 stats[part.stats] = step.table[part.index].flatten()
             elif isinstance(part.policy, LocalStats):
-                stats[part.stats] = part.policy.local_stats(self._local(part, grads, scale)).flatten()
+                stats[part.stats] = checked_stats(part, part.policy.local_stats(self._local(part, grads, scale)))
         return step
 
     def _local(self, part: Part, grads: Grads, scale: Tensor) -> LocalGrads:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.policies.policy import Policy, describe
-from distclip.policies.warmup import check_policy, pass_on_stats
+from distclip.policies.warmup import check_policy, first_inner, pass_on_stats
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
 
@@ -41,6 +41,7 @@ class SkipSpikes:
     window: int = 128
     warmup: int = 64
     factor: float = 2.0
+    _inner = tuple  # see first_inner
 
     def __post_init__(self) -> None:
         check_policy("SkipSpikes", self.policy)
@@ -61,10 +62,10 @@ class SkipSpikes:
     def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]:
         history = torch.zeros(1, self.window, dtype=torch.float64, device=device)  # the latest norms, written round and round
         seen = torch.zeros(1, dtype=torch.int64, device=device)  # norms taken in so far
-        return (history, seen, *self.policy.init(groups, device))
+        return (history, seen, *first_inner(self, self.policy, groups, device))
 
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]:
-        history, seen, own = state[0], state[1], state[2:]
+        history, seen, own = state[0], state[1], self._inner(state[2:])
         answer, new = self.policy.decide(norms, own)
 
         norm = _over_groups(norms)
