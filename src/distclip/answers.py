@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,13 +59,14 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     given = policy.decide(norms, state)
     if not isinstance(given, tuple) or len(given) != 2:
         raise ConfigError(f"{who}: decide() returned {_kind(given)}; return two things, a {answers} and the next state")
-    answer, new = _pair(given)
-    if type(answer) not in _NUMBERS:
+    answer, new = cast("tuple[Any, ...]", given)
+    record = next((record for record in _NUMBERS if isinstance(answer, record)), None)
+    if record is None:
         raise ConfigError(f"{who}: decide() returned {_kind(answer)} as its answer; return a {answers}")
     if isinstance(answer, UnitScale) and not hasattr(policy, "unit_coefs"):
         raise ConfigError(f"{who}: decide() returned a UnitScale, but there is no unit_coefs to scale by; return a Scale or a Clamp")
-    name = type(answer).__name__
-    wanted = dict.fromkeys(_NUMBERS[type(answer)], torch.float64) | ({} if isinstance(answer, Scale) else {"clipped": torch.bool})
+    name = record.__name__
+    wanted = dict.fromkeys(_NUMBERS[record], torch.float64) | ({} if record is Scale else {"clipped": torch.bool})
     for field, dtype in wanted.items():
         value = getattr(answer, field)
         if _kind(value) != (kind := _tensor_kind(dtype, (groups,), device)):
@@ -77,13 +78,9 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
         raise ConfigError(
             f"{who}: decide() returned {_kind(new)} as the next state, and init() {_kind(state)}; return a tuple of as many tensors"
         )
-    for j, (old, value) in enumerate(zip(state, _pair(new), strict=True)):
+    for j, (old, value) in enumerate(zip(state, cast("tuple[Any, ...]", new), strict=True)):
         if _kind(value) != _kind(old):
             raise ConfigError(f"{who}: decide() returned state[{j}] as {_kind(value)}, and init() made it {_kind(old)}; return the same")
-
-
-def _pair(given: Any) -> tuple[Any, ...]:
-    return given
 
 
 def checked_stats(part: Part, given: Any) -> Tensor:
@@ -100,8 +97,9 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return _tensor_kind(value.dtype, value.shape, value.device)
     if isinstance(value, tuple):
-        return f"a tuple of {len(_pair(value))} ({', '.join(type(v).__name__ for v in _pair(value))})"
-    return f"a {type(value).__name__}"
+        entries = ", ".join(type(entry).__name__ for entry in cast("tuple[Any, ...]", value))
+        return f"a tuple ({entries})"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _tensor_kind(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> str:
