@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class Collector:
         expected = self._expected.get(has)
         if expected is not None and all(map(is_, map(dict.get, self._tables, self._keys), self._held)):
             try:
-                found = self._compared([grad for grad in grads if grad is not None], expected)
+                found = self._compared(grads if 0 not in has else [grad for grad in grads if grad is not None], expected)
             except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
                 found = None
             if found is not None:
@@ -109,11 +110,11 @@ class Collector:
         local = {i: grad for i, grad in found}
         return Grads(self.present(own, [i for i, _ in found]), GradList.of([local[i] for i in own]))
 
-    def _compared(self, grads: list[Tensor], expected: _Expected) -> GradList | None:
+    def _compared(self, grads: list[Any], expected: _Expected) -> GradList | None:
         """None where anything is not as expected."""
-        if list(map(type, grads)) != expected.types:
-            return None
         if expected.specs:
+            if list(map(type, grads)) != expected.types:
+                return None
             sharded = [type(grad) is DTensor for grad in grads]
             if [_SPEC(grad) for grad, is_sharded in zip(grads, sharded) if is_sharded] != expected.specs:
                 return None
@@ -124,7 +125,8 @@ class Collector:
             return None
         if not all(map(_CONTIGUOUS, grads)) and list(map(_STRIDES, grads)) != expected.strides:
             return None
-        if set(map(_ON_CPU, grads)) != {self.device.type == "cpu"}:  # the model was moved, or grad_of looks elsewhere
+        # the model was moved, or grad_of looks elsewhere; a process that never used CUDA has nothing to look for
+        if torch.cuda.is_initialized() and set(map(_ON_CPU, grads)) != {self.device.type == "cpu"}:
             return None
         pointers = array("Q", map(_POINTER, grads))
         if len(set(pointers)) != expected.filled:  # one gradient under two parameters
