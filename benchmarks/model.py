@@ -35,7 +35,7 @@ class Link:
 # Assumptions, not measured here.
 INFINIBAND = Link(
     "InfiniBand HDR, a port a rank (assumed)", 5.0e-6, 1 / 25e9, 6.8e-6,
-    "assumptions: alpha = 5 us for one hop of a tree over the network and 6.8 us to start are constants of NCCL's own model (2.8 to 2.18, "
+    "assumptions: alpha = 5 us for one hop of a tree over the network and 6.8 us to start are constants of NCCL's own tuning model ("
     "src/graph/tuning, hwLat and baseLat, LL protocol); 1/beta = 25 GB/s is the line rate of 200 Gbit/s",
 )  # fmt: skip
 
