@@ -45,9 +45,12 @@ class Clip:
 
 @dataclass
 class Inject:
-    """A gradient element that goes wrong on one rank, to see that no rank steps."""
+    """A gradient element that goes wrong on one rank, to see that no rank steps, or what a finite spike does to the norm.
 
-    kind: Literal["none", "overflow", "nan"] = "none"
+    One replica under DDP that has a spike of its own has drifted: that is an error. A spike belongs into a shard.
+    """
+
+    kind: Literal["none", "overflow", "nan", "spike"] = "none"
     step: int = 10  # from 0
     rank: int = 0
 

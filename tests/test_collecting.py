@@ -96,7 +96,7 @@ def test_what_changes_between_steps_is_noticed():
 
 def fast(clipper):
     """Steps that were not looked at one by one."""
-    collector, slow = clipper._sensor.collector, []
+    collector, slow = clipper._now.sensor.collector, []
     looked = Collector._looked_at
 
     def counted(self, *args):

@@ -60,6 +60,8 @@ ORDER = [
     "acting",
     "summary",
     "saving",
+    "reading",
+    "prepared",
     "report",
     "sinks",
     "trackers",

@@ -78,4 +78,4 @@ def spoil_backward(model: nn.Module, fault: float) -> torch.utils.hooks.Removabl
     return param.register_hook(spoilt)
 
 
-FAULTS = {"none": None, "overflow": math.inf, "nan": math.nan}
+FAULTS = {"none": None, "overflow": math.inf, "nan": math.nan, "spike": 1000.0}

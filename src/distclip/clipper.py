@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, Literal
 
@@ -16,32 +15,28 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from distclip import fold
-from distclip.acting import Actor, Known, Outcome, taken_away
+from distclip.acting import Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
-from distclip.answers import checked_answers, first_state
 from distclip.calls import Call
-from distclip.collecting import Collector, GradOf, Grads
-from distclip.deciding import State, decide, in_total, kept, may_skip, moved, policy_of, split
+from distclip.collecting import GradOf, Grads
+from distclip.deciding import State, decide, kept, moved
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
 from distclip.groups import Grouping, Watch
-from distclip.guard import OnNonfinite, Streak
+from distclip.guard import OnNonfinite
 from distclip.history import History, empty, recorded
 from distclip.host import Mirror
-from distclip.judging import Judge, watched
-from distclip.naming import Found, Params, named_parameters
-from distclip.options import Asked, Options, checked
-from distclip.owners import Owners
-from distclip.placement import Declared, ReplicatedOver, Shared, UnitRange, pieces, unit_range
-from distclip.plan import Plan, agree_on_call, make_plan
+from distclip.judging import watched
+from distclip.naming import Params
+from distclip.options import Asked
+from distclip.placement import Declared, ReplicatedOver, Shared
 from distclip.policies import Policy
-from distclip.records import ClipReport, Culprit, Decision, Norms, Piece
+from distclip.prepared import prepare
+from distclip.reading import Reading, read
+from distclip.records import ClipReport, Culprit, Decision, Norms
 from distclip.report import Sink, Writer
 from distclip.saving import Saved, loaded, saved
-from distclip.sensing import Seen, Sensor
-from distclip.summary import Summary
-from distclip.units import Units
-from distclip.wire import Wire, extra_words
+from distclip.sensing import Seen
 
 
 class GradClipper:
@@ -115,99 +110,19 @@ class GradClipper:
         self._writer.flush()
         self._writer = Writer(self._sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
-        error: Exception | None = None
-        found, local, config = Found(), list[tuple[Any, Piece]](), dict[str, str]()
-        group_of, layer_of, ranges = list[str](), list[str](), list[UnitRange | None]()
-        try:
-            self._options: Options = checked(self._asked)
-            found = named_parameters(self._params)
-            if self._channel.size > 1 and any(n.positional and not hasattr(n.param, "placements") for n in found.named):
-                raise ConfigError(
-                    "bare parameters have no names, and their positions may mean different parameters on other ranks; "
-                    "pass the model, or model.named_parameters()"
-                )
-            local = pieces(found.named, self._declared, self._channel.global_rank)
-            names, params = [piece.key_name for _, piece in local], [named.param for named, _ in local]
-            group_of = self._options.grouping.assign(names, params)
-            if self._options.watch is not None:
-                layer_of = self._options.watch.groups.assign(names, params)
-            ranges = [self._range(group, param, piece) for group, param, (_, piece) in zip(group_of, params, local, strict=True)]
-            declared = {"replicated_over": ", ".join(self._declared.replicated_over), "shared": repr(self._declared.shared)}
-            config = self._options.texts() | declared
-        except Exception as e:
-            error = e
-        members = [named.param for named, _ in local]
-        device = next((p.device for p in members if p.device.type == "cuda"), torch.device("cpu"))
-        agree_on_call(self._channel, config, error, device)
+        self._adopt(read(self._params, self._asked, self._declared, self._channel))
 
-        counts = {pattern: self._matches(pattern, local) for pattern in self._patterns()}
-        own = [piece for _, piece in local]
-        layers = None if self._options.watch is None else layer_of
-        plan = make_plan(self._channel, own, group_of, counts, self._options.norm_type, device, layers)
-        self._members, self._device = members, device
+    def _adopt(self, reading: Reading) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            self._prepare(plan, found, ranges, str(sorted(config.items())))
-
-    def _range(self, group: str, param: Tensor, piece: Piece) -> UnitRange | None:
-        """Which units a piece holds, if its group is scaled by units."""
-        rule = policy_of(self._options.grouping.rules().get(group), self._options.policy)
-        return unit_range(param, piece) if hasattr(rule, "unit_coefs") else None
-
-    def _patterns(self) -> list[str]:
-        watch = self._options.watch
-        return [*self._declared.patterns(), *self._options.grouping.patterns(), *(watch.groups.patterns() if watch else ())]
-
-    @staticmethod
-    def _matches(pattern: str, local: Sequence[tuple[Any, Piece]]) -> int:
-        return sum(fnmatchcase(name, pattern) for name in {name for _, piece in local for name in (piece.name, piece.key_name)})
-
-    def _prepare(self, plan: Plan, found: Found, ranges: Sequence[UnitRange | None], config: str) -> None:
-        """What every step uses."""
-        device, options = self._device, self._options
-        p, rules = options.norm_type, options.grouping.rules()
-        self._parts = split(plan.groups, rules, options.policy, device)
-        by_units = {g: part.policy for part in self._parts if hasattr(part.policy, "unit_coefs") for g in part.groups}
-        units = Units(self._channel, plan, self._members, ranges, by_units, device) if by_units else None  # pyright: ignore[reportArgumentType]
-        stats = sum(part.words * len(part.groups) for part in self._parts) + 2 * (units.cut if units else 0)
-        self.plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
-        wire = Wire(
-            p, len(plan.groups), len(plan.layers), stats, self._channel.size,
-            torch.tensor([1 / s.holders for s in plan.shares], dtype=torch.float64, device=device),
-            torch.tensor([s.weight for s in plan.shares], dtype=torch.float64, device=device),
-            torch.tensor(plan.group_of, dtype=torch.int64, device=device),
-            torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
-        )  # fmt: skip
-        self._wire, counted = wire, torch.tensor(in_total(plan.groups, rules), device=device)
-        self._alike = [frozenset(id(self._members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)]
-        self._owners = Owners(self._members, plan.group_of)
-        collector = Collector(self._members, plan.pieces, found.slots, self._grad_of, device)
-        self._sensor = Sensor(self.plan, collector, wire, self._parts, units, counted, device, config)
-        state = tuple(first_state(part.policy, len(part.groups), device) for part in self._parts)
-        nothing = torch.zeros(wire.groups, dtype=torch.float64, device=device)
-        words = nothing.new_zeros(self._sensor.policy_words)
-        idle = Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), words, p)
-        self._clamped = checked_answers(self._parts, idle, state).clamped
-        # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
-        self._propagates = options.on_nonfinite == "propagate" and not may_skip(self._parts, idle, state)
-        if getattr(self, "_state_groups", None) == plan.groups:
-            self._state = moved(self._state, device)
-            self._history = History(*(t.to(device) for t in self._history))
-        else:
-            self._state, self._history, self._state_groups = state, empty(device), plan.groups
-        # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
-        self._tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
-        streak = Streak(options.on_nonfinite, options.skip_limit)
-        self._judge = Judge(self._channel, self.plan, wire, self._parts, streak, self._tolerance, device, config)
-        self._actor = Actor(self.plan, units, wire.group)
-        wide = any(param.dtype in (torch.float64, torch.complex128) for param in self._members)
-        if self._channel.size > 1:
-            own = torch.tensor([int(wide)], device="cpu")
-            wide = bool(self._channel.slots(own, device, "the set-up's choice of the report's dtype").any())
-        self._summary = Summary(self.plan, options.watch, counted, torch.float64 if wide else torch.float32)
-        self._last = torch.zeros(1, dtype=torch.float64, device=device)
-        draw = torch.Generator().manual_seed(1)
-        self._mixers = torch.randint(1 << 62, (2, wire.groups), generator=draw, device="cpu").bitwise_or(1).to(device)
-        self._may_wait = device.type == "cuda"  # elsewhere reading a number costs nothing
+            self._now = now = prepare(reading, self._channel, self._grad_of)
+            if getattr(self, "_state_groups", None) == now.plan.groups:
+                self._state = moved(self._state, now.device)
+                self._history = History(*(t.to(now.device) for t in self._history))
+            else:
+                self._state, self._history, self._state_groups = now.first, empty(now.device), now.plan.groups
+            self._last = torch.zeros(1, dtype=torch.float64, device=now.device)
+        self.plan = now.plan
+        self._may_wait = now.device.type == "cuda"  # elsewhere reading a number costs nothing
         self._unjudged: Mirror[Seen] = Mirror()
 
     # Each step
@@ -230,11 +145,11 @@ class GradClipper:
         """
         optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         call = self._call("clip_", optimizers, scaler, grad_scale)
-        outcome = self._run(call, may_wait=self._propagates)
+        outcome = self._run(call, may_wait=self._now.propagates)
         if outcome.known is not None and outcome.known.skip:
             taken_away(call, self._reachable(call))
         else:
-            self._actor.act(call, outcome, frozenset())
+            self._now.actor.act(call, outcome, frozenset())
         call.hands.tell(outcome.overflow, stepped=False)
         self._write(outcome.report)
         return outcome.report
@@ -257,12 +172,12 @@ class GradClipper:
         """
         call = self._call("step", optimizers, scaler, grad_scale)
         folding = self._folding(call)
-        outcome = self._run(call, len(folding) == len(call.owned) or self._propagates)
+        outcome = self._run(call, len(folding) == len(call.owned) or self._now.propagates)
         if outcome.known is None or not outcome.known.skip:
-            self._actor.act(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
+            self._now.actor.act(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
             for k, owned in enumerate(call.owned):
                 if k in folding:
-                    factor = self._actor.folded_factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
+                    factor = self._now.actor.folded_factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
                     fold.step_folded(owned.optimizer, factor, outcome.stop if outcome.known is None else None)
                 else:
                     (owned.optimizer if call.hands.enabled else owned.given).step()
@@ -287,7 +202,7 @@ class GradClipper:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
         call = replace(self._call("decide", grad_scale=grad_scale), patient=rescaled)
-        outcome = self._run(call, may_wait=self._propagates)
+        outcome = self._run(call, may_wait=self._now.propagates)
         self._decided = call, replace(outcome, grads=Grads.none())  # not to keep gradients alive until the next step
         self._applied = set[int]()
         self._write(outcome.report)
@@ -310,12 +225,12 @@ class GradClipper:
         if outcome.known is not None and outcome.known.skip:
             raise ConfigError(f"step {self._step} is to be left out (report.skipped); there is nothing to apply")
         asked = {id(param) for param in params}
-        mine = [i for i, param in enumerate(self._members) if id(param) in asked]
+        mine = [i for i, param in enumerate(self._now.members) if id(param) in asked]
         again = [self.plan.pieces[i].name for i in mine if i in self._applied]
         if again:
             raise ConfigError(f"apply_() got {again[0]} twice since decide() ({len(again)} in all); it would be clipped twice")
         self._applied.update(mine)
-        self._actor.act(call, replace(outcome, grads=self._sensor.collector.some(mine)), frozenset())
+        self._now.actor.act(call, replace(outcome, grads=self._now.sensor.collector.some(mine)), frozenset())
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
@@ -340,7 +255,7 @@ class GradClipper:
         call = self._call("audit")
         outcome = self._run(call, may_wait=False)
         nothing = outcome.finite.new_zeros(0, dtype=torch.float64)
-        self._judge.compare(Seen(self._step, call, outcome.grads, [], self._last, nothing, nothing))
+        self._now.judge.compare(Seen(self._step, call, outcome.grads, [], self._last, nothing, nothing))
 
     def _reachable(self, call: Call) -> list[Tensor]:
         """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where they cannot.
@@ -348,10 +263,10 @@ class GradClipper:
         With `grad_of` this is a collective: a rank may have no gradients to take away.
         """
         if self._grad_of is None:
-            return self._members
-        gone = [p for p in self._members if self._grad_of(p) is not None]
+            return self._now.members
+        gone = [p for p in self._now.members if self._grad_of(p) is not None]
         out_of_reach = not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone)
-        told = self._channel.slots(torch.tensor([int(out_of_reach)], device="cpu"), self._device, "the question who can skip a step")
+        told = self._channel.slots(torch.tensor([int(out_of_reach)], device="cpu"), self._now.device, "the question who can skip a step")
         if told.any():
             raise GradientError(
                 f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
@@ -365,7 +280,7 @@ class GradClipper:
 
     def _capturing(self) -> bool:
         """Whether a CUDA graph is captured: then nothing is read on the host, at this call or later."""
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._now.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _call(self, operation: str, optimizers: Sequence[Optimizer] = (), scaler: Any = None, grad_scale: float = 1.0) -> Call:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one of them alone."""
@@ -379,27 +294,27 @@ class GradClipper:
                 raise ConfigError("step() was given one optimizer twice; it would step twice")
             if not 0 < grad_scale < math.inf:
                 raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
-            hands = Handshake(scaler, inner, self._device)
-            if hands.enabled and self._options.on_nonfinite == "propagate":
+            hands = Handshake(scaler, inner, self._now.device)
+            if hands.enabled and self._now.options.on_nonfinite == "propagate":
                 raise ConfigError(
                     "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that overflow must be skipped, else the "
                     "scaler never finds its scale; use 'skip'"
                 )
         except ConfigError as error:
             problem = error
-        hands = hands or Handshake(None, inner, self._device)
-        return Call(operation, tuple(map(self._owners.of, optimizers)), hands, float(grad_scale), problem)
+        hands = hands or Handshake(None, inner, self._now.device)
+        return Call(operation, tuple(map(self._now.owners.of, optimizers)), hands, float(grad_scale), problem)
 
     def _folding(self, call: Call) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""
-        if self._options.fold == "never" or self._grad_of is not None:
+        if self._now.options.fold == "never" or self._grad_of is not None:
             return {}
         return {
             k: owned.group
             for k, owned in enumerate(call.owned)
             if owned.group is not None
-            and owned.group not in self._clamped
-            and fold.can_fold(owned.optimizer, self._alike[owned.group])
+            and owned.group not in self._now.clamped
+            and fold.can_fold(owned.optimizer, self._now.alike[owned.group])
             and (not self._may_wait or fold.may_stop(owned.optimizer))
         }
 
@@ -420,22 +335,22 @@ class GradClipper:
         self._step += 1
         self._taken += not call.passive
         self._decided = None
-        seen, message = self._sensor.sense(self._step, call, self._last.clone())
+        seen, message = self._now.sensor.sense(self._step, call, self._last.clone())
         if capturing and (seen.faults or call.problem):  # nobody would read them from the message
             raise call.problem or GradientError("; ".join(seen.faults))
-        message = message.to(self._channel.device_for(self._device))
-        op = "sum" if math.isfinite(self._options.norm_type) else "max"
+        message = message.to(self._channel.device_for(self._now.device))
+        op = "sum" if math.isfinite(self._now.options.norm_type) else "max"
         self._channel.reduce_(message, op, f"{call.operation} at step {self._step}")
-        message = message.to(self._device)
+        message = message.to(self._now.device)
 
-        reduced = self._sensor.read(message)
+        reduced = self._now.sensor.read(message)
         norms = reduced.norms
-        decision, state = decide(self._parts, norms, self._state)
+        decision, state = decide(self._now.parts, norms, self._state)
         if call.of == "param":
             decision = _nothing_to_do(decision, norms)
-        skips = not call.passive and self._options.on_nonfinite != "propagate"
+        skips = not call.passive and self._now.options.on_nonfinite != "propagate"
         bad = ~norms.finite
-        stop = self._wire.stop(message, self._tolerance) > 0 if self._may_wait and may_wait else bad
+        stop = self._now.wire.stop(message, self._now.tolerance) > 0 if self._may_wait and may_wait else bad
         overflow = stop if skips else torch.zeros_like(stop)
         skipped = overflow if call.passive else overflow | (decision.skip & norms.finite)
         acted = norms.finite & ~skipped if not call.passive else torch.zeros_like(stop)
@@ -444,7 +359,7 @@ class GradClipper:
         rate = history.rate
 
         grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
-        numbers = [self._wire.told(message), watched(decision, rate, history.calls)]
+        numbers = [self._now.wire.told(message), watched(decision, rate, history.calls)]
         if self._may_wait and may_wait:
             seen.grads = None
             if not capturing:
@@ -457,12 +372,12 @@ class GradClipper:
             count = len(host) - len(coefs) - 3
             scale, skip, acts = host[count : count + 3]
             known = Known(host[count + 3 :], scale, bool(acts), bool(skip))
-            culprits = self._judge.judge(seen, host[:count])
+            culprits = self._now.judge.judge(seen, host[:count])
         if not call.passive:
             self._keep(history, kept(self._state, state, norms.finite & ~skipped & ~stop))
             self._last.copy_(self._token(decision))
         skips_so_far = history.skips.clone()  # the state itself is written in place at the next call
-        report = self._summary.of(
+        report = self._now.summary.of(
             self._step, reduced, decision, rate, skips_so_far, skipped, clipped, culprits, self._taken, call.passive
         )  # fmt: skip
         if not call.passive:
@@ -480,19 +395,24 @@ class GradClipper:
     def _token(self, decision: Decision) -> Tensor:
         """[1] float64 below 65536: a hash of the decision's bits, which the next message compares over the ranks."""
         bits = torch.stack([decision.coef, decision.threshold]).view(torch.int64)
-        return (((bits * self._mixers) >> 40).sum() & 0xFFFF).double().reshape(1)
+        return (((bits * self._now.mixers) >> 40).sum() & 0xFFFF).double().reshape(1)
 
     def _settle(self) -> None:
         """Judge what the previous call left; its step was not taken if it was bad."""
         late = self._unjudged.taken()
         if late is not None:
-            self._writer.amend(self._judge.judge(late.what, late.numbers))
+            self._writer.amend(self._now.judge.judge(late.what, late.numbers))
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with `weights_only`."""
-        return saved(Saved(self._step, self._judge.streak.length, self._history, self._state), self._options, self._parts, self.plan.groups)
+        return saved(
+            Saved(self._step, self._now.judge.streak.length, self._history, self._state),
+            self._now.options,
+            self._now.parts,
+            self.plan.groups,
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
@@ -500,9 +420,9 @@ class GradClipper:
         Raises:
             ConfigError: it was cut short, or belongs to another policy, norm_type or other groups; nothing was taken over.
         """
-        own = Saved(self._step, self._judge.streak.length, self._history, self._state)
+        own = Saved(self._step, self._now.judge.streak.length, self._history, self._state)
         new = loaded(state, self.state_dict(), own)
-        self._step, self._judge.streak.length = new.step, new.bad_in_a_row
+        self._step, self._now.judge.streak.length = new.step, new.bad_in_a_row
         self._keep(new.history, new.state)
         self._taken = int(new.history.calls)
 

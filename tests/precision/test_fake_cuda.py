@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from distclip import functional, host
 from distclip.naming import Found
+from distclip.reading import Reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 aten = torch.ops.aten
@@ -103,10 +104,10 @@ def clipped(shapes=((4, 5), (3,)), **options):
     """A clipper of parameters on the CPU, whose set-up reads values, moved to fake ones; an optimizer that steps nothing."""
     with unset_fake_temporarily():
         clipper = distclip.GradClipper(parameters("cpu", shapes), **options)
-    clipper._members = [p for _, p in parameters("cuda", shapes)]
-    clipper._device, clipper._state_groups = torch.device("cuda", 0), None
-    clipper._prepare(clipper.plan, Found(), [None] * len(shapes), "")
-    return clipper, clipper._members, optimizer_of(clipper._members)
+    members, now = [p for _, p in parameters("cuda", shapes)], clipper._now
+    clipper._state_groups = None
+    clipper._adopt(Reading(now.options, "", members, Found(), [None] * len(shapes), clipper.plan, torch.device("cuda", 0)))
+    return clipper, members, optimizer_of(members)
 
 
 def optimizer_of(params):

@@ -1,0 +1,111 @@
+"""Stage 2c: what every step uses, made once from the agreed plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distclip.acting import Actor
+from distclip.answers import checked_answers, first_state
+from distclip.collecting import Collector, GradOf
+from distclip.deciding import Part, State, in_total, may_skip, split
+from distclip.exchange import Channel
+from distclip.guard import Streak
+from distclip.judging import Judge
+from distclip.options import Options
+from distclip.owners import Owners
+from distclip.plan import Plan
+from distclip.reading import Reading
+from distclip.records import Norms
+from distclip.sensing import Sensor
+from distclip.summary import Summary
+from distclip.units import Units
+from distclip.wire import Wire, extra_words
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Made anew by `rebuild`."""
+
+    options: Options
+    plan: Plan
+    members: list[Tensor]  # [pieces] the parameters
+    device: torch.device  # where is computed
+    tolerance: float | None  # of drift, relative to the total power sum
+    parts: tuple[Part, ...]
+    first: State  # the policies' states at the start
+    wire: Wire
+    sensor: Sensor
+    judge: Judge
+    actor: Actor
+    summary: Summary
+    owners: Owners
+    alike: list[frozenset[int]]  # [groups] identities of the parameters
+    clamped: frozenset[int]  # groups whose elements are clamped
+    propagates: bool  # every step is taken, whatever the norm
+    mixers: Tensor  # [2, groups] int64: of the decision's hash
+
+
+def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepared:
+    """A collective: a few small all-reduces.
+
+    Raises:
+        ConfigError: on all ranks alike: a policy answers otherwise than it must.
+    """
+    options, device, plan, members = reading.options, reading.device, reading.plan, reading.members
+    p, rules = options.norm_type, options.grouping.rules()
+    parts = split(plan.groups, rules, options.policy, device)
+    by_units = {g: part.policy for part in parts if hasattr(part.policy, "unit_coefs") for g in part.groups}
+    units = Units(channel, plan, members, reading.ranges, by_units, device) if by_units else None  # pyright: ignore[reportArgumentType]
+    stats = sum(part.words * len(part.groups) for part in parts) + 2 * (units.cut if units else 0)
+    plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
+    wire = _wire(plan, stats, channel, device)
+    counted = torch.tensor(in_total(plan.groups, rules), device=device)
+    collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
+    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config)
+    first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
+    idle = _idle(wire.groups, sensor.policy_words, p, device)
+    decision = checked_answers(parts, idle, first)
+    # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
+    tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
+    streak = Streak(options.on_nonfinite, options.skip_limit)
+    draw = torch.Generator().manual_seed(1)
+    return Prepared(
+        options, plan, members, device, tolerance, parts, first, wire, sensor,
+        Judge(channel, plan, wire, parts, streak, tolerance, device, reading.config),
+        Actor(plan, units, wire.group),
+        Summary(plan, options.watch, counted, _report_dtype(members, channel, device)),
+        Owners(members, plan.group_of),
+        [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
+        decision.clamped,
+        # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
+        options.on_nonfinite == "propagate" and not may_skip(parts, idle, first),
+        torch.randint(1 << 62, (2, wire.groups), generator=draw, device="cpu").bitwise_or(1).to(device),
+    )  # fmt: skip
+
+
+def _wire(plan: Plan, stats: int, channel: Channel, device: torch.device) -> Wire:
+    return Wire(
+        plan.norm_type, len(plan.groups), len(plan.layers), stats, channel.size,
+        torch.tensor([1 / share.holders for share in plan.shares], dtype=torch.float64, device=device),
+        torch.tensor([share.weight for share in plan.shares], dtype=torch.float64, device=device),
+        torch.tensor(plan.group_of, dtype=torch.int64, device=device),
+        torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
+    )  # fmt: skip
+
+
+def _idle(groups: int, words: int, p: float, device: torch.device) -> Norms:
+    """Norms of nothing, to hear how policies answer."""
+    nothing = torch.zeros(groups, dtype=torch.float64, device=device)
+    return Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), nothing.new_zeros(words), p)
+
+
+def _report_dtype(members: list[Tensor], channel: Channel, device: torch.device) -> torch.dtype:
+    """float64 where some rank has such parameters."""
+    wide = any(param.dtype in (torch.float64, torch.complex128) for param in members)
+    if channel.size > 1:
+        own = torch.tensor([int(wide)], device="cpu")
+        wide = bool(channel.slots(own, device, "the set-up's choice of the report's dtype").any())
+    return torch.float64 if wide else torch.float32
