@@ -7,6 +7,7 @@ computed in float64 by the device, without a host read and without a branch on v
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from distclip.errors import GradientError
 _UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 ROW = 64
 CHUNK = 1 << 20
-SMALL = 1024  # up to here a float64 norm costs less than the Python calls of the row-wise path
+SMALL = 64  # up to here a float64 norm costs less than rows do
+MODEST = 1024  # and up to here, where there are no rows, less than Python's work for each
 # Flushed or subnormal squares cost a row at most 64 * 2^-126 < 1e-36, which is 1e-9 of this.
 ROW_FLOOR = 1e-27
 
@@ -114,10 +116,13 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
 def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
     """[n] float64: small tensors in one call, middling ones with their rows put together, each large one in chunks."""
     sums: list[float] = [0.0] * len(tensors)
-    small = [index for index, tensor in enumerate(tensors) if tensor.numel() <= SMALL]
+    small: list[int] = []
     middling: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        if SMALL < tensor.numel() <= CHUNK and _has_rows(tensor, p):
+        count, rows = tensor.numel(), _has_rows(tensor, p)
+        if count <= (SMALL if rows else MODEST):
+            small.append(index)
+        elif rows and count <= CHUNK:
             middling.setdefault(tensor.dtype, []).append(index)
     if small:
         for index, value in zip(small, _sums_on_device([tensors[i] for i in small], p).tolist(), strict=True):
@@ -136,36 +141,43 @@ def _has_rows(tensor: Tensor, p: float) -> bool:
 
 def _sums_of_rows(tensors: list[Tensor], p: float) -> list[float]:
     """Of contiguous tensors of one dtype up to float32, put side by side CHUNK elements at a time: a call for each would cost more."""
-    whole = [tensor.numel() // ROW * ROW for tensor in tensors]
-    flat = [tensor.view(-1) for tensor in tensors]
-    cut = [index for index, tensor in enumerate(flat) if whole[index] < tensor.numel()]
-    tails = dict(zip(cut, _sums_on_device([flat[i][whole[i] :] for i in cut], p).tolist(), strict=True)) if cut else {}
-    for index in cut:
-        flat[index] = flat[index][: whole[index]]
+    rows = [-(-tensor.numel() // ROW) for tensor in tensors]
     sums: list[float] = []
-    while len(sums) < len(flat):
+    while len(sums) < len(tensors):
         start, end, size = len(sums), len(sums), 0
-        while end < len(flat) and size + whole[end] <= CHUNK:
-            end, size = end + 1, size + whole[end]
-        sums += _sums_of_batch(flat[start:end], p)
-    return [_combine([value, tails[index]], p) if index in tails else value for index, value in enumerate(sums)]
+        while end < len(tensors) and size + rows[end] * ROW <= CHUNK + ROW:
+            size, end = size + rows[end] * ROW, end + 1
+        sums += _sums_of_batch(tensors[start:end], rows[start:end], p)
+    return sums
 
 
-def _sums_of_batch(flat: list[Tensor], p: float) -> list[float]:
-    """Of tensors of whole rows."""
-    counts = [tensor.numel() // ROW for tensor in flat]
-    norms = torch.linalg.vector_norm(torch.cat(flat).float().view(-1, ROW), p, dim=1).double()
-    owner = torch.arange(len(flat), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
-    bodies = torch.zeros(len(flat), dtype=torch.float64, device="cpu")
+def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float) -> list[float]:
+    """Each tensor fills so many rows, the last one with zeros."""
+    filler = _filler(tensors[0].dtype)
+    parts: list[Tensor] = []
+    for tensor, count in zip(tensors, rows, strict=True):
+        parts.append(tensor.view(-1))
+        if short := count * ROW - tensor.numel():
+            parts.append(filler[short])
+    norms = torch.linalg.vector_norm(torch.cat(parts).float().view(-1, ROW), p, dim=1).double()
+    owner = torch.arange(len(rows), device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
+    bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     bodies = bodies.scatter_reduce_(0, owner, norms, "amax") if p == math.inf else bodies.index_add_(0, owner, norms * norms)
-    return [_redone(x, count, body, p) for x, count, body in zip(flat, counts, bodies.tolist(), strict=True)]
+    return [_redone(x, count, body, p) for x, count, body in zip(tensors, rows, bodies.tolist(), strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _filler(dtype: torch.dtype) -> list[Tensor]:
+    """Zeros of each length up to a row's."""
+    zeros = torch.zeros(ROW, dtype=dtype, device="cpu")
+    return [zeros[:length] for length in range(ROW)]
 
 
 def _redone(flat: Tensor, rows: int, body: float, p: float) -> float:
     """The sum of so many rows, read again in float64 where float32 cannot hold it."""
     if p == math.inf or rows * ROW_FLOOR <= body < math.inf or (body == 0 and not flat.any()):
         return body
-    return _exact_sum(flat, p)
+    return _exact_sum(flat.reshape(-1), p)
 
 
 def _combine(parts: list[float], p: float) -> float:

@@ -81,6 +81,8 @@ int64_t distclip_choose(int64_t most) {
   int found = !f16c || !__builtin_cpu_supports("avx2") ? 0 : __builtin_cpu_supports("avx512f") ? 2 : 1;
   if (found > most) found = (int)most;
   best = found == 2 ? &AVX512 : found ? &AVX2 : &PLAIN;
+  scale_of[BF16] = found ? scale_bf16_avx2 : scale_bf16;
+  clamp_of[BF16] = found ? clamp_bf16_avx2 : clamp_bf16;
   scale_of[F16] = found ? scale_f16c : scale_f16;
   clamp_of[F16] = found ? clamp_f16c : clamp_f16;
   return found;
