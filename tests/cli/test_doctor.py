@@ -59,7 +59,7 @@ class Job:
         for process in self.processes.values():
             process.start()
 
-    def codes(self, *ranks, timeout=45):
+    def codes(self, *ranks, timeout=80):
         """Exit codes; all other ranks are ended then."""
         try:
             for rank in ranks:
