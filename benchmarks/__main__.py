@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as a picture (needs matplotlib)")
     out.add_argument("--write", type=Path, metavar="FILE", help="write Markdown: all of FILE, or its block between the markers")
     out.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: take the figures that --json wrote")
+    out.add_argument("--keep", action="store_true", help="keep the other cases that stand in --json FILE already")
     out.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return out
 
@@ -88,7 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.cases:
             found["rows"] = [row for row in found["rows"] if row["case"] in options.cases]
     else:
-        found = measured(options.cases or list(CASES), options.quick, options.kernels)
+        names = options.cases or list(CASES)
+        found = measured(names, options.quick, options.kernels)
+        if options.keep and options.json is not None and options.json.exists():
+            before = json.loads(options.json.read_text())
+            found["rows"] += [row for row in before.pop("rows") if row["case"] not in names]
+            found["rows"].sort(key=lambda row: list(CASES).index(row["case"]))
+            found = before | found | {"machine": max(before["machine"], found["machine"], key=lambda m: m["read_gb_s"][0])}
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
