@@ -93,10 +93,9 @@ def norm_of(sums: Tensor, p: float) -> Tensor:
 
 def _values(tensor: Tensor) -> Tensor:
     """The stored elements: those of a sparse tensor are coalesced first, since equal indices add up."""
-    tensor = tensor.detach()
-    if tensor.layout is torch.sparse_coo:
-        return tensor.coalesce().values()
-    return tensor if tensor.layout is torch.strided else tensor.values()
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
 
 
 def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
@@ -156,7 +155,7 @@ def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float) -> list[flo
     filler = _filler(tensors[0].dtype)
     parts: list[Tensor] = []
     for tensor, count in zip(tensors, rows, strict=True):
-        parts.append(tensor.view(-1))
+        parts.append(tensor if tensor.ndim == 1 else tensor.view(-1))
         if short := count * ROW - tensor.numel():
             parts.append(filler[short])
     norms = torch.linalg.vector_norm(torch.cat(parts).float().view(-1, ROW), p, dim=1).double()
