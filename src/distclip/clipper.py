@@ -168,7 +168,8 @@ class GradClipper:
 
         Raises:
             ConfigError: no optimizer was passed, or a scaler together with on_nonfinite="propagate" (it would never learn).
-            NonFiniteError, AgreementError, GradientError: on all ranks alike, before anything was touched.
+            NonFiniteError, AgreementError, GradientError: on all ranks alike, before anything was touched. With "propagate" on CUDA a
+                fault is told one call late, and optimizers that do not fold have then taken that step.
         """
         call = self._call("step", optimizers, scaler, grad_scale)
         folding = self._folding(call)
