@@ -1,7 +1,8 @@
 """Stage 3a: parameters → this rank's gradient tensors, each compared with the plan. What is wrong becomes a text, never an early exit.
 
 What the plan expects is laid out in lists once for each set of parameters that have a gradient; a step then compares list with list,
-which costs half a microsecond a parameter. Where anything differs, parameters are looked at one by one.
+which costs half a microsecond a parameter, and a third of one where gradients are the tensors that the step before met, at the same
+addresses. Where anything differs, parameters are looked at one by one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -54,7 +56,17 @@ class Grads:
         return cls(Present((), (), nothing.long(), nothing), GradList.of(()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class _Met:
+    """The gradients of the step before, not kept alive. One that is still the same tensor at the same address needs no other look."""
+
+    first: ref[Tensor]
+    all: list[ref[Tensor]]  # empty where the first was another one at the step before: then they are new at every step
+    addresses: list[int]
+    pointers: array[int]  # the same, as a kernel takes them
+
+
+@dataclass(slots=True)
 class _Expected:
     """What the lists of a step are compared with."""
 
@@ -67,6 +79,7 @@ class _Expected:
     odd: Sequence[int]  # positions that torch computes: all, or none
     filled: int  # distinct addresses: tensors that are not empty, and one for those that are
     present: Present
+    met: _Met | None = None
 
 
 class Collector:
@@ -95,8 +108,9 @@ class Collector:
         has = bytes([grad is not None for grad in grads])
         expected = self._expected.get(has)
         if expected is not None and all(map(is_, map(dict.get, self._tables, self._keys), self._held)):
+            given = grads if 0 not in has else [grad for grad in grads if grad is not None]
             try:
-                found = self._compared(grads if 0 not in has else [grad for grad in grads if grad is not None], expected)
+                found = self._met_again(given, expected) or self._compared(given, expected)
             except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
                 found = None
             if found is not None:
@@ -110,15 +124,22 @@ class Collector:
         local = {i: grad for i, grad in found}
         return Grads(self.present(own, [i for i, _ in found]), GradList.of([local[i] for i in own]))
 
-    def _compared(self, grads: list[Any], expected: _Expected) -> GradList | None:
+    def _met_again(self, given: list[Any], expected: _Expected) -> GradList | None:
+        """None where a gradient is another tensor than at the step before, or lies elsewhere."""
+        met = expected.met
+        if met is None or not met.all or not all(map(is_, map(ref.__call__, met.all), given)):
+            return None
+        grads = _locals(given, expected)
+        return GradList(grads, expected.layout, met.pointers, expected.odd) if list(map(_POINTER, grads)) == met.addresses else None
+
+    def _compared(self, given: list[Any], expected: _Expected) -> GradList | None:
         """None where anything is not as expected."""
         if expected.specs:
-            if list(map(type, grads)) != expected.types:
+            if list(map(type, given)) != expected.types:
                 return None
-            sharded = [type(grad) is DTensor for grad in grads]
-            if [_SPEC(grad) for grad, is_sharded in zip(grads, sharded) if is_sharded] != expected.specs:
+            if [_SPEC(grad) for grad, kind in zip(given, expected.types) if kind is DTensor] != expected.specs:
                 return None
-            grads = [_LOCAL(grad) if is_sharded else grad for grad, is_sharded in zip(grads, sharded)]
+        grads = _locals(given, expected)
         if not PLAIN.issuperset(map(type, grads)):  # a collective still fills one, or it has no memory of its own
             return None
         if list(map(_SHAPE, grads)) != expected.shapes or list(map(_DTYPE, grads)) != expected.dtypes:
@@ -131,6 +152,9 @@ class Collector:
         pointers = array("Q", map(_POINTER, grads))
         if len(set(pointers)) != expected.filled:  # one gradient under two parameters
             return None
+        if given:
+            stay = expected.met is not None and expected.met.first() is given[0]
+            expected.met = _Met(ref(given[0]), list(map(ref, given)) if stay else [], pointers.tolist() if stay else [], pointers)
         return GradList(grads, expected.layout, pointers, expected.odd)
 
     def _looked_at(self, grads: Sequence[Tensor | None], has: bytes) -> Grads:
@@ -216,6 +240,15 @@ class Collector:
             filled=len({tensor.data_ptr() for tensor in listed.tensors}),
             present=found.present,
         )
+
+
+def _locals(given: list[Any], expected: _Expected) -> list[Any]:
+    """DTensors as this rank's part of them."""
+    if not expected.specs:
+        return given
+    if len(expected.specs) == len(given):
+        return list(map(_LOCAL, given))
+    return [_LOCAL(grad) if kind is DTensor else grad for grad, kind in zip(given, expected.types)]
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:
