@@ -204,7 +204,7 @@ def test_host_copies(elsewhere):
     with elsewhere():
         mirror.leave(vector, "step 1")
         late = mirror.taken()
-    assert late is not None and late.numbers == [1.0, 2.0] and Mirror.now(vector) == [1.0, 2.0]
+    assert late is not None and late.numbers == [1.0, 2.0] and Mirror.now(vector) == [[1.0, 2.0]]
 
 
 @pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")

@@ -25,6 +25,7 @@ class Known(NamedTuple):
     inverse: float  # of the scaler's scale
     acts: bool  # some coefficient is not 1, some element or unit is clipped
     skip: bool
+    fine: bool  # finite and taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Outcome:
     decision: Decision
     grads: Grads
     finite: Tensor  # [] bool
-    stop: Tensor  # [] float32: 1 where no optimizer may move
-    overflow: Tensor  # [] float32: what a scaler is told; a step that a policy leaves out is no overflow
+    stop: Tensor  # [] bool: no optimizer may move
+    overflow: Tensor  # [] bool: what a scaler is told; a step that a policy leaves out is no overflow
     cut: Tensor  # [cut units] float64: coefficients of units that are cut over ranks
     units: UnitStep | None
     known: Known | None  # None where the host has not read anything

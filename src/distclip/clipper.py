@@ -19,14 +19,14 @@ from distclip.acting import Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
 from distclip.calls import Call
 from distclip.collecting import GradOf, Grads
-from distclip.deciding import State, decide, kept, moved
+from distclip.deciding import Fate, State, decide, fate, kept, moved
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
 from distclip.groups import Grouping, Watch
 from distclip.guard import OnNonfinite
-from distclip.history import History, empty, recorded
+from distclip.history import History, empty
 from distclip.host import Mirror
-from distclip.judging import watched
+from distclip.judging import Watched
 from distclip.naming import Params
 from distclip.options import Asked
 from distclip.placement import Declared, ReplicatedOver, Shared
@@ -36,7 +36,7 @@ from distclip.reading import Reading, read
 from distclip.records import ClipReport, Culprit, Decision, Norms
 from distclip.report import Sink, Writer
 from distclip.saving import Saved, loaded, saved
-from distclip.sensing import Seen
+from distclip.sensing import Reduced, Seen
 
 
 class GradClipper:
@@ -120,6 +120,7 @@ class GradClipper:
                 self._history = History(*(t.to(now.device) for t in self._history))
             else:
                 self._state, self._history, self._state_groups = now.first, empty(now.device), now.plan.groups
+            self._rate = self._history.rate
             self._last = torch.zeros(1, dtype=torch.float64, device=now.device)
         self.plan = now.plan
         self._may_wait = now.device.type == "cuda"  # elsewhere reading a number costs nothing
@@ -179,7 +180,7 @@ class GradClipper:
             for k, owned in enumerate(call.owned):
                 if k in folding:
                     factor = self._now.actor.folded_factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
-                    fold.step_folded(owned.optimizer, factor, outcome.stop if outcome.known is None else None)
+                    fold.step_folded(owned.optimizer, factor, outcome.stop.float() if outcome.known is None else None)
                 else:
                     (owned.optimizer if call.hands.enabled else owned.given).step()
         call.hands.tell(outcome.overflow, stepped=True)
@@ -256,7 +257,7 @@ class GradClipper:
         call = self._call("audit")
         outcome = self._run(call, may_wait=False)
         nothing = outcome.finite.new_zeros(0, dtype=torch.float64)
-        self._now.judge.compare(Seen(self._step, call, outcome.grads, [], self._last, nothing, nothing))
+        self._now.judge.compare(Seen(self._step, call, outcome.grads, [], 0.0, nothing, nothing))
 
     def _reachable(self, call: Call) -> list[Tensor]:
         """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where they cannot.
@@ -336,7 +337,9 @@ class GradClipper:
         self._step += 1
         self._taken += not call.passive
         self._decided = None
-        seen, message = self._now.sensor.sense(self._step, call, self._last.clone())
+        # a token that the host may not read is written in place at the next call
+        last = self._last.clone() if self._may_wait else float(self._last)
+        seen, message = self._now.sensor.sense(self._step, call, last)
         if capturing and (seen.faults or call.problem):  # nobody would read them from the message
             raise call.problem or GradientError("; ".join(seen.faults))
         message = message.to(self._channel.device_for(self._now.device))
@@ -345,64 +348,80 @@ class GradClipper:
         message = message.to(self._now.device)
 
         reduced = self._now.sensor.read(message)
-        norms = reduced.norms
-        decision, state = decide(self._now.parts, norms, self._state)
+        decision, state = decide(self._now.parts, reduced.norms, self._state)
         if call.of == "param":
-            decision = _nothing_to_do(decision, norms)
-        skips = not call.passive and self._now.options.on_nonfinite != "propagate"
-        bad = ~norms.finite
-        stop = self._now.wire.stop(message, self._now.tolerance) > 0 if self._may_wait and may_wait else bad
-        overflow = stop if skips else torch.zeros_like(stop)
-        skipped = overflow if call.passive else overflow | (decision.skip & norms.finite)
-        acted = norms.finite & ~skipped if not call.passive else torch.zeros_like(stop)
-        clipped = decision.clipped.any() & acted
-        history = self._history if call.passive else recorded(self._history, clipped, skipped)
-        rate = history.rate
+            decision = _nothing_to_do(decision, reduced.norms)
+        late, finite = self._may_wait and may_wait, reduced.norms.finite
+        go = self._now.wire.go(message, reduced.power, self._now.tolerance) if late else finite
+        will = fate(decision, go, call.passive, self._now.options.on_nonfinite == "propagate")
 
         grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
-        numbers = [self._now.wire.told(message), watched(decision, rate, history.calls)]
-        if self._may_wait and may_wait:
+        if late:
             seen.grads = None
             if not capturing:
-                self._unjudged.leave(torch.cat(numbers), seen)
+                self._unjudged.leave(self._told_late(message, reduced, decision), seen)
         else:
-            inverse = self._last.new_ones(1) * call.inverse
-            flags = torch.stack([skipped, clipped]).double()
-            coefs = torch.where(norms.finite, decision.coef, 1.0)
-            host = Mirror.now(torch.cat([*numbers, inverse, flags, coefs]))
-            count = len(host) - len(coefs) - 3
-            scale, skip, acts = host[count : count + 3]
-            known = Known(host[count + 3 :], scale, bool(acts), bool(skip))
-            culprits = self._now.judge.judge(seen, host[:count])
+            known, culprits = self._told(seen, message, reduced, decision, will)
         if not call.passive:
-            self._keep(history, kept(self._state, state, norms.finite & ~skipped & ~stop))
-            self._last.copy_(self._token(decision))
-        skips_so_far = history.skips.clone()  # the state itself is written in place at the next call
+            self._remember(decision, state, will, known)
         report = self._now.summary.of(
-            self._step, reduced, decision, rate, skips_so_far, skipped, clipped, culprits, self._taken, call.passive
+            self._step, reduced, decision, will, self._rate, self._history.skips.clone(), culprits, self._taken, call.passive,
+            fine=known is not None and known.fine,
         )  # fmt: skip
         if not call.passive:
             self.last_report = report
-        return Outcome(
-            decision, grads, norms.finite, skipped.float(), overflow.float(), reduced.cut, seen.units, known, report
-        )  # fmt: skip
+        return Outcome(decision, grads, finite, will.skipped, will.overflow, reduced.cut, seen.units, known, report)
 
-    def _keep(self, history: History, state: State) -> None:
+    def _told(self, seen: Seen, message: Tensor, reduced: Reduced, decision: Decision, will: Fate) -> tuple[Known, tuple[Culprit, ...]]:
+        """Reads on the host, at once, what all ranks agreed on, and judges it."""
+        extra = {"left out": decision.skip, "inverse": seen.call.hands.inverse}
+        extra["cosine"] = decision.cosine.amin() if decision.clamped else None
+        there = {name: tensor for name, tensor in extra.items() if tensor is not None}
+        (power,), rest, coefs, (acts,), (rate,), *others = Mirror.now(
+            reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._rate, *there.values()
+        )
+        told = {name: number for name, (number,) in zip(there, others, strict=True)}
+        flags, left_out = self._now.wire.flags(power, rest), bool(told.get("left out", False))
+        culprits = self._now.judge.judge(seen, flags, Watched(left_out, rate, told.get("cosine", 1.0)), self._taken)
+        finite, passive, propagates = flags.finite, seen.call.passive, self._now.options.on_nonfinite == "propagate"
+        skip = not passive and (left_out if finite else not propagates)
+        return Known(coefs if finite else [1.0] * len(coefs), told.get("inverse", 1.0), bool(acts), skip, finite and not skip), culprits
+
+    def _told_late(self, message: Tensor, reduced: Reduced, decision: Decision) -> Tensor:
+        """The same for the next call, which judges it: float64, read by `_settle`."""
+        watched = (reduced.power * 0 if decision.skip is None else decision.skip.double(), self._rate, decision.cosine.amin())
+        return torch.cat([self._now.wire.rest(message), torch.stack([reduced.power, *watched])])
+
+    def _remember(self, decision: Decision, state: State, will: Fate, known: Known | None) -> None:
         """In place: the replays of a captured graph find there what the one before left."""
-        old, new = [*self._history, *chain.from_iterable(self._state)], [*history, *chain.from_iterable(state)]
-        for tensor, value in zip(old, new, strict=True):
+        if self._may_wait:
+            self._rate.copy_(self._history.record_(will.clipped, will.skipped))
+        else:
+            self._rate.fill_(self._history.record_here_(bool(will.clipped), bool(will.skipped)))
+        if known is not None:
+            if known.fine:
+                self._keep(state)
+            self._last.fill_(_hashed(int(self._token(decision))))
+        else:
+            if any(state):
+                self._keep(kept(self._state, state, will.go & ~will.skipped))
+            self._last.copy_(_hashed(self._token(decision)))
+
+    def _keep(self, state: State) -> None:
+        for tensor, value in zip(chain.from_iterable(self._state), chain.from_iterable(state), strict=True):
             tensor.copy_(value)
 
     def _token(self, decision: Decision) -> Tensor:
-        """[1] float64 below 65536: a hash of the decision's bits, which the next message compares over the ranks."""
-        bits = torch.stack([decision.coef, decision.threshold]).view(torch.int64)
-        return (((bits * self._now.mixers) >> 40).sum() & 0xFFFF).double().reshape(1)
+        """[] int64: a hash of the decision's bits, which the next message compares over the ranks."""
+        return (torch.stack([decision.coef, decision.threshold]).view(torch.int64) * self._now.mixers).sum()
 
     def _settle(self) -> None:
         """Judge what the previous call left; its step was not taken if it was bad."""
         late = self._unjudged.taken()
         if late is not None:
-            self._writer.amend(self._now.judge.judge(late.what, late.numbers))
+            *rest, power, left_out, rate, cosine = late.numbers
+            watched = Watched(bool(left_out), rate, cosine)
+            self._writer.amend(self._now.judge.judge(late.what, self._now.wire.flags(power, rest), watched, self._taken))
 
     # State
 
@@ -424,13 +443,21 @@ class GradClipper:
         own = Saved(self._step, self._now.judge.streak.length, self._history, self._state)
         new = loaded(state, self.state_dict(), own)
         self._step, self._now.judge.streak.length = new.step, new.bad_in_a_row
-        self._keep(new.history, new.state)
+        for tensor, value in zip(self._history, new.history, strict=True):
+            tensor.copy_(value)
+        self._keep(new.state)
+        self._rate.copy_(self._history.rate)
         self._taken = int(new.history.calls)
+
+
+def _hashed(bits: Any) -> Any:
+    """16 bits of a sum, from the middle, which depend on all below: a number, or a tensor of them."""
+    return bits >> 40 & 0xFFFF
 
 
 def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:
     """For norms of parameters, of which nothing is clipped."""
-    one, off = torch.ones_like(norms.per_group), torch.zeros_like(decision.skip)
+    one, off = torch.ones_like(norms.per_group), None
     return replace(
         decision, coef=one, threshold=one * math.inf, clipped=one < 1, norms_after=norms.per_group, cosine=one, skip=off
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,18 +72,49 @@ def in_total(groups: Sequence[str], rules: Mapping[str, Rule]) -> list[bool]:
 
 def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision, State]:
     """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms' device."""
-    answers = [part.policy.decide(norms_of(part, norms), state) for part, state in zip(parts, states, strict=True)]
-    new = tuple(state for _, state in answers)
-    rows = [_row(answer, norms_of(part, norms)) for part, (answer, _) in zip(parts, answers, strict=True)]
-    skips = [answer.skip.any() for answer, _ in answers if answer.skip is not None]
-    return Decision(
-        *(_placed(parts, [row[i] for row in rows], norms.per_group) for i in range(5)),
-        clamped=frozenset(g for part, (answer, _) in zip(parts, answers, strict=True) if isinstance(answer, Clamp) for g in part.groups),
-        unitwise=frozenset(
-            g for part, (answer, _) in zip(parts, answers, strict=True) if isinstance(answer, UnitScale) for g in part.groups
-        ),
-        skip=torch.stack(skips).any() if skips else torch.zeros((), dtype=torch.bool, device=norms.total.device),
-    ), new
+    rows: list[tuple[Tensor, ...]] = []
+    new: list[tuple[Tensor, ...]] = []
+    skips: list[Tensor] = []
+    clamped, unitwise = frozenset[int](), frozenset[int]()
+    for part, state in zip(parts, states, strict=True):
+        shown = norms_of(part, norms)
+        answer, after = part.policy.decide(shown, state)
+        rows.append(_row(answer, shown))
+        new.append(after)
+        if answer.skip is not None:
+            skips.append(answer.skip.any())
+        if isinstance(answer, Clamp):
+            clamped = clamped.union(part.groups)
+        elif isinstance(answer, UnitScale):
+            unitwise = unitwise.union(part.groups)
+    fields = rows[0] if len(parts) == 1 else [_placed(parts, values, norms.per_group) for values in zip(*rows, strict=True)]
+    skip = None if not skips else skips[0] if len(skips) == 1 else torch.stack(skips).any()
+    return Decision(*fields, clamped=clamped, unitwise=unitwise, skip=skip), tuple(new)
+
+
+class Fate(NamedTuple):
+    """What becomes of a step, on the device. [] bool each."""
+
+    go: Tensor  # nothing was found that speaks against it
+    overflow: Tensor  # what a scaler is told; a step that a policy leaves out is no overflow
+    skipped: Tensor  # the step is not taken
+    clipped: Tensor  # some gradient is scaled or clamped
+
+
+def fate(decision: Decision, go: Tensor, passive: bool, propagates: bool) -> Fate:
+    """Pure, without a host read.
+
+    Args:
+        go: [] bool, false at least where a gradient is not finite.
+        passive: nothing is touched; propagates: gradients that are not finite are left as they are.
+    """
+    if passive:
+        nothing = torch.zeros_like(go)
+        return Fate(go, nothing, nothing, nothing)
+    overflow = torch.zeros_like(go) if propagates else ~go
+    if decision.skip is None:
+        return Fate(go, overflow, overflow, decision.clipped.any() & go)
+    return Fate(go, overflow, overflow | (decision.skip & go), decision.clipped.any() & go & ~decision.skip)
 
 
 def may_skip(parts: Sequence[Part], norms: Norms, states: State) -> bool:
@@ -102,7 +133,7 @@ def _row(answer: Scale | Clamp | UnitScale, norms: Norms) -> tuple[Tensor, Tenso
     """One part's coefficients, thresholds, whether it clips, norms afterwards and cosines."""
     one = torch.ones_like(norms.per_group)
     if isinstance(answer, Scale):
-        return answer.coef, answer.threshold, answer.coef != 1, norms.per_group * answer.coef, one
+        return answer.coef, answer.threshold, answer.coef.ne(one), norms.per_group * answer.coef, one
     if isinstance(answer, Clamp):
         return one, answer.value, answer.clipped, answer.norm_after, answer.cosine
     return one, answer.threshold, answer.clipped, answer.norm_after, one
@@ -110,8 +141,6 @@ def _row(answer: Scale | Clamp | UnitScale, norms: Norms) -> tuple[Tensor, Tenso
 
 def _placed(parts: Sequence[Part], values: Sequence[Tensor], like: Tensor) -> Tensor:
     """[groups]: the parts' values side by side."""
-    if len(parts) == 1:
-        return values[0]
     out = torch.empty_like(like, dtype=values[0].dtype)
     for part, value in zip(parts, values, strict=True):
         out.index_copy_(0, part.index, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeAlias
@@ -32,7 +31,7 @@ def judge(flags: Flags, tolerance: float | None) -> Verdict:
         return Verdict.DISAGREE
     if flags.fault:
         return Verdict.FAULT
-    if flags.bad != 0 or not math.isfinite(flags.total):
+    if not flags.finite:
         return Verdict.NONFINITE
     if not abs(flags.ragged) <= RAGGED:
         return Verdict.RAGGED

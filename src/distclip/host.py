@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -30,9 +31,12 @@ class Mirror(Generic[T]):
         self._left: tuple[Tensor, Any, T] | None = None
 
     @staticmethod
-    def now(vector: Tensor) -> list[float]:
-        """The vector's numbers. On CUDA this waits for the device."""
-        return vector.tolist()
+    def now(*tensors: Tensor) -> list[list[float]]:
+        """The numbers of each tensor. On CUDA this waits for the device, once."""
+        if tensors[0].device.type == "cpu":
+            return [tensor.tolist() if tensor.ndim else [float(tensor)] for tensor in tensors]
+        numbers = iter(torch.cat([tensor.reshape(-1).double() for tensor in tensors]).tolist())
+        return [list(islice(numbers, tensor.numel())) for tensor in tensors]
 
     def leave(self, vector: Tensor, what: T) -> None:
         """Start the copy of this call's vector; `taken` gives it at the next call."""

@@ -6,9 +6,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from distclip import audit
 from distclip.agreement import key
@@ -21,17 +21,20 @@ from distclip.host import Mirror
 from distclip.measure import norm_of
 from distclip.plan import Plan
 from distclip.policies import describe
-from distclip.records import Culprit, Decision
+from distclip.records import Culprit
 from distclip.sensing import Seen
-from distclip.wire import Wire
+from distclip.wire import Flags, Wire
 
 ALWAYS = 0.95  # of the last WINDOW steps clipped: a threshold that sets the length of steps
 BENT = 0.9  # cosine below which value clipping changes the direction
 
 
-def watched(decision: Decision, rate: Tensor, calls: Tensor) -> Tensor:
-    """[4] float64: what is read on the host beside the message: left out?, clip rate, steps counted, least cosine."""
-    return torch.stack([decision.skip.double(), rate, calls.double(), decision.cosine.amin()])
+class Watched(NamedTuple):
+    """What is read on the host beside the message."""
+
+    left_out: bool  # by the policy
+    rate: float  # share of the steps before this one that were clipped
+    cosine: float  # the least one, between raw and clamped gradients
 
 
 @dataclass(slots=True)
@@ -48,14 +51,9 @@ class Judge:
     config: str
     _told: set[str] = field(default_factory=set[str])  # warnings that were given
 
-    def judge(self, seen: Seen, numbers: Sequence[float]) -> tuple[Culprit, ...]:
-        """Raises on all ranks alike, or returns the culprits of a first bad step.
-
-        Args:
-            numbers: `wire.told` and `watched`, on the host.
-        """
-        *message, left_out, rate, calls, cosine = numbers
-        call, step, flags = seen.call, seen.step, self.wire.flags(message)
+    def judge(self, seen: Seen, flags: Flags, watched: Watched, taken: int) -> tuple[Culprit, ...]:
+        """Raises on all ranks alike, or returns the culprits of a first bad step. `taken`: calls so far that were not passive."""
+        call, step = seen.call, seen.step
         verdict = judge(flags, None if call.operation == "audit" else self.tolerance)
         if verdict is Verdict.DISAGREE:
             doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {key(self.config) & 0xFFFF:04x}"
@@ -79,8 +77,8 @@ class Judge:
                 "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad()",
             )
         if verdict is not Verdict.NONFINITE:
-            self._notice(rate, calls, cosine)
-            if not left_out:
+            self._notice(watched, taken)
+            if not watched.left_out:
                 self.streak.good()
             elif self.streak.spike():
                 raise self.streak.spike_error(step)
@@ -88,7 +86,7 @@ class Judge:
         must_raise = self.streak.bad(patient=call.hands.enabled or call.patient)
         culprits: tuple[Culprit, ...] = ()
         if self.streak.length == 1 or must_raise:
-            culprits = audit.name_culprits(self.channel, self.plan, Mirror.now(seen.sums), self.device)
+            culprits = audit.name_culprits(self.channel, self.plan, Mirror.now(seen.sums)[0], self.device)
         if must_raise:
             raise self.streak.error(step, int(flags.bad), culprits)
         return culprits
@@ -101,24 +99,26 @@ class Judge:
         if seen.grads is not None:
             here = zip(seen.grads.present.own, seen.grads.list.tensors, strict=True)
             return {i: audit.fingerprint(grad) for i, grad in here}
-        squares = Mirror.now(norm_of(seen.sums, self.wire.norm_type).square())
-        return {i: (squares[i], 0.0) for i, has in enumerate(Mirror.now(seen.has)) if has}
+        squares, present = Mirror.now(norm_of(seen.sums, self.wire.norm_type).square(), seen.has)
+        return {i: (squares[i], 0.0) for i, has in enumerate(present) if has}
 
-    def _notice(self, rate: float, calls: float, cosine: float) -> None:
+    def _notice(self, watched: Watched, taken: int) -> None:
         """What is allowed and seldom meant."""
-        chosen = next((part.policy for part in self.parts if getattr(part.policy, "chosen", False)), None)
-        if chosen is not None and calls >= WINDOW and rate > ALWAYS:
+        chosen = None
+        if taken > WINDOW and watched.rate > ALWAYS:
+            chosen = next((part.policy for part in self.parts if getattr(part.policy, "chosen", False)), None)
+        if chosen is not None:
             self._warn(
                 "always",
-                f"{100 * rate:.0f} % of the last {WINDOW} steps were clipped by {describe(chosen)}: a threshold below nearly every norm "
-                "does not catch outliers but sets the length of every step, like a smaller learning rate, and may starve learning. Raise "
-                "it (`distclip suggest RUN.jsonl` shows what others would do), or use distclip.Normalize if that is meant",
+                f"{100 * watched.rate:.0f} % of the last {WINDOW} steps were clipped by {describe(chosen)}: a threshold below nearly every "
+                "norm does not catch outliers but sets the length of every step, like a smaller learning rate, and may starve learning. "
+                "Raise it (`distclip suggest RUN.jsonl` shows what others would do), or use distclip.Normalize if that is meant",
             )
-        if cosine < BENT:
+        if watched.cosine < BENT:
             self._warn(
                 "bent",
-                f"value clipping turned the gradient: its cosine with the raw one is {cosine:.2f}. Raise clip_value, or clip the norm "
-                "(max_norm=...), which keeps the direction",
+                f"value clipping turned the gradient: its cosine with the raw one is {watched.cosine:.2f}. Raise clip_value, or clip the "
+                "norm (max_norm=...), which keeps the direction",
             )
 
     def _warn(self, kind: str, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Seen:
     call: Call
     grads: Grads | None  # None once they may have changed
     faults: list[str]  # what this rank found wrong
-    last: Tensor  # [1] float64: the token of the decision before
+    last: Tensor | float  # [1] float64: the token of the decision before
     sums: Tensor  # [pieces] float64
     has: Tensor  # [pieces] float64
     units: UnitStep | None = None
@@ -46,6 +47,7 @@ class Reduced(NamedTuple):
     """What all ranks learned."""
 
     norms: Norms
+    power: Tensor  # [] float64: power sum over all groups
     layers: Tensor  # [layers] float64: watched norms
     cut: Tensor  # [cut units] float64: coefficients of units that are cut over ranks
 
@@ -59,12 +61,13 @@ class Sensor:
     wire: Wire
     parts: Sequence[Part]
     units: Units | None
-    in_total: Tensor  # [groups] bool
+    in_total: Tensor | None  # [groups] bool: which groups count in the total; None where all do
     device: torch.device
     config: str  # the options as a text, equal on all ranks
     _nothing: Tensor = field(init=False)  # [pieces]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
     _chosen: dict[tuple[int, ...], tuple[Present, tuple[list[int], Tensor, Tensor, Tensor]]] = field(init=False, default_factory=dict)
+    _said: tuple[Tensor, Tensor] | None = field(init=False, default=None)  # which are there, and what the message says of it
 
     def __post_init__(self) -> None:
         self._nothing = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
@@ -75,10 +78,15 @@ class Sensor:
     def policy_words(self) -> int:
         return self.wire.stats - 2 * (self.units.cut if self.units else 0)
 
-    def sense(self, step: int, call: Call, last: Tensor) -> tuple[Seen, Tensor]:
-        """Never communicates, raises nothing. The message: [words] float64 on the compute device."""
+    def sense(self, step: int, call: Call, last: Tensor | float) -> tuple[Seen, Tensor]:
+        """Never communicates, raises nothing. The message: [words] float64 on the compute device.
+
+        Args:
+            last: the token of the decision before: [1] float64, or its number where the host may read.
+        """
         sums = has = self._nothing
-        stats, found, units = self._nothing.new_zeros(self.wire.stats), None, None
+        stats = self._nothing.new_zeros(self.wire.stats) if self.wire.stats else self._nothing[:0]
+        found = units = None
         grads, faults = self._everything, list[str]()
         try:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
@@ -92,8 +100,14 @@ class Sensor:
                     units = self._stats(stats, grads, call.scales(grads.present.own, self.device))
         except Exception as error:
             faults = [*faults, f"{type(error).__name__}: {error}"]
-        message = self.wire.pack(sums, has, stats, found, self._tail(bool(faults), step, call, last))
+        message = self.wire.pack(sums, stats, self._words(sums, has, found, bool(faults), step, call, last))
         return Seen(step, call, grads, faults, last, sums, has, units), message
+
+    def _present(self, has: Tensor) -> Tensor:
+        """What the message says of gradients that are there; worked out anew only when others are."""
+        if self._said is None or self._said[0] is not has:
+            self._said = (has, self.wire.present(has))
+        return self._said[1]
 
     def _left_scaled(self, call: Call, grads: Grads) -> list[str]:
         """With a scaler every gradient belongs to an optimizer that was passed: its records say whether the gradient is still scaled."""
@@ -157,15 +171,24 @@ class Sensor:
         share = torch.tensor([1 / self.plan.shares[i].holders for i in pieces], dtype=torch.float64, device="cpu")
         return mine, torch.tensor(mine, dtype=torch.int64, device="cpu").to(self.device), group.to(self.device), share.to(self.device)
 
-    def _tail(self, wrong: bool, step: int, call: Call, last: Tensor) -> Tensor:
-        """[4] float64. Filled in on the device: a tensor made from a list would make the host wait for it."""
-        numbers = (float(wrong), float(step & 0xFFFF), float(key(call.text + self.config) & 0xFFFF))
-        if call.hands.inverse is not None:  # a scale that differs between ranks is a disagreement
-            bits = call.hands.inverse.reshape(1).view(torch.int64)
-            last = (last + ((bits * _MIXER) >> 40 & 0xFFFF)) % 0x10000
-        if self.device.type == "cpu":
-            return torch.cat([torch.tensor(numbers, dtype=torch.float64, device="cpu"), last])
-        return torch.cat([*(last.new_full((1,), number) for number in numbers), last])
+    def _words(self, sums: Tensor, has: Tensor, found: Tensor | None, wrong: bool, step: int, call: Call, last: Tensor | float) -> Tensor:
+        """The message behind drift: see `Wire.pack`."""
+        tokens, second = [float(step & 0xFFFF), float(_token(call.text + self.config))], self.wire.second
+        present, scale = self._present(has), call.hands.inverse
+        mixed: Tensor | float = 0.0
+        if scale is not None:  # one that differs between ranks is a disagreement
+            mixed = (scale.reshape(1).view(torch.int64) * _MIXER) >> 40 & 0xFFFF
+        if not isinstance(last, Tensor):
+            bad = 0.0 if math.isfinite(sums.sum()) else float(self.wire.bad(sums))
+            bad = bad if found is None else max(bad, float(found))
+            tokens.append((last + float(mixed)) % 0x10000)
+            words = [*present.tolist(), bad, float(wrong), *tokens, *map(second, tokens)]
+            return torch.tensor(words, dtype=torch.float64, device="cpu")
+        # filled in on the device: a tensor made from a list would make the host wait for it
+        bad = self.wire.bad(sums).reshape(1)
+        bad = bad if found is None else torch.maximum(bad, found)
+        v = torch.cat([*(last.new_full((1,), token) for token in tokens), (last + mixed) % 0x10000])
+        return torch.cat([present, bad, last.new_full((1,), float(wrong)), v, second(v)])
 
     def read(self, message: Tensor) -> Reduced:
         """The reduced message, as numbers that are equal on every rank. No host sync."""
@@ -178,7 +201,17 @@ class Sensor:
             for part in self.parts:
                 if hasattr(part.policy, "unit_coefs"):
                     stats[part.stats] += table[part.index].flatten()
-        counted = torch.where(self.in_total, sums, 0.0)
-        total = norm_of(counted.amax() if math.isinf(p) else counted.sum(), p)
-        finite = self.wire.total(message).isfinite() & (bad == 0)
-        return Reduced(Norms(norm_of(sums, p), total, finite, bad.to(torch.int64), stats, p), norm_of(layers, p), cut)
+        power, groups = self.wire.total(message), norm_of(sums, p)
+        if self.in_total is None and len(sums) == 1:
+            total = groups[0]
+        else:
+            counted = sums if self.in_total is None else torch.where(self.in_total, sums, 0.0)
+            total = norm_of(counted.amax() if math.isinf(p) else counted.sum(), p)
+        finite = (power - power).eq(bad)  # bad is 0, and x - x is not NaN as for inf and NaN
+        watched = norm_of(layers, p) if len(layers) else layers
+        return Reduced(Norms(groups, total, finite, bad.long(), stats, p), power, watched, cut)
+
+
+@lru_cache(maxsize=64)
+def _token(text: str) -> int:
+    return key(text) & 0xFFFF

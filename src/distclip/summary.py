@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distclip.deciding import Fate
 from distclip.groups import Watch
 from distclip.measure import norm_of
 from distclip.plan import Plan
-from distclip.records import ClipReport, Culprit, Decision
+from distclip.records import ClipReport, Culprit, Decision, Norms
 from distclip.sensing import Reduced
 
 
@@ -21,7 +22,7 @@ class Summary:
 
     plan: Plan
     watch: Watch | None
-    in_total: Tensor  # [groups] bool
+    in_total: Tensor | None  # [groups] bool: which groups count in the total; None where all do
     dtype: torch.dtype  # of the report's numbers
 
     def of(
@@ -29,49 +30,52 @@ class Summary:
         step: int,
         reduced: Reduced,
         decision: Decision,
+        fate: Fate,
         rate: Tensor,
         skips: Tensor,
-        skipped: Tensor,
-        clipped: Tensor,
         culprits: tuple[Culprit, ...],
         taken: int,
         passive: bool,
+        fine: bool,
     ) -> ClipReport:
         """All on the device.
 
         Args:
             rate: [] float64, and skips, [] int64: of the history.
-            skipped: [] bool: the step is not taken.
-            clipped: [] bool: some gradient is scaled or clamped.
             taken: calls so far that were not passive; passive: this one touches nothing.
+            fine: the host knows already that the step is finite and taken.
         """
-        norms, dtype = reduced.norms, self.dtype
-        coefs = torch.where(skipped, 0.0, torch.where(norms.finite, decision.coef, 1.0))
+        norms, dtype, coefs = reduced.norms, self.dtype, decision.coef
+        after = self._after(norms, decision.norms_after if fine else torch.where(norms.finite, decision.norms_after, norms.per_group))
+        if not fine:
+            coefs = torch.where(fate.skipped, 0.0, torch.where(norms.finite, coefs, 1.0))
+            after = torch.where(fate.skipped & norms.finite, 0.0, after)
         shown = self.watch is not None and (passive or taken % self.watch.every == 0)
+        total, after, rate = torch.stack([norms.total, after, rate]).to(dtype).unbind()
+        coefs, threshold, before, cosine = torch.stack([coefs, decision.threshold, norms.per_group, decision.cosine]).to(dtype).unbind()
         return ClipReport(
             step=step,
-            total_norm=norms.total.to(dtype),
-            norm_after=torch.where(skipped & norms.finite, 0.0, self._after(reduced, decision)).to(dtype),
-            clipped=clipped,
-            skipped=skipped,
+            total_norm=total,
+            norm_after=after,
+            clipped=fate.clipped,
+            skipped=fate.skipped,
             nonfinite=norms.nonfinite,
-            coefs=coefs.to(dtype),
-            threshold=decision.threshold.to(dtype),
-            group_norms=norms.per_group.to(dtype),
-            cosine=decision.cosine.to(dtype),
-            clip_rate=rate.to(dtype),
+            coefs=coefs,
+            threshold=threshold,
+            group_norms=before,
+            cosine=cosine,
+            clip_rate=rate,
             skips=skips,
-            layer_norms=reduced.layers.to(dtype) if shown else torch.zeros(0, dtype=dtype, device=norms.total.device),
+            layer_norms=(reduced.layers if shown else reduced.layers[:0]).to(dtype),
             groups=self.plan.groups,
             layers=self.plan.layers if shown else (),
             norm_type=norms.norm_type,
             culprits=culprits,
         )
 
-    def _after(self, reduced: Reduced, decision: Decision) -> Tensor:
-        """[] float64: the norm over the groups that count in the total."""
-        norms, p = reduced.norms, reduced.norms.norm_type
-        after = torch.where(self.in_total, torch.where(norms.finite, decision.norms_after, norms.per_group), 0.0)
+    def _after(self, norms: Norms, each: Tensor) -> Tensor:
+        """[] float64: from `each` [groups], the norm over the groups that count in the total."""
+        p, after = norms.norm_type, each if self.in_total is None else torch.where(self.in_total, each, 0.0)
         if len(self.plan.groups) == 1:
             return after[0]
         return after.amax() if math.isinf(p) else norm_of(after.pow(p).sum(), p)

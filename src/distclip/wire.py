@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class Flags(NamedTuple):
     agreed: bool
     total: float  # the sum that drift is compared with
 
+    @property
+    def finite(self) -> bool:
+        return self.bad == 0 and math.isfinite(self.total)
+
 
 @dataclass(frozen=True, slots=True)
 class Wire:
@@ -57,26 +61,45 @@ class Wire:
     weight: Tensor
     group: Tensor
     layer: Tensor
+    _both: Tensor = field(init=False)  # [2, pieces]: share, weight
 
-    def pack(self, sums: Tensor, has: Tensor, stats: Tensor, found: Tensor | None, tail: Tensor) -> Tensor:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_both", torch.stack([self.share, self.weight]))
+
+    def present(self, has: Tensor) -> Tensor:
+        """What `pack` says of the gradients that are there: [2] float64, ragged and count; [1] for maxima, count alone.
+
+        Args:
+            has: [pieces] float64, 1 where there is one.
+        """
+        return has.sum().reshape(1) if math.isinf(self.norm_type) else torch.stack([(has * self.weight).sum(), has.sum()])
+
+    def second(self, token: Any) -> Any:
+        """What travels beside a token (a number, or a tensor of them), so that the reduced words tell whether all ranks sent the same."""
+        return -token if math.isinf(self.norm_type) else token * token
+
+    def bad(self, sums: Tensor) -> Tensor:
+        """[] float64: how many of the power sums are not finite. No host sync."""
+        zero = sums - sums  # NaN where an inf or NaN is: two operations where isfinite takes five
+        return zero.ne(zero).sum(dtype=torch.float64)
+
+    def pack(self, sums: Tensor, stats: Tensor, words: Tensor) -> Tensor:
         """[words] float64. No host sync.
 
         Args:
             sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
-            has: [pieces] float64, 1 where there is one.
             stats: [stats] float64.
-            found: [] float64, above 0 where a scaler met inf or NaN, perhaps in a parameter that is no piece; None without a scaler.
-            tail: [4] float64: 1 where this rank found something wrong, and the three tokens, whole numbers below 65536.
+            words: float64, what follows stats and drift: `present`; bad gradients, perhaps of parameters that are no pieces; 1 where
+                this rank found something wrong; TOKENS tokens, whole numbers below 65536; the `second` of each.
         """
-        bad = (~sums.isfinite()).sum().double()
-        bad = (bad if found is None else torch.maximum(bad, found)).reshape(1)
-        v, count = tail[1:], has.sum().reshape(1)
         if math.isinf(self.norm_type):
-            top = sums.nan_to_num(nan=math.inf, posinf=math.inf)
-            return torch.cat([*self._spread(top, "amax"), stats, count, bad, tail, -v])
+            return torch.cat([*self._spread(sums.nan_to_num(nan=math.inf, posinf=math.inf), "amax"), stats, words])
         # an inf or NaN makes drift meaningless; such a step is not judged by it
-        drift, ragged = (sums * self.weight).sum().reshape(1), (has * self.weight).sum().reshape(1)
-        return torch.cat([*self._spread(sums * self.share, "sum"), stats, drift, ragged, count, bad, tail, v * v])
+        if self.groups == 1 and not self.layers:
+            both = (self._both * sums).sum(1)
+            return torch.cat([both[:1], stats, both[1:], words]) if self.stats else torch.cat([both, words])
+        drift = (sums * self.weight).sum(0, keepdim=True)
+        return torch.cat([*self._spread(sums * self.share, "sum"), stats, drift, words])
 
     def _spread(self, values: Tensor, reduce: str) -> list[Tensor]:
         """[groups] and, where layers are watched, [layers]: pieces' values added up, or the largest of them."""
@@ -93,19 +116,24 @@ class Wire:
         start = self.groups + self.layers
         after = start + self.stats
         bad = after + (1 if math.isinf(self.norm_type) else 3)
-        return message[: self.groups], message[self.groups : start], message[start:after], message[bad]
+        nothing = message[:0]
+        layers, stats = message[self.groups : start] if self.layers else nothing, message[start:after] if self.stats else nothing
+        return message[: self.groups], layers, stats, message[bad]
 
     def total(self, message: Tensor) -> Tensor:
         """[] float64: the power sum of all groups; inf where it is finite and the norm, its p-th root, is not (p below 1)."""
-        total = message[: self.groups].sum()
+        total = message[0] if self.groups == 1 else message[: self.groups].sum()
         if self.norm_type < 1:
             total = torch.where(total.pow(1 / self.norm_type).isfinite(), total, math.inf)
         return total
 
-    def stop(self, message: Tensor, tolerance: float | None) -> Tensor:
-        """[] float32 on the message's device: 1 where `guard.judge` would not let the step go on. No host sync."""
-        total = self.total(message)
-        rest = message[self.groups + self.layers + self.stats :]
+    def rest(self, message: Tensor) -> Tensor:
+        """The words behind groups, layers and stats."""
+        return message[self.groups + self.layers + self.stats :]
+
+    def go(self, message: Tensor, total: Tensor, tolerance: float | None) -> Tensor:
+        """[] bool on the message's device: whether `guard.judge` would let the step go on. No host sync."""
+        rest = self.rest(message)
         v, other = rest[-2 * TOKENS : -TOKENS].long(), rest[-TOKENS:].long()
         if math.isinf(self.norm_type):
             _, bad, fault = rest[:3].unbind()
@@ -115,15 +143,10 @@ class Wire:
             go = (self.ranks * other == v * v).all() & (ragged.abs() <= RAGGED)
             if tolerance is not None:
                 go = go & (drift.abs() <= tolerance * total)
-        return (~(go & (bad == 0) & (fault == 0) & total.isfinite())).float()
+        return go & (bad == 0) & (fault == 0) & total.isfinite()
 
-    def told(self, message: Tensor) -> Tensor:
-        """What `flags` reads of a message: the sum over all groups, and the words behind groups, layers and stats."""
-        return torch.cat([self.total(message).reshape(1), message[self.groups + self.layers + self.stats :]])
-
-    def flags(self, host: Sequence[float]) -> Flags:
-        """From the numbers of `told` on the host."""
-        total, *rest = host
+    def flags(self, total: float, rest: Sequence[float]) -> Flags:
+        """From the numbers of `total` and `rest` on the host."""
         v, other = rest[-2 * TOKENS : -TOKENS], rest[-TOKENS:]
         if math.isinf(self.norm_type):
             count, bad, fault = rest[:3]

@@ -150,8 +150,7 @@ def test_device_and_host_judge_alike(p):
             if i == 0 and (value < 0 or (math.isnan(value) and math.isinf(p))):
                 continue  # sums are not negative, and NaN is sent as inf
             told = torch.tensor(message, dtype=torch.float64)
-            verdict = judge(wire.flags(wire.told(told).tolist()), 1e-5)
+            verdict = judge(wire.flags(float(wire.total(told)), wire.rest(told).tolist()), 1e-5)
             verdicts.add(verdict)
-            stop = wire.stop(told, 1e-5)
-            assert bool(stop) == (verdict is not Verdict.FINE), (i, value, verdict)
+            assert bool(wire.go(told, wire.total(told), 1e-5)) == (verdict is Verdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts
