@@ -67,6 +67,7 @@ class _Job:
         self._layout = layout.tables  # the C side points into them
         self.address = ctypes.addressof(self._memory)
         self._help = lib.distclip_help
+        self.help_address = ctypes.cast(lib.distclip_help, ctypes.c_void_p).value or 0
         counts, dtypes, starts = (ctypes.addressof(table) for table in layout.tables)
         lib.distclip_bind(self.address, layout.tensors, counts, dtypes, layout.chunks, starts, ctypes.addressof(self._parts))
 
@@ -161,7 +162,7 @@ class Layout:
         helpers = 0 if size <= ALONE else min(torch.get_num_threads(), self.chunks) - 1
         try:
             if helpers:
-                POOL.ask(helpers, job.help)
+                POOL.ask(helpers, job)
         finally:  # helpers may be at work in the gradients' memory: wait for them, whatever happened
             self._lib.distclip_close(job.address)
         self._jobs.append(job)

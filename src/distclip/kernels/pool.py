@@ -1,42 +1,86 @@
-"""Threads that help a native call: started when first needed, none where torch itself has one thread."""
+"""Threads that help a native call: torch's own, or else a small pool, started when first needed.
+
+torch's are better: after a parallel operation, such as the end of a backward pass, they spin for a while on the cores that a sleeping
+pool would have to be woken on, and a call of less than a millisecond would be over by then. They are asked through the OpenMP runtime
+that torch has loaded, by the one entry that gcc's compiled code uses; distclip itself neither contains nor links OpenMP.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+
+
+class Work(Protocol):
+    """One call: `help` does a share of it, from any thread, harmlessly when it comes late."""
+
+    help_address: int  # of the C function that `help` runs, and of its argument
+    address: int
+
+    def help(self) -> None: ...
 
 
 class Pool:
     """Daemon threads that wait for work. Sleeping they cost nothing; they never keep the interpreter alive.
 
-    After a fork the child has none of them, and starts its own.
+    After a fork the child has none of them, and starts its own. torch's threads are lost to it too, and their runtime does not know.
     """
 
     def __init__(self) -> None:
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        self._forked = False
+        os.register_at_fork(after_in_child=self._after_fork)
 
     def _reset(self) -> None:
         self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._started = 0
         self._starting = threading.Lock()
 
-    def ask(self, helpers: int, work: Callable[[], object]) -> None:
-        """Have up to `helpers` threads run `work`, some time; returns at once. `work` must be harmless when it comes late."""
+    def _after_fork(self) -> None:
+        self._reset()
+        self._forked = True
+
+    def ask(self, helpers: int, work: Work) -> None:
+        """Have up to `helpers` threads besides this one take part, some time; this one may take part before it returns."""
+        team = None if self._forked else torchs_threads()
+        if team is not None:
+            team(work.help_address, work.address, helpers + 1, 0)
+            return
         if self._started < helpers:
             with self._starting:
                 while self._started < helpers:
                     threading.Thread(target=_serve, args=(self._work,), name="distclip", daemon=True).start()
                     self._started += 1
         for _ in range(helpers):
-            self._work.put(work)
+            self._work.put(work.help)
 
 
 def _serve(queue: SimpleQueue[Callable[[], object]]) -> None:
     while True:
         queue.get()()
+
+
+@functools.lru_cache(maxsize=1)
+def torchs_threads() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch computes with, or None where that is another one."""
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    for path in (*map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")), "libgomp.so.1"):
+        try:
+            parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        return parallel
+    return None
 
 
 POOL = Pool()
