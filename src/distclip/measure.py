@@ -112,9 +112,32 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
     return _powers(torch.stack([norm for norm in norms if norm is not None]), p)
 
 
+class _Room:
+    """float32 [CHUNK + ROW], made when first needed. A new copy of each chunk would cost more in page faults than its sum."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def _of(self, count: int) -> Tensor:
+        if self._memory is None:
+            self._memory = torch.empty(CHUNK + ROW, dtype=torch.float32, device="cpu")
+        return self._memory[:count]
+
+    def wide(self, chunk: Tensor) -> Tensor:
+        """The 1-D chunk, up to float32, in float32."""
+        return chunk if chunk.dtype == torch.float32 else self._of(chunk.numel()).copy_(chunk)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """1-D parts of one dtype, side by side in float32."""
+        if parts[0].dtype != torch.float32:
+            return self.wide(torch.cat(parts))
+        return torch.cat(parts, out=self._of(sum(map(Tensor.numel, parts))))
+
+
 def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
     """[n] float64: small tensors in one call, middling ones with their rows put together, each large one in chunks."""
     sums: list[float] = [0.0] * len(tensors)
+    room = _Room()
     small: list[int] = []
     middling: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -127,10 +150,10 @@ def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
         for index, value in zip(small, _sums_on_device([tensors[i] for i in small], p).tolist(), strict=True):
             sums[index] = value
     for same in middling.values():
-        for index, value in zip(same, _sums_of_rows([tensors[i] for i in same], p), strict=True):
+        for index, value in zip(same, _sums_of_rows([tensors[i] for i in same], p, room), strict=True):
             sums[index] = value
     for index in set(range(len(tensors))).difference(small, *middling.values()):
-        sums[index] = _combine([_chunk_sum(chunk, p) for chunk in _chunks(tensors[index])], p)
+        sums[index] = _combine([_chunk_sum(chunk, p, room) for chunk in _chunks(tensors[index])], p)
     return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
@@ -138,7 +161,7 @@ def _has_rows(tensor: Tensor, p: float) -> bool:
     return tensor.dtype in _UP_TO_FLOAT32 and p in (2, math.inf) and tensor.is_contiguous()
 
 
-def _sums_of_rows(tensors: list[Tensor], p: float) -> list[float]:
+def _sums_of_rows(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
     """Of contiguous tensors of one dtype up to float32, put side by side CHUNK elements at a time: a call for each would cost more."""
     rows = [-(-tensor.numel() // ROW) for tensor in tensors]
     sums: list[float] = []
@@ -146,11 +169,11 @@ def _sums_of_rows(tensors: list[Tensor], p: float) -> list[float]:
         start, end, size = len(sums), len(sums), 0
         while end < len(tensors) and size + rows[end] * ROW <= CHUNK + ROW:
             size, end = size + rows[end] * ROW, end + 1
-        sums += _sums_of_batch(tensors[start:end], rows[start:end], p)
+        sums += _sums_of_batch(tensors[start:end], rows[start:end], p, room)
     return sums
 
 
-def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float) -> list[float]:
+def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room) -> list[float]:
     """Each tensor fills so many rows, the last one with zeros."""
     filler = _filler(tensors[0].dtype)
     parts: list[Tensor] = []
@@ -158,7 +181,7 @@ def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float) -> list[flo
         parts.append(tensor if tensor.ndim == 1 else tensor.view(-1))
         if short := count * ROW - tensor.numel():
             parts.append(filler[short])
-    norms = torch.linalg.vector_norm(torch.cat(parts).float().view(-1, ROW), p, dim=1).double()
+    norms = torch.linalg.vector_norm(room.joined(parts).view(-1, ROW), p, dim=1).double()
     owner = torch.arange(len(rows), device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
     bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     bodies = bodies.scatter_reduce_(0, owner, norms, "amax") if p == math.inf else bodies.index_add_(0, owner, norms * norms)
@@ -198,12 +221,12 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
             yield from _chunks(half)
 
 
-def _chunk_sum(chunk: Tensor, p: float) -> float:
+def _chunk_sum(chunk: Tensor, p: float, room: _Room) -> float:
     """The power sum of a contiguous 1-D piece of any dtype."""
     exact = chunk.is_complex() or chunk.dtype == torch.float64 or p not in (2, math.inf)
     if exact:
         return _exact_sum(chunk, p)
-    chunk = chunk.float()
+    chunk = room.wide(chunk)
     whole = chunk.numel() // ROW * ROW
     if not whole:
         return _exact_sum(chunk, p)
