@@ -17,8 +17,8 @@ from distclip.errors import GradientError
 _UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 ROW = 64
 CHUNK = 1 << 20
-SMALL = 64  # up to here a float64 norm costs less than rows do
-MODEST = 1024  # and up to here, where there are no rows, less than Python's work for each
+MANY = 1 << 18  # elements in float64 at a time
+SMALL = 2048  # up to here float64 costs less than to fill up the last row, or than a call for each
 # Flushed or subnormal squares cost a row at most 64 * 2^-126 < 1e-36, which is 1e-9 of this.
 ROW_FLOOR = 1e-27
 
@@ -113,63 +113,88 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
 
 
 class _Room:
-    """float32 [CHUNK + ROW], made when first needed. A new copy of each chunk would cost more in page faults than its sum."""
+    """Memory for one chunk, made when first needed: new copies of each chunk would cost more in page faults than its sum."""
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def _of(self, count: int) -> Tensor:
-        if self._memory is None:
-            self._memory = torch.empty(CHUNK + ROW, dtype=torch.float32, device="cpu")
-        return self._memory[:count]
+        self._single, self._double = torch.empty(0, dtype=torch.float32, device="cpu"), torch.empty(0, dtype=torch.float64, device="cpu")
 
     def wide(self, chunk: Tensor) -> Tensor:
         """The 1-D chunk, up to float32, in float32."""
         return chunk if chunk.dtype == torch.float32 else self._of(chunk.numel()).copy_(chunk)
 
     def joined(self, parts: list[Tensor]) -> Tensor:
-        """1-D parts of one dtype, side by side in float32."""
+        """1-D parts of one dtype, up to CHUNK + ROW elements, side by side: float32, or float64 if they are."""
         if parts[0].dtype != torch.float32:
-            return self.wide(torch.cat(parts))
+            whole = torch.cat(parts)
+            return whole if whole.dtype == torch.float64 else self.wide(whole)
         return torch.cat(parts, out=self._of(sum(map(Tensor.numel, parts))))
+
+    def powers(self, values: Tensor, p: float) -> Tensor:
+        """float64 |x|^p of up to MANY elements."""
+        if not self._double.numel():
+            self._double = torch.empty(MANY, dtype=torch.float64, device="cpu")
+        size = self._double[: values.numel()].copy_(values)
+        return size.mul_(size) if p == 2 else size.abs_() if p == 1 else size.abs_().pow_(p)
+
+    def _of(self, count: int) -> Tensor:
+        if not self._single.numel():
+            self._single = torch.empty(CHUNK + ROW, dtype=torch.float32, device="cpu")
+        return self._single[:count]
 
 
 def _sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
-    """[n] float64: small tensors in one call, middling ones with their rows put together, each large one in chunks."""
+    """[n] float64: small and middling tensors side by side, each large one in chunks."""
     sums: list[float] = [0.0] * len(tensors)
     room = _Room()
-    small: list[int] = []
+    lone: list[int] = []
+    small: dict[tuple[torch.dtype, int], list[int]] = {}
     middling: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        count, rows = tensor.numel(), _has_rows(tensor, p)
-        if count <= (SMALL if rows else MODEST):
-            small.append(index)
-        elif rows and count <= CHUNK:
-            middling.setdefault(tensor.dtype, []).append(index)
-    if small:
-        for index, value in zip(small, _sums_on_device([tensors[i] for i in small], p).tolist(), strict=True):
-            sums[index] = value
-    for same in middling.values():
-        for index, value in zip(same, _sums_of_rows([tensors[i] for i in same], p, room), strict=True):
-            sums[index] = value
-    for index in set(range(len(tensors))).difference(small, *middling.values()):
+        count, dtype = tensor.numel(), tensor.dtype
+        if count > CHUNK or dtype.is_complex or not tensor.is_contiguous():
+            lone.append(index)
+        elif dtype in _UP_TO_FLOAT32 and (p == math.inf or (p == 2 and (count > SMALL or count % ROW == 0))):
+            middling.setdefault(dtype, []).append(index)
+        elif count <= SMALL and p != math.inf:
+            small.setdefault((dtype, count), []).append(index)
+        else:
+            lone.append(index)
+    for several, compute in ((small, _sums_of_equals), (middling, _sums_of_rows)):
+        for same in several.values():
+            flat = [t if (t := tensors[index]).ndim == 1 else t.view(-1) for index in same]
+            for index, value in zip(same, compute(flat, p, room), strict=True):
+                sums[index] = value
+    for index in lone:
         sums[index] = _combine([_chunk_sum(chunk, p, room) for chunk in _chunks(tensors[index])], p)
     return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
-def _has_rows(tensor: Tensor, p: float) -> bool:
-    return tensor.dtype in _UP_TO_FLOAT32 and p in (2, math.inf) and tensor.is_contiguous()
+def _batches(sizes: list[int], most: int) -> Iterator[slice]:
+    """Runs of neighbours that are `most` together, at least one each."""
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total + size > most and end > start:
+            yield slice(start, end)
+            start, total = end, 0
+        total += size
+    yield slice(start, len(sizes))
+
+
+def _sums_of_equals(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
+    """Of small 1-D tensors of one dtype and size, finite p, all in float64: to fill up rows would cost more."""
+    count = tensors[0].numel()
+    sums: list[float] = []
+    for batch in _batches([count] * len(tensors), MANY):
+        sums += room.powers(room.joined(tensors[batch]), p).view(-1, count).sum(1).tolist()
+    return sums
 
 
 def _sums_of_rows(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
-    """Of contiguous tensors of one dtype up to float32, put side by side CHUNK elements at a time: a call for each would cost more."""
+    """Of 1-D tensors of one dtype up to float32, p = 2 or inf, put side by side: a call for each would cost more."""
     rows = [-(-tensor.numel() // ROW) for tensor in tensors]
     sums: list[float] = []
-    while len(sums) < len(tensors):
-        start, end, size = len(sums), len(sums), 0
-        while end < len(tensors) and size + rows[end] * ROW <= CHUNK + ROW:
-            size, end = size + rows[end] * ROW, end + 1
-        sums += _sums_of_batch(tensors[start:end], rows[start:end], p, room)
+    for batch in _batches([count * ROW for count in rows], CHUNK + ROW):
+        sums += _sums_of_batch(tensors[batch], rows[batch], p, room)
     return sums
 
 
@@ -178,13 +203,17 @@ def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room
     filler = _filler(tensors[0].dtype)
     parts: list[Tensor] = []
     for tensor, count in zip(tensors, rows, strict=True):
-        parts.append(tensor if tensor.ndim == 1 else tensor.view(-1))
+        parts.append(tensor)
         if short := count * ROW - tensor.numel():
             parts.append(filler[short])
     norms = torch.linalg.vector_norm(room.joined(parts).view(-1, ROW), p, dim=1).double()
-    owner = torch.arange(len(rows), device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
-    bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-    bodies = bodies.scatter_reduce_(0, owner, norms, "amax") if p == math.inf else bodies.index_add_(0, owner, norms * norms)
+    counts = torch.tensor(rows, device="cpu")
+    owner = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
+    if p == math.inf:
+        return torch.zeros(len(rows), dtype=torch.float64, device="cpu").scatter_reduce_(0, owner, norms, "amax").tolist()
+    bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu").index_add_(0, owner, norms * norms)
+    if (bodies >= counts * ROW_FLOOR).all() and bodies.amax() < math.inf:
+        return bodies.tolist()
     return [_redone(x, count, body, p) for x, count, body in zip(tensors, rows, bodies.tolist(), strict=True)]
 
 
