@@ -162,7 +162,10 @@ def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
         # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
         packed, op = torch.stack([sums.nan_to_num(nan=math.inf, posinf=math.inf).max(), sums.isnan().any().double()]), "max"
     else:
-        copies = [math.prod(n for n, q in zip(mesh.mesh.shape, t.placements) if isinstance(q, Replicate)) for t in tensors]
+        placements = [tensor.placements for tensor in tensors]
+        sizes = mesh.shape  # worked out anew at each look
+        held = {each: math.prod(n for n, q in zip(sizes, each) if isinstance(q, Replicate)) for each in set(placements)}
+        copies = [held[each] for each in placements]
         packed, op = (sums / torch.tensor(copies, dtype=torch.float64, device=sums.device)).sum().reshape(1), "sum"
     partial = DTensor.from_local(packed.to(mesh.device_type), mesh, [Partial(op)] * mesh.ndim, run_check=False)
     reduced = local_tensor(partial.redistribute(placements=[Replicate()] * mesh.ndim))
