@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from operator import methodcaller
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from distclip.errors import ConfigError, PlacementError
 from distclip.fsdp1 import FlatShard, is_flattened
@@ -107,24 +108,27 @@ def _flat(named: Named, key: str, shard: FlatShard, extra: tuple[str, ...]) -> P
     return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
 
+_IS_PARTIAL = methodcaller("is_partial")
+
+
 def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> Piece | None:
     mesh = _mesh_of(spec)
     placements: tuple[Placement, ...] = tuple(spec.placements)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    if any(isinstance(p, Partial) for p in placements):
+    if any(map(_IS_PARTIAL, placements)):
         raise PlacementError(
             f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the parameter to Shard or Replicate"
         )
-    sizes = tuple(mesh.mesh.shape)
+    sizes, token = _facts(mesh)
     # Shard, _StridedShard, and whatever else splits: all that is not Replicate gives this rank a part of its own
-    parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not isinstance(p, Replicate)]
-    how = f"{', '.join(map(_short, placements))} on a {' x '.join(map(str, sizes))} mesh"
-    scopes = (_mesh_token(mesh), *extra)
+    parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not p.is_replicate()]
+    how = _described(placements, sizes)
+    scopes = (token, *extra)
     param, shape = named.param, tuple(spec.shape)
     is_dtensor = isinstance(param, DTensor)
-    local = param.to_local() if is_dtensor else param
+    local = param._local_tensor if is_dtensor else param
     holding = Holding(how, " ".join(parts) or "whole", scopes)
     numel = torch.Size(shape).numel()
     return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor else None)
@@ -168,6 +172,11 @@ def _mesh_of(spec: Any) -> Any:
     return spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
 
 
+@lru_cache(maxsize=256)
+def _described(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> str:
+    return f"{', '.join(map(_short, placements))} on a {' x '.join(map(str, sizes))} mesh"
+
+
 def _short(placement: Placement) -> str:
     return "Replicate" if isinstance(placement, Replicate) else str(placement).replace("S(", "Shard(").lstrip("_")
 
@@ -188,9 +197,9 @@ def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str
 
 
 @lru_cache(maxsize=64)
-def _mesh_token(mesh: Any) -> str:
-    """Made once for each mesh, not for each parameter on it."""
-    return "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
+def _facts(mesh: Any) -> tuple[tuple[int, ...], str]:
+    """A mesh's sizes and the token of its ranks, which torch works out anew for each parameter that asks."""
+    return tuple(mesh.shape), "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
 
 
 @lru_cache(maxsize=256)

@@ -131,10 +131,11 @@ def make_plan(
         local = [f"{p.name} has shape {p.shape}" for p in pieces if key(p.key_name) in holders.misshapen]
         refuse(channel, local, device, "the comparison of shapes")
 
-    sums = torch.zeros(2, holders.slots, dtype=torch.float64, device="cpu")
+    held, whole = [0.0] * holders.slots, [0.0] * holders.slots
     for piece, share, slot, members in zip(pieces, holders.shares, holders.slot, holders.members, strict=True):
-        sums[0, slot] += piece.local_numel / share.holders
-        sums[1, slot] += piece.numel / members
+        held[slot] += piece.local_numel / share.holders
+        whole[slot] += piece.numel / members
+    sums = torch.tensor([held, whole], dtype=torch.float64, device="cpu")
     sums = channel.reduce_(sums.to(channel.device_for(device)), "sum", "the set-up's count of elements").cpu()
     lost = (sums[0] - sums[1]).abs() > 1e-6 * sums[1] + 1e-3
     if lost.any():
