@@ -124,6 +124,31 @@ def test_channels_last_and_changing_sets_are_compared_in_one_go():
         assert len(slow) == 3, "once for each set"
 
 
+def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
+    named = params_of(torch.full((2, 2), 1.0), torch.full((4,), 2.0))
+    (_, p), (_, q) = named
+    clipper, compared, compare = distclip.GradClipper(named, math.inf), [], Collector._compared
+    monkeypatch.setattr(Collector, "_compared", lambda *args: (compared.append(1), compare(*args))[1])
+    assert [norm(clipper) ** 2 for _ in range(5)] == pytest.approx([20.0] * 5) and len(compared) == 2
+    q.grad.mul_(2)
+    assert norm(clipper) ** 2 == pytest.approx(68.0) and len(compared) == 2
+    p.grad.data = torch.full((2, 2), 3.0)  # the same tensor, other memory
+    assert norm(clipper) == 10.0 and len(compared) == 3
+    q.grad = p.grad.view(4)
+    assert norm(clipper) == norm(clipper) == 6.0, "one gradient under two parameters"
+    p.grad, q.grad = torch.ones(2, 2), torch.ones(4)
+    assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
+    q.grad.data = torch.ones(5)
+    with pytest.raises(distclip.GradientError, match=r"p1 has local shape \(5,\), the plan says \(4,\)"):
+        clipper.measure()
+    q.grad = torch.ones(4)
+    assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
+    gone = weakref.ref(q.grad)
+    q.grad = None
+    gc.collect()
+    assert gone() is None and norm(clipper) == 2.0
+
+
 @pytest.mark.parametrize("act", ["clip_", "step", "measure", "decide"])
 def test_gradients_are_not_kept_alive(act):
     named = params_of(torch.ones(1000))

@@ -48,6 +48,18 @@ def test_norm(kind, p):
 
 
 @pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_many_small_ones_of_some_sizes(dtype, p):
+    """More than are computed at a time, in no order, some empty, some 0-dim, one not finite."""
+    grads = [randn(*shape).to(dtype) for _ in range(120) for shape in ((1000,), (), (3, 5), (2048,), (0,), (64,), (2, 1001))]
+    grads[7 * 50] = torch.full((1000,), math.inf, dtype=dtype)
+    got = norm_of(power_sums(grads, p), p).tolist()
+    assert got.pop(7 * 50) == math.inf
+    del grads[7 * 50]
+    assert got == pytest.approx([total_norm([grad], p) if grad.numel() else 0.0 for grad in grads], rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so(bad, p):
     for place in (0, 70, 3999):

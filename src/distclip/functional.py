@@ -51,8 +51,9 @@ def clip_grad_norm_(
                 f"parameter {i} is a shard of an FSDP1 module: its norm on this rank is not the global one. Use "
                 "distclip.GradClipper(model, max_norm=...) on the outermost FullyShardedDataParallel module, or its own clip_grad_norm_"
             )
-    total = get_total_norm([p.grad for p in params if p.grad is not None], norm_type, error_if_nonfinite, foreach)
-    clip_grads_with_norm_(params, max_norm, total, foreach)
+    grads = _distinct([p.grad for p in params if p.grad is not None])
+    total = _total_norm(grads, float(norm_type), error_if_nonfinite, foreach)
+    _scale_(params, grads, max_norm, total, foreach)
     return total
 
 
@@ -60,8 +61,10 @@ def get_total_norm(
     tensors: TensorOrTensors, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
 ) -> Tensor:
     """The p-norm of all tensors as if they were one vector; a tensor listed twice counts once. See `clip_grad_norm_`."""
-    given = _distinct(_listed(tensors))
-    p = float(norm_type)
+    return _total_norm(_distinct(_listed(tensors)), float(norm_type), error_if_nonfinite, foreach)
+
+
+def _total_norm(given: list[Tensor], p: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
     if not given:
         return torch.tensor(0.0)
     sharded = [t for t in given if isinstance(t, DTensor)] if DTensor in set(map(type, given)) else []
@@ -76,13 +79,16 @@ def get_total_norm(
 def clip_grads_with_norm_(parameters: TensorOrTensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
     """Scale gradients in place by min(1, max_norm / (total_norm + 1e-6)), at float32 precision or better. Sends nothing."""
     params = _listed(parameters)
-    grads = _distinct([p.grad for p in params if p.grad is not None])
+    _scale_(params, _distinct([p.grad for p in params if p.grad is not None]), float(max_norm), total_norm, foreach)
+
+
+def _scale_(params: list[Tensor], grads: list[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None) -> None:
     if not grads:
         return
     if not _here(grads):
         torch_utils.clip_grads_with_norm_(params, max_norm, total_norm, foreach)
         return
-    coef = (float(max_norm) / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
+    coef = (max_norm / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
     on_host = coef.device.type == "cpu"
     if on_host and coef == 1:
         return
@@ -116,7 +122,8 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def _here(tensors: Sequence[Tensor]) -> bool:
     """Whether all are on devices that distclip computes on; else torch's own functions serve."""
-    return all(device.type in DEVICES for device in set(map(attrgetter("device"), tensors)))
+    # a device is made anew at each look, which takes twenty times as long as the flag
+    return all(map(attrgetter("is_cpu"), tensors)) or all(device.type in DEVICES for device in set(map(attrgetter("device"), tensors)))
 
 
 def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

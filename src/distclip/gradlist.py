@@ -13,7 +13,7 @@ from distclip import apply, kernels, measure
 from distclip.kernels import Layout
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})  # others may have no memory of their own, or not yet
-_DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
+_DTYPE, _DEVICE, _LAYOUT, _ON_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter("layout"), attrgetter("is_cpu")
 
 
 class GradList:
@@ -120,7 +120,8 @@ def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:
     if not PLAIN.issuperset(map(type, tensors)) or {torch.strided} != set(map(_LAYOUT, tensors)):
         return False
     real = not any(dtype.is_complex for dtype in set(map(_DTYPE, tensors)))
-    return real and set(map(_DEVICE, tensors)) == {home} and all(map(Tensor.is_contiguous, tensors))
+    here = all(map(_ON_CPU, tensors)) if home.type == "cpu" else set(map(_DEVICE, tensors)) == {home}
+    return real and here and all(map(Tensor.is_contiguous, tensors))
 
 
 def is_block(tensor: Tensor, home: torch.device) -> bool:
