@@ -141,6 +141,12 @@ def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
     q.grad.data = torch.ones(5)
     with pytest.raises(distclip.GradientError, match=r"p1 has local shape \(5,\), the plan says \(4,\)"):
         clipper.measure()
+    for smaller in (lambda grad: setattr(grad, "data", grad.data[:2]), lambda grad: grad.resize_(2)):  # at the same address
+        q.grad = torch.ones(4)
+        assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
+        smaller(q.grad)
+        with pytest.raises(distclip.GradientError, match=r"p1 has local shape \(2,\), the plan says \(4,\)"):
+            clipper.measure()
     q.grad = torch.ones(4)
     assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
     gone = weakref.ref(q.grad)

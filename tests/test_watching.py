@@ -153,6 +153,18 @@ def test_clipping_nearly_every_step_is_told_once(policy, told):
         )
 
 
+def test_steps_that_ended_in_an_error_do_not_count_as_clipped():
+    p = one(4.0)
+    clipper = distclip.GradClipper([("w", p)], 0.5, on_nonfinite="raise", skip_limit=1000)
+    for i in range(510):
+        p.grad = torch.tensor([math.nan if i < 500 else 4.0])
+        if i < 500:
+            with pytest.raises(distclip.NonFiniteError):
+                clipper.clip_()
+        else:
+            assert clipper.clip_().clip_rate.item() == 1  # a warning would be an error
+
+
 def test_which_group_dominates():
     named = [("a.w", one(3.0)), ("b.w", one(4.0))]
     report = distclip.GradClipper(named, 1.0, groups=distclip.per_layer()).measure()

@@ -19,7 +19,7 @@ from distclip.acting import Known, Outcome, taken_away
 from distclip.amp import Handshake, innermost
 from distclip.calls import Call
 from distclip.collecting import GradOf, Grads
-from distclip.deciding import Fate, State, decide, fate, kept, moved
+from distclip.deciding import Fate, State, copied, decide, fate, kept, moved
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
 from distclip.groups import Grouping, Watch
@@ -94,7 +94,7 @@ class GradClipper:
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
         self._writer = Writer(())
-        self._step = self._taken = 0  # calls, and those of them that were not passive
+        self._step = self._taken = 0  # calls, and those of them that were neither passive nor an error
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
         self.rebuild()
@@ -335,9 +335,8 @@ class GradClipper:
         if not capturing:
             self._settle()
         self._step += 1
-        self._taken += not call.passive
         self._decided = None
-        # a token that the host may not read is written in place at the next call
+        # where it is not read, a copy: what travels must outlast the write in place at the end of this call
         last = self._last.clone() if self._may_wait else float(self._last)
         seen, message = self._now.sensor.sense(self._step, call, last)
         if capturing and (seen.faults or call.problem):  # nobody would read them from the message
@@ -348,12 +347,13 @@ class GradClipper:
         message = message.to(self._now.device)
 
         reduced = self._now.sensor.read(message)
-        decision, state = decide(self._now.parts, reduced.norms, self._state)
+        # copies: an answer may hold on to its state, which is written in place before the answer is put to use
+        decision, state = decide(self._now.parts, reduced.norms, tuple(map(copied, self._state)))
         if call.of == "param":
             decision = _nothing_to_do(decision, reduced.norms)
         late, finite = self._may_wait and may_wait, reduced.norms.finite
         go = self._now.wire.go(message, reduced.power, self._now.tolerance) if late else finite
-        will = fate(decision, go, call.passive, self._now.options.on_nonfinite == "propagate")
+        will = fate(decision, finite, go, call.passive, self._now.options.on_nonfinite == "propagate")
 
         grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
         if late:
@@ -373,39 +373,41 @@ class GradClipper:
         return Outcome(decision, grads, finite, will.skipped, will.overflow, reduced.cut, seen.units, known, report)
 
     def _told(self, seen: Seen, message: Tensor, reduced: Reduced, decision: Decision, will: Fate) -> tuple[Known, tuple[Culprit, ...]]:
-        """Reads on the host, at once, what all ranks agreed on, and judges it."""
-        extra = {"left out": decision.skip, "inverse": seen.call.hands.inverse}
-        extra["cosine"] = decision.cosine.amin() if decision.clamped else None
-        there = {name: tensor for name, tensor in extra.items() if tensor is not None}
-        (power,), rest, coefs, (acts,), (rate,), *others = Mirror.now(
-            reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._rate, *there.values()
-        )
-        told = {name: number for name, (number,) in zip(there, others, strict=True)}
-        flags, left_out = self._now.wire.flags(power, rest), bool(told.get("left out", False))
-        culprits = self._now.judge.judge(seen, flags, Watched(left_out, rate, told.get("cosine", 1.0)), self._taken)
-        finite, passive, propagates = flags.finite, seen.call.passive, self._now.options.on_nonfinite == "propagate"
-        skip = not passive and (left_out if finite else not propagates)
-        return Known(coefs if finite else [1.0] * len(coefs), told.get("inverse", 1.0), bool(acts), skip, finite and not skip), culprits
+        """Reads on the host, in one go, what all ranks agreed on, and judges it."""
+        call, none = seen.call, reduced.power  # a stand-in for what there is not
+        cosine = decision.cosine.amin() if decision.clamped else none
+        (power,), rest, coefs, (acts,), (rate,), (left,), (inverse,), (least,) = Mirror.now(
+            reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._rate,
+            none if decision.skip is None else decision.skip, none if call.hands.inverse is None else call.hands.inverse, cosine,
+        )  # fmt: skip
+        flags, left_out = self._now.wire.flags(power, rest), decision.skip is not None and bool(left)
+        watched = Watched(left_out, rate, least if decision.clamped else 1.0)
+        culprits = self._now.judge.judge(seen, flags, watched, self._taken)
+        finite = flags.finite
+        skip = not call.passive and (left_out if finite else self._now.options.on_nonfinite != "propagate")
+        scale = 1.0 if call.hands.inverse is None else inverse
+        return Known(coefs if finite else [1.0] * len(coefs), scale, bool(acts), skip, finite and not skip), culprits
 
     def _told_late(self, message: Tensor, reduced: Reduced, decision: Decision) -> Tensor:
         """The same for the next call, which judges it: float64, read by `_settle`."""
-        watched = (reduced.power * 0 if decision.skip is None else decision.skip.double(), self._rate, decision.cosine.amin())
+        left_out = torch.zeros_like(reduced.power) if decision.skip is None else decision.skip.double()
+        watched = (left_out, self._rate, decision.cosine.amin())
         return torch.cat([self._now.wire.rest(message), torch.stack([reduced.power, *watched])])
 
     def _remember(self, decision: Decision, state: State, will: Fate, known: Known | None) -> None:
         """In place: the replays of a captured graph find there what the one before left."""
-        if self._may_wait:
+        self._taken += 1
+        token = self._token(decision)
+        if self._may_wait:  # nothing may be read here
             self._rate.copy_(self._history.record_(will.clipped, will.skipped))
+            self._last.copy_(_hashed(token))
         else:
             self._rate.fill_(self._history.record_here_(bool(will.clipped), bool(will.skipped)))
-        if known is not None:
-            if known.fine:
-                self._keep(state)
-            self._last.fill_(_hashed(int(self._token(decision))))
-        else:
-            if any(state):
-                self._keep(kept(self._state, state, will.go & ~will.skipped))
-            self._last.copy_(_hashed(self._token(decision)))
+            self._last.fill_(_hashed(int(token)))
+        if known is None and any(state):
+            self._keep(kept(self._state, state, will.go & ~will.skipped))
+        elif known is not None and known.fine:
+            self._keep(state)
 
     def _keep(self, state: State) -> None:
         for tensor, value in zip(chain.from_iterable(self._state), chain.from_iterable(state), strict=True):
@@ -457,7 +459,7 @@ def _hashed(bits: Any) -> Any:
 
 def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:
     """For norms of parameters, of which nothing is clipped."""
-    one, off = torch.ones_like(norms.per_group), None
+    one = torch.ones_like(norms.per_group)
     return replace(
-        decision, coef=one, threshold=one * math.inf, clipped=one < 1, norms_after=norms.per_group, cosine=one, skip=off
+        decision, coef=one, threshold=one * math.inf, clipped=one < 1, norms_after=norms.per_group, cosine=one, skip=None
     )  # fmt: skip

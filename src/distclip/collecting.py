@@ -28,7 +28,7 @@ GradOf = Callable[[Tensor], "Tensor | None"]
 own_grad: GradOf = attrgetter("grad")
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
 _SHAPE, _DTYPE, _SPEC, _LOCAL = attrgetter("shape"), attrgetter("dtype"), attrgetter("_spec"), attrgetter("_local_tensor")
-_ON_CPU = attrgetter("is_cpu")
+_ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
 _REMEMBERED = 8  # sets of gradients that are there: experts come and go
 
 
@@ -58,10 +58,12 @@ class Grads:
 
 @dataclass(slots=True)
 class _Met:
-    """The gradients of the step before, not kept alive. One that is still the same tensor at the same address needs no other look."""
+    """The gradients of the step before, not kept alive. One that is still the same tensor, with as many bytes at the same address, needs
+    no other look: what `.data =` or `resize_` can make of a tensor shows in one of these."""
 
     first: ref[Tensor]
     all: list[ref[Tensor]]  # empty where the first was another one at the step before: then they are new at every step
+    sizes: list[int]  # bytes
     addresses: list[int]
     pointers: array[int]  # the same, as a kernel takes them
 
@@ -130,7 +132,9 @@ class Collector:
         if met is None or not met.all or not all(map(is_, map(ref.__call__, met.all), given)):
             return None
         grads = _locals(given, expected)
-        return GradList(grads, expected.layout, met.pointers, expected.odd) if list(map(_POINTER, grads)) == met.addresses else None
+        if list(map(_POINTER, grads)) != met.addresses or list(map(_BYTES, grads)) != met.sizes:
+            return None
+        return GradList(grads, expected.layout, met.pointers, expected.odd)
 
     def _compared(self, given: list[Any], expected: _Expected) -> GradList | None:
         """None where anything is not as expected."""
@@ -154,7 +158,8 @@ class Collector:
             return None
         if given:
             stay = expected.met is not None and expected.met.first() is given[0]
-            expected.met = _Met(ref(given[0]), list(map(ref, given)) if stay else [], pointers.tolist() if stay else [], pointers)
+            sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
+            expected.met = _Met(ref(given[0]), list(map(ref, given)) if stay else [], sizes, addresses, pointers)
         return GradList(grads, expected.layout, pointers, expected.odd)
 
     def _looked_at(self, grads: Sequence[Tensor | None], has: bytes) -> Grads:

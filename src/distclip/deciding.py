@@ -95,26 +95,26 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
 class Fate(NamedTuple):
     """What becomes of a step, on the device. [] bool each."""
 
-    go: Tensor  # nothing was found that speaks against it
+    go: Tensor  # finite, and as far as the device judges it nothing else is wrong
     overflow: Tensor  # what a scaler is told; a step that a policy leaves out is no overflow
     skipped: Tensor  # the step is not taken
     clipped: Tensor  # some gradient is scaled or clamped
 
 
-def fate(decision: Decision, go: Tensor, passive: bool, propagates: bool) -> Fate:
+def fate(decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagates: bool) -> Fate:
     """Pure, without a host read.
 
     Args:
-        go: [] bool, false at least where a gradient is not finite.
-        passive: nothing is touched; propagates: gradients that are not finite are left as they are.
+        finite, go: [] bool; `go` implies `finite`.
+        passive: nothing is touched; propagates: whatever is wrong, the step is taken unless a policy leaves it out.
     """
     if passive:
         nothing = torch.zeros_like(go)
         return Fate(go, nothing, nothing, nothing)
-    overflow = torch.zeros_like(go) if propagates else ~go
+    overflow, acts = (torch.zeros_like(go), finite) if propagates else (~go, go)
     if decision.skip is None:
-        return Fate(go, overflow, overflow, decision.clipped.any() & go)
-    return Fate(go, overflow, overflow | (decision.skip & go), decision.clipped.any() & go & ~decision.skip)
+        return Fate(go, overflow, overflow, decision.clipped.any() & acts)
+    return Fate(go, overflow, overflow | (decision.skip & finite), decision.clipped.any() & acts & ~decision.skip)
 
 
 def may_skip(parts: Sequence[Part], norms: Norms, states: State) -> bool:

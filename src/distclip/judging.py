@@ -52,7 +52,7 @@ class Judge:
     _told: set[str] = field(default_factory=set[str])  # warnings that were given
 
     def judge(self, seen: Seen, flags: Flags, watched: Watched, taken: int) -> tuple[Culprit, ...]:
-        """Raises on all ranks alike, or returns the culprits of a first bad step. `taken`: calls so far that were not passive."""
+        """Raises on all ranks alike, or returns the culprits of a first bad step. `taken`: steps that `watched.rate` counts."""
         call, step = seen.call, seen.step
         verdict = judge(flags, None if call.operation == "audit" else self.tolerance)
         if verdict is Verdict.DISAGREE:
@@ -105,7 +105,7 @@ class Judge:
     def _notice(self, watched: Watched, taken: int) -> None:
         """What is allowed and seldom meant."""
         chosen = None
-        if taken > WINDOW and watched.rate > ALWAYS:
+        if taken >= WINDOW and watched.rate > ALWAYS:
             chosen = next((part.policy for part in self.parts if getattr(part.policy, "chosen", False)), None)
         if chosen is not None:
             self._warn(

@@ -228,7 +228,7 @@ def _redone(flat: Tensor, rows: int, body: float, p: float) -> float:
     """The sum of so many rows, read again in float64 where float32 cannot hold it."""
     if p == math.inf or rows * ROW_FLOOR <= body < math.inf or (body == 0 and not flat.any()):
         return body
-    return _exact_sum(flat.reshape(-1), p)
+    return _exact_sum(flat, p)
 
 
 def _combine(parts: list[float], p: float) -> float:

@@ -112,7 +112,7 @@ class Decision:
     cosine: Tensor  # [groups] float64: between raw and clipped gradient; 1 where the direction is kept
     clamped: frozenset[int]  # groups whose elements are clamped to the threshold
     unitwise: frozenset[int]  # groups that are scaled by units
-    skip: Tensor | None  # [] bool: a policy leaves this step out; None where none ever asked for it
+    skip: Tensor | None  # [] bool: a policy leaves this step out; None where no policy answered so
 
 
 class Culprit(NamedTuple):

@@ -82,7 +82,7 @@ class Sensor:
         """Never communicates, raises nothing. The message: [words] float64 on the compute device.
 
         Args:
-            last: the token of the decision before: [1] float64, or its number where the host may read.
+            last: the token of the decision before: its number where the host reads at once, else [1] float64.
         """
         sums = has = self._nothing
         stats = self._nothing.new_zeros(self.wire.stats) if self.wire.stats else self._nothing[:0]
@@ -178,7 +178,7 @@ class Sensor:
         mixed: Tensor | float = 0.0
         if scale is not None:  # one that differs between ranks is a disagreement
             mixed = (scale.reshape(1).view(torch.int64) * _MIXER) >> 40 & 0xFFFF
-        if not isinstance(last, Tensor):
+        if not isinstance(last, Tensor):  # the host reads: one tensor made of numbers
             bad = 0.0 if math.isfinite(sums.sum()) else float(self.wire.bad(sums))
             bad = bad if found is None else max(bad, float(found))
             tokens.append((last + float(mixed)) % 0x10000)

@@ -68,6 +68,14 @@ def test_threads_do_not_change_a_bit(threads, mixed, asked):
     assert set(asked) == {2, 3, 4}
 
 
+def test_torchs_threads_are_asked_all(threads, asked):
+    """Three blocks for eight threads: a smaller team would end some of torch's threads."""
+    threads(8)
+    grad = torch.ones(3 * BLOCK)
+    assert layout_of([grad]).power_sums(addresses([grad]), 2.0).item() == 3 * BLOCK
+    assert asked == [8 if pool.torchs_threads() else 3]
+
+
 def test_callers_at_once_share_a_layout(threads, mixed, asked):
     threads(2)
     layout, pointers = layout_of(mixed), addresses(mixed)

@@ -257,6 +257,41 @@ def test_a_named_tuple_stays_one(policy):
     assert clipper.state_dict().keys() == again.state_dict().keys()
 
 
+class Shifted:
+    """The threshold is the norm of two steps ago: the state moves on from one place to the next, and the answer is a state."""
+
+    def init(self, groups, device):
+        return tuple(torch.full((groups,), float("inf"), dtype=F64, device=device) for _ in range(2))
+
+    def decide(self, norms, state):
+        last, before = state
+        return distclip.Scale(torch.ones_like(before), before), (norms.per_group, last)
+
+
+class Bounded(Shifted):
+    """The same by clamping."""
+
+    def decide(self, norms, state):
+        last, before = state
+        answer = distclip.Clamp(before, norms.per_group > before, norms.per_group, torch.ones_like(last))
+        return answer, (norms.per_group, last)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("policy", [Shifted(), Bounded()], ids=["scaled", "clamped"])
+def test_states_that_move_on_and_are_answers_too(policy, waits):
+    p = nn.Parameter(torch.zeros(1))
+    clipper = distclip.GradClipper([("a", p)], policy=policy, on_nonfinite="propagate")
+    clipper._may_wait = waits
+    thresholds, left = [], []
+    for size in (1.0, 2.0, 3.0, 4.0, 5.0):
+        p.grad = torch.tensor([size])
+        thresholds.append(clipper.clip_().threshold.item())
+        left.append(p.grad.item())
+    assert thresholds == [float("inf"), float("inf"), 1.0, 2.0, 3.0]
+    assert left == ([1.0, 2.0, 1.0, 2.0, 3.0] if isinstance(policy, Bounded) else [1.0, 2.0, 3.0, 4.0, 5.0])
+
+
 def test_copies_and_kept_states_are_of_the_same_kind():
     from distclip.deciding import copied, kept
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip.guard import Verdict, judge
+from distclip.host import Mirror
 from distclip.wire import Wire
 from parity.layouts import given
 
@@ -116,6 +117,64 @@ class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "the host reads a value"
         return func(*args, **(kwargs or {}))
+
+
+def spiking_and_drifting():
+    """One replica is spoilt: a spike for the policy, and a drift that is told at the next call."""
+    name, p = given("w", 40)
+    start = p.grad.clone()
+    optimizer = torch.optim.SGD([p], 0.1, fused=True)
+    clipper = waiting(
+        [(name, p)], max_norm=None, policy=distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=4, window=8), on_nonfinite="propagate"
+    )
+    for _ in range(8):
+        p.grad = start.clone()
+        clipper.step(optimizer)
+    before, p.grad = p.detach().clone(), start.clone()
+    if dist.get_rank() == 1:
+        p.grad[3] += 1e5
+    skipped = bool(clipper.step(optimizer).skipped)
+    return skipped, torch.equal(p, before), refusal(lambda: clipper.step(optimizer))
+
+
+def test_a_policy_leaves_a_drifted_step_out_too(ranks):
+    for skipped, stood, later in ranks.run(spiking_and_drifting):
+        assert skipped and stood and later.startswith("AgreementError: step 9: gradients that should be copies are not equal")
+
+
+def clipped_and_drifting():
+    name, p = given("w", 40)
+    clipper = waiting([(name, p)], max_norm=0.1, on_nonfinite="propagate")
+    if dist.get_rank() == 1:
+        p.grad[3] += 1e5
+    before = p.grad.clone()
+    report = clipper.clip_()
+    return bool(report.clipped), torch.equal(p.grad, before), float(report.clip_rate)
+
+
+def test_what_was_clipped_is_said_to_be(ranks):
+    assert ranks.run(clipped_and_drifting) == [(True, False, 1.0)] * 4
+
+
+@pytest.mark.parametrize("mode", ["skip", "raise"])
+def test_a_clip_reads_once(mode, monkeypatch):
+    p = nn.Parameter(torch.zeros(2))
+    clipper, reads, now = waiting([("w", p)], on_nonfinite=mode), [], Mirror.now
+    for _ in range(3):
+        p.grad = torch.tensor([3.0, 4.0])
+        with NoHostReads() as guard:
+
+            def allowed(*tensors, guard=guard):
+                reads.append(len(tensors))
+                guard.__exit__(None, None, None)
+                try:
+                    return now(*tensors)
+                finally:
+                    guard.__enter__()
+
+            monkeypatch.setattr(Mirror, "now", staticmethod(allowed))
+            clipper.decide()
+    assert len(reads) == 3 and float(clipper.last_report.total_norm) == 5.0
 
 
 @pytest.mark.parametrize("scaler", [False, True])

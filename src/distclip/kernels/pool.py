@@ -31,7 +31,8 @@ class Work(Protocol):
 class Pool:
     """Daemon threads that wait for work. Sleeping they cost nothing; they never keep the interpreter alive.
 
-    After a fork the child has none of them, and starts its own. torch's threads are lost to it too, and their runtime does not know.
+    After a fork the child has none of them, and starts its own. torch's threads are lost to it too, and their runtime does not know. A
+    child that imports distclip only after the fork cannot tell: there it hangs after parallel work of its parent, as torch itself does.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,8 @@ class Pool:
         """Have up to `helpers` threads besides this one take part, some time; this one may take part before it returns."""
         team = None if self._forked else torchs_threads()
         if team is not None:
-            team(work.help_address, work.address, helpers + 1, 0)
+            # all of them, even where fewer would do: a smaller team would end the others, and torch would have to start them again
+            team(work.help_address, work.address, torch.get_num_threads(), 0)
             return
         if self._started < helpers:
             with self._starting:
@@ -70,12 +72,12 @@ def _serve(queue: SimpleQueue[Callable[[], object]]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def torchs_threads() -> Callable[[int, int, int, int], None] | None:
-    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch computes with, or None where that is another one."""
+    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch brings along, or None where it brings none."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return None
-    for path in (*map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")), "libgomp.so.1"):
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
         try:
-            parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD).GOMP_parallel
+            parallel = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
         except (OSError, AttributeError):
             continue
         parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
