@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -15,28 +14,26 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from distclip import fold
-from distclip.acting import Known, Outcome, taken_away
+from distclip.acting import Outcome, taken_away
 from distclip.amp import Handshake, innermost
 from distclip.calls import Call
 from distclip.collecting import GradOf, Grads
-from distclip.deciding import Fate, State, copied, decide, fate, kept, moved
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
 from distclip.groups import Grouping, Watch
 from distclip.guard import OnNonfinite
-from distclip.history import History, empty
-from distclip.host import Mirror
-from distclip.judging import Watched
+from distclip.memory import Memory
 from distclip.naming import Params
 from distclip.options import Asked
 from distclip.placement import Declared, ReplicatedOver, Shared
 from distclip.policies import Policy
 from distclip.prepared import prepare
 from distclip.reading import Reading, read
-from distclip.records import ClipReport, Culprit, Decision, Norms
+from distclip.records import ClipReport
 from distclip.report import Sink, Writer
 from distclip.saving import Saved, loaded, saved
-from distclip.sensing import Reduced, Seen
+from distclip.sensing import Seen
+from distclip.stepping import Stepper
 
 
 class GradClipper:
@@ -94,7 +91,6 @@ class GradClipper:
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
         self._writer = Writer(())
-        self._step = self._taken = 0  # calls, and those of them that were neither passive nor an error
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
         self.rebuild()
@@ -115,16 +111,13 @@ class GradClipper:
     def _adopt(self, reading: Reading) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
             self._now = now = prepare(reading, self._channel, self._grad_of)
-            if getattr(self, "_state_groups", None) == now.plan.groups:
-                self._state = moved(self._state, now.device)
-                self._history = History(*(t.to(now.device) for t in self._history))
+            old: Memory | None = getattr(self, "_memory", None)
+            if old is not None and old.groups == now.plan.groups:
+                self._memory = old.moved(now.mixers)
             else:
-                self._state, self._history, self._state_groups = now.first, empty(now.device), now.plan.groups
-            self._rate = self._history.rate
-            self._last = torch.zeros(1, dtype=torch.float64, device=now.device)
+                self._memory = Memory(now.plan.groups, now.first, now.mixers, 0 if old is None else old.step)
         self.plan = now.plan
-        self._may_wait = now.device.type == "cuda"  # elsewhere reading a number costs nothing
-        self._unjudged: Mirror[Seen] = Mirror()
+        self._steps = Stepper(self._channel, now, self._memory, self._writer)
 
     # Each step
 
@@ -225,7 +218,7 @@ class GradClipper:
             raise ConfigError("apply_() applies what decide() decided; call decide() first, on all ranks")
         call, outcome = self._decided
         if outcome.known is not None and outcome.known.skip:
-            raise ConfigError(f"step {self._step} is to be left out (report.skipped); there is nothing to apply")
+            raise ConfigError(f"step {self._memory.step} is to be left out (report.skipped); there is nothing to apply")
         asked = {id(param) for param in params}
         mine = [i for i, param in enumerate(self._now.members) if id(param) in asked]
         again = [self.plan.pieces[i].name for i in mine if i in self._applied]
@@ -257,7 +250,7 @@ class GradClipper:
         call = self._call("audit")
         outcome = self._run(call, may_wait=False)
         nothing = outcome.finite.new_zeros(0, dtype=torch.float64)
-        self._now.judge.compare(Seen(self._step, call, outcome.grads, [], 0.0, nothing, nothing))
+        self._now.judge.compare(Seen(self._memory.step, call, outcome.grads, [], 0.0, nothing, nothing))
 
     def _reachable(self, call: Call) -> list[Tensor]:
         """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where they cannot.
@@ -271,18 +264,14 @@ class GradClipper:
         told = self._channel.slots(torch.tensor([int(out_of_reach)], device="cpu"), self._now.device, "the question who can skip a step")
         if told.any():
             raise GradientError(
-                f"step {self._step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
+                f"step {self._memory.step} is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere; "
                 "use clipper.step(optimizer), which leaves the optimizer out"
             )
         return gone
 
     def _write(self, report: ClipReport) -> None:
-        if not self._capturing():
-            self._writer.write(report, self._may_wait)
-
-    def _capturing(self) -> bool:
-        """Whether a CUDA graph is captured: then nothing is read on the host, at this call or later."""
-        return self._now.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not self._steps.capturing():
+            self._writer.write(report, late=self._steps.may_wait)
 
     def _call(self, operation: str, optimizers: Sequence[Optimizer] = (), scaler: Any = None, grad_scale: float = 1.0) -> Call:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one of them alone."""
@@ -317,124 +306,21 @@ class GradClipper:
             if owned.group is not None
             and owned.group not in self._now.clamped
             and fold.can_fold(owned.optimizer, self._now.alike[owned.group])
-            and (not self._may_wait or fold.may_stop(owned.optimizer))
+            and (not self._steps.may_wait or fold.may_stop(owned.optimizer))
         }
 
     def _run(self, call: Call, may_wait: bool) -> Outcome:
-        """Collect → measure → exchange → decide → guard: everything before a gradient is touched.
-
-        Args:
-            may_wait: what the message says may be judged at the next call, since no optimizer moves on a bad step anyway.
-        """
-        capturing = self._capturing()
-        if capturing and not may_wait:
-            raise ConfigError(
-                f"{call.operation}() reads a number on the host, which a CUDA graph cannot capture; use step() with fused optimizers that "
-                "fold, or on_nonfinite='propagate'"
-            )
-        if not capturing:
-            self._settle()
-        self._step += 1
         self._decided = None
-        # where it is not read, a copy: what travels must outlast the write in place at the end of this call
-        last = self._last.clone() if self._may_wait else float(self._last)
-        seen, message = self._now.sensor.sense(self._step, call, last)
-        if capturing and (seen.faults or call.problem):  # nobody would read them from the message
-            raise call.problem or GradientError("; ".join(seen.faults))
-        message = message.to(self._channel.device_for(self._now.device))
-        op = "sum" if math.isfinite(self._now.options.norm_type) else "max"
-        self._channel.reduce_(message, op, f"{call.operation} at step {self._step}")
-        message = message.to(self._now.device)
-
-        reduced = self._now.sensor.read(message)
-        # copies: an answer may hold on to its state, which is written in place before the answer is put to use
-        decision, state = decide(self._now.parts, reduced.norms, tuple(map(copied, self._state)))
-        if call.of == "param":
-            decision = _nothing_to_do(decision, reduced.norms)
-        late, finite = self._may_wait and may_wait, reduced.norms.finite
-        go = self._now.wire.go(message, reduced.power, self._now.tolerance) if late else finite
-        will = fate(decision, finite, go, call.passive, self._now.options.on_nonfinite == "propagate")
-
-        grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
-        if late:
-            seen.grads = None
-            if not capturing:
-                self._unjudged.leave(self._told_late(message, reduced, decision), seen)
-        else:
-            known, culprits = self._told(seen, message, reduced, decision, will)
+        outcome = self._steps.run(call, may_wait)
         if not call.passive:
-            self._remember(decision, state, will, known)
-        report = self._now.summary.of(
-            self._step, reduced, decision, will, self._rate, self._history.skips.clone(), culprits, self._taken, call.passive,
-            fine=known is not None and known.fine,
-        )  # fmt: skip
-        if not call.passive:
-            self.last_report = report
-        return Outcome(decision, grads, finite, will.skipped, will.overflow, reduced.cut, seen.units, known, report)
-
-    def _told(self, seen: Seen, message: Tensor, reduced: Reduced, decision: Decision, will: Fate) -> tuple[Known, tuple[Culprit, ...]]:
-        """Reads on the host, in one go, what all ranks agreed on, and judges it."""
-        call, none = seen.call, reduced.power  # a stand-in for what there is not
-        cosine = decision.cosine.amin() if decision.clamped else none
-        (power,), rest, coefs, (acts,), (rate,), (left,), (inverse,), (least,) = Mirror.now(
-            reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._rate,
-            none if decision.skip is None else decision.skip, none if call.hands.inverse is None else call.hands.inverse, cosine,
-        )  # fmt: skip
-        flags, left_out = self._now.wire.flags(power, rest), decision.skip is not None and bool(left)
-        watched = Watched(left_out, rate, least if decision.clamped else 1.0)
-        culprits = self._now.judge.judge(seen, flags, watched, self._taken)
-        finite = flags.finite
-        skip = not call.passive and (left_out if finite else self._now.options.on_nonfinite != "propagate")
-        scale = 1.0 if call.hands.inverse is None else inverse
-        return Known(coefs if finite else [1.0] * len(coefs), scale, bool(acts), skip, finite and not skip), culprits
-
-    def _told_late(self, message: Tensor, reduced: Reduced, decision: Decision) -> Tensor:
-        """The same for the next call, which judges it: float64, read by `_settle`."""
-        left_out = torch.zeros_like(reduced.power) if decision.skip is None else decision.skip.double()
-        watched = (left_out, self._rate, decision.cosine.amin())
-        return torch.cat([self._now.wire.rest(message), torch.stack([reduced.power, *watched])])
-
-    def _remember(self, decision: Decision, state: State, will: Fate, known: Known | None) -> None:
-        """In place: the replays of a captured graph find there what the one before left."""
-        self._taken += 1
-        token = self._token(decision)
-        if self._may_wait:  # nothing may be read here
-            self._rate.copy_(self._history.record_(will.clipped, will.skipped))
-            self._last.copy_(_hashed(token))
-        else:
-            self._rate.fill_(self._history.record_here_(bool(will.clipped), bool(will.skipped)))
-            self._last.fill_(_hashed(int(token)))
-        if known is None and any(state):
-            self._keep(kept(self._state, state, will.go & ~will.skipped))
-        elif known is not None and known.fine:
-            self._keep(state)
-
-    def _keep(self, state: State) -> None:
-        for tensor, value in zip(chain.from_iterable(self._state), chain.from_iterable(state), strict=True):
-            tensor.copy_(value)
-
-    def _token(self, decision: Decision) -> Tensor:
-        """[] int64: a hash of the decision's bits, which the next message compares over the ranks."""
-        return (torch.stack([decision.coef, decision.threshold]).view(torch.int64) * self._now.mixers).sum()
-
-    def _settle(self) -> None:
-        """Judge what the previous call left; its step was not taken if it was bad."""
-        late = self._unjudged.taken()
-        if late is not None:
-            *rest, power, left_out, rate, cosine = late.numbers
-            watched = Watched(bool(left_out), rate, cosine)
-            self._writer.amend(self._now.judge.judge(late.what, self._now.wire.flags(power, rest), watched, self._taken))
+            self.last_report = outcome.report
+        return outcome
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """A flat record of tensors and strings: equal on all ranks, independent of world size and sharding. Loads with `weights_only`."""
-        return saved(
-            Saved(self._step, self._now.judge.streak.length, self._history, self._state),
-            self._now.options,
-            self._now.parts,
-            self.plan.groups,
-        )
+        return saved(self._saved(), self._now.options, self._now.parts, self.plan.groups)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
@@ -442,24 +328,9 @@ class GradClipper:
         Raises:
             ConfigError: it was cut short, or belongs to another policy, norm_type or other groups; nothing was taken over.
         """
-        own = Saved(self._step, self._now.judge.streak.length, self._history, self._state)
-        new = loaded(state, self.state_dict(), own)
-        self._step, self._now.judge.streak.length = new.step, new.bad_in_a_row
-        for tensor, value in zip(self._history, new.history, strict=True):
-            tensor.copy_(value)
-        self._keep(new.state)
-        self._rate.copy_(self._history.rate)
-        self._taken = int(new.history.calls)
+        new = loaded(state, self.state_dict(), self._saved())
+        self._now.judge.streak.length = new.bad_in_a_row
+        self._memory.load(new.step, new.history, new.state)
 
-
-def _hashed(bits: Any) -> Any:
-    """16 bits of a sum, from the middle, which depend on all below: a number, or a tensor of them."""
-    return bits >> 40 & 0xFFFF
-
-
-def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:
-    """For norms of parameters, of which nothing is clipped."""
-    one = torch.ones_like(norms.per_group)
-    return replace(
-        decision, coef=one, threshold=one * math.inf, clipped=one < 1, norms_after=norms.per_group, cosine=one, skip=None
-    )  # fmt: skip
+    def _saved(self) -> Saved:
+        return Saved(self._memory.step, self._now.judge.streak.length, self._memory.history, self._memory.state)

@@ -59,7 +59,7 @@ def test_a_spike_is_left_out_also_where_inf_is_let_through(waits, fused):
     p = nn.Parameter(torch.zeros(1))
     policy = distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=2, window=8)
     clipper = distclip.GradClipper([("w", p)], policy=policy, on_nonfinite="propagate")
-    clipper._may_wait = waits
+    clipper._steps.may_wait = waits
     optimizer = torch.optim.SGD([p], 1.0, fused=fused)
     for size in (1.0, 1.1, 0.9, 1000.0):
         p.grad = torch.tensor([size])

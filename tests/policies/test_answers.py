@@ -282,7 +282,7 @@ class Bounded(Shifted):
 def test_states_that_move_on_and_are_answers_too(policy, waits):
     p = nn.Parameter(torch.zeros(1))
     clipper = distclip.GradClipper([("a", p)], policy=policy, on_nonfinite="propagate")
-    clipper._may_wait = waits
+    clipper._steps.may_wait = waits
     thresholds, left = [], []
     for size in (1.0, 2.0, 3.0, 4.0, 5.0):
         p.grad = torch.tensor([size])

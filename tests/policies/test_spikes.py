@@ -13,7 +13,7 @@ def job(waits=False, fused=True, **options):
     p = nn.Parameter(torch.zeros(2))
     policy = distclip.SkipSpikes(distclip.AutoClip(50), 3, 16, 4)
     clipper = distclip.GradClipper([("w", p)], policy=policy, **options)
-    clipper._may_wait = waits
+    clipper._steps.may_wait = waits
     return p, clipper, torch.optim.AdamW([p], 0.1, fused=fused)
 
 
@@ -31,7 +31,7 @@ def test_a_spike_never_happened(how, mode):
             if step == SPIKE and spike is None:
                 continue
             p.grad = grad(step, step == spike)
-            before = p.detach().clone(), [t.clone() for state in clipper._state for t in state]
+            before = p.detach().clone(), [t.clone() for state in clipper._memory.state for t in state]
             if how == "clip_":
                 report = clipper.clip_()
                 optimizer.step()
@@ -40,7 +40,7 @@ def test_a_spike_never_happened(how, mode):
             assert report.skipped == (step == spike) and report.nonfinite == 0 and report.culprits == ()
             if step == spike:
                 assert torch.equal(p, before[0]), "nothing moves"
-                assert all(map(torch.equal, before[1], [t for state in clipper._state for t in state])), "and no state"
+                assert all(map(torch.equal, before[1], [t for state in clipper._memory.state for t in state])), "and no state"
         ends.append(p.detach().clone())
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
     assert ends[0].abs().min() > 0.1, "vacuous"

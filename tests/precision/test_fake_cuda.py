@@ -105,7 +105,7 @@ def clipped(shapes=((4, 5), (3,)), **options):
     with unset_fake_temporarily():
         clipper = distclip.GradClipper(parameters("cpu", shapes), **options)
     members, now = [p for _, p in parameters("cuda", shapes)], clipper._now
-    clipper._state_groups = None
+    clipper._memory.groups = ()
     clipper._adopt(Reading(now.options, "", members, Found(), [None] * len(shapes), clipper.plan, torch.device("cuda", 0)))
     return clipper, members, optimizer_of(members)
 

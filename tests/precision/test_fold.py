@@ -36,7 +36,7 @@ def run(make, fold, waits=False, bad=(), steps=6, max_norm=0.5, grad_scale=1.0):
     net = model()
     optimizer = make(net.parameters())
     clipper = distclip.GradClipper(net, max_norm, fold=fold)
-    clipper._may_wait = waits
+    clipper._steps.may_wait = waits
     for step in range(steps):
         give_grads(net, step, step in bad)
         clipper.step(optimizer, grad_scale=grad_scale)

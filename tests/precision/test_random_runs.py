@@ -66,7 +66,7 @@ def test_a_random_run_equals_torchs(draw, waits):
     dice, ((mine, own, scaler), (theirs, other, reference)) = build(draw)
     use_scaler, max_norm = dice.random() < 0.7, dice.choice([0.5, 3.0, 1e9])
     clipper = distclip.GradClipper([(f"p{i}.{j}", p) for i, row in enumerate(mine) for j, p in enumerate(row)], max_norm)
-    clipper._may_wait = waits
+    clipper._steps.may_wait = waits
     seen = set()
     for step in range(8):
         scale = 1.0

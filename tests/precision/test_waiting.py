@@ -21,7 +21,7 @@ from parity.layouts import given
 
 def waiting(params, **options):
     clipper = distclip.GradClipper(params, **{"max_norm": 1.0} | options)
-    clipper._may_wait = True
+    clipper._steps.may_wait = True
     return clipper
 
 
