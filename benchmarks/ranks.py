@@ -43,10 +43,10 @@ def of_layout(name: str, effort: Effort, kernels: str) -> list[Row]:
 
 
 def rows_of(name: str, variant: str, state: str, count: int, ranks: int, found: dict[str, Any], kernels: str, shown: bool) -> list[Row]:
-    """`found`: wall and CPU seconds by contender and round, and of the bare message."""
-    wall, cpu, message = found["wall"], found["cpu"], Spread.of(found["message"])
+    """`found`: wall and CPU seconds by contender and round, and of the bare message and of one number."""
+    wall, cpu, message, one = found["wall"], found["cpu"], Spread.of(found["message"]), Spread.of(found["one"])
     what = f"{count:,} parameters{variant and f', {variant}'}, {state}"
-    note = f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms"
+    note = f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms, of one number: {1e3 * one.median:.2f} ms"
     rows: list[Row] = []
     for i, (peer, ours) in enumerate(LAYOUTS[name].pairs(wall)):
         key = f"{name} {count} on {ranks}{'' if name == 'fsdp1' else f', {state}'}" if i == 0 else ""

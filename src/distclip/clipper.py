@@ -57,7 +57,8 @@ class GradClipper:
         drift_tolerance: how far copies may differ, relative to the total power sum; None does not look.
         skip_limit: more bad steps in a row than this end in an error.
         watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
-        fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not.
+        fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not. On
+            CUDA say `never` where optimizers of one call are fused on some ranks only: ranks must judge a step at the same call.
         sinks: where reports go, on the first rank of the group.
 
     Raises:
