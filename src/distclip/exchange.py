@@ -34,6 +34,7 @@ class Channel:
         self.group, self.ranks, self.rank = group, tuple(ranks), rank
         self.size = len(self.ranks)
         self.global_rank = self.ranks[rank]
+        self._device_for: dict[torch.device, torch.device] = {}
 
     @classmethod
     def over(cls, process_group: dist.ProcessGroup | _Local | None) -> Channel:
@@ -58,6 +59,11 @@ class Channel:
 
     def device_for(self, compute: torch.device) -> torch.device:
         """Where a message from `compute` is reduced: there, if the group has a backend for it, else where it has one."""
+        if compute not in self._device_for:
+            self._device_for[compute] = self._looked_up(compute)
+        return self._device_for[compute]
+
+    def _looked_up(self, compute: torch.device) -> torch.device:
         if self.group is None:
             return compute
         try:

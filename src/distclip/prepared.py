@@ -77,7 +77,7 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
         options, plan, members, device, tolerance, parts, first, wire, sensor,
         Judge(channel, plan, wire, parts, streak, tolerance, device, reading.config),
         Actor(plan, units, wire.group),
-        Summary(plan, options.watch, counted, _report_dtype(members, channel, device)),
+        Summary(plan, options.watch, counted, torch.zeros(0, dtype=_report_dtype(members, channel, device), device=device)),
         Owners(members, plan.group_of),
         [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
         decision.clamped,

@@ -65,12 +65,14 @@ class Sensor:
     device: torch.device
     config: str  # the options as a text, equal on all ranks
     _nothing: Tensor = field(init=False)  # [pieces]
+    _none: Tensor = field(init=False)  # [0]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
     _chosen: dict[tuple[int, ...], tuple[Present, tuple[list[int], Tensor, Tensor, Tensor]]] = field(init=False, default_factory=dict)
     _said: tuple[Tensor, Tensor] | None = field(init=False, default=None)  # which are there, and what the message says of it
 
     def __post_init__(self) -> None:
         self._nothing = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
+        self._none = self._nothing[:0]
         every = range(len(self.plan.pieces))
         self._everything = Grads(self.collector.present(every, every), GradList.of(()))
 
@@ -85,14 +87,14 @@ class Sensor:
             last: the token of the decision before: its number where the host reads at once, else [1] float64.
         """
         sums = has = self._nothing
-        stats = self._nothing.new_zeros(self.wire.stats) if self.wire.stats else self._nothing[:0]
+        stats = self._nothing.new_zeros(self.wire.stats) if self.wire.stats else self._none
         found = units = None
         grads, faults = self._everything, list[str]()
         try:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
             faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
             if not faults and call.problem is None:
-                own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._nothing[:0]
+                own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
                 sums, has = self._placed(grads, own if powers is None else own * powers), grads.present.has
                 found = self._found(call)
@@ -194,7 +196,7 @@ class Sensor:
         """The reduced message, as numbers that are equal on every rank. No host sync."""
         p = self.wire.norm_type
         sums, layers, stats, bad = self.wire.sums(message)
-        cut = stats[:0]
+        cut = self._none
         if self.units is not None:
             cut, table = self.units.judge(stats[self.policy_words :].view(2, -1))
             stats = stats[: self.policy_words].clone()

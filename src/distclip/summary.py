@@ -23,7 +23,7 @@ class Summary:
     plan: Plan
     watch: Watch | None
     in_total: Tensor | None  # [groups] bool: which groups count in the total; None where all do
-    dtype: torch.dtype  # of the report's numbers
+    none: Tensor  # [0], of the report's dtype
 
     def of(
         self,
@@ -45,7 +45,7 @@ class Summary:
             taken: calls so far that were not passive; passive: this one touches nothing.
             fine: the host knows already that the step is finite and taken.
         """
-        norms, dtype, coefs = reduced.norms, self.dtype, decision.coef
+        norms, dtype, coefs = reduced.norms, self.none.dtype, decision.coef
         after = self._after(norms, decision.norms_after if fine else torch.where(norms.finite, decision.norms_after, norms.per_group))
         if not fine:
             coefs = torch.where(fate.skipped, 0.0, torch.where(norms.finite, coefs, 1.0))
@@ -66,7 +66,7 @@ class Summary:
             cosine=cosine,
             clip_rate=rate,
             skips=skips,
-            layer_norms=(reduced.layers if shown else reduced.layers[:0]).to(dtype),
+            layer_norms=reduced.layers.to(dtype) if shown else self.none,
             groups=self.plan.groups,
             layers=self.plan.layers if shown else (),
             norm_type=norms.norm_type,

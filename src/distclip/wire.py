@@ -62,9 +62,11 @@ class Wire:
     group: Tensor
     layer: Tensor
     _both: Tensor = field(init=False)  # [2, pieces]: share, weight
+    _none: Tensor = field(init=False)  # [0]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_both", torch.stack([self.share, self.weight]))
+        object.__setattr__(self, "_none", self.share[:0])
 
     def present(self, has: Tensor) -> Tensor:
         """What `pack` says of the gradients that are there: [2] float64, ragged and count; [1] for maxima, count alone.
@@ -116,8 +118,7 @@ class Wire:
         start = self.groups + self.layers
         after = start + self.stats
         bad = after + (1 if math.isinf(self.norm_type) else 3)
-        nothing = message[:0]
-        layers, stats = message[self.groups : start] if self.layers else nothing, message[start:after] if self.stats else nothing
+        layers, stats = message[self.groups : start] if self.layers else self._none, message[start:after] if self.stats else self._none
         return message[: self.groups], layers, stats, message[bad]
 
     def total(self, message: Tensor) -> Tensor:
