@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import status
-from distclip.agreement import Seen, Tables, find_holders, key
 from distclip.exchange import Channel
+from distclip.holders import find_holders
 from distclip.plan import make_plan
 from distclip.records import Holding, Piece
+from distclip.tables import Seen, Tables, key
 from distclip.testing import ThreadGroup, run_threads
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 import distclip
 from distclip.collecting import Collector
+from distclip.expected import Expected
 
 
 def params_of(*grads):
@@ -127,8 +128,8 @@ def test_channels_last_and_changing_sets_are_compared_in_one_go():
 def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
     named = params_of(torch.full((2, 2), 1.0), torch.full((4,), 2.0))
     (_, p), (_, q) = named
-    clipper, compared, compare = distclip.GradClipper(named, math.inf), [], Collector._compared
-    monkeypatch.setattr(Collector, "_compared", lambda *args: (compared.append(1), compare(*args))[1])
+    clipper, compared, compare = distclip.GradClipper(named, math.inf), [], Expected._compared
+    monkeypatch.setattr(Expected, "_compared", lambda *args: (compared.append(1), compare(*args))[1])
     assert [norm(clipper) ** 2 for _ in range(5)] == pytest.approx([20.0] * 5) and len(compared) == 2
     q.grad.mul_(2)
     assert norm(clipper) ** 2 == pytest.approx(68.0) and len(compared) == 2

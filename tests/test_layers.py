@@ -18,7 +18,8 @@ ORDER = [
     "naming",
     "placement",
     "exchange",
-    "agreement",
+    "tables",
+    "holders",
     "plan",
     "kernels.build",
     "kernels.pool",
@@ -26,6 +27,7 @@ ORDER = [
     "kernels.triton_programs",
     "kernels.triton_lists",
     "kernels",
+    "rows",
     "measure",
     "apply",
     "gradlist",
@@ -49,6 +51,7 @@ ORDER = [
     "amp",
     "owners",
     "calls",
+    "expected",
     "collecting",
     "units",
     "sensing",
@@ -112,7 +115,7 @@ PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
 DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside.sharded"}
 DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts", "_layouts", "_speed")}  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
-TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "fold": {"DTensor"}}
+TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "expected": {"DTensor"}, "fold": {"DTensor"}}
 
 
 def module_name(path):

@@ -4,10 +4,11 @@ import time
 
 import torch
 
-from distclip.agreement import exchange_tables, find_holders, pattern
 from distclip.exchange import Channel
+from distclip.holders import find_holders, pattern
 from distclip.plan import make_plan
 from distclip.records import Holding, Piece
+from distclip.tables import exchange_tables
 from distclip.testing import run_threads
 
 CPU = torch.device("cpu")

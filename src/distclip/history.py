@@ -34,7 +34,7 @@ class History(NamedTuple):
         return self.rate
 
     def record_here_(self, clipped: bool, skipped: bool) -> float:
-        """The same where reading costs nothing, in a third of the time."""
+        """The same where reading costs nothing, by fewer operations."""
         calls = int(self.calls)
         place = self.clipped[calls % WINDOW]
         if bool(place) != clipped:

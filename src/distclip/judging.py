@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from distclip import audit
-from distclip.agreement import key
 from distclip.deciding import Part
 from distclip.errors import AgreementError, GradientError
 from distclip.exchange import Channel
@@ -23,6 +22,7 @@ from distclip.plan import Plan
 from distclip.policies import describe
 from distclip.records import Culprit
 from distclip.sensing import Seen
+from distclip.tables import key
 from distclip.wire import Flags, Wire
 
 ALWAYS = 0.95  # of the last WINDOW steps clipped: a threshold that sets the length of steps

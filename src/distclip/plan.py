@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.agreement import exchange_tables, find_holders, key, refuse, rows_of
 from distclip.errors import AgreementError, ConfigError
 from distclip.exchange import Channel, brief
+from distclip.holders import find_holders, rows_of
 from distclip.records import Piece, Row, Share
+from distclip.tables import exchange_tables, key, refuse
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.agreement import key
 from distclip.answers import checked_stats
 from distclip.calls import Call
 from distclip.collecting import Collector, Grads, Present
@@ -23,6 +22,7 @@ from distclip.placement import local_tensor
 from distclip.plan import Plan
 from distclip.policies import LocalGrads, LocalStats
 from distclip.records import Norms
+from distclip.tables import key
 from distclip.units import Units, UnitStep
 from distclip.wire import Wire
 

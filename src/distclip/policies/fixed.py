@@ -48,8 +48,8 @@ class FixedNorm:
 
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale, tuple[Tensor, ...]]:
         threshold = torch.full_like(norms.per_group, self.max_norm)
-        if 0 < self.max_norm < math.inf:
-            return Scale(threshold / torch.maximum(norms.per_group, threshold), threshold), state
+        if 0 < self.max_norm < math.inf:  # fmax passes over NaN: 1 there, as `coefficient` has it
+            return Scale(threshold / torch.fmax(norms.per_group, threshold), threshold), state
         return Scale(coefficient(norms.per_group, threshold), threshold), state
 
 

@@ -1,0 +1,195 @@
+"""Power sums on the CPU by torch's operations, in float64 or as good. Nothing here communicates.
+
+Large float32 tensors are read in rows of 64 by torch's vectorised norm, and the rows are summed in float64; what float32 cannot hold is
+read again in float64. Low precision is widened a chunk at a time, small tensors are put side by side.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+ROW = 64
+CHUNK = 1 << 20
+MANY = 1 << 18  # elements in float64 at a time
+SMALL = 2048  # up to here float64 costs less than to fill up the last row, or than a call for each
+# Flushed or subnormal squares cost a row at most 64 * 2^-126 < 1e-36, which is 1e-9 of this.
+ROW_FLOOR = 1e-27
+
+
+class _Room:
+    """Memory for one chunk, made when first needed: new copies of each chunk would cost more in page faults than its sum."""
+
+    def __init__(self) -> None:
+        self._single, self._double = torch.empty(0, dtype=torch.float32, device="cpu"), torch.empty(0, dtype=torch.float64, device="cpu")
+
+    def wide(self, chunk: Tensor) -> Tensor:
+        """The 1-D chunk, up to float32, in float32."""
+        return chunk if chunk.dtype == torch.float32 else self._of(chunk.numel()).copy_(chunk)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """1-D parts of one dtype, up to CHUNK + ROW elements, side by side: float32, or float64 if they are."""
+        if parts[0].dtype != torch.float32:
+            whole = torch.cat(parts)
+            return whole if whole.dtype == torch.float64 else self.wide(whole)
+        return torch.cat(parts, out=self._of(sum(map(Tensor.numel, parts))))
+
+    def powers(self, values: Tensor, p: float) -> Tensor:
+        """float64 |x|^p of up to MANY elements."""
+        if not self._double.numel():
+            self._double = torch.empty(MANY, dtype=torch.float64, device="cpu")
+        size = self._double[: values.numel()].copy_(values)
+        return size.mul_(size) if p == 2 else size.abs_() if p == 1 else size.abs_().pow_(p)
+
+    def _of(self, count: int) -> Tensor:
+        if not self._single.numel():
+            self._single = torch.empty(CHUNK + ROW, dtype=torch.float32, device="cpu")
+        return self._single[:count]
+
+
+def sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
+    """[n] float64: small and middling tensors side by side, each large one in chunks."""
+    sums: list[float] = [0.0] * len(tensors)
+    room = _Room()
+    lone: list[int] = []
+    small: dict[tuple[torch.dtype, int], list[int]] = {}
+    middling: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        count, dtype = tensor.numel(), tensor.dtype
+        if count > CHUNK or dtype.is_complex or not tensor.is_contiguous():
+            lone.append(index)
+        elif dtype in _UP_TO_FLOAT32 and (p == math.inf or (p == 2 and (count > SMALL or count % ROW == 0))):
+            middling.setdefault(dtype, []).append(index)
+        elif count <= SMALL and p != math.inf:
+            small.setdefault((dtype, count), []).append(index)
+        else:
+            lone.append(index)
+    for several, compute in ((small, _sums_of_equals), (middling, _sums_of_rows)):
+        for same in several.values():
+            flat = [t if (t := tensors[index]).ndim == 1 else t.view(-1) for index in same]
+            for index, value in zip(same, compute(flat, p, room), strict=True):
+                sums[index] = value
+    for index in lone:
+        sums[index] = _combine([_chunk_sum(chunk, p, room) for chunk in chunks(tensors[index])], p)
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
+
+
+def _batches(sizes: list[int], most: int) -> Iterator[slice]:
+    """Runs of neighbours that are `most` together, at least one each."""
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total + size > most and end > start:
+            yield slice(start, end)
+            start, total = end, 0
+        total += size
+    yield slice(start, len(sizes))
+
+
+def _sums_of_equals(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
+    """Of small 1-D tensors of one dtype and size, finite p, all in float64: to fill up rows would cost more."""
+    count = tensors[0].numel()
+    sums: list[float] = []
+    for batch in _batches([count] * len(tensors), MANY):
+        sums += room.powers(room.joined(tensors[batch]), p).view(-1, count).sum(1).tolist()
+    return sums
+
+
+def _sums_of_rows(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
+    """Of 1-D tensors of one dtype up to float32, p = 2 or inf, put side by side: a call for each would cost more."""
+    rows = [-(-tensor.numel() // ROW) for tensor in tensors]
+    sums: list[float] = []
+    for batch in _batches([count * ROW for count in rows], CHUNK + ROW):
+        sums += _sums_of_batch(tensors[batch], rows[batch], p, room)
+    return sums
+
+
+def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room) -> list[float]:
+    """Each tensor fills so many rows, the last one with zeros."""
+    filler = _filler(tensors[0].dtype)
+    parts: list[Tensor] = []
+    for tensor, count in zip(tensors, rows, strict=True):
+        parts.append(tensor)
+        if short := count * ROW - tensor.numel():
+            parts.append(filler[short])
+    norms = torch.linalg.vector_norm(room.joined(parts).view(-1, ROW), p, dim=1).double()
+    counts = torch.tensor(rows, device="cpu")
+    owner = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
+    if p == math.inf:
+        return torch.zeros(len(rows), dtype=torch.float64, device="cpu").scatter_reduce_(0, owner, norms, "amax").tolist()
+    bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu").index_add_(0, owner, norms * norms)
+    if (bodies >= counts * ROW_FLOOR).all() and bodies.amax() < math.inf:
+        return bodies.tolist()
+    return [_redone(x, count, body, p) for x, count, body in zip(tensors, rows, bodies.tolist(), strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _filler(dtype: torch.dtype) -> list[Tensor]:
+    """Zeros of each length up to a row's."""
+    zeros = torch.zeros(ROW, dtype=dtype, device="cpu")
+    return [zeros[:length] for length in range(ROW)]
+
+
+def _redone(flat: Tensor, rows: int, body: float, p: float) -> float:
+    """The sum of so many rows, read again in float64 where float32 cannot hold it."""
+    if p == math.inf or rows * ROW_FLOOR <= body < math.inf or (body == 0 and not flat.any()):
+        return body
+    return _exact_sum(flat, p)
+
+
+def _combine(parts: list[float], p: float) -> float:
+    if p == math.inf:
+        return math.nan if any(math.isnan(part) for part in parts) else max(parts)
+    return sum(parts)
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Contiguous 1-D pieces of at most CHUNK elements: views where some order of the dimensions is contiguous."""
+    ordered = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    if ordered.is_contiguous():
+        yield from ordered.view(-1).split(CHUNK)
+    elif tensor.numel() <= CHUNK:
+        yield tensor.reshape(-1)
+    else:
+        longest = max(range(tensor.ndim), key=tensor.size)
+        for half in tensor.chunk(2, dim=longest):
+            yield from chunks(half)
+
+
+def _chunk_sum(chunk: Tensor, p: float, room: _Room) -> float:
+    """The power sum of a contiguous 1-D piece of any dtype."""
+    exact = chunk.is_complex() or chunk.dtype == torch.float64 or p not in (2, math.inf)
+    if exact:
+        return _exact_sum(chunk, p)
+    chunk = room.wide(chunk)
+    whole = chunk.numel() // ROW * ROW
+    if not whole:
+        return _exact_sum(chunk, p)
+    body = _redone(chunk[:whole], whole // ROW, _row_sum(chunk[:whole].view(-1, ROW), p), p)
+    return body if whole == chunk.numel() else _combine([body, _exact_sum(chunk[whole:], p)], p)
+
+
+def _row_sum(rows: Tensor, p: float) -> float:
+    """The power sum of float32 [n, ROW], each row reduced in float32."""
+    norms = torch.linalg.vector_norm(rows, p, dim=1).double()
+    return float(norms.amax() if p == math.inf else powers(norms, p).sum())
+
+
+def _exact_sum(chunk: Tensor, p: float) -> float:
+    """The power sum of a piece of any dtype, all in float64."""
+    size = chunk.to(torch.complex128).abs() if chunk.is_complex() else chunk.double().abs()
+    return float(power_sum(size, p))
+
+
+def power_sum(size: Tensor, p: float) -> Tensor:
+    """[]: of float64 absolute values."""
+    return size.amax() if p == math.inf else powers(size, p).sum()
+
+
+def powers(size: Tensor, p: float) -> Tensor:
+    """`size` to the p: float64 of the same shape; `size` itself for p = 1 and inf."""
+    if p == math.inf or p == 1:
+        return size
+    return size * size if p == 2 else size.pow(p)
