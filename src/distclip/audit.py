@@ -43,12 +43,12 @@ def compare_replicas(
         if slot in worst and plan.shares[i].holders > 1:
             piece = plan.pieces[i]
             what = f"norm {math.sqrt(prints[i][0]):.9g}" if i in prints else "no gradient"
-            lines.append(f"{piece.key_name}\t{piece.holding.region}\t{' & '.join(piece.holding.scopes)}\t{what}")
-    copies: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+            lines.append(f"{piece.key_name}\t{slot}\t{piece.holding.region}\t{what}")
+    copies: dict[tuple[str, int, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True):
         for line in text.splitlines():
-            name, region, scopes, what = line.split("\t")
-            copies[name, region, scopes][what].append(rank)
+            name, slot, region, what = line.split("\t")
+            copies[name, int(slot), region][what].append(rank)
     said = [
         f"{name}: " + ", ".join(f"{what} on rank {brief(ranks)}" for what, ranks in seen.items())
         for (name, _, _), seen in sorted(copies.items())

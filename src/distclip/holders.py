@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +48,9 @@ class Holders:
 def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
     """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions. Sends nothing.
 
+    Scopes meet also where two ranks work on one set of modules (`_module_sets`): FSDP2 over dp beside tensor parallelism holds what no
+    tensor-parallel plan names on the dp meshes alone, and the ranks of one tp mesh hold copies of it.
+
     Parameters that the same holdings of the same tables hold are one case, so the joining is done once a case, not once a name.
     """
     owner = torch.cat([torch.full((len(rows),), i, device="cpu") for i, rows in enumerate(tables.rows)])
@@ -56,7 +59,7 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
     mark = _mixed(owner * 1_000_003 + rows[:, 1] + 1)
     signature = torch.zeros(len(names), dtype=torch.int64, device="cpu").index_add_(0, name_of, mark)
     cases, case_of = torch.unique(signature, return_inverse=True)
-    places, components = _cases(tables, owner, rows, name_of, case_of, len(cases))
+    places, components = _cases(tables, _module_sets(tables), owner, rows, name_of, case_of, len(cases))
 
     per_name = torch.tensor([len(c) for c in components], device="cpu")[case_of]
     base = per_name.cumsum(0) - per_name
@@ -91,8 +94,37 @@ def _mixed(x: Tensor) -> Tensor:
 _Places = dict[tuple[int, int], list[Place]]
 
 
+def _module_sets(tables: Tables) -> list[Hashable]:
+    """[ranks] equal for ranks that work on one set of modules: some parameter's mesh, or the group of a wrapper, has both, transitively.
+
+    What is declared or tied joins no ranks beyond its own parameters: an embedding is tied over stages that are different modules.
+    """
+    joined = _Joined()
+    for rank, holdings in enumerate(tables.holdings):
+        for holding in holdings:
+            for rank_set in holding.rank_sets:
+                joined.join(("rank", rank), rank_set)
+    return [joined.root(("rank", rank)) for rank in range(len(tables.holdings))]
+
+
+class _Joined:
+    """A union-find: `root` is equal for what was joined."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Hashable, Hashable] = {}
+
+    def root(self, item: Hashable) -> Hashable:
+        while (parent := self._parent.setdefault(item, item)) != item:
+            self._parent[item] = self._parent[parent]
+            item = parent
+        return item
+
+    def join(self, one: Hashable, other: Hashable) -> None:
+        self._parent[self.root(other)] = self.root(one)
+
+
 def _cases(
-    tables: Tables, owner: Tensor, rows: Tensor, name_of: Tensor, case_of: Tensor, count: int
+    tables: Tables, module_sets: Sequence[Hashable], owner: Tensor, rows: Tensor, name_of: Tensor, case_of: Tensor, count: int
 ) -> tuple[list[_Places], list[list[Component]]]:
     """For each case the place of every (rank, holding) and the components, from one example name."""
     example = torch.full((count,), -1, device="cpu").scatter_(0, case_of, torch.arange(len(case_of), device="cpu"))
@@ -102,26 +134,24 @@ def _cases(
     chosen = is_example[name_of]
     for table, ordinal, case in zip(owner[chosen].tolist(), rows[chosen, 1].tolist(), case_of[name_of[chosen]].tolist(), strict=True):
         entries[case] += [(rank, ordinal) for rank in tables.ranks_of[table]]
-    solved = [_joined(tables, sorted(entries[case])) for case in range(count)]
+    solved = [_joined(tables, module_sets, sorted(entries[case])) for case in range(count)]
     return [places for places, _ in solved], [components for _, components in solved]
 
 
-def _joined(tables: Tables, entries: list[tuple[int, int]]) -> tuple[_Places, list[Component]]:
-    parent: dict[int, int] = {}
-
-    def root(scope: int) -> int:
-        while parent.setdefault(scope, scope) != scope:
-            parent[scope] = parent[parent[scope]]
-            scope = parent[scope]
-        return scope
-
+def _joined(
+    tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]
+) -> tuple[_Places, list[Component]]:
+    joined = _Joined()
     for rank, ordinal in entries:
-        first, *others = tables.holdings[rank][ordinal].scopes
+        holding = tables.holdings[rank][ordinal]
+        first, *others = holding.scopes
+        if holding.rank_sets and not holding.declared:
+            others.append(("modules", module_sets[rank]))
         for scope in others:
-            parent[root(scope)] = root(first)
-    together: dict[int, list[tuple[int, int]]] = defaultdict(list)
+            joined.join(first, scope)
+    together: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     for rank, ordinal in entries:
-        together[root(tables.holdings[rank][ordinal].scopes[0])].append((rank, ordinal))
+        together[joined.root(tables.holdings[rank][ordinal].scopes[0])].append((rank, ordinal))
 
     places: _Places = defaultdict(list)
     components: list[Component] = []

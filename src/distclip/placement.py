@@ -79,11 +79,12 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
     for names in declared.shared:
         if named.name in names:
             key, tied = names[0], ("shared " + " = ".join(names),)
-    extra = (*around, *over, *tied)
     if over == (private_token(rank),):
-        extra = over
+        around = ()
+        over = () if tied else over  # what is tied over ranks is none's alone, whatever pattern matches it
+    scopes = _Scopes(around, over, tied)
     if named.shard is not None:
-        return _flat(named, key, named.shard, extra)
+        return _flat(named, key, named.shard, scopes)
     if is_flattened(named.param):
         raise PlacementError(
             f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the outermost "
@@ -91,27 +92,40 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
         )
     spec = _spec_of(named.param)
     if spec is not None:
-        return _distributed(named, key, spec, extra)
+        return _distributed(named, key, spec, scopes)
     param = named.param
     how = "whole, in DDP" if around else "whole"
     if over:
         how = "private" if over == (private_token(rank),) else "whole, declared"
-    holding = Holding(how, "whole", extra or (EVERYWHERE,))
+    holding = scopes.holding(how, "whole", ())
     shape = tuple(param.shape)
     return Piece(named.name, key, holding, shape, param.numel(), shape, None)
 
 
-def _flat(named: Named, key: str, shard: FlatShard, extra: tuple[str, ...]) -> Piece:
+class _Scopes(NamedTuple):
+    """Sets of ranks around a parameter, besides those of the parameter itself."""
+
+    around: tuple[str, ...]  # groups of DDP modules
+    declared: tuple[str, ...]  # by `replicated_over`
+    tied: tuple[str, ...]  # by `shared`
+
+    def holding(self, how: str, region: str, own: tuple[str, ...]) -> Holding:
+        """`own`: the parameter's mesh, or its unit's groups."""
+        every = (*own, *self.around, *self.declared, *self.tied)
+        return Holding(how, region, every or (EVERYWHERE,), (*own, *self.around), bool(self.declared))
+
+
+def _flat(named: Named, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
     index, parts = shard.part
     how = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
-    holding = Holding(how, f"flat {index}/{parts}", (*map(ranks_token, shard.groups), *extra))
+    holding = scopes.holding(how, f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups)))
     return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
 
 _IS_PARTIAL = methodcaller("is_partial")
 
 
-def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> Piece | None:
+def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
     mesh = _mesh_of(spec)
     placements: tuple[Placement, ...] = tuple(spec.placements)
     coordinate = mesh.get_coordinate()
@@ -125,11 +139,10 @@ def _distributed(named: Named, key: str, spec: Any, extra: tuple[str, ...]) -> P
     # Shard, _StridedShard, and whatever else splits: all that is not Replicate gives this rank a part of its own
     parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not p.is_replicate()]
     how = _described(placements, sizes)
-    scopes = (token, *extra)
     param, shape = named.param, tuple(spec.shape)
     is_dtensor = isinstance(param, DTensor)
     local = param._local_tensor if is_dtensor else param
-    holding = Holding(how, " ".join(parts) or "whole", scopes)
+    holding = scopes.holding(how, " ".join(parts) or "whole", (token,))
     numel = torch.Size(shape).numel()
     return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor else None)
 

@@ -19,6 +19,8 @@ class Holding:
     how: str  # as the plan prints it
     region: str  # which part: equal if and only if the data is the same
     scopes: tuple[str, ...]  # identities of the sets of ranks that hold copies or sibling parts; a set that two ranks share joins them
+    rank_sets: tuple[str, ...] = ()  # the meshes and wrappers' groups among the scopes: their ranks work on one set of modules
+    declared: bool = False  # `replicated_over` says what the scopes are: they are not widened to other ranks with the same modules
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from distclip.exchange import Channel, brief
 from distclip.records import Holding, Piece
 
 _TEXT_WORDS, _SCOPES = 8, 6
-_HOLDING_WORDS = _TEXT_WORDS + 1 + _SCOPES
+_HOLDING_WORDS = _TEXT_WORDS + 2 + _SCOPES  # text, region, flags, scopes
+_DECLARED = 1 << _SCOPES  # a flag; those below it say which scopes are rank sets
 _ROW_WORDS = 5  # key of the name, holding, key of the shape, key of the group, key of the watched layer
 
 
@@ -37,6 +38,8 @@ class Seen(NamedTuple):
     how: str
     region: int
     scopes: tuple[int, ...]
+    rank_sets: tuple[int, ...]
+    declared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +112,21 @@ def _encode(holding: Holding) -> list[int]:
             f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported"
         )
     letters = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)]
-    return [*letters, key(holding.region), *scopes, *[0] * (_SCOPES - len(scopes))]
+    flags = sum(1 << i for i, scope in enumerate(holding.scopes) if scope in holding.rank_sets)
+    flags |= _DECLARED if holding.declared else 0
+    return [*letters, key(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]
 
 
 def _decode(words: list[int]) -> Seen:
     text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[:_TEXT_WORDS])
-    return Seen(text.decode(errors="replace").rstrip(), words[_TEXT_WORDS], tuple(w for w in words[_TEXT_WORDS + 1 :] if w))
+    region, flags, *scopes = words[_TEXT_WORDS:]
+    return Seen(
+        how=text.decode(errors="replace").rstrip(),
+        region=region,
+        scopes=tuple(scope for scope in scopes if scope),
+        rank_sets=tuple(scope for i, scope in enumerate(scopes) if flags & (1 << i)),
+        declared=bool(flags & _DECLARED),
+    )
 
 
 def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what: str) -> None:

@@ -233,7 +233,8 @@ def tp_sequence_parallel():
 
 @layout
 def tp_fsdp2():
-    model = fully_shard(tp_net(mesh(2, 2)["inner"]), mesh=mesh(2, 2)["outer"])
+    """The norm is in no tensor-parallel plan: its DTensors lie on the data-parallel meshes alone, a copy on each."""
+    model = fully_shard(tp_net(mesh(2, 2)["inner"], norm=True), mesh=mesh(2, 2)["outer"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of FSDP2, about the view that row-parallel layers return
         model(drawn(f"x{dist.get_rank() // 2}", 3, 8)).square().sum().backward()
@@ -243,14 +244,42 @@ def tp_fsdp2():
 @layout
 def tp_inside_ddp():
     """torch hides these parameters from the first forward on: the clippers are built right after wrapping."""
-    clean, x = Net(), [drawn(f"x{i}", 3, 8) for i in range(2)]
+    clean, x = Net(norm=True), [drawn(f"x{i}", 3, 8) for i in range(2)]
     (sum(clean(part).square().sum() for part in x) / 2).backward()
     want = [p.grad.double() for p in clean.parameters()]
-    model = DDP(tp_net(mesh(2, 2)["inner"]), device_mesh=mesh(2, 2)["outer"])
+    model = DDP(tp_net(mesh(2, 2)["inner"], norm=True), device_mesh=mesh(2, 2)["outer"])
     params = list(model.parameters())
     built = {p: distclip.GradClipper(model, total_norm(want, p) / 2, norm_type=p) for p in NORMS}
     model(x[dist.get_rank() // 2]).square().sum().backward()
     return Case(params, want, tensors=params, built=built)
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer, and two small ones beside it (LoRA)."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(8, 16).requires_grad_(False)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 16, bias=False)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))))
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@layout
+def lora_beside_a_frozen_tensor_parallel_base():
+    """Data-parallel meshes of one rank each: only the frozen base says that the four ranks work on one model."""
+    clean, x = Adapted(), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    clean(x).square().sum().backward()
+    on = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
+    model = Adapted()
+    parallelize_module(model.base, on["tp"], ColwiseParallel(output_layouts=Replicate()))
+    fully_shard(model, mesh=on["dp"])
+    model(x).square().sum().backward()
+    return Case(model, [p.grad.double() for p in clean.parameters() if p.grad is not None])
 
 
 @layout
@@ -279,6 +308,15 @@ def pipeline_of_two_stages_with_a_tied_embedding():
 
 
 @layout
+def pipeline_of_stages_whose_parameters_have_equal_names():
+    """Sharded within each stage; no mesh joins the stages, so that equal names are different parameters."""
+    stage = dist.get_rank() // 2
+    placed = {"on": mesh(2, 2)["inner"], "place": [Shard(0)]}
+    params = [(n, given(f"{stage}.{n}", *shape, **placed)[1]) for n, shape in (("body", (6, 4)), ("norm", (5,)))]
+    return Case(params, [drawn(f"{s}.{n}", *shape) for s in (0, 1) for n, shape in (("body", (6, 4)), ("norm", (5,)))])
+
+
+@layout
 def pipeline_of_several_stages_per_rank():
     stages = [nn.Linear(3, 5) for _ in range(4)]
     for i, stage in enumerate(stages):
@@ -294,6 +332,37 @@ def experts_on_a_mesh_of_their_own():
     params = [given("dense", 6, 4, on=mesh(4), place=[Shard(0)]), given("gate", 5)]
     params += [given("norm", 9, on=grid, place=[Replicate()] * 2), given("experts", 4, 6, on=grid, place=[Shard(1), Shard(0)])]
     return Case(params, [drawn("dense", 6, 4), drawn("gate", 5), drawn("norm", 9), drawn("experts", 4, 6)])
+
+
+class LocalPull(Pull):
+    """Of parameters that are sharded already: each rank pulls at its own part."""
+
+    def forward(self, x):
+        return sum((getattr(self, name).to_local() * pull).sum() * x for name, pull in self.pulls.items())
+
+
+@layout
+def expert_parallel_beside_fsdp2():
+    """Experts sharded over their first dimension, each part over the ranks of its data mesh; all else over the four ranks."""
+    grid, shapes = mesh(2, 2), {"router": (4, 6), "experts": (4, 6, 3), "out": (5,)}
+    parts = {name: (LocalPull if name == "experts" else Pull)(f"{name}.", {"w": shape}) for name, shape in shapes.items()}
+    placed = distribute_tensor(parts["experts"].w.detach(), grid["inner"], [Shard(0)], src_data_rank=None)
+    parts["experts"].w = nn.Parameter(placed)
+    parts["experts"].pulls["w"] = parts["experts"].pulls["w"].chunk(2)[grid["inner"].get_local_rank()]
+    for name, part in parts.items():
+        fully_shard(part, mesh=grid["outer"] if name == "experts" else mesh(4))
+        part(torch.tensor(1.0)).backward()
+    return Case(nn.ModuleDict(parts), [drawn(f"{name}.w", *shape) for name, shape in shapes.items()])
+
+
+@layout
+def experts_of_one_name_on_data_meshes_of_their_own():
+    """Different experts under one name, each sharded over a data mesh that does not hold the others: only a declaration tells."""
+    grid, here = mesh(2, 2), dist.get_rank() % 2
+    params = [given("dense", 6, 4, on=mesh(4), place=[Shard(0)])]
+    params.append(("expert", given(f"expert{here}", 4, 3, on=grid["outer"], place=[Shard(0)])[1]))
+    want = [drawn("dense", 6, 4), drawn("expert0", 4, 3), drawn("expert1", 4, 3)]
+    return Case(params, want, {"replicated_over": {"expert": distclip.PRIVATE}})
 
 
 @layout
