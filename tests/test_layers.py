@@ -51,6 +51,7 @@ ORDER = [
     "amp",
     "owners",
     "calls",
+    "grad_placements",
     "expected",
     "collecting",
     "units",
@@ -112,7 +113,8 @@ ORDER = [
 PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
-DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside.sharded"}
+DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "grad_placements", "exchange", "functional", "testing"}
+DISTRIBUTED |= {"integrations.deepspeed_inside.sharded"}
 DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts", "_layouts", "_speed")}  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "expected": {"DTensor"}, "fold": {"DTensor"}}

@@ -42,18 +42,26 @@ def compare_replicas(
     for i, slot in enumerate(plan.slot_of):
         if slot in worst and plan.shares[i].holders > 1:
             piece = plan.pieces[i]
-            what = f"norm {math.sqrt(prints[i][0]):.9g}" if i in prints else "no gradient"
-            lines.append(f"{piece.key_name}\t{slot}\t{piece.holding.region}\t{what}")
-    copies: dict[tuple[str, int, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+            norm, signed = (f"norm {math.sqrt(prints[i][0]):.9g}", f"{prints[i][1]:.9g}") if i in prints else ("no gradient", "")
+            lines.append(f"{piece.key_name}\t{slot}\t{piece.holding.region}\t{norm}\t{signed}")
+    copies: dict[tuple[str, int, str], dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True):
         for line in text.splitlines():
-            name, slot, region, what = line.split("\t")
-            copies[name, int(slot), region][what].append(rank)
-    said = [
-        f"{name}: " + ", ".join(f"{what} on rank {brief(ranks)}" for what, ranks in seen.items())
-        for (name, _, _), seen in sorted(copies.items())
-    ]
+            name, slot, region, norm, signed = line.split("\t")
+            copies[name, int(slot), region][norm, signed].append(rank)
+    apart = {part: seen for part, seen in copies.items() if len(seen) > 1} or copies  # a parameter's other parts may be equal
+    said = [f"{name}: {_sides(seen)}" for (name, _, _), seen in sorted(apart.items())]
     raise AgreementError(f"step {step}: {things} that should be copies are not equal:\n" + "\n".join(said) + f"\n{_REMEDY}")
+
+
+def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
+    """Which ranks hold what: norms, and where these are equal what tells the copies apart."""
+    by_norm: dict[str, list[int]] = defaultdict(list)
+    for (norm, _), ranks in seen.items():
+        by_norm[norm] += ranks
+    if len(by_norm) == 1 < len(seen):
+        return ", ".join(f"{norm} with signed sum {signed} on rank {brief(ranks)}" for (norm, signed), ranks in seen.items())
+    return ", ".join(f"{norm} on rank {brief(ranks)}" for norm, ranks in by_norm.items())
 
 
 def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device) -> set[int]:

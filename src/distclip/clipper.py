@@ -20,6 +20,7 @@ from distclip.calls import Call
 from distclip.collecting import GradOf, Grads
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel
+from distclip.grad_placements import PartialReducer
 from distclip.groups import Grouping, Watch
 from distclip.guard import OnNonfinite
 from distclip.memory import Memory
@@ -59,6 +60,9 @@ class GradClipper:
         watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not. On
             CUDA say `never` where optimizers of one call are fused on some ranks only: ranks must judge a step at the same call.
+        partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism without FSDP leaves some) are an error, or
+            `reduce`: before each call they are redistributed to their parameters' placements, after a small message by which ranks agree
+            on which they are. `.grad` is set to the reduced tensor.
         sinks: where reports go, on the first rank of the group.
 
     Raises:
@@ -82,15 +86,18 @@ class GradClipper:
         grad_of: GradOf | None = None,
         drift_tolerance: float | None = 1e-5,
         skip_limit: int = 20,
-        fold: str = "auto",
+        fold: Literal["auto", "never"] = "auto",
+        partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
-        self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch)
+        self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch, partial_grads)
         self._params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
+        if grad_of is not None and partial_grads == "reduce":
+            raise ConfigError("partial_grads='reduce' sets .grad, and grad_of finds gradients elsewhere; redistribute them there")
         self._writer = Writer(())
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
@@ -119,6 +126,8 @@ class GradClipper:
                 self._memory = Memory(now.plan.groups, now.first, now.mixers, 0 if old is None else old.step)
         self.plan = now.plan
         self._steps = Stepper(self._channel, now, self._memory, self._writer)
+        reduces = now.options.partial_grads == "reduce"
+        self._partials = PartialReducer(self._channel, now.members, now.plan.pieces, now.device) if reduces else None
 
     # Each step
 
@@ -312,6 +321,8 @@ class GradClipper:
 
     def _run(self, call: Call, may_wait: bool) -> Outcome:
         self._decided = None
+        if self._partials is not None and call.of == "grad":
+            self._partials.reduce_(self._memory.step + 1)
         outcome = self._steps.run(call, may_wait)
         if not call.passive:
             self.last_report = outcome.report

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip.expected import Expected
+from distclip.grad_placements import kind_error, portion_of, redistribute_advice
 from distclip.gradlist import PLAIN, GradList
 from distclip.naming import Slot
-from distclip.placement import local_tensor
+from distclip.placement import DEVICES, local_tensor
 from distclip.records import Piece
 
 GradOf = Callable[[Tensor], "Tensor | None"]
@@ -33,6 +34,8 @@ class Present:
     all: tuple[int, ...]  # pieces that have one, shared with another piece or not
     index: Tensor | None  # `own` as int64 on the compute device, or None where these are all pieces
     has: Tensor  # [pieces] float64 on the compute device: 1 where there is one
+    portions: tuple[float, ...] = ()  # of `own`: what a gradient counts that is placed otherwise than its parameter; () where all are 1
+    portion: Tensor | None = None  # the same on the compute device, float64
 
 
 @dataclass(slots=True)
@@ -93,17 +96,28 @@ class Collector:
         every: list[int] = []
         local: list[Tensor] = []
         faults: list[str] = []
+        portions: list[float] = []
+        misplaced: list[str] = []
         seen: set[tuple[int, ...]] = set()
         for i, (grad, piece) in enumerate(zip(grads, self.pieces, strict=True)):
             if grad is None:
                 continue
             every.append(i)
-            fault, tensor = _misplaced(grad, piece), local_tensor(grad)
+            fault, portion = kind_error(grad, self.members[i], piece), portion_of(grad, piece)
+            if isinstance(portion, str):
+                misplaced.append(portion)
+                continue
+            tensor = local_tensor(grad)
             memory = _memory(tensor)
             if memory in seen:
                 continue
             seen.add(memory)
-            if fault is None and tuple(tensor.shape) != piece.local_shape:
+            if fault is None and tensor.device.type not in DEVICES:
+                fault = (
+                    f"the gradient of {piece.name} is on the device {tensor.device}; distclip clips on the CPU and on CUDA. Move the "
+                    "parameter there and call clipper.rebuild()"
+                )
+            elif fault is None and tuple(tensor.shape) != piece.local_shape and not _placed_otherwise(grad, piece):
                 fault = (
                     f"the gradient of {piece.name} has local shape {tuple(tensor.shape)}, the plan says {piece.local_shape} "
                     f"({piece.holding.how}); it is not sharded or reduced yet (no_sync?): clip after the reduction, or call "
@@ -112,8 +126,11 @@ class Collector:
             if fault is None:
                 own.append(i)
                 local.append(tensor)
+                portions.append(portion)
             else:
                 faults.append(fault)
+        if misplaced:
+            faults.append(misplaced[0] + redistribute_advice(len(misplaced)))
         if not every and (hooks := _hooks(self.members, self.pieces)):
             faults.append(
                 f"no parameter has a gradient, and {hooks} runs as soon as a gradient is accumulated: an optimizer that steps inside "
@@ -126,8 +143,9 @@ class Collector:
             faults.append(
                 f"{replaced[0]} was replaced after the clipper was built ({len(replaced)} in all); call clipper.rebuild() on all ranks"
             )
-        if self._present is None or self._present.own != tuple(own) or self._present.all != tuple(every):
-            self._present = self.present(own, every)
+        given = tuple(portions) if set(portions) - {1.0} else ()
+        if self._present is None or (self._present.own, self._present.all, self._present.portions) != (tuple(own), tuple(every), given):
+            self._present = self.present(own, every, given)
         found = Grads(self._present, GradList.of(local), faults)
         if len(self._expected) >= _REMEMBERED:
             self._expected.clear()
@@ -148,12 +166,13 @@ class Collector:
             "that the optimizer reads"
         )
 
-    def present(self, own: Sequence[int], every: Sequence[int]) -> Present:
+    def present(self, own: Sequence[int], every: Sequence[int], portions: tuple[float, ...] = ()) -> Present:
         count = len(self.members)
         has = torch.zeros(count, dtype=torch.float64, device="cpu")
         has[list(every)] = 1
         index = None if len(own) == count else torch.tensor(own, dtype=torch.int64, device="cpu").to(self.device)
-        return Present(tuple(own), tuple(every), index, has.to(self.device))
+        portion = torch.tensor(portions, dtype=torch.float64, device="cpu").to(self.device) if portions else None
+        return Present(tuple(own), tuple(every), index, has.to(self.device), portions, portion)
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:
@@ -163,26 +182,8 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.data_ptr(), tensor.numel())
 
 
-def _misplaced(grad: Tensor, piece: Piece) -> str | None:
-    if isinstance(grad, DTensor):
-        if piece.placements is None:
-            return (
-                f"the gradient of {piece.name} is a DTensor with placements {grad.placements}, its parameter is not; call clipper.rebuild()"
-            )
-        if grad.placements != piece.placements:
-            if any(placement.is_partial() for placement in grad.placements):
-                return (
-                    f"the gradient of {piece.name} has placements {grad.placements}: Partial sums that are not reduced yet (sequence "
-                    "parallelism leaves them on norm weights); before clipping: "
-                    "p.grad = p.grad.redistribute(placements=p.placements)"
-                )
-            return (
-                f"the gradient of {piece.name} has placements {grad.placements}, its parameter {piece.placements}; before clipping: "
-                "p.grad = p.grad.redistribute(placements=p.placements)"
-            )
-    elif piece.placements is not None:
-        return f"the gradient of {piece.name} is a plain tensor, its parameter a DTensor, {piece.placements}; call clipper.rebuild()"
-    return None
+def _placed_otherwise(grad: Tensor, piece: Piece) -> bool:
+    return isinstance(grad, DTensor) and grad.placements != piece.placements
 
 
 def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -138,13 +138,11 @@ def _cases(
     return [places for places, _ in solved], [components for _, components in solved]
 
 
-def _joined(
-    tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]
-) -> tuple[_Places, list[Component]]:
+def _joined(tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]) -> tuple[_Places, list[Component]]:
     joined = _Joined()
     for rank, ordinal in entries:
         holding = tables.holdings[rank][ordinal]
-        first, *others = holding.scopes
+        first, *others = cast("tuple[Hashable, ...]", holding.scopes)
         if holding.rank_sets and not holding.declared:
             others.append(("modules", module_sets[rank]))
         for scope in others:

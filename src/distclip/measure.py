@@ -13,6 +13,10 @@ from torch import Tensor
 from distclip.errors import GradientError
 from distclip.rows import chunks, power_sum, powers, sums_on_cpu
 
+SUMMED = frozenset({  # dtypes whose elements torch can widen and add
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64, torch.complex32,
+})  # fmt: skip
+
 
 def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [len(tensors)], on the first one's device.

@@ -13,6 +13,7 @@ from distclip.policies import FixedNorm, Policy
 from distclip.policies.policy import describe
 
 FOLDS = ("auto", "never")
+PARTIAL_GRADS = ("refuse", "reduce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Asked:
     skip_limit: int
     fold: str
     watch: Watch | None
+    partial_grads: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Options:
     skip_limit: int
     fold: str
     watch: Watch | None
+    partial_grads: str
 
     def texts(self) -> dict[str, str]:
         """Option → a text that is equal on all ranks if the option is."""
@@ -54,6 +57,7 @@ class Options:
             "drift_tolerance": repr(self.drift_tolerance),
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
+            "partial_grads": repr(self.partial_grads),
             "watch": f"Watch({_described(self.watch.groups)}, every={self.watch.every})" if self.watch else "None",
         }
 
@@ -79,6 +83,8 @@ def checked(asked: Asked) -> Options:
         raise ConfigError(f"on_nonfinite={asked.on_nonfinite!r}; it is one of {', '.join(map(repr, MODES))}")
     if asked.fold not in FOLDS:
         raise ConfigError(f"fold={asked.fold!r}; it is 'auto' or 'never'")
+    if asked.partial_grads not in PARTIAL_GRADS:
+        raise ConfigError(f"partial_grads={asked.partial_grads!r}; it is one of {', '.join(map(repr, PARTIAL_GRADS))}")
     if asked.drift_tolerance is not None and not asked.drift_tolerance > 0:
         raise ConfigError(f"drift_tolerance={asked.drift_tolerance!r} must be positive, or None, which does not look for drift")
     if asked.skip_limit < 0:
@@ -91,5 +97,6 @@ def checked(asked: Asked) -> Options:
             f"{describe(by_units[0])} works with 2-norms of units; norm_type={asked.norm_type!r} cannot go with it, leave it at 2"
         )
     return Options(
-        policy, p, asked.groups or ONE, asked.on_nonfinite, asked.drift_tolerance, asked.skip_limit, asked.fold, asked.watch
+        policy, p, asked.groups or ONE, asked.on_nonfinite, asked.drift_tolerance, asked.skip_limit, asked.fold, asked.watch,
+        asked.partial_grads,
     )  # fmt: skip

@@ -58,12 +58,15 @@ class Declared:
 def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[Named, Piece]]:
     """The pieces that this rank holds, with their parameters; those on a mesh without this rank are left out.
 
+    Frozen parameters are pieces too: their meshes say which ranks work together, and they may be unfrozen. Where they lie is not judged.
+
     Raises:
-        PlacementError: a device that is not supported, an FSDP1 parameter outside its root, or a DTensor that holds unreduced sums.
+        PlacementError: a trainable parameter on a device that is not supported, or that is a DTensor of unreduced sums; an FSDP1
+            parameter outside its root.
         ConfigError: a declared group does not contain this rank.
     """
     for n in named:
-        if n.param.device.type not in DEVICES:
+        if n.param.requires_grad and n.param.device.type not in DEVICES:
             raise PlacementError(
                 f"{n.name} is on the device {n.param.device}; distclip clips on the CPU and on CUDA. A model on `meta` has no values yet: "
                 "build the clipper after it was materialised"
@@ -131,7 +134,7 @@ def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | 
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    if any(map(_IS_PARTIAL, placements)):
+    if named.param.requires_grad and any(map(_IS_PARTIAL, placements)):
         raise PlacementError(
             f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the parameter to Shard or Replicate"
         )

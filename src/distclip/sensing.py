@@ -15,10 +15,11 @@ from distclip.answers import checked_stats
 from distclip.calls import Call
 from distclip.collecting import Collector, Grads, Present
 from distclip.deciding import Part
+from distclip.errors import GradientError
 from distclip.gradlist import GradList
-from distclip.measure import norm_of
+from distclip.measure import SUMMED, norm_of
 from distclip.owners import strangers
-from distclip.placement import local_tensor
+from distclip.placement import DEVICES, local_tensor
 from distclip.plan import Plan
 from distclip.policies import LocalGrads, LocalStats
 from distclip.records import Norms
@@ -95,6 +96,8 @@ class Sensor:
             faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
+                if grads.present.portion is not None and math.isfinite(self.wire.norm_type):
+                    own = own * grads.present.portion
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
                 sums, has = self._placed(grads, own if powers is None else own * powers), grads.present.has
                 found = self._found(call)
@@ -124,7 +127,14 @@ class Sensor:
         ]
 
     def _parameters(self) -> Grads:
-        return Grads(self._everything.present, GradList.of([local_tensor(p.detach()) for p in self.collector.members]))
+        local = [local_tensor(p.detach()) for p in self.collector.members]
+        for piece, tensor in zip(self.plan.pieces, local, strict=True):
+            if tensor.dtype not in SUMMED or tensor.device.type not in DEVICES:
+                raise GradientError(
+                    f"measure(of='param'): {piece.name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, of which no norm "
+                    "can be computed; build a clipper of the parameters that have one"
+                )
+        return Grads(self._everything.present, GradList.of(local))
 
     def _found(self, call: Call) -> Tensor | None:
         """[] float64 above 0: a scaler met inf or NaN here, or a gradient that the clipper does not know holds some."""
@@ -170,7 +180,9 @@ class Sensor:
         mine = [n for n, i in enumerate(present.own) if self.plan.group_of[i] in place]
         pieces = [present.own[n] for n in mine]
         group = torch.tensor([place[self.plan.group_of[i]] for i in pieces], dtype=torch.int64, device="cpu")
-        share = torch.tensor([1 / self.plan.shares[i].holders for i in pieces], dtype=torch.float64, device="cpu")
+        portions = present.portions or [1.0] * len(present.own)
+        shares = [portions[n] / self.plan.shares[i].holders for n, i in zip(mine, pieces, strict=True)]
+        share = torch.tensor(shares, dtype=torch.float64, device="cpu")
         return mine, torch.tensor(mine, dtype=torch.int64, device="cpu").to(self.device), group.to(self.device), share.to(self.device)
 
     def _words(self, sums: Tensor, has: Tensor, found: Tensor | None, wrong: bool, step: int, call: Call, last: Tensor | float) -> Tensor:

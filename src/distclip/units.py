@@ -17,7 +17,7 @@ from distclip.apply import wide
 from distclip.collecting import Grads
 from distclip.errors import GradientError
 from distclip.exchange import Channel
-from distclip.placement import UnitRange, local_tensor
+from distclip.placement import DEVICES, UnitRange, local_tensor
 from distclip.plan import Plan
 
 _CHUNK = 1 << 20  # elements: bounds float64 copies
@@ -78,6 +78,11 @@ class Units:
             span = self._ranges[i]
             if span is None:
                 continue
+            if grad.shape != self._plan.pieces[i].local_shape:
+                raise GradientError(
+                    f"the gradient of {self._plan.pieces[i].name} is placed otherwise than its parameter, and units are rows of the "
+                    "parameter's part; before clipping: p.grad = p.grad.redistribute(placements=p.placements)"
+                )
             share, group = 1 / self._plan.shares[i].holders, self._plan.group_of[i]
             squares = _squares(grad, span.held).to(self._device) * factor.square()
             if span.cut:
@@ -87,7 +92,7 @@ class Units:
             coef = coefs[i] = self._rules[group].unit_coefs(weights.sqrt(), squares.sqrt())
             table[group] += torch.stack([(coef < 1).sum(), share * (coef.square() * squares).sum()])
         for i, span in enumerate(self._ranges):  # also of a part without a gradient: the unit is as large as all its parts
-            if span is not None and span.cut:
+            if span is not None and span.cut and self._params[i].device.type in DEVICES:  # a frozen one may lie elsewhere
                 weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
                 words[0, self._words_of(i, span)] += weights / self._plan.shares[i].holders
         return UnitStep(table, words, coefs)

@@ -1,0 +1,130 @@
+"""Gradients that are DTensors placed otherwise than their parameters: what a rank's part counts, and partial sums reduced on request.
+
+torch's optimizers take such gradients: they redistribute them to the parameter's placements. Tensor parallelism alone leaves a Replicate
+gradient on a row-sharded embedding, and Partial ones on norm weights of sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distclip.errors import ConfigError, GradientError
+from distclip.exchange import Channel, brief
+from distclip.records import Piece
+from distclip.tables import key
+
+
+def kind_error(grad: Tensor, param: Tensor, piece: Piece) -> str | None:
+    """What is wrong with a gradient that is a DTensor where the plan's parameter is not, the other way round, or on another mesh."""
+    if isinstance(grad, DTensor):
+        if piece.placements is None or not isinstance(param, DTensor):
+            seen = f"is a DTensor with placements {grad.placements}, its parameter is not"
+        elif grad.device_mesh != param.device_mesh:
+            seen = f"is on the mesh {grad.device_mesh}, its parameter on {param.device_mesh}"
+        else:
+            return None
+    elif piece.placements is not None:
+        seen = f"is a plain tensor, its parameter a DTensor, {piece.placements}"
+    else:
+        return None
+    return f"the gradient of {piece.name} {seen}; call clipper.rebuild()"
+
+
+def portion_of(grad: Tensor, piece: Piece) -> float | str:
+    """How much of this rank's part of the gradient counts, for each copy of its parameter; a text where no part of it does.
+
+    A gradient that is replicated over n ranks where the parameter is sharded over them is whole on each: 1/n. Where both are sharded,
+    over whichever dimensions, the parts add up: 1.
+    """
+    if not isinstance(grad, DTensor) or piece.placements is None or grad.placements == piece.placements:
+        return 1.0
+    seen = f"the gradient of {piece.name} has placements {grad.placements}, its parameter {piece.placements}"
+    if is_partial(grad):
+        return f"{seen}: Partial sums that are not reduced yet (sequence parallelism leaves them on norm weights)"
+    portion = 1.0
+    for of_grad, of_param, size in zip(grad.placements, piece.placements, grad.device_mesh.shape, strict=True):
+        if of_param.is_replicate() and not of_grad.is_replicate():
+            return f"{seen}: no rank has all that its copy of the parameter is stepped with"
+        if of_grad.is_replicate() and not of_param.is_replicate():
+            portion /= size
+    return portion
+
+
+def is_partial(grad: Tensor | None) -> bool:
+    return isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
+
+
+def redistribute_advice(count: int) -> str:
+    """What to do about gradients that are not placed as they must be, `count` of them."""
+    many = f" ({count} gradients in all)" if count > 1 else ""
+    return (
+        f"{many}. Before clipping, on all ranks: `for p in model.parameters(): p.grad = "
+        "p.grad.redistribute(placements=p.placements) if isinstance(p.grad, DTensor) else p.grad`; "
+        'GradClipper(..., partial_grads="reduce") does it for Partial ones at each step'
+    )
+
+
+class PartialReducer:
+    """Reduces Partial gradients before each call, for `partial_grads="reduce"`. Building one is a collective.
+
+    A step then sends, besides its one message: a small one by which the ranks of each mesh agree on which gradients are Partial, so
+    that no rank waits for a reduction that another does not make, and the reductions themselves.
+
+    Args:
+        params: [pieces].
+        device: the compute device.
+    """
+
+    def __init__(self, channel: Channel, params: Sequence[Tensor], pieces: Sequence[Piece], device: torch.device) -> None:
+        self._channel, self._device = channel, device
+        self._by_mesh: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        for param, piece in zip(params, pieces, strict=True):
+            if isinstance(param, DTensor):
+                mesh = param.device_mesh
+                self._by_mesh[key(f"{mesh.mesh.tolist()}")].append((piece.key_name, param))
+        for members in self._by_mesh.values():
+            members.sort(key=lambda member: member[0])
+        meshes = channel.slots(torch.tensor([len(self._by_mesh)], device="cpu"), device, "the set-up's count of meshes")
+        self._rows = int(meshes.max())
+
+    def reduce_(self, step: int) -> None:
+        """A collective. Sets `.grad` of the parameters concerned.
+
+        Raises:
+            GradientError: on all ranks alike, ranks of one mesh have different Partial gradients; ConfigError: in a CUDA graph's capture.
+        """
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                'partial_grads="reduce" agrees on the host which gradients are Partial, which a CUDA graph cannot capture; redistribute '
+                "them inside the graph, before the step"
+            )
+        todo = [member for members in self._by_mesh.values() for member in members if is_partial(member[1].grad)]
+        self._agree(step)
+        for _, param in todo:
+            grad = param.grad
+            assert isinstance(grad, DTensor) and isinstance(param, DTensor)
+            param.grad = grad.redistribute(placements=param.placements)
+
+    def _agree(self, step: int) -> None:
+        rows = torch.zeros(self._rows, 2, dtype=torch.int64, device="cpu")
+        for i, (mesh, members) in enumerate(self._by_mesh.items()):
+            placed = [f"{name} {p.grad.placements}" for name, p in members if isinstance(p.grad, DTensor) and is_partial(p.grad)]
+            rows[i] = torch.tensor([mesh, key("\n".join(placed))], device="cpu")
+        table = self._channel.slots(rows.flatten(), self._device, f"the agreement on Partial gradients at step {step}")
+        found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for rank, words in zip(self._channel.ranks, table.tolist(), strict=True):
+            for mesh, digest in zip(words[::2], words[1::2], strict=True):
+                if mesh:
+                    found[mesh][digest].append(rank)
+        apart = [sorted(sides.values()) for sides in found.values() if len(sides) > 1]
+        if apart:
+            sides = " and ".join(f"rank {brief(ranks)}" for ranks in apart[0])
+            raise GradientError(
+                f"step {step}: {sides} share a mesh and have different Partial gradients, which cannot be reduced together; the loss must "
+                "reach the same parameters on all of them"
+            )
