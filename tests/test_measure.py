@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distclip.measure import norm_of, power_sums
+from distclip.measure import norm_of, power_sums, rounded
 from parity.oracle import NORMS, total_norm
 
 SOURCE = torch.Generator().manual_seed(1)
@@ -75,3 +75,39 @@ def test_empty_and_sparse(p):
     sums = power_sums([torch.empty(0, 4), rows], p)
     assert sums[0] == 0 and norm_of(sums, p)[1].item() == pytest.approx(total_norm([rows], p), rel=1e-6)
     assert power_sums([], p).shape == (0,)
+
+
+# Rounding to a precision
+
+AWKWARD = [0.0, 1.0, 1e300, 5e-324, 1e-320, 2.5e-308, 1e20, 1e-25, 0.1, 16777215.0, 16777217.5, -0.3, -1e300]
+
+
+@pytest.mark.parametrize("bits", [24, 48])
+def test_rounded_to_so_many_bits(bits):
+    given = torch.cat(
+        [torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.tensor(AWKWARD, dtype=torch.float64)]
+    )
+    given = torch.cat([given, given * 2.0**20, given * 2.0**-300])
+    for value, near in zip(given.tolist(), rounded(given, bits).tolist(), strict=True):
+        mantissa, exponent = math.frexp(value)
+        if exponent > -1021:  # a normal number
+            assert abs(near - value) <= math.ldexp(1, exponent - bits - 1)
+            assert math.ldexp(mantissa, bits) % 1 == 0.5 or near == math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
+    assert torch.equal(rounded(rounded(given, bits), bits), rounded(given, bits))
+
+
+def test_rounded_as_float32_in_its_range():
+    given = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).abs()
+    assert torch.equal(rounded(given, 24), given.float().double())
+    assert rounded(given[0], 24).shape == () and rounded(given[:0], 24).shape == (0,)
+    assert torch.equal(rounded(given.view(2, -1).t(), 24), given.float().double().view(2, -1).t())
+
+
+@pytest.mark.parametrize("bits", [24, 48])
+def test_what_rounding_leaves(bits):
+    """NaN whatever its bits, inf, and what would round up to inf."""
+    nans = torch.tensor([-1, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001, 0x7FF8000000000000, -(1 << 51)]).view(torch.float64)
+    assert nans.isnan().all() and rounded(nans, bits).isnan().all()
+    largest = torch.finfo(torch.float64).max
+    kept = torch.tensor([math.inf, largest, 0.0], dtype=torch.float64)
+    assert torch.equal(rounded(kept, bits), kept)

@@ -337,8 +337,11 @@ class GradClipper:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
 
+        A rule's numbers (a threshold) may be others than the saved ones: the clipper's hold, with one RuntimeWarning.
+
         Raises:
-            ConfigError: it was cut short, or belongs to another policy, norm_type or other groups; nothing was taken over.
+            ConfigError: it was cut short, or belongs to another kind of policy, norm_type or other groups, or a number changed that
+                the state's size depends on (AutoClip's window); nothing was taken over.
         """
         new = loaded(state, self.state_dict(), self._saved())
         self._now.judge.streak.length = new.bad_in_a_row

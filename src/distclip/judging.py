@@ -125,10 +125,10 @@ class Judge:
         """Each kind once."""
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(text, RuntimeWarning, stacklevel=_callers_level())
+            warnings.warn(text, RuntimeWarning, stacklevel=callers_level())
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The stack level, seen from the caller, of the first frame that is neither distclip's nor torch's: the user's line."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("distclip", "torch"):

@@ -86,6 +86,22 @@ def norm_of(sums: Tensor, p: float) -> Tensor:
     return sums.sqrt() if p == 2 else sums.pow(1 / p)
 
 
+def rounded(norms: Tensor, bits: int) -> Tensor:
+    """The nearest numbers of so many bits (the leading one counted), ties away from 0: float64 of the same shape. No host sync.
+
+    The order in which power sums are added changes with the sharding, and their last bits with it; a decision must not. Only the
+    precision is bounded, not the range: inf, NaN and what would round up to inf stay as they are.
+    """
+    drop = 53 - bits
+    near = (norms.view(torch.int64) + (1 << (drop - 1)) & -(1 << drop)).view(torch.float64)
+    return torch.where(norms <= _largest(bits), near, norms)
+
+
+def _largest(bits: int) -> float:
+    """The largest float64 of so many bits."""
+    return math.ldexp(2 - 2.0 ** (1 - bits), 1023)
+
+
 def _values(tensor: Tensor) -> Tensor:
     """The stored elements: those of a sparse tensor are coalesced first, since equal indices add up."""
     if tensor.layout is torch.strided:

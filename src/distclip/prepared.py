@@ -24,6 +24,9 @@ from distclip.summary import Summary
 from distclip.units import Units
 from distclip.wire import Wire, extra_words
 
+# Policies see norms of so many bits: what the parameters' precision warrants, less those that depend on the order of a sum.
+SINGLE, DOUBLE = 24, 48
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -58,14 +61,16 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
     p, rules = options.norm_type, options.grouping.rules()
     parts = split(plan.groups, rules, options.policy, device)
     by_units = {g: part.policy for part in parts if hasattr(part.policy, "unit_coefs") for g in part.groups}
-    units = Units(channel, plan, members, reading.ranges, by_units, device) if by_units else None  # pyright: ignore[reportArgumentType]
+    dtype = _report_dtype(members, channel, device)
+    bits = SINGLE if dtype == torch.float32 else DOUBLE
+    units = Units(channel, plan, members, reading.ranges, by_units, bits, device) if by_units else None  # pyright: ignore[reportArgumentType]
     stats = sum(part.words * len(part.groups) for part in parts) + 2 * (units.cut if units else 0)
     plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
     wire = _wire(plan, stats, channel, device)
     in_sum = in_total(plan.groups, rules)
     counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
     collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
-    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config)
+    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits)
     first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
     decision = checked_answers(parts, idle, first)
@@ -77,7 +82,7 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
         options, plan, members, device, tolerance, parts, first, wire, sensor,
         Judge(channel, plan, wire, parts, streak, tolerance, device, reading.config),
         Actor(plan, units, wire.group),
-        Summary(plan, options.watch, counted, torch.zeros(0, dtype=_report_dtype(members, channel, device), device=device)),
+        Summary(plan, options.watch, counted, torch.zeros(0, dtype=dtype, device=device)),
         Owners(members, plan.group_of),
         [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
         decision.clamped,

@@ -63,7 +63,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """The reduced value: equal on every rank, bit for bit."""
+    """The reduced value: equal on every rank, bit for bit, and whichever way the model is sharded.
+
+    That is why norms and stats are rounded to float32's precision (24 bits, in float64's range): the order in which a norm is added up
+    changes the bits behind. To 48 bits where some parameter is float64; a sum's own error then reaches the last one now and then.
+    """
 
     per_group: Tensor  # [groups] float64: norm of each group, before clipping
     total: Tensor  # [] float64: norm over the groups that count in the total

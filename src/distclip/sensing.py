@@ -17,7 +17,7 @@ from distclip.collecting import Collector, Grads, Present
 from distclip.deciding import Part
 from distclip.errors import GradientError
 from distclip.gradlist import GradList
-from distclip.measure import SUMMED, norm_of
+from distclip.measure import SUMMED, norm_of, rounded
 from distclip.owners import strangers
 from distclip.placement import DEVICES, local_tensor
 from distclip.plan import Plan
@@ -65,6 +65,7 @@ class Sensor:
     in_total: Tensor | None  # [groups] bool: which groups count in the total; None where all do
     device: torch.device
     config: str  # the options as a text, equal on all ranks
+    bits: int  # of what policies see: see `measure.rounded`
     _nothing: Tensor = field(init=False)  # [pieces]
     _none: Tensor = field(init=False)  # [0]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
@@ -205,7 +206,10 @@ class Sensor:
         return torch.cat([present, bad, last.new_full((1,), float(wrong)), v, second(v)])
 
     def read(self, message: Tensor) -> Reduced:
-        """The reduced message, as numbers that are equal on every rank. No host sync."""
+        """The reduced message, as numbers that are equal on every rank and do not depend on the sharding: rounded. No host sync.
+
+        Whether they are finite is read before.
+        """
         p = self.wire.norm_type
         sums, layers, stats, bad = self.wire.sums(message)
         cut = self._none
@@ -215,14 +219,15 @@ class Sensor:
             for part in self.parts:
                 if hasattr(part.policy, "unit_coefs"):
                     stats[part.stats] += table[part.index].flatten()
-        power, groups = self.wire.total(message), norm_of(sums, p)
+        power, groups = self.wire.total(message), rounded(norm_of(sums, p), self.bits)
         if self.in_total is None and len(sums) == 1:
             total = groups[0]
         else:
             counted = sums if self.in_total is None else torch.where(self.in_total, sums, 0.0)
-            total = norm_of(counted.amax() if math.isinf(p) else counted.sum(), p)
+            total = rounded(norm_of(counted.amax() if math.isinf(p) else counted.sum(), p), self.bits)
         finite = (power - power).eq(bad)  # bad is 0, and x - x is not NaN as for inf and NaN
-        watched = norm_of(layers, p) if len(layers) else layers
+        watched = rounded(norm_of(layers, p), self.bits) if len(layers) else layers
+        stats = rounded(stats, self.bits) if len(stats) else stats
         return Reduced(Norms(groups, total, finite, bad.long(), stats, p), power, watched, cut)
 
 

@@ -17,6 +17,7 @@ from distclip.apply import wide
 from distclip.collecting import Grads
 from distclip.errors import GradientError
 from distclip.exchange import Channel
+from distclip.measure import rounded
 from distclip.placement import DEVICES, UnitRange, local_tensor
 from distclip.plan import Plan
 
@@ -47,6 +48,7 @@ class Units:
         params: [pieces].
         ranges: [pieces]: None where a piece's group is not scaled by units.
         rules: group → its policy.
+        bits: of the norms that the rules see.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class Units:
         params: Sequence[Tensor],
         ranges: Sequence[UnitRange | None],
         rules: Mapping[int, UnitRule],
+        bits: int,
         device: torch.device,
     ) -> None:
         self._plan, self._params, self._ranges, self._rules, self._device = plan, params, ranges, rules, device
+        self._bits = bits
         sizes = torch.zeros(2, plan.slots, dtype=torch.int64, device="cpu")
         for i, span in enumerate(ranges):
             if span is not None and span.cut:
@@ -89,8 +93,9 @@ class Units:
                 words[1, self._words_of(i, span)] += squares * share
                 continue
             weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
-            coef = coefs[i] = self._rules[group].unit_coefs(weights.sqrt(), squares.sqrt())
-            table[group] += torch.stack([(coef < 1).sum(), share * (coef.square() * squares).sum()])
+            norms = rounded(squares.sqrt(), self._bits)
+            coef = coefs[i] = self._rules[group].unit_coefs(rounded(weights.sqrt(), self._bits), norms)
+            table[group] += share * torch.stack([(coef < 1).sum(), (coef * norms).square().sum()])
         for i, span in enumerate(self._ranges):  # also of a part without a gradient: the unit is as large as all its parts
             if span is not None and span.cut and self._params[i].device.type in DEVICES:  # a frozen one may lie elsewhere
                 weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
@@ -102,7 +107,7 @@ class Units:
 
     def judge(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """From the reduced words [2, cut units]: their coefficients [cut units], and their addends to the table, [groups, 2]."""
-        weights, grads = words.sqrt().unbind()
+        weights, grads = rounded(words.sqrt(), self._bits).unbind()
         coefs = torch.ones_like(grads)
         for group, rule in self._rules.items():
             coefs = torch.where(self._group == group, rule.unit_coefs(weights, grads), coefs)

@@ -117,8 +117,14 @@ def test_a_checkpoint_that_was_cut_short_is_told(saved):
 
 
 def test_a_checkpoint_of_another_clipper_is_told(saved):
-    told = refused(*saved[0], "--clip.threshold", "7.0")
-    assert "the checkpoint's policy is 'FixedNorm(max_norm=1.0)', this clipper's 'FixedNorm(max_norm=7.0)'" in told
+    told = refused(*saved[0], "--clip.mode", "normalize")
+    assert "the checkpoint's policy is 'FixedNorm(max_norm=1.0)', this clipper's 'Normalize(norm=1.0)'" in told
+
+
+def test_a_threshold_may_change_at_resume(saved):
+    with pytest.warns(RuntimeWarning, match=r"FixedNorm\(max_norm=1.0\) became FixedNorm\(max_norm=7.0\) \(all\)"):
+        train_here(*saved[0], "--clip.threshold", "7.0", "--training.steps", "7")
+    assert [path.name for path in saved[1].iterdir()] == ["step7"]
 
 
 def test_what_deepspeeds_json_says_otherwise_is_told():

@@ -52,4 +52,6 @@ class AGC:
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[UnitScale, tuple[Tensor, ...]]:
         clipped, after = norms.stats.reshape(-1, self.words).unbind(1)
         threshold = torch.full_like(norms.per_group, self.clipping)
-        return UnitScale(threshold, clipped > 0, norm_of(after, norms.norm_type)), state
+        # a sum of squares is rounded by itself: where no unit is clipped the norm stays what it was
+        after = torch.where(clipped > 0, torch.minimum(norm_of(after, norms.norm_type), norms.per_group), norms.per_group)
+        return UnitScale(threshold, clipped > 0, after), state

@@ -51,7 +51,11 @@ class LocalStats(Protocol):
     words: int  # numbers per group
 
     def local_stats(self, own: LocalGrads) -> Tensor:
-        """This rank's addends: [groups, words] float64 on the groups' device, reduced by SUM (by MAX for p = inf)."""
+        """This rank's addends: [groups, words] float64 on the groups' device, reduced by SUM (by MAX for p = inf).
+
+        `decide` finds their sums in `Norms.stats`, rounded as norms are: a count up to 2^24 comes out whole, though shares of 1/h
+        need not add up to it exactly; differences of sums that nearly cancel have no more than float32's digits.
+        """
         ...
 
 

@@ -42,10 +42,12 @@ class FixedValue:
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Clamp, tuple[Tensor, ...]]:
         value = torch.full_like(norms.per_group, self.clip_value)
         beyond, after, raw, bounded, both = norms.stats.reshape(-1, self.words).unbind(1)
-        cosine = torch.where(raw * bounded > 0, both / (raw.sqrt() * bounded.sqrt()), 1.0)
+        # the three are rounded each by itself: where nothing is bounded the norm stays what it was, and a cosine is at most 1
+        after = torch.where(beyond > 0, torch.minimum(norm_of(after, norms.norm_type), norms.per_group), norms.per_group)
+        cosine = torch.where(raw * bounded > 0, both / (raw.sqrt() * bounded.sqrt()), 1.0).clamp(max=1)
         if math.isinf(norms.norm_type):
             cosine = torch.full_like(value, math.nan)  # a message of maxima carries no sums
-        return Clamp(value, beyond > 0, norm_of(after, norms.norm_type), cosine), state
+        return Clamp(value, beyond > 0, after, cosine), state
 
     def local_stats(self, own: LocalGrads) -> Tensor:
         """[groups, 5]: elements beyond v, and of gradients x and clamped ones c, unscaled: Σ|c|^p, Σx², Σc², Σx·c. One read."""
