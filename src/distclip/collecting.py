@@ -12,8 +12,8 @@ from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from distclip.dtensor import is_dtensor
 from distclip.expected import Expected
 from distclip.gradlist import PLAIN, GradList
 from distclip.naming import Slot
@@ -164,7 +164,7 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _misplaced(grad: Tensor, piece: Piece) -> str | None:
-    if isinstance(grad, DTensor):
+    if is_dtensor(grad):
         if piece.placements is None:
             return (
                 f"the gradient of {piece.name} is a DTensor with placements {grad.placements}, its parameter is not; call clipper.rebuild()"
