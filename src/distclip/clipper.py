@@ -59,7 +59,7 @@ class GradClipper:
         watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not. On
             CUDA say `never` where optimizers of one call are fused on some ranks only: ranks must judge a step at the same call.
-        sinks: where reports go, on the first rank of the group.
+        sinks: where reports go, on the first rank of the group; other ranks never look at theirs, which may be None.
 
     Raises:
         ConfigError (a ValueError): an argument that cannot be honoured.
@@ -105,9 +105,10 @@ class GradClipper:
         """
         self._channel = Channel.over(self._process_group)
         self._writer.flush()
+        reading = read(self._params, self._asked, self._declared, self._channel, self._sinks)
         self._writer = Writer(self._sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
-        self._adopt(read(self._params, self._asked, self._declared, self._channel))
+        self._adopt(reading)
 
     def _adopt(self, reading: Reading) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from cli.logs import BAD, SPIKES, rewritten, rows_of, spiky_norms, write_log
 from distclip.cli import main
 from distclip.cli.glyphs import families_for, shortened
 from distclip.cli.heat import _shares
-from distclip.cli.plotting import _add_legend
+from distclip.cli.plotting import _ACROSS, _RULES, _WIDE, _add_legend
 from distclip.cli.report_plots import figures
 from distclip.cli.runs import RunError, read_runs
 from distclip.cli.thinning import clipped_shares, thinned
@@ -454,15 +455,15 @@ def test_names_are_text_in_figures_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("names", [["W" * 150] * 2, ["层" * 90] * 3, [f"run {i}" for i in range(8)]], ids=["W", "CJK", "eight"])
 def test_a_legend_stays_inside_its_picture(names):
-    figure = Figure(figsize=(10.4, 3.7), layout="constrained")
-    axes = figure.subplots()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context(_RULES):
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        _add_legend(figure, [shortened(name, 76) for name in names])
-        figure.canvas.draw()
+        figure = Figure(figsize=_WIDE, layout="constrained")
+        axes = figure.subplots()
+        _add_legend(figure, [shortened(name, _ACROSS) for name in names])
+        figure.draw_without_rendering()
         (legend,) = figure.legends
         box = legend.get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 < axes.get_window_extent().y0
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 < axes.get_tightbbox().y0
     assert len(legend.get_texts()) == len(names)
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 import distclip
-from distclip.cli import arguments as told
+from distclip.cli.arguments import of_doctor, of_report, of_suggest
 
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # as the shell reports SIGINT and SIGPIPE
 
@@ -22,9 +22,9 @@ class _Command(NamedTuple):
 
 
 COMMANDS = {
-    "doctor": _Command("check on this machine or cluster that clipping works: run it under torchrun", told.of_doctor, "doctor"),
-    "report": _Command("a page with figures of one or several runs, from the files that JSONLSink wrote", told.of_report, "report_page"),
-    "suggest": _Command("how often which max_norm would have clipped a run, and which one to take", told.of_suggest, "suggest"),
+    "doctor": _Command("check on this machine or cluster that clipping works: run it under torchrun", of_doctor, "doctor"),
+    "report": _Command("a page with figures of one or several runs, from the files that JSONLSink wrote", of_report, "report_page"),
+    "suggest": _Command("how often which max_norm would have clipped a run, and which one to take", of_suggest, "suggest"),
 }
 
 

@@ -26,7 +26,7 @@ _RULES: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.linewidth": 1.1, "savefig.transparent": True,
     "legend.frameon": False, "svg.hashsalt": "distclip", "text.parse_math": False,  # a $ is a part of a name
 }  # fmt: skip
-_ACROSS = 76  # columns of the widest letters that fit into a PNG
+_ACROSS = 72  # columns of the widest letters that fit into a PNG
 
 
 @dataclass(frozen=True)
