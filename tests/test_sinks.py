@@ -14,8 +14,12 @@ from torch.utils.tensorboard.writer import SummaryWriter
 import distclip
 
 
-def clipper_of(*sinks, policy=None, parameters=1, **options):
-    """A clipper and a function that clips gradients of the given norm."""
+def clipper_of(*sinks, **options):
+    """A clipper with these sinks, as a function that clips gradients of the given norms."""
+    return clipper_with(sinks, **options)
+
+
+def clipper_with(sinks, policy=None, parameters=1, **options):
     params = [(f"p{i}", nn.Parameter(torch.zeros(2))) for i in range(parameters)]
     clipper = distclip.GradClipper(params, **({"policy": policy} if policy else {"max_norm": 1.0}), **options, sinks=sinks)
 
@@ -210,3 +214,73 @@ def test_only_the_first_rank_writes(ranks, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["0.jsonl"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["0"], "no empty files of ranks that never write"
     assert [event.value for event in events(tmp_path / "0").Scalars("clip/total_norm")] == [2.0, 3.0]
+
+
+def made_on_one_rank(writer, folder, kind):
+    """As users write it: what writes is made on one rank, the sink on all."""
+    import torch.distributed as dist
+
+    mine = dist.get_rank() == writer
+    run = Recorder()
+    sinks = {
+        "wandb": lambda: [distclip.WandbSink(run if mine else None)],
+        "tensorboard": lambda: [distclip.TensorBoardSink(f"{folder}/board" if mine else None)],
+        "jsonl": lambda: [distclip.JSONLSink(f"{folder}/log.jsonl" if mine else None)],
+        "none": lambda: [distclip.WandbSink(run) if mine else None],
+        "no list": lambda: [distclip.WandbSink(run)] if mine else None,
+    }[kind]()
+    try:
+        clip = clipper_with(sinks)
+    except distclip.DistclipError as error:
+        return f"{type(error).__name__}: {error}"
+    clip(2.0, 3.0)
+    return [row["clip/total_norm"] for _, row in run.rows]
+
+
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard", "jsonl", "none", "no list"])
+def test_what_is_made_on_the_writing_rank_alone_is_enough(ranks, tmp_path, kind):
+    said = ranks.run(made_on_one_rank, 0, str(tmp_path), kind)
+    assert all(isinstance(one, list) for one in said), said
+    if kind in ("wandb", "none", "no list"):
+        assert said == [[2.0, 3.0], [], [], []]
+    elif kind == "jsonl":
+        assert [row["total_norm"] for row in rows_of(tmp_path / "log.jsonl")] == [2.0, 3.0]
+    else:
+        assert [event.value for event in events(tmp_path / "board").Scalars("clip/total_norm")] == [2.0, 3.0]
+
+
+WRITES = (
+    "on rank 0, the first of the process group, which writes. What is made on one rank alone (a run, a writer) must be made on this one; "
+    "others may pass None"
+)
+LACKING = {
+    "wandb": f"sinks[0], WandbSink: its run is None {WRITES}",
+    "tensorboard": f"sinks[0], TensorBoardSink: its writer is None {WRITES}",
+    "jsonl": f"sinks[0], JSONLSink: its path is None {WRITES}",
+    "none": f"sinks[0], None: it is None {WRITES}",
+    "no list": "sinks=None on rank 0, which writes; pass a list, such as sinks=[distclip.JSONLSink('run.jsonl')]",
+}
+
+
+@pytest.mark.parametrize("kind, text", LACKING.items(), ids=LACKING)
+def test_what_the_writing_rank_lacks_is_refused_on_all_ranks(ranks, tmp_path, kind, text):
+    said = ranks.run(made_on_one_rank, 3, str(tmp_path), kind)
+    assert said[0] == f"ConfigError: {text}"
+    assert said[1:] == [f"AgreementError: another rank could not build its GradClipper:\nrank 0: ConfigError: {text}"] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_SINKS = {
+    "a generator": (lambda: (sink for sink in [distclip.LoggingSink()]), "which writes; pass a list"),
+    "one sink": (distclip.LoggingSink, "which writes; pass a list"),
+    "a path": (lambda: "run.jsonl", "sinks[0], 'r': it has no write(report)"),
+    "a class": (lambda: [distclip.LoggingSink], "sinks[0], <class 'distclip.sinks.LoggingSink'>: it has no write(report)"),
+    "an object": (lambda: [distclip.LoggingSink(), object()], "sinks[1], object: it has no write(report)"),
+}
+
+
+@pytest.mark.parametrize("make, text", NO_SINKS.values(), ids=NO_SINKS)
+def test_what_is_no_sink_is_refused_at_set_up(make, text):
+    with pytest.raises(distclip.ConfigError) as error:
+        distclip.GradClipper([("p", nn.Parameter(torch.zeros(2)))], max_norm=1.0, sinks=make())
+    assert text in str(error.value)

@@ -1,84 +1,30 @@
 """distclip: every rank clips identically."""
 
-from distclip.clipper import GradClipper
-from distclip.errors import (
-    AgreementError,
-    ConfigError,
-    DistclipError,
-    ExchangeError,
-    GradientError,
-    NonFiniteError,
-    PlacementError,
-)
-from distclip.exchange import LOCAL
-from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
-from distclip.placement import PRIVATE
-from distclip.policies import (
-    AGC,
-    AdaGC,
-    AutoClip,
-    FixedNorm,
-    FixedValue,
-    LocalGrads,
-    LocalStats,
-    Normalize,
-    Policy,
-    Scheduled,
-    SkipSpikes,
-    Warmup,
-    ZClip,
-)
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
-from distclip.report import Sink
-from distclip.sinks import JSONLSink, LoggingSink
-from distclip.trackers import TensorBoardSink, WandbSink
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AGC",
-    "LOCAL",
-    "PRIVATE",
-    "AdaGC",
-    "AgreementError",
-    "AutoClip",
-    "Clamp",
-    "ClipReport",
-    "ConfigError",
-    "Culprit",
-    "DistclipError",
-    "Exempt",
-    "ExchangeError",
-    "FixedNorm",
-    "FixedValue",
-    "GradClipper",
-    "GradientError",
-    "JSONLSink",
-    "LocalGrads",
-    "LocalStats",
-    "LoggingSink",
-    "NonFiniteError",
-    "Normalize",
-    "Norms",
-    "PlacementError",
-    "Policy",
-    "Scale",
-    "Scheduled",
-    "Sink",
-    "SkipSpikes",
-    "TensorBoardSink",
-    "UnitScale",
-    "WandbSink",
-    "Warmup",
-    "Watch",
-    "ZClip",
-    "by_name",
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "clip_grads_with_norm_",
-    "get_total_norm",
-    "per_layer",
-    "per_param_group",
-    "per_parameter",
-]
+if TYPE_CHECKING:
+    from distclip.api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """Files beside this one by their names; the first public name that is asked for imports them all, and torch.
+
+        So `distclip --help` waits for nothing. Type checkers read the imports above and go on reporting misspelt names.
+        """
+        import sys
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        if name == "__all__" or not name.startswith("_"):
+            if find_spec(f"{__name__}.{name}") is not None:
+                return import_module(f"{__name__}.{name}")
+            api = import_module(f"{__name__}.api")
+            globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+    def __dir__():
+        return sorted({*__getattr__("__all__"), *globals()} - {"TYPE_CHECKING"})

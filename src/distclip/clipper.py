@@ -63,7 +63,7 @@ class GradClipper:
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism without FSDP leaves some) are an error, or
             `reduce`: before each call they are redistributed to their parameters' placements, after a small message by which ranks agree
             on which they are. `.grad` is set to the reduced tensor.
-        sinks: where reports go, on the first rank of the group.
+        sinks: where reports go, on the first rank of the group; other ranks never look at theirs, which may be None.
 
     Raises:
         ConfigError (a ValueError): an argument that cannot be honoured.
@@ -112,9 +112,10 @@ class GradClipper:
         """
         self._channel = Channel.over(self._process_group)
         self._writer.flush()
+        reading = read(self._params, self._asked, self._declared, self._channel, self._sinks)
         self._writer = Writer(self._sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
-        self._adopt(read(self._params, self._asked, self._declared, self._channel))
+        self._adopt(reading)
 
     def _adopt(self, reading: Reading) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step

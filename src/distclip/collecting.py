@@ -12,8 +12,8 @@ from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from distclip.dtensor import is_dtensor
 from distclip.expected import Expected
 from distclip.grad_placements import kind_error, portion_of, redistribute_advice
 from distclip.gradlist import PLAIN, GradList
@@ -183,7 +183,7 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _placed_otherwise(grad: Tensor, piece: Piece) -> bool:
-    return isinstance(grad, DTensor) and grad.placements != piece.placements
+    return is_dtensor(grad) and grad.placements != piece.placements
 
 
 def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:

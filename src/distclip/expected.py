@@ -15,9 +15,9 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distclip import kernels
+from distclip.dtensor import dtensor_class
 from distclip.gradlist import PLAIN, GradList, is_block
 
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
@@ -62,12 +62,13 @@ class Expected:
         mixed = listed.layout is not None and len(listed.odd) > 0
         if mixed or not all(is_block(tensor, device) for tensor in listed.tensors):
             return None
+        dtensor = dtensor_class()
         return cls(
             types=list(map(type, given)),
             shapes=[tensor.shape for tensor in listed.tensors],
             strides=[tensor.stride() for tensor in listed.tensors],
             dtypes=[tensor.dtype for tensor in listed.tensors],
-            specs=[_SPEC(grad) for grad in given if type(grad) is DTensor],
+            specs=[_SPEC(grad) for grad in given if type(grad) is dtensor],
             layout=listed.layout,
             odd=listed.odd,
             filled=len({tensor.data_ptr() for tensor in listed.tensors}),
@@ -96,7 +97,8 @@ class Expected:
         if self.specs:
             if list(map(type, given)) != self.types:
                 return None
-            if [_SPEC(grad) for grad, kind in zip(given, self.types) if kind is DTensor] != self.specs:
+            dtensor = dtensor_class()
+            if [_SPEC(grad) for grad, kind in zip(given, self.types) if kind is dtensor] != self.specs:
                 return None
         grads = self._locals(given)
         if not PLAIN.issuperset(map(type, grads)):  # a collective still fills one, or it has no memory of its own
@@ -123,4 +125,5 @@ class Expected:
             return given
         if len(self.specs) == len(given):
             return list(map(_LOCAL, given))
-        return [_LOCAL(grad) if kind is DTensor else grad for grad, kind in zip(given, self.types)]
+        dtensor = dtensor_class()
+        return [_LOCAL(grad) if kind is dtensor else grad for grad, kind in zip(given, self.types)]

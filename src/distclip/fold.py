@@ -10,8 +10,9 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from distclip.dtensor import is_dtensor
 
 _KINDS = (SGD, Adam, AdamW, Adagrad)  # exactly these: RMSprop, NAdam, Muon and subclasses may ignore both attributes in silence
 _LOW = (torch.float16, torch.bfloat16)
@@ -33,7 +34,7 @@ def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
                 continue
             if id(param) not in alike or param.grad.is_sparse or param.is_complex():
                 return False
-            if isinstance(optimizer, (SGD, Adagrad)) and isinstance(param, DTensor):
+            if isinstance(optimizer, (SGD, Adagrad)) and is_dtensor(param):
                 return False  # not implemented in torch
             if isinstance(optimizer, SGD) and param.device.type == "cpu" and param.dtype in _LOW:
                 return False  # torch leaves most elements unchanged

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FullyShardedDataParallel
 
+from distclip.dtensor import imported_class
 from distclip.errors import PlacementError
 
 
@@ -35,8 +35,11 @@ def flat_shards(module: nn.Module) -> dict[int, FlatShard]:
         PlacementError: this torch keeps its handles elsewhere.
     """
     shards: dict[int, FlatShard] = {}
+    kind = imported_class("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if kind is None:
+        return shards
     for unit in module.modules():
-        if isinstance(unit, FullyShardedDataParallel):
+        if isinstance(unit, kind):
             try:
                 shards |= _of_unit(unit)
             except AttributeError as error:

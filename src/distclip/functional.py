@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Replicate
 from torch.nn import utils as torch_utils
 
+from distclip.dtensor import dtensor_class, is_dtensor
 from distclip.errors import ConfigError, PlacementError
 from distclip.fsdp1 import is_flattened
 from distclip.gradlist import GradList
 from distclip.measure import norm_of
 from distclip.placement import DEVICES, local_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 TensorOrTensors: TypeAlias = "Tensor | Iterable[Tensor]"
 
@@ -67,10 +69,10 @@ def get_total_norm(
 def _total_norm(given: list[Tensor], p: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
     if not given:
         return torch.tensor(0.0)
-    sharded = [t for t in given if isinstance(t, DTensor)] if DTensor in set(map(type, given)) else []
+    sharded = [t for t in given if is_dtensor(t)] if dtensor_class() in set(map(type, given)) else []
     if not sharded and (not _here(given) or not 0 < p <= math.inf):
         return torch_utils.get_total_norm(given, p, error_if_nonfinite, foreach)
-    norm = _global_norm(sharded, [t for t in given if not isinstance(t, DTensor)] if sharded else given, p)
+    norm = _global_norm(sharded, [t for t in given if not is_dtensor(t)] if sharded else given, p)
     if error_if_nonfinite and not _whole(norm).isfinite():
         torch_utils.get_total_norm([_whole(norm)], p, error_if_nonfinite=True)  # raises, in torch's words
     return norm
@@ -131,7 +133,7 @@ def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_dtensor(norm) else norm
 
 
 @torch.no_grad()
@@ -153,6 +155,8 @@ def _global_norm(sharded: list[DTensor], plain: list[Tensor], p: float) -> Tenso
         parts.append(_combined(GradList.of(plain).power_sums(p), p).to(device))
     norm = norm_of(_combined(torch.stack(parts), p), p).to(dtype)
     if len(meshes) == 1 and not plain:
+        from torch.distributed.tensor import DTensor, Replicate
+
         mesh = next(iter(meshes))
         return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return norm
@@ -164,6 +168,8 @@ def _combined(sums: Tensor, p: float) -> Tensor:
 
 def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
     """The power sum (maximum) over one mesh: 0-dim float64. One functional all-reduce for each of its dimensions."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     sums = GradList.of(_local(tensors)).power_sums(p)
     if math.isinf(p):
         # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
@@ -171,7 +177,7 @@ def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
     else:
         placements = [tensor.placements for tensor in tensors]
         sizes = mesh.shape  # worked out anew at each look
-        held = {each: math.prod(n for n, q in zip(sizes, each) if isinstance(q, Replicate)) for each in set(placements)}
+        held = {each: math.prod(n for n, q in zip(sizes, each) if q.is_replicate()) for each in set(placements)}
         copies = [held[each] for each in placements]
         packed, op = (sums / torch.tensor(copies, dtype=torch.float64, device=sums.device)).sum().reshape(1), "sum"
     partial = DTensor.from_local(packed.to(mesh.device_type), mesh, [Partial(op)] * mesh.ndim, run_check=False)

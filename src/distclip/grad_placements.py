@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from distclip.dtensor import is_dtensor
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange import Channel, brief
 from distclip.records import Piece
@@ -21,8 +21,8 @@ from distclip.tables import key
 
 def kind_error(grad: Tensor, param: Tensor, piece: Piece) -> str | None:
     """What is wrong with a gradient that is a DTensor where the plan's parameter is not, the other way round, or on another mesh."""
-    if isinstance(grad, DTensor):
-        if piece.placements is None or not isinstance(param, DTensor):
+    if is_dtensor(grad):
+        if piece.placements is None or not is_dtensor(param):
             seen = f"is a DTensor with placements {grad.placements}, its parameter is not"
         elif grad.device_mesh != param.device_mesh:
             seen = f"is on the mesh {grad.device_mesh}, its parameter on {param.device_mesh}"
@@ -41,7 +41,7 @@ def portion_of(grad: Tensor, piece: Piece) -> float | str:
     A gradient that is replicated over n ranks where the parameter is sharded over them is whole on each: 1/n. Where both are sharded,
     over whichever dimensions, the parts add up: 1.
     """
-    if not isinstance(grad, DTensor) or piece.placements is None or grad.placements == piece.placements:
+    if not is_dtensor(grad) or piece.placements is None or grad.placements == piece.placements:
         return 1.0
     seen = f"the gradient of {piece.name} has placements {grad.placements}, its parameter {piece.placements}"
     if is_partial(grad):
@@ -56,7 +56,7 @@ def portion_of(grad: Tensor, piece: Piece) -> float | str:
 
 
 def is_partial(grad: Tensor | None) -> bool:
-    return isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
+    return is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
 
 
 def redistribute_advice(count: int) -> str:
@@ -84,7 +84,7 @@ class PartialReducer:
         self._channel, self._device = channel, device
         self._by_mesh: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for param, piece in zip(params, pieces, strict=True):
-            if isinstance(param, DTensor):
+            if is_dtensor(param):
                 mesh = param.device_mesh
                 self._by_mesh[key(f"{mesh.mesh.tolist()}")].append((piece.key_name, param))
         for members in self._by_mesh.values():
@@ -107,13 +107,13 @@ class PartialReducer:
         self._agree(step)
         for _, param in todo:
             grad = param.grad
-            assert isinstance(grad, DTensor) and isinstance(param, DTensor)
+            assert is_dtensor(grad) and is_dtensor(param)
             param.grad = grad.redistribute(placements=param.placements)
 
     def _agree(self, step: int) -> None:
         rows = torch.zeros(self._rows, 2, dtype=torch.int64, device="cpu")
         for i, (mesh, members) in enumerate(self._by_mesh.items()):
-            placed = [f"{name} {p.grad.placements}" for name, p in members if isinstance(p.grad, DTensor) and is_partial(p.grad)]
+            placed = [f"{name} {p.grad.placements}" for name, p in members if is_dtensor(p.grad) and is_partial(p.grad)]
             rows[i] = torch.tensor([mesh, key("\n".join(placed))], device="cpu")
         table = self._channel.slots(rows.flatten(), self._device, f"the agreement on Partial gradients at step {step}")
         found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))

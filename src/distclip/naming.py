@@ -9,9 +9,9 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from distclip.dtensor import is_dtensor
 from distclip.errors import ConfigError
 from distclip.fsdp1 import FlatShard, flat_shards
 
@@ -50,7 +50,7 @@ class Slot:
             return False
         if isinstance(self.value, nn.Module):
             return True
-        return isinstance(now, nn.Parameter) and isinstance(now, DTensor) == isinstance(self.value, DTensor)
+        return isinstance(now, nn.Parameter) and is_dtensor(now) == is_dtensor(self.value)
 
 
 @dataclass(slots=True)

@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from operator import methodcaller
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
+from distclip.dtensor import is_dtensor
 from distclip.errors import ConfigError, PlacementError
 from distclip.fsdp1 import FlatShard, is_flattened
 from distclip.naming import Named
 from distclip.records import Holding, Piece
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 class _Private:
@@ -143,11 +144,10 @@ def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | 
     parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not p.is_replicate()]
     how = _described(placements, sizes)
     param, shape = named.param, tuple(spec.shape)
-    is_dtensor = isinstance(param, DTensor)
-    local = param._local_tensor if is_dtensor else param
+    local = param._local_tensor if is_dtensor(param) else param
     holding = scopes.holding(how, " ".join(parts) or "whole", (token,))
     numel = torch.Size(shape).numel()
-    return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor else None)
+    return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor(param) else None)
 
 
 class UnitRange(NamedTuple):
@@ -167,11 +167,15 @@ def unit_range(param: Tensor, piece: Piece) -> UnitRange:
     if piece.holding.region.startswith("flat"):
         raise PlacementError(f"{piece.name} is {piece.holding.how}, which cuts units anywhere; clip by units under fully_shard (FSDP2)")
     spec = _spec_of(param)
-    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not isinstance(p, Replicate)}
+    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not p.is_replicate()}
     if not (dims if vector else dims - {0}):
         return UnitRange(0, held, False, whole)
     if vector or spec is None:
         return UnitRange(0, 1, True, whole)
+    # not before there is a DTensor: the import takes a second
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import Replicate, Shard
+
     if any(not isinstance(p, (Shard, Replicate)) and p.dim == 0 for p in spec.placements):
         raise PlacementError(f"{piece.name} is {piece.holding.how}; clipping by units does not know which rows these are")
     _, offset = compute_local_shape_and_global_offset(piece.shape, _mesh_of(spec), spec.placements)
@@ -180,7 +184,7 @@ def unit_range(param: Tensor, piece: Piece) -> UnitRange:
 
 def _spec_of(param: Tensor) -> Any:
     """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other tensor."""
-    return param if isinstance(param, DTensor) else getattr(param, "_st_info", None)
+    return param if is_dtensor(param) else getattr(param, "_st_info", None)
 
 
 def _mesh_of(spec: Any) -> Any:
@@ -194,7 +198,7 @@ def _described(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> str
 
 
 def _short(placement: Placement) -> str:
-    return "Replicate" if isinstance(placement, Replicate) else str(placement).replace("S(", "Shard(").lstrip("_")
+    return "Replicate" if placement.is_replicate() else str(placement).replace("S(", "Shard(").lstrip("_")
 
 
 def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str, ...]:
@@ -229,7 +233,7 @@ def private_token(rank: int) -> str:
 
 def local_tensor(grad: Tensor) -> Tensor:
     """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills it."""
-    if isinstance(grad, DTensor):
+    if is_dtensor(grad):
         grad = grad.to_local()
     wait = getattr(grad, "wait", None)  # AsyncCollectiveTensor
     return wait() if wait is not None else grad

@@ -17,6 +17,7 @@ from distclip.options import Asked, Options, checked
 from distclip.placement import Declared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
 from distclip.records import Piece
+from distclip.report import Sink, check_sinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class _Local:
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
 
 
-def read(params: Params, asked: Asked, declared: Declared, channel: Channel) -> Reading:
+def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Sink] = ()) -> Reading:
     """A collective.
 
     Raises:
@@ -54,6 +55,8 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel) -> 
     """
     local, error = _Local(), None
     try:
+        if channel.rank == 0:
+            check_sinks(sinks, channel.global_rank)
         _read_here(local, params, asked, declared, channel)
     except Exception as e:
         error = e

@@ -25,7 +25,7 @@ class JSONLSink:
     those only now and then. `distclip report` and `distclip suggest` read lines of both kinds.
 
     Args:
-        path: appended to; folders are made.
+        path: appended to; folders are made. None on a rank that does not write.
         groups_every: where there are several groups, write what is one entry a group (`groups`, `group_norms`, `coefs`, `threshold`,
             `cosine`) only at each `groups_every`-th step, and at all skipped ones.
 
@@ -33,11 +33,17 @@ class JSONLSink:
         ConfigError: `groups_every` is not a whole number of at least 1.
     """
 
-    def __init__(self, path: str | PathLike[str], groups_every: int = 1) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | PathLike[str] | None, groups_every: int = 1) -> None:
+        self.path = None if path is None else Path(path)
         self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
 
+    @property
+    def lacks(self) -> str:
+        """What it cannot write without, or an empty text."""
+        return "its path is None" if self.path is None else ""
+
     def write(self, report: ClipReport) -> None:
+        assert self.path is not None, "the clipper has looked at `lacks`"
         said = report.to_dict()
         if len(report.groups) > 1 and report.step % self.groups_every and not said["skipped"]:
             said = {name: value for name, value in said.items() if name not in GROUP_FIELDS}

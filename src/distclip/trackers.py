@@ -43,7 +43,8 @@ class TensorBoardSink:
     """Scalars under `clip/…` through torch.utils.tensorboard; culprits of a bad step as text.
 
     Args:
-        log_dir: a folder, or a SummaryWriter that you have. One made here is flushed and closed when the program ends.
+        log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A writer made here is flushed and
+            closed when the program ends.
         every: write each `every`-th step, and all skipped ones.
 
     Raises:
@@ -56,6 +57,11 @@ class TensorBoardSink:
         self._writer: Any = None if self._log_dir is not None else log_dir
         if self._log_dir is not None:
             _summary_writer()
+
+    @property
+    def lacks(self) -> str:
+        """What it cannot write without, or an empty text."""
+        return "its writer is None" if self._log_dir is None and self._writer is None else ""
 
     def write(self, report: ClipReport) -> None:
         if report.step % self.every and not report.skipped.item():
@@ -87,20 +93,26 @@ class WandbSink:
     W&B drops what has a lower step than was logged before: pass `step=report.step` with your own metrics too.
 
     Args:
-        run: what `wandb.init()` gave; anything with `log(dict, step=)`. You finish it.
+        run: what `wandb.init()` gave; anything with `log(dict, step=)`. You finish it. None on a rank that does not write.
         every: write each `every`-th step, and all skipped ones.
 
     Raises:
         ConfigError: `run` has no `log`, or `every` is not a whole number of at least 1.
     """
 
-    def __init__(self, run: _Run, every: int = 1) -> None:
+    def __init__(self, run: _Run | None, every: int = 1) -> None:
         self.every = checked_every("WandbSink", every)
-        if not callable(getattr(run, "log", None)):
+        if run is not None and not callable(getattr(run, "log", None)):
             raise ConfigError(f"WandbSink: {run!r} has no log(dict, step=); pass what wandb.init() gave")
         self.run = run
 
+    @property
+    def lacks(self) -> str:
+        """What it cannot write without, or an empty text."""
+        return "its run is None" if self.run is None else ""
+
     def write(self, report: ClipReport) -> None:
+        assert self.run is not None, "the clipper has looked at `lacks`"
         if report.step % self.every and not report.skipped.item():
             return
         self.run.log(scalars(report), step=report.step)

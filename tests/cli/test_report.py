@@ -2,20 +2,26 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import distclip
 from cli.logs import BAD, SPIKES, rewritten, rows_of, spiky_norms, write_log
 from distclip.cli import main
+from distclip.cli.glyphs import families_for, shortened
 from distclip.cli.heat import _shares
+from distclip.cli.plotting import _ACROSS, _RULES, _WIDE, _add_legend
 from distclip.cli.report_plots import figures
 from distclip.cli.runs import RunError, read_runs
 from distclip.cli.thinning import clipped_shares, thinned
@@ -198,21 +204,21 @@ def test_thinning_keeps_extremes_and_gaps():
 
 def test_shares_of_clipped_steps_and_of_groups_are_those_of_numpy(tmp_path):
     norms = np.where(np.arange(500) % 5 == 0, 2.0, 0.5)
-    (one,) = read_runs([str(write_log(tmp_path / "run.jsonl", norms))])
+    (one,), _ = read_runs([str(write_log(tmp_path / "run.jsonl", norms))])
     _, share = clipped_shares(one, 50)
     assert share.tolist() == [0.2] * 50
     log = write_log(tmp_path / "parts.jsonl", [1.0, 2.0, math.nan], names=("a", "b"), groups=distclip.per_parameter())
     rewritten(
         log, lambda row: row | {"group_norms": [3.0 * row["step"], None if row["step"] == 3 else 4.0 * row["step"]], "norm_type": 2.0}
     )
-    (two,) = read_runs([str(log)])
+    (two,), _ = read_runs([str(log)])
     np.testing.assert_allclose(_shares(two, two.parts[0]), [[36, 64], [36, 64], [np.nan, np.nan]], rtol=1e-12)
 
 
 def test_the_rolling_rate_of_old_logs(tmp_path):
     norms = np.random.default_rng(3).lognormal(0, 0.5, 700)
     log = rewritten(write_log(tmp_path / "run.jsonl", norms), lambda row: {k: v for k, v in row.items() if k != "clip_rate"})
-    (one,) = read_runs([str(log)])
+    (one,), _ = read_runs([str(log)])
     clipped = np.array([row["clipped"] for row in rows_of(log)])
     expected = [clipped[max(0, i - 499) : i + 1].mean() for i in range(700)]
     assert 0.1 < clipped.mean() < 0.9
@@ -224,7 +230,7 @@ def test_bent_directions_and_watched_layers_are_drawn(tmp_path):
     options = {"names": ("a", "b"), "direction": (0.96, 0.28, 0.0, 0.0), "watch": watch}
     with pytest.warns(RuntimeWarning, match="its cosine with the raw one is 0.88"):
         log = write_log(tmp_path / "run.jsonl", np.ones(60), distclip.FixedValue(0.2), **options)
-    (one,) = read_runs([str(log)])
+    (one,), _ = read_runs([str(log)])
     gradient = np.array([0.96, 0.28, 0.0, 0.0] * 2) / math.sqrt(2)
     clamped = gradient.clip(-0.2, 0.2)
     np.testing.assert_allclose(one.cosine, gradient @ clamped / np.linalg.norm(gradient) / np.linalg.norm(clamped), rtol=1e-6)
@@ -256,20 +262,23 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_used(spiky, tmp_path, caps
     log = tmp_path / "broken.jsonl"
     log.write_bytes("\n".join(lines).encode()[:-30] + b"\xff\xfe")
     page, _ = made(tmp_path, log)
-    note = f"{log}: 6 lines are no report of distclip and left out: lines 11, 22-25, 302"
-    assert capsys.readouterr().err == f"note: {note}\n"
-    assert note in page.texts and any(text.startswith("295 steps. ") for text in page.texts)
+    notes = [
+        f"{log}: 5 lines are no report of distclip and left out: lines 11, 22-25",
+        f"{log}: line 302, the last, is cut short and left out: the run goes on, or was ended while it wrote",
+    ]
+    assert capsys.readouterr().err.splitlines() == [f"note: {note}" for note in notes]
+    assert set(notes) <= set(page.texts) and any(text.startswith("295 steps. ") for text in page.texts)
 
 
 def test_of_repeated_steps_the_later_line_counts(tmp_path, capsys):
     log = write_log(tmp_path / "run.jsonl", [2.0] * 20)
     text = log.read_text()
     log.write_text(text + "".join(json.dumps(row | {"total_norm": 3.0}) + "\n" for row in rows_of(log)[14:]))
-    (one,) = read_runs([str(log)])
+    (one,), _ = read_runs([str(log)])
     assert one.norm.tolist() == [2.0] * 14 + [3.0] * 6
     assert one.notes == (f"{log}: 6 steps are there more than once (a run that was resumed?); the later line counts",)
     log.write_text(text + text.splitlines()[4] + "\n")
-    (two,) = read_runs([str(log)])
+    (two,), _ = read_runs([str(log)])
     assert two.notes[1] == f"{log}: its last line is step 5, yet step 20 stands before it; were two runs written to one file?"
 
 
@@ -305,10 +314,162 @@ def test_a_log_that_cannot_be_used_is_exit_code_2(make, text, command, spiky, tm
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_page_that_cannot_be_written_is_exit_code_2(spiky, tmp_path, capsys):
+def test_a_page_that_cannot_be_written_is_exit_code_1(spiky, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["report", str(spiky), "--output", str(tmp_path / "file" / "page.html")]) == 2
+    assert main(["report", str(spiky), "--output", str(tmp_path / "file" / "folder" / "page.html")]) == 1
     assert capsys.readouterr().err.startswith("distclip report: [Errno ")
+
+
+FULL = """
+import resource, sys
+from distclip.cli import main
+import distclip.cli.report_html, distclip.cli.report_plots  # what Python and matplotlib cache is on the disk before it is full
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_leaves_the_old_page_and_pictures(spiky, tmp_path):
+    made(tmp_path, spiky)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(before) == 4 and max(map(len, before.values())) > 30_000, "vacuous"
+    other = write_log(tmp_path / "other.jsonl", spiky_norms(seed=5))
+    command = [sys.executable, "-c", FULL, "report", str(other), "--output", str(tmp_path / "out" / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("distclip report: [Errno 27] File too large")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before, "nothing else is left there either"
+
+
+def at(name):
+    return lambda folder, log: (folder / name, [log])
+
+
+def linked(folder, log):
+    """The page's name is a link to the log."""
+    (folder / "page.html").symlink_to(log)
+    return folder / "page.html", [log]
+
+
+def named_as_a_page(folder, log):
+    page = folder / "run.html"
+    page.write_text(log.read_text())
+    return page, [page]
+
+
+def in_a_folder(folder, log):
+    """Of a folder that is read."""
+    (folder / "page.html").hardlink_to(log)
+    return folder / "page.html", [folder]
+
+
+def of_another_run(folder, log):
+    page = folder / "other.html"
+    page.write_text(log.read_text())
+    return page, [log]
+
+
+IS_READ = "is a log that is read here, and a log is never overwritten; name another output"
+REFUSED_OUTPUTS = {
+    "the log": (at("run.jsonl"), IS_READ),
+    "a link to it": (linked, IS_READ),
+    "a log named .html": (named_as_a_page, IS_READ),
+    "one of a folder": (in_a_folder, IS_READ),
+    "a log that is not read": (of_another_run, "is there and is no HTML page; it stays as it is, name another file"),
+    "png": (at("page.png"), "the page is HTML; name a file that ends in .html"),
+    "no ending": (at("page"), "the page is HTML; name a file that ends in .html"),
+    "another log's name": (at("new.jsonl"), "the page is HTML; name a file that ends in .html"),
+}
+
+
+@pytest.mark.parametrize("make, text", REFUSED_OUTPUTS.values(), ids=REFUSED_OUTPUTS)
+def test_an_output_that_would_destroy_something_is_refused(make, text, spiky, tmp_path, capsys):
+    log = tmp_path / "run.jsonl"
+    log.write_text(spiky.read_text())
+    output, runs = make(tmp_path, log)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["report", *map(str, runs), "--output", str(output)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("distclip report: ") and str(output) in said.err and text in said.err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_picture_is_not_written_over_a_log_either(spiky, tmp_path, capsys):
+    log = tmp_path / "page-norm.png"
+    log.write_text(spiky.read_text())
+    assert main(["report", str(log), "--output", str(tmp_path / "page.html")]) == 2
+    assert f"{log} {IS_READ}" in capsys.readouterr().err and log.read_text() == spiky.read_text()
+
+
+def test_of_a_folder_what_is_no_log_is_left_out_and_named(spiky, tmp_path, capsys):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "good.jsonl").write_text(spiky.read_text())
+    (logs / "a_nan.jsonl").write_text('{"step": 1, "total_norm": null}\n')
+    (logs / "b_empty.jsonl").write_text("")
+    (logs / "c_foreign.jsonl").write_text('{"loss": 1.0}\n' + "[" * 100_000 + "\n")
+    (logs / "d_folder.jsonl").mkdir()
+    (logs / "e_loop.jsonl").symlink_to(logs / "e_loop.jsonl")
+    os.mkfifo(logs / "f_pipe.jsonl")  # nobody writes into it: reading it would wait for ever
+    left_out = [
+        f"left out: {logs}/b_empty.jsonl: it is empty; {WRITE}",
+        f"left out: {logs}/c_foreign.jsonl: none of its 2 lines is a report of distclip; {WRITE}",
+        f"left out: {logs}/d_folder.jsonl is no file",
+        f"left out: {logs}/e_loop.jsonl: Too many levels of symbolic links; pass the file that JSONLSink wrote",
+        f"left out: {logs}/f_pipe.jsonl is no file",
+    ]
+    page, _ = made(tmp_path, logs)
+    assert capsys.readouterr().err.splitlines() == [f"note: {text}" for text in left_out]
+    assert sum(text.startswith("300 steps. ") for text in page.texts) == 1
+    nothing = f"left out: {logs}/a_nan.jsonl: none of its 1 steps has a finite norm above 0; log a run that trains"
+    assert main(["suggest", "--json", str(logs)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [run["run"] for run in said["runs"]] == [str(logs / "good.jsonl")] and said["left_out"] == [nothing, *left_out]
+    (logs / "good.jsonl").unlink()
+    assert main(["suggest", str(logs)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "distclip suggest: none of the folder's files can be used", nothing, *left_out,
+    ]  # fmt: skip
+    assert main(["suggest", str(spiky), str(logs / "b_empty.jsonl")]) == 2, "one that is named itself must be a log"
+
+
+NAMES = ("layers.$x_1$.weight", "层.权重", "a^{b}\\frac{1}", "#0f5fa9", "0.00001234", "two\nlines\x1b[31m", "m" * 300)
+
+
+def test_names_are_text_in_figures_too(tmp_path, capsys):
+    """No mathtext, no missing glyph that is told for each figure, no name that leaves the picture; and none of them changed."""
+    logs = tmp_path / "logs"
+    options = {"names": NAMES, "groups": distclip.per_parameter()}
+    write_log(logs / "cost in $ and more $.jsonl", [0.5, 2.0] * 20, **options)
+    write_log(logs / ("W" * 150 + ".jsonl"), [0.5, 2.0] * 20)
+    write_log(logs / os.fsdecode(b"caf\xe9.jsonl"), [0.5, 2.0] * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page, _ = made(tmp_path, logs)
+    shown = {"layers.$x_1$.weight", "a^{b}\\frac{1}", "#0f5fa9", "0.00001234", "two lines\ufffd[31m", "层.权重"}
+    assert shown <= set(page.texts)
+    assert {"cost in $ and more $", "W" * 150, "caf\ufffd"} <= set(page.texts)
+    unknown = families_for(["层权重"])[1]
+    note = [f"note: no font here has {unknown}: boxes stand for them in the PNGs; the page shows them"] if unknown else []
+    assert capsys.readouterr().err.splitlines() == note
+
+
+@pytest.mark.parametrize("names", [["W" * 150] * 2, ["层" * 90] * 3, [f"run {i}" for i in range(8)]], ids=["W", "CJK", "eight"])
+def test_a_legend_stays_inside_its_picture(names):
+    with warnings.catch_warnings(), matplotlib.rc_context(_RULES):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = Figure(figsize=_WIDE, layout="constrained")
+        axes = figure.subplots()
+        _add_legend(figure, [shortened(name, _ACROSS) for name in names])
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 < axes.get_tightbbox().y0
+    assert len(legend.get_texts()) == len(names)
+
+
+def test_shortened_names_keep_their_ends():
+    assert shortened("abc", 3) == "abc" and shortened("abcdefghij", 6) == "ab…hij"
+    assert shortened("层" * 10, 20) == "层" * 10 and shortened("层" * 10, 10) == "层层…层层"
 
 
 def test_without_matplotlib_it_says_what_to_install(spiky, capsys, monkeypatch, tmp_path):
@@ -316,7 +477,7 @@ def test_without_matplotlib_it_says_what_to_install(spiky, capsys, monkeypatch, 
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     monkeypatch.chdir(tmp_path)
-    assert main(["report", str(spiky)]) == 2
+    assert main(["report", str(spiky)]) == 1
     assert capsys.readouterr().err == 'distclip report: figures need matplotlib: pip install "distclip[report]"\n'
 
 
@@ -325,13 +486,13 @@ def test_runs_of_one_name_are_told_apart(spiky, tmp_path):
     for path in (first, second):
         path.parent.mkdir()
         path.write_text(spiky.read_text())
-    assert [run.name for run in read_runs([str(first), str(second), str(first)])] == [str(p.with_suffix("")) for p in (first, second)]
+    assert [run.name for run in read_runs([str(first), str(second), str(first)])[0]] == [str(p.with_suffix("")) for p in (first, second)]
 
 
 def test_the_oracle_sees_spikes_and_gaps(spiky):
     """Not vacuous: the log that most tests here use has what they look for."""
-    (one,) = read_runs([str(spiky)])
+    (one,), _ = read_runs([str(spiky)])
     assert one.step[one.norm > 10].tolist() == [at + 1 for at in SPIKES] and one.step[one.skipped].tolist() == [at + 1 for at in BAD]
-    assert torch.equal(one.skipped, ~one.finite) and {figure.name for figure in figures([one])} == {"norm", "coefficient", "clip_rate"}
+    assert torch.equal(one.skipped, ~one.finite) and {figure.name for figure in figures([one])[0]} == {"norm", "coefficient", "clip_rate"}
     with pytest.raises(RunError):
         read_runs([str(spiky.with_name("none"))])

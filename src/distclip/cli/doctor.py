@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import itertools
 import os
 import re
 import sys
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import distclip
+from distclip.cli import silence_stdout
 from distclip.cli.doctor_board import Board, read_place
 from distclip.cli.doctor_clips import REPORT, LayoutCheck, Overflow
 from distclip.cli.doctor_facts import cannot_start, device_for, facts, judge_facts
@@ -26,30 +27,7 @@ from distclip.cli.doctor_table import Findings, as_json, as_table
 from distclip.cli.doctor_watch import Watch
 
 CHECKS: tuple[Check, ...] = (*(LayoutCheck(layout) for layout in LAYOUTS), Overflow(), Latency(), Speed())
-EPILOG = """\
-exit codes:  0  all checks passed    1  a check failed    2  it could not run to the end
-             torchrun answers 1 for both 1 and 2, and prints each rank's own code.
-
-examples:    torchrun --nproc-per-node 4 -m distclip doctor
-             torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m distclip doctor
-             distclip doctor --only copies --json
-
-A rank that is lost or stuck ends the run within the time-out and 20 s, and is named together with the collective.
-"""
 BROKEN = re.compile(r"ExchangeError|gloo|nccl|timed? ?out|connection", re.IGNORECASE)  # after these a process group is of no more use
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
-    names = [check.name for check in CHECKS]
-    parser.add_argument("--list", action="store_true", help="list the checks and end")
-    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help="run this check; may be given several times")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    parser.add_argument(
-        "--backend", choices=("gloo", "nccl"), help="of the process group: nccl (the default with CUDA) or gloo, which runs on the CPU"
-    )
-    parser.add_argument("--timeout", type=_seconds, default=40.0, metavar="SECONDS", help="of every collective (default: 40)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,7 +43,10 @@ def run(options: argparse.Namespace) -> int:
         findings.stopped = stopped
         known = {result.name for result in findings.results}
         findings.results += [Result(check.name, "not run", "stopped before its end") for check in chosen if check.name not in known]
-        print(as_json(findings) if options.json else as_table(findings), flush=True)
+        try:
+            print(as_json(findings) if options.json else as_table(findings), flush=True)
+        except BrokenPipeError:  # nobody reads on; the exit code still tells
+            silence_stdout()
 
     try:
         place = read_place(options.timeout)
@@ -98,6 +79,7 @@ class Examination:
             self._watch.stage("start of the process group")
             # NCCL's own watchdog aborts the process after the time-out, without a word on who is missing: ours comes first
             self._board.start_group(asked, self._place.timeout_s * (3 if "nccl" in asked else 1))
+        self._findings.hint = more_ranks(checks, self._place.size)
         broken = ""
         for check in checks if not stop else ():
             lacking = check.lacks(self._place.size) or broken
@@ -163,8 +145,11 @@ class Examination:
         return self._findings.exit_code
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
-    return value
+def more_ranks(checks: Sequence[Check], size: int) -> str:
+    """How those checks are run that this world is too small for, or an empty text."""
+    lacking = [check.name for check in checks if check.lacks(size)]
+    if not lacking:
+        return ""
+    enough = next(ranks for ranks in itertools.count(size) if not any(check.lacks(ranks) for check in checks))
+    count = "1 check needs" if len(lacking) == 1 else f"{len(lacking)} checks need"
+    return f"{count} more ranks than {size}: torchrun --nproc-per-node {enough} -m distclip doctor"

@@ -59,7 +59,7 @@ class Latency:
 @dataclass(frozen=True, slots=True)
 class Speed:
     """`clip_` against torch's clip_grad_norm_ on the same plain gradients, by turns. torch sends nothing there: so distclip's part
-    without the message is shown too."""
+    without the message stands beside it, and the whole of it apart."""
 
     name: str = "speed"
     line: str = "median time of clip_ and of torch's clip_grad_norm_, by turns, when nothing is to be clipped and when all is"
@@ -94,8 +94,10 @@ class Speed:
         def worst(case: str, who: str) -> float:
             return max(one[case][who] for one in seen) * 1e3
 
-        parts: list[str] = []
-        for case in ("idle", "active"):
-            local = f" ({worst(case, 'alone'):.1f} without the all_reduce)" if len(seen) > 1 else ""
-            parts.append(f"{case}: {worst(case, 'all'):.1f} ms{local}, torch {worst(case, 'torch'):.1f} ms")
-        return Result(self.name, "measured", f"clip of {seen[0]['megabytes']:.0f} MB on each rank, {'; '.join(parts)}")
+        cases = {"idle": "nothing to clip", "active": "clipped"}
+        parts = [f"{what} {worst(case, 'alone'):.1f} ms, torch {worst(case, 'torch'):.1f} ms" for case, what in cases.items()]
+        seconds = f"{seen[0]['megabytes']:.0f} MB on each rank: {'; '.join(parts)}"
+        if len(seen) > 1:
+            whole = " and ".join(f"{worst(case, 'all'):.1f} ms" for case in cases)
+            seconds += f". This is the work on one rank: torch's function sends nothing here. With the all_reduce of a clip {whole}"
+        return Result(self.name, "measured", seconds)

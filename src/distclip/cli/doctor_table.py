@@ -22,6 +22,7 @@ class Findings:
     facts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # by rank
     results: list[Result] = field(default_factory=list[Result])
     stopped: str = ""  # why the doctor did not get to the end
+    hint: str = ""  # how checks are run that this world is too small for
 
     @property
     def exit_code(self) -> int:
@@ -50,6 +51,7 @@ def as_json(findings: Findings) -> str:
         "facts": findings.shared_facts(),
         "checks": [asdict(result) for result in findings.results],
         "summary": findings.summary(),
+        "hint": findings.hint,
         "stopped": findings.stopped,
         "exit_code": findings.exit_code,
     }
@@ -75,6 +77,8 @@ def as_table(findings: Findings) -> str:
         if result.do:
             lines += [" " * 20 + line for line in wrap(f"do: {result.do}", COLUMNS - 20)]
     lines += ["", ", ".join(f"{count} {kind}" for kind, count in findings.summary().items() if count)]
+    if findings.hint:
+        lines += wrap(findings.hint, COLUMNS)
     if findings.stopped:
         lines += wrap(f"stopped: {findings.stopped}", COLUMNS)
     return "\n".join(lines)

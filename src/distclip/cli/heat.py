@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from distclip.cli.glyphs import shortened
 from distclip.cli.plotting import STEP, Planned, whole_steps
 from distclip.cli.runs import Parts, Run
 
@@ -31,7 +32,7 @@ def heat_map(number: int, run: Run, parts: Parts) -> Planned:
         axes = figure.subplots()
         ends = (steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5)
         image = axes.imshow(table.T, aspect="auto", extent=ends, cmap="viridis", vmin=0, interpolation="none")
-        names = [_short(labels[i], 30 if wide else 16) for i in rows]
+        names = [shortened(labels[i], 30 if wide else 16) for i in rows]
         axes.set(yticks=range(len(rows)), yticklabels=names, xlabel=STEP)
         axes.tick_params(axis="y", labelsize=7.5 if wide else 7)
         axes.grid(False)
@@ -75,7 +76,3 @@ def _labels(names: Sequence[str]) -> tuple[list[str], str]:
     first, last = ".".join(words[0][:head]), ".".join(words[0][len(words[0]) - tail :])
     said = " and ".join([f"“{first}.”"] * bool(first) + [f"“.{last}”"] * bool(last))
     return [".".join(w[head : len(w) - tail]) for w in words], f" Names without their {said}." if said else ""
-
-
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[len(name) - most // 2 :]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from distclip.cli.glyphs import families_for, shortened
 from distclip.cli.runs import Run
 from distclip.cli.svg import inline
 
@@ -22,8 +24,9 @@ _RULES: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED,
     "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.linewidth": 1.1, "savefig.transparent": True,
-    "legend.frameon": False, "svg.hashsalt": "distclip",
+    "legend.frameon": False, "svg.hashsalt": "distclip", "text.parse_math": False,  # a $ is a part of a name
 }  # fmt: skip
+_ACROSS = 72  # columns of the widest letters that fit into a PNG
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,14 @@ def whole_steps(axes: Any, wide: bool) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=10 if wide else 4)
 
 
-def drawn(plans: Sequence[Planned]) -> list[Drawn]:
-    """All of them."""
-    with matplotlib.rc_context(_RULES):
-        return [_drawn(plan) for plan in plans]
+def drawn(plans: Sequence[Planned]) -> tuple[list[Drawn], str]:
+    """All of them, and the characters of names for which this machine has no font: boxes in the PNGs, right on the page."""
+    runs = [run for plan in plans for run in plan.runs]
+    names = {run.name for run in runs} | {name for run in runs for parts in run.parts for name in parts.names}
+    families, unknown = families_for(names)
+    with matplotlib.rc_context({**_RULES, "font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # once a glyph and figure
+        return [_drawn(plan) for plan in plans], unknown
 
 
 def _drawn(plan: Planned) -> Drawn:
@@ -73,12 +80,23 @@ def _drawn(plan: Planned) -> Drawn:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         svgs.append(inline(file.getvalue(), f"{plan.name}-{css_class}", css_class, label, COLOURS))
-    figure = Figure(figsize=(_WIDE[0], _WIDE[1] * plan.height + 0.5), layout="constrained")
+    figure = Figure(figsize=(_WIDE[0], _WIDE[1] * plan.height + 0.3), layout="constrained")
     plan.draw(figure, True)
-    figure.suptitle(plan.title, fontsize=11)
+    figure.suptitle(shortened(plan.title, _ACROSS), fontsize=11)
     if len(plan.runs) > 1:
-        lines = [figure.axes[0].plot([], [], color=colour(i), lw=2)[0] for i in range(len(plan.runs))]
-        figure.legend(lines, [run.name for run in plan.runs], loc="outside lower center", ncols=min(4, len(plan.runs)))
+        _add_legend(figure, [shortened(run.name, _ACROSS) for run in plan.runs])
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, transparent=False, facecolor="white")
     return Drawn(plan.name, plan.title, plan.caption, "\n".join(svgs), picture.getvalue())
+
+
+def _add_legend(figure: Any, names: Sequence[str], columns: int = 4) -> None:
+    """Below the figure, which grows by it; in as many columns as there is room for."""
+    lines = [figure.axes[0].plot([], [], color=colour(i), lw=2)[0] for i in range(len(names))]
+    legend = figure.legend(lines, names, loc="outside lower center", ncols=min(columns, len(names)))
+    box = legend.get_window_extent()
+    if box.width > figure.bbox.width and columns > 1:
+        legend.remove()
+        _add_legend(figure, names, columns - 1)
+    else:
+        figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)

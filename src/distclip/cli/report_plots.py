@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distclip.cli.curves import lines, norm
+from distclip.cli.glyphs import shortened
 from distclip.cli.heat import heat_map
 from distclip.cli.plotting import Drawn, Planned, drawn
 from distclip.cli.runs import Run
 
 
-def figures(runs: Sequence[Run]) -> list[Drawn]:
-    """All figures that these runs have the numbers for."""
+def figures(runs: Sequence[Run]) -> tuple[list[Drawn], list[str]]:
+    """All figures that these runs have the numbers for, and what could not be drawn as it should."""
     p = f"{runs[0].norm_type:g}"
     marks = "Dashed: the threshold, where it is one of this norm. ×: a step whose norm was not finite. "
     strip = "The strip below is filled where steps were clipped (higher: more of them), × where one was skipped."
@@ -32,4 +33,6 @@ def figures(runs: Sequence[Run]) -> list[Drawn]:
         draw: Callable[[Any, bool], None] = lambda f, w: lines(f, w, runs, lambda r: r.cosine, "cosine", (-0.03, 1.03))  # noqa: E731
         plans.append(Planned("cosine", "Cosine between raw and clipped gradient", caption, draw, runs))
     plans += [heat_map(i, run, parts) for i, run in enumerate(runs) for parts in run.parts]
-    return drawn(plans)
+    made, unknown = drawn(plans)
+    note = f"no font here has {shortened(unknown, 40)}: boxes stand for them in the PNGs; the page shows them"
+    return made, [note] if unknown else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,31 +74,63 @@ class Run:
         return bool(acted.any()) and bool((self.coef[acted] == 1).double().mean() > 0.5)
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
-    """Each file, and all `*.jsonl` of a folder, with names that tell them apart.
+def read_runs(paths: Sequence[str], check: Callable[[Run], None] = lambda run: None) -> tuple[list[Run], list[str]]:
+    """Each file, and all `*.jsonl` of a folder, with names that tell them apart; and what of a folder was left out, and why.
+
+    Args:
+        check: raises RunError for a log that is of no use to the caller.
 
     Raises:
-        RunError: one of them cannot be used.
+        RunError: a file that was named itself cannot be used, or a folder holds none that can.
+    """
+    named = {Path(path) for path in paths}
+    files = log_files(paths)
+    stems = [file.stem for file in files]
+    runs: list[Run] = []
+    left_out: list[str] = []
+    for file in files:
+        try:
+            if file not in named and file.exists() and not file.is_file():  # a named one may be a pipe
+                raise RunError(f"{file} is no file")
+            run = read(file, as_text(file.stem if stems.count(file.stem) == 1 else str(file.with_suffix(""))))
+            check(run)
+            runs.append(run)
+        except RunError as error:
+            if file in named:
+                raise
+            left_out.append(f"left out: {error}")
+    if not runs:
+        raise RunError("none of the folder's files can be used\n" + "\n".join(left_out))
+    return runs, left_out
+
+
+def log_files(paths: Sequence[str]) -> list[Path]:
+    """Each file, and all `*.jsonl` of a folder, once.
+
+    Raises:
+        RunError: a folder has none.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(path.glob("*.jsonl"))
+        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not inside:
             raise RunError(f"{path} is a folder without *.jsonl files; pass the file that JSONLSink wrote")
         files += inside
-    files = list(dict.fromkeys(files))
-    stems = [file.stem for file in files]
-    return [read(file, file.stem if stems.count(file.stem) == 1 else str(file.with_suffix(""))) for file in files]
+    return list(dict.fromkeys(files))
+
+
+def as_text(name: str) -> str:
+    """A name from a log or a file system, fit to be shown: one line, without control characters and halves of characters."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in name)
 
 
 def read(path: Path, name: str) -> Run:
     """The readable part of a log; `notes` name the rest.
 
     Raises:
-        RunError: there is no such file, it is empty, or holds no line of a clipper.
+        RunError: there is no such file, it cannot be read, is empty, or holds no line of a clipper.
     """
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -119,6 +151,7 @@ class _Lines:
     def __init__(self) -> None:
         self.rows: dict[int, tuple[float, ...]] = {}
         self.bad: list[int] = []
+        self._cut = False  # the last line is no report and has no end
         self.skips: dict[int, Skip] = {}
         self._vectors: dict[str, dict[int, Tensor]] = {"group": {}, "layer": {}}
         self._names: dict[str, tuple[str, ...]] = {"group": (), "layer": ()}
@@ -135,8 +168,9 @@ class _Lines:
             vectors = {"group": _vector(said, "groups", "group_norms"), "layer": _vector(said, "layers", "layer_norms")}
             limits = tuple(_number(t, math.inf) for t in said.get("threshold", ()))
             norm_type = _number(said.get("norm_type", 2.0), math.inf)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.bad.append(number)
+            self._cut = not line.endswith("\n")
             return
         self._again += step in self.rows
         self._limits = limits or self._limits
@@ -177,9 +211,12 @@ class _Lines:
         )  # fmt: skip
 
     def _notes(self, path: Path) -> Iterable[str]:
-        if self.bad:
-            count = "1 line is" if len(self.bad) == 1 else f"{len(self.bad)} lines are"
-            yield f"{path}: {count} no report of distclip and left out: {_ranges(self.bad)}"
+        bad = self.bad[:-1] if self._cut else self.bad
+        if bad:
+            count = "1 line is" if len(bad) == 1 else f"{len(bad)} lines are"
+            yield f"{path}: {count} no report of distclip and left out: {_ranges(bad)}"
+        if self._cut:
+            yield f"{path}: line {self.bad[-1]}, the last, is cut short and left out: the run goes on, or was ended while it wrote"
         if self._again:
             count = "1 step is" if self._again == 1 else f"{self._again} steps are"
             yield f"{path}: {count} there more than once (a run that was resumed?); the later line counts"
@@ -223,14 +260,14 @@ def _number(value: Any, absent: float = math.nan) -> float:
 def _skip(step: int, said: Mapping[str, Any]) -> Skip | None:
     if not said.get("skipped"):
         return None
-    who = tuple(f"{c['parameter']} on rank {c['rank']}: {c['kind']}" for c in said.get("culprits", ()))
+    who = tuple(f"{as_text(str(c['parameter']))} on rank {c['rank']}: {c['kind']}" for c in said.get("culprits", ()))
     return Skip(step, int(said.get("nonfinite", 0)), _number(said["total_norm"]), who)
 
 
 def _vector(said: Mapping[str, Any], names: str, norms: str) -> tuple[tuple[str, ...], Tensor] | None:
     """Names and norms, where the line has them."""
     values = [_number(n) for n in said.get(norms) or ()]
-    called = tuple(map(str, said.get(names) or ()))
+    called = tuple(as_text(str(name)) for name in said.get(names) or ())
     return (called, torch.tensor(values, dtype=torch.float32)) if values and len(values) == len(called) else None
 
 

@@ -11,26 +11,25 @@ from distclip.cli.advice import Candidate, candidates, recommend, warnings
 from distclip.cli.runs import Run, RunError, read_runs
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a file that JSONLSink wrote, or a folder of them")
-    parser.add_argument("--json", action="store_true", help="machine-readable: one object with a list of runs")
-
-
 def run(options: argparse.Namespace) -> int:
     """0, or 2 if a log cannot be used."""
     try:
-        runs = read_runs(options.runs)
-        for one in runs:
-            if not bool((one.norm > 0).any()):
-                raise RunError(f"{one.path}: none of its {len(one.step)} steps has a finite norm above 0; log a run that trains")
+        runs, left_out = read_runs(options.runs, _check)
     except RunError as error:
         print(f"distclip suggest: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps({"runs": [_record(one) for one in runs]}, indent=2))
+        print(json.dumps({"runs": [_record(one) for one in runs], "left_out": left_out}, indent=2))
     else:
         print("\n\n".join(_text(one) for one in runs))
+        for note in left_out:
+            print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _check(one: Run) -> None:
+    if not bool((one.norm > 0).any()):
+        raise RunError(f"{one.path}: none of its {len(one.step)} steps has a finite norm above 0; log a run that trains")
 
 
 def _record(one: Run) -> dict[str, Any]:

@@ -19,12 +19,18 @@ def inline(svg: str, prefix: str, css_class: str, label: str, colours: Mapping[s
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r"(\.\d{3})\d+", r"\1", svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    for name, colour in colours.items():
-        svg = svg.replace(colour, f"var(--{name})")
+    # between the tags stand names and numbers as they are to be read
+    svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], prefix, colours), svg)
     box = re.search(r'viewBox="[^"]*"', svg)
     head = f'<svg class="{css_class}" role="img" aria-label="{escape(label)}" {box[0] if box else ""}>'
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"^<svg.*?>", lambda _: head, svg, count=1, flags=re.DOTALL)).strip()
+
+
+def _tag(tag: str, prefix: str, colours: Mapping[str, str]) -> str:
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
+    tag = re.sub(r"(\.\d{3})\d+", r"\1", tag)
+    tag = tag.replace("xlink:href", "href")
+    tag = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", tag)
+    for name, colour in colours.items():
+        tag = tag.replace(colour, f"var(--{name})")
+    return tag

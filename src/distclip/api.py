@@ -1,0 +1,82 @@
+"""The public names: what `import distclip` offers."""
+
+from distclip.clipper import GradClipper
+from distclip.errors import (
+    AgreementError,
+    ConfigError,
+    DistclipError,
+    ExchangeError,
+    GradientError,
+    NonFiniteError,
+    PlacementError,
+)
+from distclip.exchange import LOCAL
+from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
+from distclip.placement import PRIVATE
+from distclip.policies import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    FixedNorm,
+    FixedValue,
+    LocalGrads,
+    LocalStats,
+    Normalize,
+    Policy,
+    Scheduled,
+    SkipSpikes,
+    Warmup,
+    ZClip,
+)
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
+from distclip.report import Sink
+from distclip.sinks import JSONLSink, LoggingSink
+from distclip.trackers import TensorBoardSink, WandbSink
+
+__all__ = [
+    "AGC",
+    "LOCAL",
+    "PRIVATE",
+    "AdaGC",
+    "AgreementError",
+    "AutoClip",
+    "Clamp",
+    "ClipReport",
+    "ConfigError",
+    "Culprit",
+    "DistclipError",
+    "Exempt",
+    "ExchangeError",
+    "FixedNorm",
+    "FixedValue",
+    "GradClipper",
+    "GradientError",
+    "JSONLSink",
+    "LocalGrads",
+    "LocalStats",
+    "LoggingSink",
+    "NonFiniteError",
+    "Normalize",
+    "Norms",
+    "PlacementError",
+    "Policy",
+    "Scale",
+    "Scheduled",
+    "Sink",
+    "SkipSpikes",
+    "TensorBoardSink",
+    "UnitScale",
+    "WandbSink",
+    "Warmup",
+    "Watch",
+    "ZClip",
+    "by_name",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "per_layer",
+    "per_param_group",
+    "per_parameter",
+]

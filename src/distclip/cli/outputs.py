@@ -1,0 +1,52 @@
+"""Files that a command writes: never over a log, and whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+
+class OutputError(Exception):
+    """A file that must not be written. The text says what to do."""
+
+
+def check_page(page: Path) -> None:
+    """OutputError where `page` has the name of something else than a page, or something else stands there."""
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"--output {page}: the page is HTML; name a file that ends in .html")
+    if page.is_dir():
+        raise OutputError(f"--output {page} is a folder; name a file in it, such as {page / 'report.html'}")
+    if page.exists():
+        with page.open("rb") as file:
+            start = file.read(512).lstrip()
+        if start and not start.startswith(b"<"):
+            raise OutputError(f"--output {page} is there and is no HTML page; it stays as it is, name another file")
+
+
+def check_not_read(outputs: Iterable[Path], logs: Iterable[Path]) -> None:
+    """OutputError where an output is one of the logs, by whatever name or link."""
+    read = [log for log in logs if log.exists()]
+    for output in outputs:
+        if output.exists() and any(output.samefile(log) for log in read):
+            raise OutputError(f"{output} is a log that is read here, and a log is never overwritten; name another output")
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """All of them, or none: each is written beside its place and then renamed, so that a full disk leaves what was there.
+
+    Raises:
+        OSError: one could not be written.
+    """
+    with ExitStack() as left:
+        beside: list[tuple[Path, Path]] = []
+        for path, content in files.items():
+            place = path.resolve()  # what a link points to, so that it stays a link
+            place.parent.mkdir(parents=True, exist_ok=True)
+            new = place.with_name(f".distclip-{os.getpid()}-{len(beside)}.part")
+            left.callback(new.unlink, missing_ok=True)
+            new.write_bytes(content)
+            beside.append((new, place))
+        for new, place in beside:
+            new.replace(place)
