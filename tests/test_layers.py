@@ -122,7 +122,6 @@ DISTRIBUTED = {
     "fsdp1",
     "naming",
     "placement",
-    "grad_placements",
     "exchange",
     "functional",
     "testing",
