@@ -1,5 +1,7 @@
 """distclip: every rank clips identically."""
 
+from types import ModuleType as _Module
+
 from distclip.clipper import GradClipper
 from distclip.errors import (
     AgreementError,
@@ -82,3 +84,16 @@ __all__ = [
     "per_param_group",
     "per_parameter",
 ]
+
+
+def __getattr__(name: str) -> _Module:
+    """`distclip.integrations` is imported when it is named."""
+    if name == "integrations":
+        from importlib import import_module
+
+        return import_module("distclip.integrations")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "integrations"})
