@@ -60,10 +60,10 @@ def prepare(
 
     * Exactly the parameters that are passed are measured and clipped, each once, frozen ones too where they have a gradient.
     * `clip_grad_norm_(parameters, max_norm, norm_type)` takes a model's parameters, a part of them, or those of several models, and
-      returns the global norm before clipping, a plain 0-dim tensor. For whole models (all that trains now) `max_norm` and
-      `norm_type` must be those given here (None under a `policy`): two thresholds for one model are a mistake. Of a part they may
-      be others; `groups`, `policy` and `sinks` are of whole models. The first call for a part, and each for another bound, is a
-      collective set-up.
+      returns the global norm before clipping, a plain 0-dim tensor. For a whole model `max_norm` and `norm_type` must be those
+      given here (None under a `policy`, for all that trains now): two thresholds for one model are a mistake. Of a part, or of all
+      that trains where the rest is frozen, they may be others; `groups`, `policy` and `sinks` are of whole models. The first call
+      for parts, and each for another bound, is a collective set-up.
     * `clip_grad_value_(parameters, clip_value)` works on sharded models too.
     * Only the optimizers that hold the given parameters are unscaled. With several optimizers the scaler is updated once a round,
       when the next loss is scaled, and not after each optimizer's step, by which Accelerate unscales the others twice.
@@ -141,13 +141,16 @@ class _Prepared:
         others = [param for i, param in own.items() if i not in asked]
         return others if asked.keys() <= own.keys() and not any(p.requires_grad for p in others) else None
 
-    def refuse_other(self, max_norm: float | None, norm_type: float) -> None:
-        if max_norm != self.max_norm or norm_type != self.norm_type:
+    def serves(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
+        """Whether this clipper does what is asked for. ConfigError where it is of the whole model, or where a policy decides."""
+        alike = max_norm == self.max_norm and norm_type == self.norm_type
+        if not alike and (whole or self.max_norm is None):
             raise ConfigError(
                 f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type:g}, but distclip was prepared with "
                 f"max_norm={self.max_norm}, norm_type={self.norm_type:g} for this model; make them equal"
                 + (" (under a policy max_norm is None)" if self.max_norm is None else "")
             )
+        return alike
 
 
 class _Part(NamedTuple):
@@ -216,15 +219,14 @@ class _Clipping:
         asked = _asked(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
-        whole = next(((p, others) for p in self.prepared if asked and (others := p.others(asked)) is not None), None)
-        if whole is None:
-            self._refuse_under_deepspeed("parts of a model")
-            if max_norm is None:
-                raise ConfigError("max_norm=None: parts of a model, and several together, have no policy of their own; pass a number")
-            return self._clip_part(asked, "norm", float(max_norm), float(norm_type)).total_norm
-        prepared, others = whole
-        prepared.refuse_other(max_norm, float(norm_type))
-        return self._clip_whole(asked, prepared, others).total_norm
+        for prepared in self.prepared if asked else ():
+            others = prepared.others(asked)
+            if others is not None and prepared.serves(max_norm, float(norm_type), whole=not others):
+                return self._clip_whole(asked, prepared, others).total_norm
+        self._refuse_under_deepspeed("parts of a model")
+        if max_norm is None:
+            raise ConfigError("max_norm=None: parts of a model, and several together, have no policy of their own; pass a number")
+        return self._clip_part(asked, "norm", float(max_norm), float(norm_type)).total_norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
         asked = _asked(parameters)
@@ -249,7 +251,6 @@ class _Clipping:
     def _clip_part(self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float) -> ClipReport:
         prepared = self._holding(asked)
         models = tuple({id(model): model for p in prepared for model in p.models}.values())
-        _refuse_join(models)
         owners = self._owners(asked)
         key = _Part(tuple(map(id, models)), tuple(owner.position for owner in owners), rule, bound, norm_type)
         if key not in self.parts:
@@ -294,7 +295,6 @@ class _Clipping:
         clipper: GradClipper,
     ) -> ClipReport:
         """One all-reduce."""
-        _refuse_join(models)
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
             self._unscale_rests(scaler, asked, owners)
@@ -332,16 +332,6 @@ class _Clipping:
                 "it and set its .grad to None, or pass the other parameters alone",
                 RuntimeWarning,
                 stacklevel=5,
-            )
-
-
-def _refuse_join(models: Iterable[nn.Module]) -> None:
-    for model in models:
-        if getattr(getattr(model, "_join_config", None), "enable", False):
-            raise ConfigError(
-                "a clip inside accelerator.join_uneven_inputs (torch's Join): a rank that ran out of batches would not take part in "
-                "the clip's all-reduce, and the others would wait for it. Give all ranks equally many batches: even_batches=True, "
-                "Accelerator's default, or drop_last=True of the DataLoader; then join_uneven_inputs is not needed"
             )
 
 
