@@ -82,6 +82,7 @@ ORDER = [
     "integrations.deepspeed_inside",
     "integrations.deepspeed",
     "integrations.scaler_rounds",
+    "integrations.set_aside",
     "integrations.accelerate",
     "integrations.transformers",
     "integrations.lightning",

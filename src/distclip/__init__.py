@@ -27,4 +27,4 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
     def __dir__():
-        return sorted({*__getattr__("__all__"), *globals()} - {"TYPE_CHECKING"})
+        return sorted({*__getattr__("__all__"), *globals(), "integrations"} - {"TYPE_CHECKING"})

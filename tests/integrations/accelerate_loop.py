@@ -9,17 +9,23 @@ import math
 import os
 import sys
 import tempfile
+import warnings
+import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from distclip.integrations.accelerate import prepare
+import distclip
+import distclip.testing
+from distclip.integrations.accelerate import prepare, release
 from problem import HUGE, TINY, data, loss_of, net, off, oracle, whole
 
 STRATEGY = sys.argv[1]
@@ -52,7 +58,8 @@ def make_accelerator(steps=1, fp16=False):
         as_on_gpus()
         return Accelerator(parallelism_config=ParallelismConfig(tp_size=2), gradient_accumulation_steps=steps)
     if not STRATEGY.startswith("fsdp"):
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+        frozen_later = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps, kwargs_handlers=[frozen_later])
         if fp16:  # which Accelerate offers on GPUs only
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
@@ -202,6 +209,176 @@ def unfrozen():
     return {"norm_off": abs(float(norm) / float(oracle(net(0), x, y)[1]) - 1), "calls": clipper.last_report.step}
 
 
+def local(t):
+    """This rank's part."""
+    return (t.to_local() if hasattr(t, "to_local") else t).detach().clone()
+
+
+def two_turns(part, max_norm=0.7):
+    """A GAN's generator and discriminator: whose turn it is not is frozen, and its gradients of its own turn are still there."""
+    accelerator = make_accelerator()
+    plain = spread(accelerator, net(0))
+    named = dict(plain.named_parameters())
+    groups = {p: [t for n, t in named.items() if n.startswith(p)] for p in ("0.", "2.")}
+    if STRATEGY in ("single", "ddp"):
+        model, *_ = accelerator.prepare(plain, *(torch.optim.SGD(g, 1e-3) for g in groups.values()))
+    else:  # FSDP2 exchanges the parameters of one optimizer
+        model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1e-3))
+    prepare(accelerator, model, max_norm=max_norm)
+    names = {p: [n for n, _ in model.named_parameters() if p in f"{n}"] for p in ("0.", "2.")}
+    now = dict(model.named_parameters())
+    out = []
+    for seed, turn in enumerate(("2.", "0.", "2.", "0.")):
+        asked = [now[n] for n in names[turn]]
+        for n, p in now.items():
+            p.requires_grad_(n in names[turn])
+        for p in asked:
+            p.grad = None
+        stale = {n: local(p.grad) for n, p in now.items() if n not in names[turn] and p.grad is not None}
+        x, y = data(seed)
+        grads, norm = oracle(net(0), x, y, lambda n, turn=turn: n.startswith(turn))
+        accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)) * 10)
+        with distclip.testing.count_collectives() as seen:
+            if part == "value":
+                accelerator.clip_grad_value_(asked, 0.5)
+                wanted = {n: (g * 10).clamp(-0.5, 0.5) for n, g in grads.items()}
+            else:  # as a generator, with one of them twice
+                told = accelerator.clip_grad_norm_(iter([*asked, asked[0]]), max_norm if part == "whole" else 0.3)
+                coef = min(1.0, (max_norm if part == "whole" else 0.3) / float(norm * 10))
+                wanted = {n: g * 10 * coef for n, g in grads.items()}
+        after = {n.replace("module.", "").replace("_fsdp_wrapped_module.", ""): p.grad for n, p in now.items() if n in names[turn]}
+        after = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).double() for n, g in after.items()}
+        out.append(
+            {
+                "norm": float(norm) * 10,
+                "norm_off": 0.0 if part == "value" else abs(float(told) / float(norm * 10) - 1),
+                "grad_off": max(float((g - wanted[n]).abs().max() / wanted[n].abs().max()) for n, g in after.items()),
+                "stale": len(stale),
+                "stale_kept": all(torch.equal(local(now[n].grad), g) for n, g in stale.items()),
+                "collectives": len(seen.names),
+            }
+        )
+    return out
+
+
+def passed_as_they_are():
+    """Frozen ones too, if they have a gradient; one tensor; none, on every rank."""
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=HUGE)
+    x, y = data(1)
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+    every = list(model.parameters())
+    exact = lambda params: math.sqrt(sum(float(p.grad.double().square().sum()) for p in params))  # noqa: E731
+    out = {}
+    every[0].requires_grad_(False)
+    out["frozen"] = [exact(every), float(accelerator.clip_grad_norm_(every, HUGE))]
+    out["trainable"] = [exact(every[1:]), float(accelerator.clip_grad_norm_(every[1:], HUGE))]
+    out["one"] = [exact(every[1:2]), float(accelerator.clip_grad_norm_(every[1], HUGE))]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        none = float(accelerator.clip_grad_norm_(iter(()), 1.0))
+    # one part is not finite: what the frozen one's optimizer holds is not stepped either
+    every[1].grad[0] = math.inf
+    accelerator.clip_grad_norm_(every[1:], HUGE)
+    return out | {"none": none, "said": str(seen[0].message)[:47], "left": sum(p.grad is not None for p in every)}
+
+
+def in_no_optimizer():
+    """What is passed counts, and it is said once."""
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain[2].parameters(), 1.0))
+    prepare(accelerator, model, max_norm=0.1)
+    x, y = data(1)
+    norm = float(oracle(net(0), x, y)[1])
+    said = []
+    for _ in range(2):
+        model.zero_grad()
+        accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            told = float(accelerator.clip_grad_norm_(model.parameters(), 0.1))
+        said.append([str(w.message) for w in seen if w.filename == __file__])
+    return {"norm_off": abs(told / norm - 1), "said": said}
+
+
+def a_part_in_fp16():
+    """A scaler knows an optimizer as a whole: what is not clipped is unscaled all the same, once."""
+    accelerator = make_accelerator(fp16=True)
+    plain = net(0)
+    model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=0.1)
+    before = whole(model)
+    x, y = data(1)
+    grads, _ = oracle(net(0), x, y)
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+    norms = {}
+    for part in ("0.", "2."):
+        asked = [p for n, p in model.named_parameters() if part in n]
+        exact = math.sqrt(sum(float(g.square().sum()) for n, g in grads.items() if n.startswith(part)))
+        norms[part] = [exact, float(accelerator.clip_grad_norm_(asked, 0.1 if part == "0." else HUGE))]
+    optimizer.step()
+    first = min(1.0, 0.1 / norms["0."][0])
+    wanted = {n: g * (first if n.startswith("0.") else 1.0) for n, g in grads.items()}
+    return {"norms": norms, "off": off(whole(model), before, wanted), "scale": accelerator.scaler.get_scale()}
+
+
+def prepared_again():
+    """A second `prepare` takes the first one's place; `free_memory` forgets."""
+    accelerator = make_accelerator()
+    own = accelerator.clip_grad_norm_
+    plain = net(0)
+    model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=0.05)
+    prepare(accelerator, model, max_norm=0.1)
+    x, y = data(1)
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+    grads, norm = oracle(net(0), x, y)
+    told, before = float(accelerator.clip_grad_norm_(model.parameters(), 0.1)), whole(model)
+    optimizer.step()
+    out = {"norm": float(norm), "norm_off": abs(told / float(norm) - 1), "saved": len(accelerator._custom_objects)}
+    out["off"] = off(whole(model), before, {n: g * min(1.0, 0.1 / float(norm)) for n, g in grads.items()})
+    kept = weakref.ref(plain[0].weight)
+    accelerator.free_memory()
+    try:
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+    except ValueError as error:
+        out["forgotten"] = str(error)
+    del plain, model, optimizer
+    gc.collect()
+    out |= {"alive": kept() is not None, "saved after": len(accelerator._custom_objects)}
+    plain = net(0)
+    model = accelerator.prepare(plain)
+    release(accelerator, prepare(accelerator, model, max_norm=0.1))
+    return out | {"own again": accelerator.clip_grad_norm_ == own}
+
+
+def joined():
+    """Inside torch's Join, which `join_uneven_inputs` opens on GPUs: refused, for a whole model before anything is sent."""
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=0.1)
+    x, y = data(1)
+    texts = []
+    for call in (
+        lambda: accelerator.clip_grad_norm_(model.parameters(), 0.1),
+        lambda: accelerator.clip_grad_norm_(list(model.parameters())[:2], 0.1),
+        lambda: accelerator.clip_grad_value_(model.parameters(), 0.1),
+    ):
+        with distclip.testing.count_collectives() as seen, Join([model]):
+            accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+            before = len(seen.names)
+            try:
+                call()
+            except ValueError as error:
+                texts.append([str(error), len(seen.names) - before])
+    accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+    return {"texts": texts, "after": float(accelerator.clip_grad_norm_(model.parameters(), 0.1))}
+
+
 def overflow():
     """fp16 with a scaler: an overflow of one optimizer leaves the other's scale and step alone until its own clip."""
     accelerator = make_accelerator(fp16=True)
@@ -316,6 +493,12 @@ def main():
         cases |= {"refusals": deepspeed_refusals}
     else:
         cases |= {"value": lambda: one_step(0.05, rule="value"), "part": lambda: one_step(part="0."), "part_bad": part_is_not_finite}
+    if STRATEGY not in ("deepspeed", "fsdp1"):
+        cases |= {f"turns {part}": lambda part=part: two_turns(part) for part in ("whole", "part", "value")}
+    if STRATEGY in ("single", "ddp"):
+        cases |= {"passed": passed_as_they_are, "in_no_optimizer": in_no_optimizer, "part_fp16": a_part_in_fp16, "again": prepared_again}
+    if STRATEGY == "ddp" and find_spec("distclip.uneven"):
+        cases |= {"joined": joined}
     if STRATEGY not in ("deepspeed", "tp"):
         cases |= {"two_models": two_models, "refusals": refusals}
     if STRATEGY in ("single", "ddp"):

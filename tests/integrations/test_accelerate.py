@@ -106,6 +106,82 @@ def test_parameters_that_begin_to_train_later(rows):
     assert all(row["unfrozen"]["norm_off"] <= 1e-6 and row["unfrozen"]["calls"] == 1 for row in rows)
 
 
+@pytest.mark.parametrize("part", ["whole", "part", "value"])
+def test_exactly_the_parameters_passed_count_whose_turn_ever_it_is(rows, part):
+    if f"turns {part}" not in rows[0]:
+        pytest.skip("parts are refused under DeepSpeed; FSDP1 shards frozen and trained parameters together")
+    for row in rows:
+        turns = row[f"turns {part}"]
+        assert [turn["stale"] for turn in turns] == [0, 2, 2, 2], "vacuous: no gradients of another turn are left"
+        for turn in turns:
+            assert turn["norm"] > 0.7, "vacuous"
+            assert turn["norm_off"] <= 1e-6 and turn["grad_off"] <= 3e-6
+            assert turn["stale_kept"]
+        # one message a clip, whatever is frozen; the first clip of parts is a set-up
+        ranks = len(rows) > 1
+        assert [turn["collectives"] for turn in turns[2:]] == [int(ranks)] * 2
+        if part == "whole":
+            assert [turn["collectives"] for turn in turns[:2]] == [int(ranks)] * 2
+    for turn in range(4):
+        assert len({row[f"turns {part}"][turn]["norm_off"] for row in rows}) == 1
+
+
+def test_frozen_ones_single_ones_and_none(rows):
+    if "passed" not in rows[0]:
+        pytest.skip("shown under one process and DDP")
+    for row in rows:
+        seen = row["passed"]
+        for exact, told in (seen[what] for what in ("frozen", "trainable", "one")):
+            assert exact > 0.1 and told == pytest.approx(exact, rel=1e-6)
+        assert seen["frozen"][0] > seen["trainable"][0] + 0.1, "vacuous"
+        assert seen["none"] == 0 and seen["said"] == "no parameter has a gradient on any rank: nothin"
+        assert seen["left"] == 0, "a step that is left out is left out whole"
+
+
+def test_what_no_optimizer_holds_is_told(rows):
+    if "in_no_optimizer" not in rows[0]:
+        pytest.skip("shown under one process and DDP")
+    for row in rows:
+        assert row["in_no_optimizer"]["norm_off"] <= 1e-6
+        (text,), nothing = row["in_no_optimizer"]["said"]
+        assert nothing == []
+        assert text.removeprefix("module.") == (
+            "0.weight has a gradient and was passed to be clipped, but is in no optimizer of this accelerator (2 such parameters): it "
+            "counts in the norm, and optimizer.zero_grad() does not clear it. Give it to an optimizer, or freeze it and set its .grad to "
+            "None, or pass the other parameters alone"
+        )
+
+
+def test_in_fp16_the_rest_of_an_optimizer_is_unscaled_too(rows):
+    if "part_fp16" not in rows[0]:
+        pytest.skip("Accelerate's fp16 with FSDP needs a GPU")
+    for row in rows:
+        for exact, told in row["part_fp16"]["norms"].values():
+            assert exact > 0.1 and told == pytest.approx(exact, rel=1e-6)
+        assert row["part_fp16"]["off"] <= 1e-6 and row["part_fp16"]["scale"] == 1024
+
+
+def test_prepared_again_forgotten_and_given_back(rows):
+    if "again" not in rows[0]:
+        pytest.skip("shown under one process and DDP")
+    for row in rows:
+        seen = row["again"]
+        assert seen["norm"] > 0.1, "vacuous"
+        assert seen["norm_off"] <= 1e-6 and seen["off"] <= 1e-6
+        assert (seen["saved"], seen["saved after"], seen["alive"], seen["own again"]) == (1, 0, False, True)
+        assert seen["forgotten"].startswith("4 of 4 parameters are of no model that distclip knows; call distclip.integrations.accelerate.")
+
+
+def test_inside_join_a_clip_is_refused(rows):
+    if "joined" not in rows[0]:
+        pytest.skip("for DDP, by the core's refusal")
+    for row in rows:
+        assert len(row["joined"]["texts"]) == 3
+        assert all("join()" in text for text, _ in row["joined"]["texts"])
+        assert row["joined"]["texts"][0][1] == 0, "something was sent"
+        assert row["joined"]["after"] > 0.1, "outside it is none of distclip's business"
+
+
 def test_deepspeed_refuses_what_it_cannot_do(rows):
     if "value" in rows[0]:
         pytest.skip("for DeepSpeed")

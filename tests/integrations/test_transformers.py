@@ -45,6 +45,41 @@ def test_an_adaptive_policy_resumes_with_the_checkpoint(rows):
     assert all(row["resumed"] == {"step": 4, "equal": True} for row in rows)
 
 
+def test_the_state_is_that_of_the_checkpoint_wherever_trainer_writes_it(rows):
+    if "wherever" not in rows[0]:
+        pytest.skip("the same code")
+    for row in rows:
+        seen = dict(row["wherever"])
+        straight, other = seen.pop("straight"), seen.pop("another run's")
+        assert straight != other, "vacuous"
+        assert len(seen) == 5
+        for name, state in seen.items():
+            assert state == straight, name
+
+
+def test_a_checkpoint_without_a_state_is_told(rows):
+    if "without" not in rows[0]:
+        pytest.skip("the same code")
+    said = (
+        "the checkpoint of step 2 that training resumes from should hold the state of distclip's clipper in its trainer_state.json, and "
+        "holds {}: adaptive thresholds and counters begin anew"
+    )
+    for row in rows:
+        assert row["without"] == [said.format("that of step 1"), 1, said.format("none"), 1]
+
+
+def test_each_training_is_clipped_once(rows):
+    if "again" not in rows[0]:
+        pytest.skip("the same code")
+    for row in rows:
+        seen = row["again"]
+        for exact, told in seen["norms"]:
+            assert exact > 0.1, "vacuous"
+            assert told == pytest.approx(exact, rel=1e-6)
+        assert max(seen["off"]) <= 2e-5  # the last training is clipped by Accelerate, whose coefficient is c / (n + 1e-6)
+        assert seen["calls"] == [1, 1] and seen["own"] == [False] * 3 and seen["objects"] == [0, 0]
+
+
 def test_refusals_read_well(rows):
     if "refused" not in rows[0]:
         pytest.skip("the same code")

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -69,21 +70,21 @@ def arguments(folder, **more):
         more |= {"accelerator_config": {"use_configured_state": True}}
     else:
         more |= {"use_cpu": True}
-    more = {"per_device_train_batch_size": ROWS // WORLD, "max_steps": 1, "save_strategy": "no"} | more
+    more = {"per_device_train_batch_size": ROWS // WORLD, "max_steps": 1, "save_strategy": "no", "learning_rate": 1.0} | more
     return TrainingArguments(
-        output_dir=folder, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", logging_steps=1, report_to=[],
+        output_dir=folder, optim="sgd", lr_scheduler_type="constant", logging_steps=1, report_to=[],
         disable_tqdm=True, dataloader_pin_memory=False, **more,
     )  # fmt: skip
 
 
-def trained(folder, resume=None, policy=None, rows=ROWS, frozen="none", **more):
+def trained(folder, resume=None, policy=None, rows=ROWS, frozen="none", kind=Trainer, **more):
     reset(more.get("gradient_accumulation_steps", 1))
     model = Regression()
     for name, param in model.named_parameters():
         param.requires_grad_(not name.startswith(frozen))
     x, y = data(1, rows)
     records = [{"x": a, "labels": b} for a, b in zip(x, y)]
-    trainer = Trainer(model, arguments(folder, **more), train_dataset=records)
+    trainer = kind(model, arguments(folder, **more), train_dataset=records)
     callback = clip_with_distclip(trainer, policy=policy)
     before = {n.removeprefix("net."): p.detach().double().clone() for n, p in model.named_parameters()}
     trainer.train(resume_from_checkpoint=resume)
@@ -123,6 +124,112 @@ def resumed(folder):
     }
 
 
+class Elsewhere(Trainer):
+    """Its checkpoints are not in `args.output_dir`."""
+
+    def _get_output_dir(self, trial):
+        return self.args.output_dir + "/elsewhere"
+
+
+class OwnFormat(Elsewhere):
+    """Writes what it resumes from by itself."""
+
+    def _save_checkpoint(self, model, trial):
+        there = f"{self._get_output_dir(trial)}/own-{self.state.global_step}"
+        self.save_model(there, _internal_call=True)
+        if self.args.should_save:
+            self.state.save_to_json(f"{there}/trainer_state.json")
+
+
+def state_of(callback):
+    """Counters and thresholds, without the 500 flags of the clip rate."""
+    state = callback.clipper.state_dict()
+    return {name: t.tolist() for name, t in state.items() if isinstance(t, torch.Tensor) and t.numel() < 100}
+
+
+def on_rank_0(action):
+    if RANK == 0:
+        action()
+    if WORLD > 1:
+        dist.barrier()
+
+
+def wherever_trainer_writes(folder):
+    """Thresholds are those of the checkpoint that is named, though another run's lies where it might be guessed."""
+    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    policy = distclip.AutoClip(window=16)
+    _, other, _, _ = trained(f"{folder}/a", policy=policy, learning_rate=0.01, **more)
+    out = {"another run's": state_of(other)}
+    _, straight, _, _ = trained(f"{folder}/b", policy=policy, **more)
+    out["straight"] = state_of(straight)
+
+    def goes_on(name, resume, **more):
+        _, callback, _, _ = trained(f"{folder}/a", resume=f"{folder}/{resume}", policy=policy, **more)
+        out[name] = state_of(callback)
+
+    on_rank_0(lambda: os.rename(f"{folder}/b/checkpoint-2", f"{folder}/b/best"))
+    goes_on("renamed, and another output_dir", "b/best", **more)
+    goes_on("with Trainer's own way to restore callbacks", "b/best", restore_callback_states_from_checkpoint=True, **more)
+    for kind, name in ((Elsewhere, "elsewhere/checkpoint-2"), (OwnFormat, "elsewhere/own-2")):
+        trained(f"{folder}/c", policy=policy, kind=kind, **more)
+        # an own format has no optimizer: momentum is none here, so that the steps are the same
+        goes_on(kind.__name__, f"c/{name}", kind=kind, **more)
+        on_rank_0(lambda: shutil.rmtree(f"{folder}/c"))
+    trained(f"{folder}/d", policy=policy, save_only_model=True, **more)
+    goes_on("the model alone", "d/checkpoint-2", **more)
+    return out
+
+
+def without_a_state(folder):
+    """What is said where the checkpoint was written without distclip, or its state is of another step."""
+    texts, more = [], {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    trained(f"{folder}/e", policy=distclip.AutoClip(window=16), **more)
+
+    def edit(change):
+        file = Path(f"{folder}/e/checkpoint-2/trainer_state.json")
+        told = json.loads(file.read_text())
+        change(told["stateful_callbacks"])
+        file.write_text(json.dumps(told))
+
+    def of_another_step(kept):
+        kept["DistclipState"]["attributes"]["step"] = 1
+
+    for change in (of_another_step, lambda kept: kept.pop("DistclipState")):
+        on_rank_0(lambda change=change: edit(change))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            _, callback, _, _ = trained(f"{folder}/e", resume=f"{folder}/e/checkpoint-2", policy=distclip.AutoClip(window=16), **more)
+        texts += [str(w.message) for w in seen if "distclip" in str(w.message)]
+        texts.append(int(callback.clipper.state_dict()["step"]))
+    return texts
+
+
+def again(folder):
+    """Two `train()` of one Trainer, and a third without the callback: each clipped once, by whom it should be."""
+    trainer, callback, _, _ = trained(folder, max_grad_norm=0.1)
+    out = {"own": ["clip_grad_norm_" in vars(trainer.accelerator)], "norms": [], "calls": [], "objects": [], "off": []}
+
+    def once_more():
+        before = whole(trainer.model_wrapped)
+        x, y = data(1, ROWS)
+        plain = net()
+        plain.load_state_dict({n.removeprefix("net."): t for n, t in before.items()})
+        grads, norm = oracle(plain, x, y)
+        trainer.train()
+        wanted = {f"net.{n}": g for n, g in clipped(grads, norm, 0.1).items()}
+        out["off"].append(off(whole(trainer.model_wrapped), before, wanted))
+        out["norms"].append([float(norm), next(e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e)])
+        out["own"].append("clip_grad_norm_" in vars(trainer.accelerator))
+        out["objects"].append(len(trainer.accelerator._custom_objects))
+
+    once_more()
+    out["calls"].append(callback.clipper.last_report.step)
+    trainer.remove_callback(type(callback))
+    once_more()
+    out["calls"].append(callback.clipper.last_report.step)
+    return out
+
+
 def refused(folder):
     reset()
     trainer, texts = Trainer(Regression(), arguments(folder, max_grad_norm=0.0)), []
@@ -152,7 +259,8 @@ def main():
     }
     cases |= {"accumulate": one_step(folder, 0.1, micro=2), "part": one_step(folder, 0.1, frozen="net.0")}
     if STRATEGY in ("single", "ddp"):
-        cases |= {"resumed": resumed(folder), "refused": refused(folder)}
+        cases |= {"resumed": resumed(folder), "refused": refused(folder), "wherever": wherever_trainer_writes(folder)}
+        cases |= {"without": without_a_state(folder), "again": again(folder)}
     print("RESULT " + json.dumps(cases), flush=True)
     gc.collect()
     if dist.is_initialized():

@@ -7,48 +7,71 @@
     ...
     fabric.clip_gradients(model, optimizer, max_norm=1.0)  # as before
 
-Written against lightning 2.6.
+Written against lightning 2.6; of its private names `_after_closure` of precision plugins is used, and checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.fabric import Fabric
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
-from distclip.integrations.accelerate import only
+from distclip.integrations import lacking
 from distclip.integrations.scaler_rounds import LaterUpdate
+from distclip.integrations.set_aside import params_of, set_aside, stepped_by
+
+try:
+    from lightning.fabric import Fabric
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    lacking(error, "lightning")
+
+_BOUNDS = 16  # clippers for values that are kept: another bound at every step must not pile them up
 
 
 class GradientClipping(Callback):
     """Clips before each optimizer step, in automatic and in manual optimization; under a GradScaler after unscaling.
 
-    One process, DDP and FSDP2 (`ModelParallelStrategy`). The norm is that of the parameters that the optimizer steps, of each its own
-    with several optimizers.
+    One process, DDP and FSDP2 (`ModelParallelStrategy`). The norm is that of the parameters that the optimizer holds at this step, of
+    each its own with several optimizers: what nobody steps does not count, and a param group that joins later does.
     Accumulated batches cost nothing: the hook runs at steps alone. The state goes with Lightning's checkpoints. `log=True` logs
     `grad_norm` and `clip_coef` (the smallest, where there are groups); `clippers[0].last_report` has the rest.
+
+    Searches (`Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks), which run without callbacks, are clipped as the fit is:
+    by clippers of their own, which begin with the state of the fit's and leave it as it was, and write to no sink.
 
     Args:
         max_norm, policy, options: of `GradClipper`.
         log: through `pl_module.log_dict`, at each step.
 
     Raises:
-        ConfigError: when training starts: the Trainer or the module clips too, or the strategy takes the step out of Lightning's hands
-            (DeepSpeed: use `distclip.integrations.deepspeed`).
+        ConfigError: when fitting starts: the Trainer or the module clips too, there are two such callbacks, or the strategy takes the
+            step out of Lightning's hands (DeepSpeed: use `distclip.integrations.deepspeed`). At a step: the module calls
+            `self.clip_gradients`, which would clip a second time.
     """
 
     def __init__(self, max_norm: float | None = None, *, policy: Policy | None = None, log: bool = True, **options: Any) -> None:
         _refuse_grad_of(options)
         self.max_norm, self.policy, self.log, self.options = max_norm, policy, log, options
         self.clippers: list[GradClipper] = []
-        self._saved: list[dict[str, Any]] = []
+        self._fitting = False
+        self._saved: list[dict[str, Any]] = []  # of a checkpoint, until there are clippers
+        self._search: tuple[list[Callback], list[GradClipper]] | None = None  # whose callbacks stand in place of ours
+        self._others: dict[int, tuple[object, list[Tensor]]] = {}  # by optimizer: its param groups, what is in none of them
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._refuse_two_clips(trainer, pl_module)
+        self.clippers, self._fitting, self._search = [], False, None
+        _Guard.install(self, trainer)
+
+    def _refuse_two_clips(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.gradient_clip_val:
             raise ConfigError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips too; leave it out, GradientClipping(max_norm=...) is enough"
@@ -57,34 +80,133 @@ class GradientClipping(Callback):
             raise ConfigError(
                 f"{type(pl_module).__name__}.configure_gradient_clipping may clip too; take it out: GradientClipping is enough"
             )
-        name = type(trainer.strategy).__name__
-        if "DeepSpeed" in name:
-            raise ConfigError(f"{name}: DeepSpeed steps by itself; call distclip.integrations.deepspeed.attach(trainer.model, ...)")
-        model = trainer.strategy.model or pl_module
-        self.clippers = [
-            GradClipper(model, self.max_norm, policy=self.policy, **_restricted(model, optimizer), **self.options)
-            for optimizer in trainer.optimizers
-        ]
-        if self._saved:
-            if len(self._saved) != len(self.clippers):
-                raise ConfigError(f"the checkpoint has clippers of {len(self._saved)} optimizers, this run has {len(self.clippers)}")
-            for clipper, state in zip(self.clippers, self._saved, strict=True):
-                clipper.load_state_dict(state)
-            self._saved = []
+        if sum(isinstance(callback, GradientClipping) for callback in _callbacks(trainer)) > 1:
+            raise ConfigError("this Trainer has two GradientClipping callbacks; pass one, it clips every optimizer")
+        _refuse_deepspeed(trainer.strategy, "trainer.model")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clippers = self._built(trainer, pl_module, self.options)
+        self._fitting, self._search, self._others = True, None, {}
+        saved, self._saved = self._saved, []
+        _load(self.clippers, saved)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
-        report = self.clippers[index].clip_(optimizer, getattr(trainer.precision_plugin, "scaler", None))
+        self._search = None
+        index, report = self._clip(self.clippers, trainer, pl_module, optimizer)
         if self.log:
             suffix = f"_{index}" if len(self.clippers) > 1 else ""
             told = {f"grad_norm{suffix}": report.total_norm, f"clip_coef{suffix}": report.coefs.min()}
             pl_module.log_dict(told, on_step=True, on_epoch=False)
 
+    def clip_in_search(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """At a step of a search, which has put callbacks of its own in the place of the Trainer's. Its first step is a set-up."""
+        if self._search is None or self._search[0] is not _callbacks(trainer):
+            clippers = self._built(trainer, pl_module, self.options | {"sinks": ()})
+            _load(clippers, self.state_dict()["clippers"])
+            self._search, self._others = (_callbacks(trainer), clippers), {}
+        self._clip(self._search[1], trainer, pl_module, optimizer)
+
+    def _built(self, trainer: Trainer, pl_module: LightningModule, options: dict[str, Any]) -> list[GradClipper]:
+        """One for each optimizer, all of them of the whole model."""
+        model = trainer.strategy.model or pl_module
+        return [GradClipper(model, self.max_norm, policy=self.policy, **options) for _ in trainer.optimizers]
+
+    def _clip(
+        self, clippers: list[GradClipper], trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> tuple[int, ClipReport]:
+        """One all-reduce; the optimizer's position, and what was done."""
+        index = next((i for i, known in enumerate(trainer.optimizers) if known is optimizer), len(clippers))
+        if index >= len(clippers):
+            raise ConfigError(
+                f"a step of an optimizer ({type(optimizer).__name__}) that was not there when training began; return all optimizers from "
+                "configure_optimizers"
+            )
+        groups = tuple((id(group["params"]), len(group["params"])) for group in optimizer.param_groups)
+        if index not in self._others or self._others[index][0] != groups:
+            held = stepped_by(optimizer)
+            others = [param for param in params_of([trainer.strategy.model or pl_module]) if id(param) not in held]
+            self._others[index] = groups, others
+        with set_aside(self._others[index][1]):
+            return index, clippers[index].clip_(optimizer, getattr(trainer.precision_plugin, "scaler", None))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._saved = []
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._fitting, self._search, self._others = False, None, {}
+            _Guard.remove(trainer.precision_plugin)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"clippers": [clipper.state_dict() for clipper in self.clippers]}
+        return {"clippers": [clipper.state_dict() for clipper in self.clippers] or self._saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict["clippers"]
+        if self._fitting:  # a search within the fit restores what it found
+            _load(self.clippers, state_dict["clippers"])
+        else:
+            self._saved = state_dict["clippers"]
+
+
+def _callbacks(trainer: Any) -> list[Callback]:
+    return trainer.callbacks  # an attribute that Trainer does not declare
+
+
+def _load(clippers: list[GradClipper], states: list[dict[str, Any]]) -> None:
+    if states and len(states) != len(clippers):
+        raise ConfigError(f"the checkpoint has clippers of {len(states)} optimizers, this run has {len(clippers)}")
+    for clipper, state in zip(clippers, states):
+        clipper.load_state_dict(state)
+
+
+@dataclass
+class _Guard:
+    """Stands in a precision plugin's place of `_after_closure` and `clip_gradients` while a callback's fit runs."""
+
+    callback: GradientClipping
+    trainer: Trainer
+    own: Callable[..., None]  # the plugin's
+
+    @classmethod
+    def install(cls, callback: GradientClipping, trainer: Trainer) -> None:
+        plugin: Any = trainer.precision_plugin
+        if not hasattr(plugin, "_after_closure"):
+            raise ConfigError(
+                f"{type(plugin).__name__} has no _after_closure, by which distclip clips in searches; distclip was written against "
+                "lightning 2.6"
+            )
+        cls.remove(plugin)
+        plugin._after_closure = _Searches(callback, trainer, plugin._after_closure)
+        plugin.clip_gradients = _SecondClip(callback, trainer, plugin.clip_gradients)
+
+    @staticmethod
+    def remove(plugin: Any) -> None:
+        for name in ("_after_closure", "clip_gradients"):
+            if isinstance(vars(plugin).get(name), _Guard):
+                delattr(plugin, name)
+
+
+class _Searches(_Guard):
+    """Between unscaling and the hooks before a step: a search runs without the callback."""
+
+    def __call__(self, model: LightningModule, optimizer: Optimizer) -> None:
+        if self.callback not in _callbacks(self.trainer):
+            self.callback.clip_in_search(self.trainer, model, optimizer)
+        self.own(model, optimizer)
+
+
+class _SecondClip(_Guard):
+    """`LightningModule.clip_gradients` ends here, with 0 where nothing is to be clipped."""
+
+    def __call__(self, optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any) -> None:
+        if clip_val > 0:
+            name = type(self.trainer.lightning_module).__name__
+            raise ConfigError(
+                f"{name} calls self.clip_gradients(gradient_clip_val={clip_val}) and GradientClipping clips too: the norm that is "
+                "measured second is that of clipped gradients. Take the call out, and give GradientClipping(max_norm=...) its threshold "
+                "(policy=distclip.FixedValue(...) for gradient_clip_algorithm='value')"
+            )
+        self.own(optimizer, clip_val, *args, **kwargs)
 
 
 def prepare(
@@ -93,34 +215,101 @@ def prepare(
     """A clipper for `modules`, as `fabric.setup` returned them, which `fabric.clip_gradients` uses from now on. A collective.
 
     `fabric.clip_gradients(module, optimizer, max_norm=...)` must be given the `max_norm` and `norm_type` of this clipper (any under a
-    `policy`); `clip_val=` works on sharded modules too. As in Fabric it clips what `optimizer` steps: several optimizers of one module
-    by a norm each, which a `policy` cannot serve. A step that is not finite is skipped on all ranks; `error_if_nonfinite=True`, which is
-    not the default here, raises instead. Under fp16 the scaler is updated once a round, when the next loss is scaled.
+    `policy`); `clip_val=` works on sharded modules too. As in Fabric it measures and clips exactly what `optimizer` holds at this call:
+    several optimizers of one module by a norm each, which a `policy` cannot serve. The clipper that is returned is that of the first
+    optimizer; others get one at their first call, which is a collective. A second `prepare` for a module takes the first one's place.
+    A step that is not finite is skipped on all ranks; `error_if_nonfinite=True`, which is not the default here, raises instead. Under
+    fp16 the scaler is updated once a round, when the next loss is scaled.
 
     Raises:
-        ConfigError: no module was given, or an option that cannot be honoured.
+        ConfigError: no module was given, or an option or strategy that cannot be honoured.
     """
     if not modules:
         raise ConfigError("prepare(fabric, module, max_norm=...) needs the module that fabric.setup returned")
     _refuse_grad_of(options)
+    _refuse_deepspeed(fabric.strategy, "module")
     clipper = GradClipper(list(modules), max_norm, policy=policy, **options)
     now = getattr(fabric.clip_gradients, "__self__", None)
     clipping = now if isinstance(now, _Clipping) else _Clipping(fabric)
-    for module in modules:
-        clipping.clippers[id(module)] = (module, clipper, max_norm, options)
+    clipping.take_over(_Prepared(modules, max_norm, float(options.get("norm_type", 2.0)), options, [_Part(clipper)]))
     fabric.clip_gradients = clipping.clip_gradients
     return clipper
+
+
+@dataclass
+class _Part:
+    """One of several optimizers of the same modules."""
+
+    clipper: GradClipper
+    held: frozenset[int] = frozenset()  # what the optimizer held at its last call, by identity
+
+
+@dataclass
+class _Prepared:
+    modules: tuple[nn.Module, ...]
+    max_norm: float | None
+    norm_type: float
+    options: dict[str, Any]
+    parts: list[_Part]  # the clipper that was returned is the first one's
+    values: dict[float, GradClipper] = field(default_factory=dict[float, GradClipper])
+
+    def has(self, module: nn.Module) -> bool:
+        """A LightningModule that runs under Fabric passes itself, without Fabric's wrapper."""
+        return any(module is own or module is getattr(own, "module", None) for own in self.modules)
+
+    def refuse_other(self, max_norm: float | None, norm_type: float) -> None:
+        if self.max_norm is not None and (max_norm != self.max_norm or norm_type != self.norm_type):
+            raise ConfigError(
+                f"clip_gradients was called with max_norm={max_norm}, norm_type={norm_type:g}, but distclip was prepared with "
+                f"max_norm={self.max_norm}, norm_type={self.norm_type:g}; make them equal"
+            )
+
+    def others(self, held: Mapping[int, Tensor]) -> list[Tensor]:
+        """The modules' parameters that the optimizer does not hold."""
+        own = {id(param): param for param in params_of(self.modules)}
+        strange = len(held.keys() - own.keys())
+        if strange:
+            raise ConfigError(
+                f"clip_gradients: the optimizer holds {strange} parameters of other modules, which Fabric would clip with these; prepare "
+                "all its modules together: prepare(fabric, module, other, max_norm=...)"
+            )
+        return [param for i, param in own.items() if i not in held]
+
+    def of(self, held: frozenset[int]) -> GradClipper:
+        """The clipper of the optimizer that holds these now: it may have got or lost some since its last call."""
+        for part in self.parts:
+            if not (part.held and held) or not part.held.isdisjoint(held):
+                part.held = held
+                return part.clipper
+        if self.max_norm is None:
+            raise ConfigError(
+                "clip_gradients: a second optimizer steps another part of the module, which has no policy of its own; prepare the module "
+                "with max_norm=, or each part as a module"
+            )
+        self.parts.append(_Part(GradClipper(list(self.modules), self.max_norm, **self.options), held))
+        return self.parts[-1].clipper
+
+    def of_value(self, bound: float) -> GradClipper:
+        if bound not in self.values:
+            if len(self.values) >= _BOUNDS:
+                self.values.clear()
+            rest = {k: v for k, v in self.options.items() if k not in ("groups", "sinks")}
+            self.values[bound] = GradClipper(list(self.modules), policy=FixedValue(bound), **rest)
+        return self.values[bound]
 
 
 class _Clipping:
     """What stands behind a fabric's `clip_gradients`."""
 
     def __init__(self, fabric: Fabric) -> None:
-        self.clippers: dict[int, tuple[nn.Module, GradClipper, float | None, dict[str, Any]]] = {}
-        self.parts: dict[tuple[int, frozenset[int], str], tuple[float, GradClipper]] = {}  # for one optimizer of several, and for values
+        self.prepared: list[_Prepared] = []
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.later = None if self.scaler is None else LaterUpdate(self.scaler)
+
+    def take_over(self, new: _Prepared) -> None:
+        self.prepared = [old for old in self.prepared if not any(old.has(module) for module in new.modules)]
+        self.prepared.append(new)
 
     def clip_gradients(
         self,
@@ -134,36 +323,21 @@ class _Clipping:
         """See `prepare`. One all-reduce; the norm before clipping, a 0-dim tensor, or None with `clip_val`."""
         if (clip_val is None) == (max_norm is None):
             raise ConfigError("clip_gradients: pass exactly one of clip_val and max_norm")
-        if id(module) not in self.clippers:
+        prepared = next((known for known in self.prepared if known.has(module)), None)
+        if prepared is None:
             raise ConfigError("clip_gradients: distclip does not know this module; call prepare(fabric, module, max_norm=...) for it")
-        _, clipper, known, options = self.clippers[id(module)]
+        held = stepped_by(optimizer)
+        others = prepared.others(held)
         if clip_val is not None:
-            clipper = self._of(module, optimizer, "value", float(clip_val), {"policy": FixedValue(float(clip_val))})
-        elif known is not None and (max_norm != known or float(norm_type) != float(options.get("norm_type", 2.0))):
-            raise ConfigError(
-                f"clip_gradients was called with max_norm={max_norm}, norm_type={norm_type:g}, but distclip was prepared with "
-                f"max_norm={known}, norm_type={float(options.get('norm_type', 2.0)):g}; make them equal"
-            )
-        elif _restricted(module, optimizer):
-            if known is None:
-                raise ConfigError(
-                    "clip_gradients: this optimizer steps a part of the module, which has no policy of its own; prepare the module with "
-                    "max_norm=, or each part as a module"
-                )
-            clipper = self._of(module, optimizer, "norm", known, {"max_norm": known})
-        with nullcontext() if self.later is None else self.later.clipping():
+            clipper = prepared.of_value(float(clip_val))
+        else:
+            prepared.refuse_other(max_norm, float(norm_type))
+            clipper = prepared.of(frozenset(held))
+        with set_aside(others), nullcontext() if self.later is None else self.later.clipping():
             report: ClipReport = clipper.clip_(optimizer, self.scaler)
         if error_if_nonfinite and bool(report.nonfinite):
             raise RuntimeError(f"the norm of the gradients is {float(report.total_norm)}; nothing was stepped (error_if_nonfinite=True)")
         return None if clip_val is not None else report.total_norm
-
-    def _of(self, module: nn.Module, optimizer: Any, kind: str, bound: float, rule: dict[str, Any]) -> GradClipper:
-        """A clipper for what this optimizer steps; made at the first call, which is a collective, and anew for another bound."""
-        key = (id(module), frozenset(map(id, _params(optimizer))), kind)
-        if key not in self.parts or self.parts[key][0] != bound:
-            rest = {k: v for k, v in self.clippers[id(module)][3].items() if k not in ("groups", "sinks")}
-            self.parts[key] = (bound, GradClipper(module, **rule, **_restricted(module, optimizer), **rest))
-        return self.parts[key][1]
 
 
 def _refuse_grad_of(options: dict[str, Any]) -> None:
@@ -171,12 +345,7 @@ def _refuse_grad_of(options: dict[str, Any]) -> None:
         raise ConfigError("grad_of=: Lightning steps what is in .grad; use GradClipper itself for gradients that are elsewhere")
 
 
-def _restricted(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The option by which a clipper of the model sees only what the optimizer steps; none where that is all."""
-    params = _params(optimizer)
-    stepped = {id(param) for param in params}
-    return {} if all(id(p) in stepped for p in model.parameters() if p.requires_grad) else {"grad_of": only(params)}
-
-
-def _params(optimizer: Any) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+def _refuse_deepspeed(strategy: Any, engine: str) -> None:
+    name = type(strategy).__name__
+    if "DeepSpeed" in name:
+        raise ConfigError(f"{name}: DeepSpeed steps by itself; call distclip.integrations.deepspeed.attach({engine}, ...)")

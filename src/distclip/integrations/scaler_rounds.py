@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def unscale(scaler: Any, optimizer: Any) -> None:
+    """`scaler.unscale_(optimizer)`, once a round: where it was called before there is nothing left to do."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "unscale_()" not in str(error):  # torch's two texts: called twice, or after step(), which the clip refuses by name
+            raise
+
+
 class LaterUpdate:
     """Puts `scaler.update()` off until the next loss is scaled.
 

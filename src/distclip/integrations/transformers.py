@@ -9,19 +9,27 @@ Written against transformers 5.23 and accelerate 1.15.
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
 
 from distclip import ConfigError, GradClipper, Policy
-from distclip.integrations.accelerate import expect, prepare
+from distclip.integrations import lacking
 
-_FILE = "distclip.pt"
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ModuleNotFoundError as error:
+    lacking(error, "transformers")
+try:
+    from distclip.integrations.accelerate import expect, prepare, release
+except ModuleNotFoundError as error:
+    lacking(error, "transformers", "accelerate")
 
 
 def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **options: Any) -> DistclipCallback:
@@ -30,7 +38,10 @@ def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **opti
     The threshold is `TrainingArguments.max_grad_norm`; 0 only measures, as in Trainer. With `policy` it is the policy that decides, and
     `max_grad_norm` only has to be positive. The training log gets, beside `grad_norm`, the latest `clip_coef` (the smallest, where there
     are groups), `clip_rate` (the share of steps since the last log that were clipped) and `clip_skipped` (how many were skipped).
-    The clipper's state is saved with each checkpoint and resumed with it.
+
+    The clipper's state goes in each checkpoint's `trainer_state.json`, wherever Trainer writes that, and comes back with the one that
+    Trainer resumes from. If that one has none, or one of another step, a RuntimeWarning says so and the clipper begins anew; it never
+    takes another run's. Each `train()` builds a clipper, which begins anew unless the training is resumed.
 
     Args:
         options: of `GradClipper`.
@@ -47,6 +58,8 @@ def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **opti
         raise ConfigError(f"max_grad_norm={trainer.args.max_grad_norm} tells Trainer not to clip; leave it at 1.0 when a policy is passed")
     callback = DistclipCallback(trainer, policy, options)
     trainer.add_callback(callback)
+    trainer.remove_callback(DistclipState)  # of a DistclipCallback that was taken out
+    trainer.add_callback(DistclipState())
     return callback
 
 
@@ -69,11 +82,14 @@ class DistclipCallback(TrainerCallback):
             trainer.accelerator, model, max_norm=norm if self.policy is None else None, policy=self.policy, **self.options
         )
         expect(trainer.accelerator, self.clipper, norm)
+        self._steps, self._clipped = 0, None
         # Trainer has a norm of its own for parameters on several meshes, which would pass distclip by
         if hasattr(trainer, "_mixed_mesh_grads"):
             trainer._mixed_mesh_grads = False
-        if state.global_step:
-            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE)
+        saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DistclipState)]
+        if len(saving) != 1:
+            raise ConfigError(f"this trainer has {len(saving)} DistclipState callbacks; leave the one that clip_with_distclip added")
+        saving[0].begin(self.clipper, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         report = None if self.clipper is None else self.clipper.last_report
@@ -83,18 +99,10 @@ class DistclipCallback(TrainerCallback):
         self._clipped = did if self._clipped is None else self._clipped + did
         self._steps += 1
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.clipper is not None and state.is_world_process_zero and folder.is_dir():
-            torch.save(self.clipper.state_dict(), folder / _FILE)
-
-    def _resume(self, file: Path) -> None:
-        if self.clipper is None:
-            return
-        if file.is_file():
-            self.clipper.load_state_dict(torch.load(file, weights_only=True))
-        else:
-            warnings.warn(f"{file} was not found: adaptive thresholds start anew", RuntimeWarning, stacklevel=2)
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Accelerate's own methods stand there again: a later `train()` without this callback is not clipped by distclip."""
+        if self.clipper is not None:
+            release(self.trainer.accelerator, self.clipper)
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         report = None if self.clipper is None else self.clipper.last_report
@@ -103,3 +111,73 @@ class DistclipCallback(TrainerCallback):
             logs |= {"clip_coef": float(report.coefs.min()), "clip_rate": clipped / self._steps, "clip_skipped": skipped}
             self._steps, self._clipped = 0, None
         self._own_log(logs, *args, **kwargs)
+
+
+class DistclipState(TrainerCallback, ExportableState):
+    """The clipper's state in `trainer_state.json`: Trainer asks for it when it writes one, and hands it back when it resumes.
+
+    A callback without arguments, since Trainer may put a new one of this class in its place when it resumes.
+    """
+
+    def __init__(self) -> None:
+        self.clipper: GradClipper | None = None
+        self.step = 0  # Trainer's
+        self._training: Any = None  # Trainer's state object, which each train() makes anew
+
+    def begin(self, clipper: GradClipper, state: Any) -> None:
+        """Training begins; `state` is Trainer's, empty or of the checkpoint that it resumes from."""
+        self.clipper, self.step, self._training = clipper, state.global_step, state
+        if state.global_step:
+            self._resume(clipper, state.stateful_callbacks.get(type(self).__name__), state.global_step)
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def _resume(self, clipper: GradClipper, kept: Any, step: int) -> None:
+        found = kept.get("attributes", {}) if isinstance(kept, dict) else {}
+        if found.get("record") and found.get("step") == step:
+            clipper.load_state_dict(_decoded(found["record"]))
+            return
+        what = f"that of step {found['step']}" if found.get("record") else "none"
+        warnings.warn(
+            f"the checkpoint of step {step} that training resumes from should hold the state of distclip's clipper in its "
+            f"trainer_state.json, and holds {what}: adaptive thresholds and counters begin anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into its JSON. Sends nothing: the clipper's state is the same on every rank."""
+        record = None if self.clipper is None else _encoded(self.clipper.state_dict())
+        return {"args": {}, "attributes": {"step": self.step, "record": record}}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state is not self._training:  # the callback that clips was taken out
+            self.clipper = None
+        self.step = state.global_step
+        if control.should_save:
+            self.keep(args, state)
+
+    def keep(self, args: Any, state: Any) -> None:
+        """For code that writes `trainer_state.json` by itself: Trainer asks only where it saves a checkpoint of its own."""
+        if args.should_save and state is self._training:
+            state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.keep(args, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:
+            self.keep(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.keep(args, state)
+
+
+def _encoded(state: dict[str, Any]) -> str:
+    """As text, bit for bit."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _decoded(text: str) -> dict[str, Any]:
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True, map_location="cpu")
