@@ -16,6 +16,8 @@ ORDER = [
     "groups",
     "fsdp1",
     "naming",
+    "newcomers",
+    "uneven",
     "placement",
     "exchange",
     "tables",
@@ -115,7 +117,13 @@ PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
 DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside.sharded"}
 DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts", "_layouts", "_speed")}  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
-TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "expected": {"DTensor"}, "fold": {"DTensor"}}
+TYPES_ONLY = {
+    "clipper": {"ProcessGroup"},
+    "collecting": {"DTensor"},
+    "expected": {"DTensor"},
+    "fold": {"DTensor"},
+    "uneven": {"Join", "Joinable"},
+}
 
 
 def module_name(path):
