@@ -15,6 +15,8 @@ ORDER = [
     "groups",
     "fsdp1",
     "naming",
+    "newcomers",
+    "uneven",
     "placement",
     "exchange",
     "tables",
@@ -132,6 +134,7 @@ DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {
     "clipper": {"ProcessGroup"},
+    "uneven": {"Join", "Joinable"},
 }
 
 

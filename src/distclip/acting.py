@@ -77,7 +77,7 @@ class Actor:
             grads.list.scale_(factors)
             if decision.clamped and (outcome.known is None or outcome.known.acts):
                 self._clamp_(outcome, grads)
-        if (others := call.others()) and call.hands.inverse is not None:
+        if call.hands.inverse is not None and (others := call.others()):
             GradList.of(others).scale_(call.hands.inverse.expand(len(others)))
 
     def _known_factors(self, call: Call, known: Known, present: Present, folded: frozenset[int]) -> float | list[float]:
@@ -141,4 +141,4 @@ class Actor:
 
 def taken_away(call: Call, members: Sequence[Tensor]) -> None:
     """A skipped step's gradients: the clipper's, and all others of the optimizers that were given."""
-    apply.drop([*members, *(p for owned in call.owned for p in owned.others)])
+    apply.drop([*members, *(p for owned in call.owned for p in owned.unclipped)])

@@ -7,21 +7,52 @@ inverse scale becomes a factor of the clip's own multiply, and what the scaler i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
-from torch.optim import Optimizer
 
 from distclip.errors import ConfigError
 
+# Their step forwards to the optimizer in `.optimizer` and does nothing else to parameters. They are known by name, since the frameworks
+# need not be installed.
+_FORWARDING = {
+    ("accelerate.optimizer", "AcceleratedOptimizer"),
+    ("lightning.pytorch.core.optimizer", "LightningOptimizer"),
+    ("pytorch_lightning.core.optimizer", "LightningOptimizer"),
+    ("lightning.fabric.wrappers", "_FabricOptimizer"),
+    ("lightning_fabric.wrappers", "_FabricOptimizer"),
+}
+# Where wrappers (Lookahead, schedules, SAM) and containers keep the optimizers that they step.
+_INSIDE = ("optimizer", "optimizers", "base_optimizer", "chained_optimizers", "optim")
 
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that a wrapper (Accelerate's, Lightning's) steps: a scaler knows it by its identity."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
+
+def unwrapped(optimizer: Any) -> list[Any]:
+    """`optimizer`, and what stands behind it while it is a framework's wrapper that only forwards; the last one is to be stepped.
+
+    Any other wrapper is the last one itself: what it does beside forwarding must happen, and a scaler keeps its records under it.
+    """
+    links = [optimizer]
+    while any((kind.__module__, kind.__qualname__) in _FORWARDING for kind in type(links[-1]).__mro__):
+        links.append(links[-1].optimizer)
+    return links
+
+
+def inside(optimizer: Any) -> list[Any]:
+    """Optimizers that a wrapper or a container of several keeps, at any depth."""
+    found: dict[int, Any] = {id(optimizer): optimizer}
+    holders = [optimizer]
+    for holder in holders:
+        for name in _INSIDE:
+            value = getattr(holder, name, None)
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            for item in items:
+                if id(item) not in found and hasattr(item, "param_groups") and callable(getattr(item, "step", None)):
+                    found[id(item)] = item
+                    holders.append(item)
+    return list(found.values())[1:]
 
 
 class Handshake:
@@ -29,28 +60,39 @@ class Handshake:
 
     Args:
         scaler: a `torch.amp.GradScaler` or `ShardedGradScaler`; None or a disabled one has nothing to say.
-        optimizers: innermost ones.
+        optimizers: as they were given, perhaps wrapped.
         device: where gradients are measured.
 
     Raises:
-        ConfigError: the scaler is of another kind, has scaled no loss yet, or has stepped an optimizer since its update.
+        ConfigError: the scaler is of another kind, has scaled no loss yet, or has stepped an optimizer since its update; it has unscaled
+            what is inside a wrapper, and not the wrapper.
     """
 
-    def __init__(self, scaler: Any, optimizers: Sequence[Optimizer], device: torch.device) -> None:
-        self.optimizers = tuple(optimizers)
+    def __init__(self, scaler: Any, optimizers: Sequence[Any], device: torch.device) -> None:
+        if scaler is not None and not hasattr(scaler, "is_enabled"):
+            raise ConfigError(
+                f"scaler= was given a {type(scaler).__name__}; it is a torch.amp.GradScaler, and optimizers stand before it: "
+                "step(optimizer, scaler=scaler), clip_(optimizer, scaler)"
+            )
         self.enabled = scaler is not None and bool(scaler.is_enabled())
         self._records: list[dict[str, Any]] = []
         self._found: list[tuple[Tensor, ...]] = []
         self.inverse: Tensor | None = None  # [] float64, on `device`
-        self.scaled = [False] * len(self.optimizers)  # whose gradients still carry the scale
+        self.scaled = [False] * len(optimizers)  # whose gradients still carry the scale
         if scaler is None or not self.enabled:
             return
-        if not self.optimizers:
+        if not optimizers:
             raise ConfigError("scaler= needs the optimizer too: a scaler keeps its records by optimizer; use clip_(optimizer, scaler)")
+        chains = [unwrapped(optimizer) for optimizer in optimizers]
+        within = [inside(links[-1]) for links in chains]
         try:
             lost = scaler._scale is None
-            self._records = [scaler._per_optimizer_states[id(optimizer)] for optimizer in self.optimizers]
-            stages = [record["stage"] for record in self._records]
+            known = scaler._per_optimizer_states
+            # under which of them the user's own unscale_ and step go is not known yet: all are told
+            records = [[known[id(o)] for o in links] for links in chains]
+            stages = [{record["stage"] for record in links} for links in records]
+            dealt_with = [[o for o in inner if known[id(o)]["stage"] is not OptState.READY] for inner in within]
+            self._records = [*chain.from_iterable(records), *(known[id(o)] for o in chain.from_iterable(within))]
             self._found = [tuple(record["found_inf_per_device"].values()) for record in self._records]
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(
@@ -59,9 +101,16 @@ class Handshake:
             ) from error
         if lost:
             raise ConfigError("this scaler has not scaled a loss yet; call scaler.scale(loss).backward() before clipping")
-        if OptState.STEPPED in stages:
+        if any(OptState.STEPPED in stage for stage in stages):
             raise ConfigError("scaler.step() was already called for this optimizer since scaler.update(); clip before it")
-        self.scaled = [stage is OptState.READY for stage in stages]
+        self.scaled = [stage == {OptState.READY} for stage in stages]
+        for k, (scaled, inner) in enumerate(zip(self.scaled, dealt_with, strict=True)):
+            if scaled and inner:
+                outer, name = type(chains[k][-1]).__name__, type(inner[0]).__name__
+                raise ConfigError(
+                    f"the scaler has unscaled the {name} inside optimizer {k} ({outer}), and knows nothing of the {outer} that was passed "
+                    f"here: gradients would be unscaled twice. Call scaler.unscale_() with the {outer}, or leave unscaling to the clipper"
+                )
         # on the scale's own device: scale() copies it to another without waiting, and the host would read it before it is there
         one = torch.ones((), dtype=torch.float32, device=scaler._scale.device)
         self.inverse = scaler.scale(one).double().reciprocal().to(device)

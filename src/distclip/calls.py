@@ -27,6 +27,7 @@ class Call:
     problem: ConfigError | None  # raised on all ranks once they agreed that they made this call
     patient: bool = False  # a loss scale will be lowered after a bad step: an error only after several
     of: Literal["grad", "param"] = "grad"  # what is measured
+    guards: bool = True  # what optimizers step beside what is clipped has to be finite
 
     @property
     def passive(self) -> bool:
@@ -56,11 +57,11 @@ class Call:
         return frozenset().union(*(o.pieces for o, scaled in zip(self.owned, self.hands.scaled, strict=True) if not scaled))
 
     def others(self) -> list[Tensor]:
-        """This rank's gradients that still carry the scale and that the clipper does not know: they are unscaled, and not clipped."""
-        if not self.hands.enabled:
-            return []
-        params = (p for o, scaled in zip(self.owned, self.hands.scaled, strict=True) if scaled for p in o.others)
-        return [local_tensor(p.grad) for p in params if p.grad is not None]
+        """This rank's gradients, each once, that the optimizers step and the clipper does not clip: without a scaler all of them, with one
+        those that still carry the scale."""
+        owned = zip(self.owned, self.hands.scaled, strict=True)
+        params = (p for o, scaled in owned if scaled or not self.hands.enabled for p in o.unclipped)
+        return list({id(p.grad): local_tensor(p.grad) for p in params if p.grad is not None}.values())
 
     def powers(self, pieces: Sequence[int], p: float, device: torch.device) -> Tensor | float | None:
         """What power sums are multiplied by: for all alike, or [pieces] float64; None where that is 1."""

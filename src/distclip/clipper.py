@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from distclip import fold
 from distclip.acting import Outcome, taken_away
-from distclip.amp import Handshake, innermost
+from distclip.amp import Handshake
 from distclip.calls import Call
 from distclip.collecting import GradOf, Grads
 from distclip.errors import ConfigError, GradientError
@@ -26,6 +26,7 @@ from distclip.guard import OnNonfinite
 from distclip.memory import Memory
 from distclip.naming import Params
 from distclip.options import Asked
+from distclip.owners import Owned, check_arguments, check_given, listed
 from distclip.placement import Declared, ReplicatedOver, Shared
 from distclip.policies import Policy
 from distclip.prepared import prepare
@@ -93,7 +94,7 @@ class GradClipper:
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
         self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch, partial_grads)
-        self._params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+        self._params = _lasting(params)
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
         if grad_of is not None and partial_grads == "reduce":
@@ -105,21 +106,26 @@ class GradClipper:
 
     # Set-up
 
-    def rebuild(self) -> None:
-        """A collective: read the parameters anew and agree on a new plan, after parameters were replaced or the world changed.
+    def rebuild(self, params: Params | None = None) -> None:
+        """A collective: read the parameters anew and agree on a new plan, after parameters joined or were replaced, or the world changed.
 
         The policy's state stays if the groups do; else it starts anew.
+
+        Args:
+            params: in place of those that were passed before. A module knows what it holds now; a list of pairs or parameters does not.
         """
+        params = self._params if params is None else _lasting(params)
         self._channel = Channel.over(self._process_group)
         self._writer.flush()
-        reading = read(self._params, self._asked, self._declared, self._channel, self._sinks)
+        reading = read(params, self._asked, self._declared, self._channel, self._sinks)
         self._writer = Writer(self._sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._adopt(reading)
+        self._params = params
 
     def _adopt(self, reading: Reading) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            self._now = now = prepare(reading, self._channel, self._grad_of)
+            self._now = now = prepare(reading, self._channel, self._grad_of, len(self._sinks or ()))
             old: Memory | None = getattr(self, "_memory", None)
             if old is not None and old.groups == now.plan.groups:
                 self._memory = old.moved(now.mixers)
@@ -134,7 +140,7 @@ class GradClipper:
 
     @torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler when distclip is imported
     @torch.no_grad()
-    def clip_(self, optimizer: Optimizer | Sequence[Optimizer] | None = None, scaler: Any = None, grad_scale: float = 1.0) -> ClipReport:
+    def clip_(self, optimizer: Optimizer | Iterable[Optimizer] | None = None, scaler: Any = None, grad_scale: float = 1.0) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce, on every rank.
 
         A step that is not finite is skipped by taking the gradients away (`.grad = None`), which every optimizer respects.
@@ -148,12 +154,11 @@ class GradClipper:
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before any gradient was touched.
         """
-        optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-        call = self._call("clip_", optimizers, scaler, grad_scale)
+        call = self._call("clip_", listed(optimizer), scaler, grad_scale)
         outcome = self._run(call, may_wait=self._now.propagates)
         if outcome.known is not None and outcome.known.skip:
             taken_away(call, self._reachable(call))
-        else:
+        elif call.problem is None:
             self._now.actor.act(call, outcome, frozenset())
         call.hands.tell(outcome.overflow, stepped=False)
         self._write(outcome.report)
@@ -179,14 +184,16 @@ class GradClipper:
         call = self._call("step", optimizers, scaler, grad_scale)
         folding = self._folding(call)
         outcome = self._run(call, len(folding) == len(call.owned) or self._now.propagates)
-        if outcome.known is None or not outcome.known.skip:
+        if call.problem is None and (outcome.known is None or not outcome.known.skip):
             self._now.actor.act(call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding)))
             for k, owned in enumerate(call.owned):
+                # a framework's wrapper would ask the scaler again
+                step = (owned.optimizer if call.hands.enabled else owned.given).step
                 if k in folding:
                     factor = self._now.actor.folded_factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
-                    fold.step_folded(owned.optimizer, factor, outcome.stop.float() if outcome.known is None else None)
+                    fold.step_folded(owned.optimizer, factor, outcome.stop.float() if outcome.known is None else None, step)
                 else:
-                    (owned.optimizer if call.hands.enabled else owned.given).step()
+                    step()
         call.hands.tell(outcome.overflow, stepped=True)
         if call.hands.enabled and update_scaler:
             scaler.update()
@@ -284,28 +291,38 @@ class GradClipper:
         if not self._steps.capturing():
             self._writer.write(report, late=self._steps.may_wait)
 
-    def _call(self, operation: str, optimizers: Sequence[Optimizer] = (), scaler: Any = None, grad_scale: float = 1.0) -> Call:
+    def _call(self, operation: str, optimizers: Sequence[Any] = (), scaler: Any = None, grad_scale: float = 1.0) -> Call:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one of them alone."""
-        inner = [innermost(optimizer) for optimizer in optimizers]
+        propagates = self._now.options.on_nonfinite == "propagate"
+        owned = tuple[Owned, ...]()
         problem: ConfigError | None = None
         hands: Handshake | None = None
         try:
             if operation == "step" and not optimizers:
                 raise ConfigError("step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()")
-            if len({id(optimizer) for optimizer in inner}) < len(inner):
-                raise ConfigError("step() was given one optimizer twice; it would step twice")
+            check_given(operation, optimizers)
+            owned = tuple(map(self._owned, optimizers))
+            if operation == "step":
+                check_arguments(owned)
             if not 0 < grad_scale < math.inf:
                 raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
-            hands = Handshake(scaler, inner, self._now.device)
-            if hands.enabled and self._now.options.on_nonfinite == "propagate":
+            hands = Handshake(scaler, optimizers, self._now.device)
+            if hands.enabled and propagates:
                 raise ConfigError(
                     "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that overflow must be skipped, else the "
                     "scaler never finds its scale; use 'skip'"
                 )
         except ConfigError as error:
             problem = error
-        hands = hands or Handshake(None, inner, self._now.device)
-        return Call(operation, tuple(map(self._now.owners.of, optimizers)), hands, float(grad_scale), problem)
+        hands = hands or Handshake(None, owned, self._now.device)
+        return Call(operation, owned, hands, float(grad_scale), problem, guards=not propagates)
+
+    def _owned(self, optimizer: Any) -> Owned:
+        owned = self._now.owners.of(optimizer)
+        if self._grad_of is None:
+            return owned
+        params = (self._now.members[i] for i in owned.pieces)
+        return replace(owned, hidden=tuple(p for p in params if p.grad is not None and self._grad_of(p) is None))
 
     def _folding(self, call: Call) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""
@@ -322,6 +339,7 @@ class GradClipper:
 
     def _run(self, call: Call, may_wait: bool) -> Outcome:
         self._decided = None
+        self._now.uneven.refuse(call.operation)
         if self._partials is not None and call.of == "grad":
             self._partials.reduce_(self._memory.step + 1)
         outcome = self._steps.run(call, may_wait)
@@ -350,3 +368,8 @@ class GradClipper:
 
     def _saved(self) -> Saved:
         return Saved(self._memory.step, self._now.judge.streak.length, self._memory.history, self._memory.state)
+
+
+def _lasting(params: Params) -> Params:
+    """What can be read again by `rebuild`: a generator is listed, a module or a list is taken as it will be then."""
+    return list(params) if isinstance(params, Iterator) else params

@@ -6,7 +6,7 @@ two attributes were made for GradScaler. They are set for one step and removed a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -41,10 +41,11 @@ def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
     return True
 
 
-def step_folded(optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None) -> None:
+def step_folded(optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None, step: Callable[[], object]) -> None:
     """`optimizer.step()` on gradients multiplied by `factor`; nothing moves where `stop` is above 0. No host sync.
 
     Args:
+        step: the optimizer's own, or that of a wrapper which forwards to it and keeps count.
         factor: [] float64, applied at float32; None is 1 (on the CPU a fused step with a factor is slower).
         stop: [] float32, or None where the step is known to be taken.
     """
@@ -55,7 +56,7 @@ def step_folded(optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None
             optimizer.grad_scale = factor.reciprocal().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
         if stop is not None:
             optimizer.found_inf = stop  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
+        step()
     finally:
         for name in ("grad_scale", "found_inf"):
             if hasattr(optimizer, name):

@@ -71,13 +71,35 @@ class Streak:
         )
 
     def error(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...]) -> NonFiniteError:
-        unknown = "only their sum overflows, or it is of a parameter that the clipper does not know"
-        who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)
         many = f" in {self.length} steps in a row (skip_limit={self.limit})" if self.length > 1 else ""
         return NonFiniteError(
-            f"step {step}: {_count(nonfinite)} not finite{many}: {who or unknown}. "
+            f"step {step}: {_count(nonfinite)} not finite{many}: {_who(culprits)}. "
             "Look at the loss, the data and the learning rate of that step; on_nonfinite='skip' leaves such steps out"
         )
+
+    def notice(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool) -> str:
+        """Of the first bad step of a streak."""
+        then = (
+            "The loss scale is lowered; it finds its height by such steps, and further ones are not told (report.skips counts them)"
+            if patient
+            else "Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
+        )
+        return f"step {step} is skipped: {_count(nonfinite)} not finite: {_who(culprits)}. {self._goes_on()}. {then}"
+
+    def spike_notice(self, step: int) -> str:
+        """Of the first step of a streak that a policy left out."""
+        return (
+            f"step {step} is skipped: its norm is so far from those before that the policy leaves it out. {self._goes_on()}. "
+            "Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
+        )
+
+    def _goes_on(self) -> str:
+        return f"Nothing was changed by it and training goes on; more than skip_limit={self.limit} such steps in a row are an error"
+
+
+def _who(culprits: tuple[Culprit, ...]) -> str:
+    named = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)
+    return named or "only their sum overflows, or it is of a parameter that the clipper does not know"
 
 
 def _count(tensors: int) -> str:

@@ -18,6 +18,7 @@ from distclip.guard import Streak, Verdict, judge
 from distclip.history import WINDOW
 from distclip.host import Mirror
 from distclip.measure import norm_of
+from distclip.owners import steps_more
 from distclip.plan import Plan
 from distclip.policies import describe
 from distclip.records import Culprit
@@ -49,6 +50,7 @@ class Judge:
     tolerance: float | None
     device: torch.device
     config: str
+    heard: bool  # the first rank has sinks, which report each step
     _told: set[str] = field(default_factory=set[str])  # warnings that were given
 
     def judge(self, seen: Seen, flags: Flags, watched: Watched, taken: int) -> tuple[Culprit, ...]:
@@ -76,20 +78,34 @@ class Judge:
                 "nothing",
                 "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad()",
             )
+        if "more" not in self._told and (more := steps_more(call.owned)):
+            self._warn("more", "; ".join(more))
         if verdict is not Verdict.NONFINITE:
             self._notice(watched, taken)
             if not watched.left_out:
                 self.streak.good()
             elif self.streak.spike():
                 raise self.streak.spike_error(step)
+            elif self.streak.length == 1 and not self.heard:
+                self._say(self.streak.spike_notice(step))
             return ()
-        must_raise = self.streak.bad(patient=call.hands.enabled or call.patient)
+        patient = call.hands.enabled or call.patient
+        must_raise = self.streak.bad(patient)
         culprits: tuple[Culprit, ...] = ()
         if self.streak.length == 1 or must_raise:
             culprits = audit.name_culprits(self.channel, self.plan, Mirror.now(seen.sums)[0], self.device)
         if must_raise:
             raise self.streak.error(step, int(flags.bad), culprits)
+        if self.streak.length == 1 and self.streak.mode != "propagate" and not self.heard:
+            self._tell_skip(step, int(flags.bad), culprits, patient)
         return culprits
+
+    def _tell_skip(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool) -> None:
+        """Nobody else tells of it. A loss scale that is looked for makes such steps all the time: then only the first is told."""
+        if patient:
+            self._warn("overflow", self.streak.notice(step, nonfinite, culprits, patient))
+        else:
+            self._say(self.streak.notice(step, nonfinite, culprits, patient))
 
     def compare(self, seen: Seen) -> None:
         """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by their norms where they are gone."""
@@ -125,7 +141,10 @@ class Judge:
         """Each kind once."""
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(text, RuntimeWarning, stacklevel=callers_level())
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        warnings.warn(text, RuntimeWarning, stacklevel=callers_level())
 
 
 def callers_level() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -59,6 +59,7 @@ class Found:
 
     named: list[Named] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)  # that were passed; none where parameters were
 
 
 def named_parameters(params: Params) -> Found:
@@ -72,8 +73,32 @@ def named_parameters(params: Params) -> Found:
     elif isinstance(params, Tensor):
         found = Found([Named("0", params, positional=True)])
     else:
-        found = _of_items(list(params))
+        found = _of_items(_listed(params))
     return _once(found)
+
+
+def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
+    """Where modules keep their parameters and children now."""
+    slots: list[Slot] = []
+    for module in modules:
+        for _ in _walk(module, "", (), slots, {}, seen=set()):
+            pass
+    return slots
+
+
+def _listed(params: Any) -> list[Any]:
+    if hasattr(params, "param_groups"):
+        raise ConfigError(
+            f"params is a {type(params).__name__}, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and the "
+            "optimizer to clipper.step(optimizer)"
+        )
+    if isinstance(params, Mapping):
+        raise ConfigError(f"params is a {type(params).__name__}; pass its (name, parameter) pairs: GradClipper(params.items(), ...)")
+    if not isinstance(params, Iterable) or isinstance(params, (str, bytes)):
+        raise ConfigError(
+            f"params is a {type(params).__name__}; pass an nn.Module, a list of modules, (name, parameter) pairs or parameters"
+        )
+    return list(params)
 
 
 def _of_items(items: list[Any]) -> Found:
@@ -98,7 +123,7 @@ def _of_modules(modules: list[nn.Module]) -> Found:
     walked = [_walk_all(module) for module in modules]
     names = Counter(named.name for found in walked for named in _distinct(found.named))
     prefix = any(count > 1 for count in names.values()) and len(modules) > 1
-    out = Found()
+    out = Found(modules=modules)
     for i, found in enumerate(walked):
         out.slots += found.slots
         for named in found.named:
@@ -165,4 +190,4 @@ def _once(found: Found) -> Found:
     twice = [name for name, count in Counter(n.name for n in kept).items() if count > 1]
     if twice:
         raise ConfigError(f"two different parameters are named {twice[0]!r}; pass (name, parameter) pairs with distinct names")
-    return Found(kept, found.slots)
+    return Found(kept, found.slots, found.modules)

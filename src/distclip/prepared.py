@@ -14,6 +14,7 @@ from distclip.deciding import Part, State, in_total, may_skip, split
 from distclip.exchange import Channel
 from distclip.guard import Streak
 from distclip.judging import Judge
+from distclip.newcomers import Newcomers
 from distclip.options import Options
 from distclip.owners import Owners
 from distclip.plan import Plan
@@ -21,6 +22,7 @@ from distclip.reading import Reading
 from distclip.records import Norms
 from distclip.sensing import Sensor
 from distclip.summary import Summary
+from distclip.uneven import UnevenInputs
 from distclip.units import Units
 from distclip.wire import Wire, extra_words
 
@@ -47,12 +49,16 @@ class Prepared:
     owners: Owners
     alike: list[frozenset[int]]  # [groups] identities of the parameters
     clamped: frozenset[int]  # groups whose elements are clamped
+    uneven: UnevenInputs
     propagates: bool  # every step is taken, whatever the norm
     mixers: Tensor  # [2, groups] int64: of the decision's hash
 
 
-def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepared:
+def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: int) -> Prepared:
     """A collective: a few small all-reduces.
+
+    Args:
+        sinks: how many there are on this rank; those of the first rank are written to.
 
     Raises:
         ConfigError: on all ranks alike: a policy answers otherwise than it must.
@@ -61,8 +67,8 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
     p, rules = options.norm_type, options.grouping.rules()
     parts = split(plan.groups, rules, options.policy, device)
     by_units = {g: part.policy for part in parts if hasattr(part.policy, "unit_coefs") for g in part.groups}
-    dtype = _report_dtype(members, channel, device)
-    bits = SINGLE if dtype == torch.float32 else DOUBLE
+    wide, heard = _agreed(members, sinks, channel, device)
+    dtype, bits = (torch.float64, DOUBLE) if wide else (torch.float32, SINGLE)
     units = Units(channel, plan, members, reading.ranges, by_units, bits, device) if by_units else None  # pyright: ignore[reportArgumentType]
     stats = sum(part.words * len(part.groups) for part in parts) + 2 * (units.cut if units else 0)
     plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
@@ -70,7 +76,8 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
     in_sum = in_total(plan.groups, rules)
     counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
     collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
-    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits)
+    newcomers = Newcomers(reading.found.modules, reading.found.slots, collector.grad_of)
+    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits, newcomers)
     first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
     decision = checked_answers(parts, idle, first)
@@ -80,12 +87,13 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
     draw = torch.Generator().manual_seed(1)
     return Prepared(
         options, plan, members, device, tolerance, parts, first, wire, sensor,
-        Judge(channel, plan, wire, parts, streak, tolerance, device, reading.config),
+        Judge(channel, plan, wire, parts, streak, tolerance, device, reading.config, heard),
         Actor(plan, units, wire.group),
         Summary(plan, options.watch, counted, torch.zeros(0, dtype=dtype, device=device)),
-        Owners(members, plan.group_of),
+        Owners(members, plan.group_of, by_tensor=not reading.found.modules),
         [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
         decision.clamped,
+        UnevenInputs(reading.found.modules if channel.size > 1 else ()),
         # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
         options.on_nonfinite == "propagate" and not may_skip(parts, idle, first),
         torch.randint(1 << 62, (2, wire.groups), generator=draw, device="cpu").bitwise_or(1).to(device),
@@ -108,10 +116,11 @@ def _idle(groups: int, words: int, p: float, device: torch.device) -> Norms:
     return Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), nothing.new_zeros(words), p)
 
 
-def _report_dtype(members: list[Tensor], channel: Channel, device: torch.device) -> torch.dtype:
-    """float64 where some rank has such parameters."""
+def _agreed(members: list[Tensor], sinks: int, channel: Channel, device: torch.device) -> tuple[bool, bool]:
+    """Whether some rank has float64 parameters, and whether the first rank has sinks. Set-up's last message."""
     wide = any(param.dtype in (torch.float64, torch.complex128) for param in members)
-    if channel.size > 1:
-        own = torch.tensor([int(wide)], device="cpu")
-        wide = bool(channel.slots(own, device, "the set-up's choice of the report's dtype").any())
-    return torch.float64 if wide else torch.float32
+    if channel.size == 1:
+        return wide, bool(sinks)
+    own = torch.tensor([int(wide), int(sinks > 0)], device="cpu")
+    told = channel.slots(own, device, "the set-up's choice of the report's dtype")
+    return bool(told[:, 0].any()), bool(told[0, 1])

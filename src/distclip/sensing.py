@@ -18,7 +18,8 @@ from distclip.deciding import Part
 from distclip.errors import GradientError
 from distclip.gradlist import GradList
 from distclip.measure import SUMMED, norm_of, rounded
-from distclip.owners import strangers
+from distclip.newcomers import Newcomers
+from distclip.owners import joined_later, strangers
 from distclip.placement import DEVICES, local_tensor
 from distclip.plan import Plan
 from distclip.policies import LocalGrads, LocalStats
@@ -66,6 +67,7 @@ class Sensor:
     device: torch.device
     config: str  # the options as a text, equal on all ranks
     bits: int  # of what policies see: see `measure.rounded`
+    newcomers: Newcomers
     _nothing: Tensor = field(init=False)  # [pieces]
     _none: Tensor = field(init=False)  # [0]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
@@ -95,6 +97,8 @@ class Sensor:
         try:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
             faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
+            # a parameter that was replaced, or joined the model, is named there: the optimizer's own list tells no more
+            faults = faults or self.newcomers.faults(of_params=call.of == "param") or joined_later(call.owned)
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
                 if grads.present.portion is not None and math.isfinite(self.wire.norm_type):
@@ -106,7 +110,7 @@ class Sensor:
                     units = self._stats(stats, grads, call.scales(grads.present.own, self.device))
         except Exception as error:
             faults = [*faults, f"{type(error).__name__}: {error}"]
-        message = self.wire.pack(sums, stats, self._words(sums, has, found, bool(faults), step, call, last))
+        message = self.wire.pack(sums, stats, self._words(sums, has, found, bool(faults or call.problem), step, call, last))
         return Seen(step, call, grads, faults, last, sums, has, units), message
 
     def _present(self, has: Tensor) -> Tensor:
@@ -138,15 +142,13 @@ class Sensor:
         return Grads(self._everything.present, GradList.of(local))
 
     def _found(self, call: Call) -> Tensor | None:
-        """[] float64 above 0: a scaler met inf or NaN here, or a gradient that the clipper does not know holds some."""
-        if not call.hands.enabled:
-            return None
-        found = call.hands.found(self.device)
-        others = call.others()
+        """[] float64 above 0: a scaler met inf or NaN here, or a gradient that is stepped and not clipped holds some."""
+        found = call.hands.found(self.device) if call.hands.enabled else None
+        others = call.others() if call.guards else []
         if not others:  # an empty answer lies on the CPU, and sending it would make the host wait
             return found
-        sums = GradList.of(others).power_sums(math.inf).to(self.device)
-        return torch.maximum(found, (~sums.isfinite()).sum())
+        bad = (~GradList.of(others).power_sums(math.inf).to(self.device).isfinite()).sum().double()
+        return bad if found is None else torch.maximum(found, bad)
 
     def _placed(self, grads: Grads, values: Tensor) -> Tensor:
         """[pieces]: the values of the list in their places, 0 elsewhere."""
