@@ -16,6 +16,7 @@ ORDER = [
     "groups",
     "fsdp1",
     "naming",
+    "unfinished",
     "placement",
     "exchange",
     "tables",
@@ -115,7 +116,13 @@ PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
 DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside.sharded"}
 DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts", "_layouts", "_speed")}  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
-TYPES_ONLY = {"clipper": {"ProcessGroup"}, "collecting": {"DTensor"}, "expected": {"DTensor"}, "fold": {"DTensor"}}
+TYPES_ONLY = {
+    "clipper": {"ProcessGroup"},
+    "collecting": {"DTensor"},
+    "expected": {"DTensor"},
+    "fold": {"DTensor"},
+    "unfinished": {"FSDPModule"},
+}
 
 
 def module_name(path):

@@ -65,7 +65,7 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None) -> Prepa
     in_sum = in_total(plan.groups, rules)
     counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
     collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
-    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config)
+    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, reading.wrappers)
     first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
     decision = checked_answers(parts, idle, first)

@@ -17,6 +17,7 @@ from distclip.options import Asked, Options, checked
 from distclip.placement import Declared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
 from distclip.records import Piece
+from distclip.unfinished import Wrapper, wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Reading:
     config: str  # the options as a text, equal on all ranks
     members: list[Tensor]  # [pieces] the parameters
     found: Found
+    wrappers: tuple[Wrapper, ...]  # modules that may leave gradients unfinished
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
@@ -39,6 +41,7 @@ class _Local:
     options: Options | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
     found: Found = field(default_factory=Found)
+    wrappers: tuple[Wrapper, ...] = ()
     members: list[Tensor] = field(default_factory=lambda: [])
     pieces: list[Piece] = field(default_factory=lambda: [])
     groups: list[str] = field(default_factory=lambda: [])
@@ -65,12 +68,13 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel) -> 
     counts = {pattern: _matches(pattern, local.pieces) for pattern in patterns}
     layers = None if watch is None else local.layers
     plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers)
-    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.ranges, plan, device)
+    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.wrappers, local.ranges, plan, device)
 
 
 def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel) -> None:
     local.options = options = checked(asked)
     local.found = found = named_parameters(params)
+    local.wrappers = wrappers(params)
     if channel.size > 1 and any(n.positional and not hasattr(n.param, "placements") for n in found.named):
         raise ConfigError(
             "bare parameters have no names, and their positions may mean different parameters on other ranks; "

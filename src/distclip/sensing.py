@@ -23,6 +23,7 @@ from distclip.plan import Plan
 from distclip.policies import LocalGrads, LocalStats
 from distclip.records import Norms
 from distclip.tables import key
+from distclip.unfinished import Wrapper, unfinished
 from distclip.units import Units, UnitStep
 from distclip.wire import Wire
 
@@ -64,6 +65,7 @@ class Sensor:
     in_total: Tensor | None  # [groups] bool: which groups count in the total; None where all do
     device: torch.device
     config: str  # the options as a text, equal on all ranks
+    wrappers: Sequence[Wrapper]  # modules that may leave gradients unfinished
     _nothing: Tensor = field(init=False)  # [pieces]
     _none: Tensor = field(init=False)  # [0]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
@@ -91,8 +93,10 @@ class Sensor:
         found = units = None
         grads, faults = self._everything, list[str]()
         try:
-            grads = self.collector.collect() if call.of == "grad" else self._parameters()
-            faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
+            faults = unfinished(self.wrappers) if call.of == "grad" else []
+            if not faults:  # else gradients may not even be where they will be
+                grads = self.collector.collect() if call.of == "grad" else self._parameters()
+                faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)

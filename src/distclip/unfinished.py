@@ -1,0 +1,75 @@
+"""Stage 3a: modules whose gradients `backward()` may leave unfinished until `finalize_backward()` is called. Sends nothing.
+
+torch 2.15 lets the caller of DDP and FSDP2 say when gradients are waited for; before it there is no such module. Pipeline schedules do so
+by themselves, and have finalized all stages when their `step` ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from distclip.naming import Params, strip
+
+_KINDS = tuple(kind for kind in (DistributedDataParallel, FSDPModule) if hasattr(kind, "finalize_backward"))
+
+
+class Wrapper(NamedTuple):
+    """A module that reduces the gradients of all that is in it."""
+
+    name: str
+    module: Any
+
+
+def wrappers(params: Params) -> tuple[Wrapper, ...]:
+    """The outermost ones in what the caller passed; of parameters without their modules none can be found."""
+    if not _KINDS or isinstance(params, Tensor):
+        return ()
+    modules = [params] if isinstance(params, nn.Module) else [m for m in params if isinstance(m, nn.Module)]
+    return tuple(wrapper for module in modules for wrapper in _outermost(module, "", seen=set()))
+
+
+def _outermost(module: nn.Module, path: str, seen: set[int]) -> Iterator[Wrapper]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, _KINDS):
+        yield Wrapper(strip(path) or "the model", module)
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _outermost(child, f"{path}.{key}" if path else key, seen)
+
+
+def unfinished(found: Sequence[Wrapper]) -> list[str]:
+    """What is wrong with gradients that are not final. Reads a flag of each module; nothing of a device."""
+    return [f"the gradients of {name} are not final: {remedy}" for name, module in found if (remedy := _remedy(module))]
+
+
+def _remedy(module: Any) -> str:
+    """Empty where gradients are final."""
+    if isinstance(module, DistributedDataParallel):
+        late = module.require_manual_backward_finalization and not _has_reduced(module)
+        handed_out = False
+    else:
+        context: Any = module._get_fsdp_state()._state_ctx  # the root's, from the first forward pass on
+        late, handed_out = context.manual_backward_finalization_active, context.gradient_reduction_pending
+    if handed_out:
+        return "call wait() of the handle that its finalize_backward(async_op=True) gave, before the clip"
+    if late:
+        return (
+            "it was told to wait for its finalize_backward() (manual backward finalization); call that after backward() and before the clip"
+        )
+    return ""
+
+
+def _has_reduced(module: DistributedDataParallel) -> bool:
+    try:
+        module._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True
