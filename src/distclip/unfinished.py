@@ -46,8 +46,13 @@ def _outermost(module: nn.Module, path: str, seen: set[int]) -> Iterator[Wrapper
 
 
 def unfinished(found: Sequence[Wrapper]) -> list[str]:
-    """What is wrong with gradients that are not final. Reads a flag of each module; nothing of a device."""
-    return [f"the gradients of {name} are not final: {remedy}" for name, module in found if (remedy := _remedy(module))]
+    """What is wrong with gradients that are not final, in one text. Reads a flag of each module; nothing of a device."""
+    late = [(name, remedy) for name, module in found if (remedy := _remedy(module))]
+    if not late:
+        return []
+    name, remedy = late[0]
+    more = f" ({len(late)} such modules in all)" if len(late) > 1 else ""
+    return [f"the gradients of {name} are not final{more}: {remedy}"]
 
 
 def _remedy(module: Any) -> str:
