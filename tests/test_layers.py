@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 
 # A file imports only from those above it. A new file gets its place here.
 ORDER = [
+    "versions",
     "errors",
     "records",
     "groups",
@@ -110,7 +111,7 @@ ORDER = [
 ]
 
 # Public as files: what stands below __init__ may use these too.
-PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
+PUBLIC_FILES = {"distclip.testing", "distclip.kernels", "distclip.versions"}
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
 DISTRIBUTED = {"records", "fsdp1", "naming", "placement", "exchange", "functional", "testing", "integrations.deepspeed_inside.sharded"}

@@ -28,10 +28,10 @@ class Reading:
     config: str  # the options as a text, equal on all ranks
     members: list[Tensor]  # [pieces] the parameters
     found: Found
-    wrappers: tuple[Wrapper, ...]  # modules that may leave gradients unfinished
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
+    wrappers: tuple[Wrapper, ...] = ()  # modules that may leave gradients unfinished
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel) -> 
     counts = {pattern: _matches(pattern, local.pieces) for pattern in patterns}
     layers = None if watch is None else local.layers
     plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers)
-    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.wrappers, local.ranges, plan, device)
+    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.ranges, plan, device, local.wrappers)
 
 
 def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel) -> None:

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-STARTING_S = 120.0  # until all ranks of a pool have met: on a busy machine the imports alone take long
+from distclip import versions
+
+STARTING_S = 300.0  # until all ranks of a pool have met: on a busy machine the imports alone take long
 
 
 class World:
@@ -44,7 +47,7 @@ class World:
         self._ranks: list[tuple[Any, Any, Path]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' store and stacks
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """`fn(*args)` on every rank, a function of a module that can be imported; the answers by rank.
 
         Raises:
@@ -154,7 +157,7 @@ def _serve(around: Surroundings, rank: int, size: int, store: Path, pipe: Any, l
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         torch.set_num_threads(1)
         file_store = dist.FileStore(str(store), size)
-        dist.init_process_group("gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=30))
+        dist.init_process_group("gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=300))
         answer: tuple[bool, Any] = (True, None)
         while True:
             pipe.send(answer)
@@ -167,6 +170,14 @@ def _serve(around: Surroundings, rank: int, size: int, store: Path, pipe: Any, l
                 answer = (True, fn(*args))
             except BaseException:
                 answer = (False, traceback.format_exc())
+
+
+def fully_shard(module: nn.Module, **options: Any) -> Any:
+    """torch's, whose gradients are means in torch 2.8 too: there gloo's reduce-scatter sums where FSDP2 asks it for the mean."""
+    sharded: Any = torch_fully_shard(module, **options)
+    if versions.before(2, 9):
+        sharded.set_force_sum_reduction_for_comms(True)  # FSDP2 divides by itself
+    return sharded
 
 
 class ThreadGroup(dist.ProcessGroup):
@@ -219,7 +230,7 @@ class _Meeting:
             raise self.missed() from None
 
 
-def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """`fn(group, *args)` on `size` threads as ranks; the answers by rank. A rank that raises ends the others' waiting.
 
     Raises:

@@ -5,11 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
-from distclip.testing import World
+from distclip.testing import World, fully_shard
 from parity.layouts import Pair
 
 SIZES = [3, 5, 4, 6, 2, 40, 3, 5, 7, 90, 4, 3, 6, 5]  # of each step's gradient; whole numbers, so that sums of squares are exact
