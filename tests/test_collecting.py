@@ -2,7 +2,6 @@
 
 import gc
 import math
-import weakref
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.utils._pytree import tree_map
+from torch.utils.weak import TensorWeakRef
 
 import distclip
 from distclip.collecting import Collector
@@ -150,7 +150,7 @@ def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
             clipper.measure()
     q.grad = torch.ones(4)
     assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
-    gone = weakref.ref(q.grad)
+    gone = TensorWeakRef(q.grad)
     q.grad = None
     gc.collect()
     assert gone() is None and norm(clipper) == 2.0
@@ -163,7 +163,7 @@ def test_gradients_are_not_kept_alive(act):
     optimizer, clipper = torch.optim.SGD([p], 0.1), distclip.GradClipper(named, 1.0)
     for _ in range(2):
         p.grad = torch.ones(1000)
-        seen = weakref.ref(p.grad)
+        seen = TensorWeakRef(p.grad)
         clipper.step(optimizer) if act == "step" else getattr(clipper, act)()
         p.grad = None
         gc.collect()
@@ -175,7 +175,7 @@ def test_old_optimizers_are_not_kept_alive():
     p, clipper = named[0][1], distclip.GradClipper(named, 1.0)
     optimizer = torch.optim.AdamW([p], 0.1)
     clipper.step(optimizer)
-    state = weakref.ref(optimizer.state[p]["exp_avg"])
+    state = TensorWeakRef(optimizer.state[p]["exp_avg"])
     del optimizer
     gc.collect()
     assert state() is None

@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 
 # A file imports only from those above it. A new file gets its place here.
 ORDER = [
+    "versions",
     "errors",
     "dtensor",
     "records",
@@ -17,6 +18,7 @@ ORDER = [
     "naming",
     "newcomers",
     "uneven",
+    "unfinished",
     "placement",
     "exchange",
     "tables",
@@ -116,7 +118,7 @@ ORDER = [
 ]
 
 # Public as files: what stands below __init__ may use these too.
-PUBLIC_FILES = {"distclip.testing", "distclip.kernels"}
+PUBLIC_FILES = {"distclip.testing", "distclip.kernels", "distclip.versions"}
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
 DISTRIBUTED = {

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 import distclip
-from distclip.testing import count_collectives
+from distclip.testing import count_collectives, fully_shard
 from parity.layouts import LAYOUTS, Pair, drawn, given, mesh, pair_grads, trained
 from parity.oracle import total_norm
 

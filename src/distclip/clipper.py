@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip import fold
+from distclip import fold, versions
 from distclip.acting import Outcome, taken_away
 from distclip.amp import Handshake
 from distclip.calls import Call
@@ -103,6 +103,8 @@ class GradClipper:
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
         self.rebuild()
+        if self._channel.rank == 0:
+            versions.tell()
 
     # Set-up
 

@@ -7,7 +7,7 @@ half a microsecond a parameter, and less where gradients are the tensors that th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
@@ -15,14 +15,17 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
-from distclip import kernels
+from distclip import kernels, versions
 from distclip.dtensor import dtensor_class
 from distclip.gradlist import PLAIN, GradList, is_block
 
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
 _SHAPE, _DTYPE, _SPEC, _LOCAL = attrgetter("shape"), attrgetter("dtype"), attrgetter("_spec"), attrgetter("_local_tensor")
 _ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
+# before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which torch warns of
+_Ref: Any = TensorWeakRef if versions.before(2, 10) else ref
 
 
 @dataclass(slots=True)
@@ -30,8 +33,8 @@ class _Met:
     """The gradients of the step before, not kept alive. One that is still the same tensor, with as many bytes at the same address, needs
     no other look: what `.data =` or `resize_` can make of a tensor shows in one of these."""
 
-    first: ref[Tensor]
-    all: list[ref[Tensor]]  # empty where the first was another one at the step before: then they are new at every step
+    first: Callable[[], Tensor | None]
+    all: list[Callable[[], Tensor | None]]  # empty where the first was another one at the step before: then they are new at every step
     sizes: list[int]  # bytes
     addresses: list[int]
     pointers: array[int]  # the same, as a kernel takes them
@@ -85,7 +88,7 @@ class Expected:
     def _met_again(self, given: list[Any]) -> GradList | None:
         """None where a gradient is another tensor than at the step before, or lies elsewhere."""
         met = self.met
-        if met is None or not met.all or not all(map(is_, map(ref.__call__, met.all), given)):
+        if met is None or not met.all or not all(map(is_, map(_Ref.__call__, met.all), given)):
             return None
         grads = self._locals(given)
         if list(map(_POINTER, grads)) != met.addresses or list(map(_BYTES, grads)) != met.sizes:
@@ -116,7 +119,7 @@ class Expected:
         if given:
             stay = self.met is not None and self.met.first() is given[0]
             sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
-            self.met = _Met(ref(given[0]), list(map(ref, given)) if stay else [], sizes, addresses, pointers)
+            self.met = _Met(_Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers)
         return GradList(grads, self.layout, pointers, self.odd)
 
     def _locals(self, given: list[Any]) -> list[Any]:

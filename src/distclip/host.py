@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Late(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)
+class Late(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
     """What the previous call left to be judged."""
 
     numbers: list[float]

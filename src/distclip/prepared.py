@@ -77,7 +77,7 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
     counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
     collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
     newcomers = Newcomers(reading.found.modules, reading.found.slots, collector.grad_of)
-    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits, newcomers)
+    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits, newcomers, reading.wrappers)
     first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
     decision = checked_answers(parts, idle, first)

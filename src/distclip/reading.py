@@ -18,6 +18,7 @@ from distclip.placement import Declared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
 from distclip.records import Piece
 from distclip.report import Sink, check_sinks
+from distclip.unfinished import Wrapper, wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Reading:
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
+    wrappers: tuple[Wrapper, ...] = ()  # modules that may leave gradients unfinished
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class _Local:
     options: Options | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
     found: Found = field(default_factory=Found)
+    wrappers: tuple[Wrapper, ...] = ()
     members: list[Tensor] = field(default_factory=lambda: [])
     pieces: list[Piece] = field(default_factory=lambda: [])
     groups: list[str] = field(default_factory=lambda: [])
@@ -68,12 +71,13 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sin
     counts = {pattern: _matches(pattern, local.pieces) for pattern in patterns}
     layers = None if watch is None else local.layers
     plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers)
-    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.ranges, plan, device)
+    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.ranges, plan, device, local.wrappers)
 
 
 def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel) -> None:
     local.options = options = checked(asked)
     local.found = found = named_parameters(params)
+    local.wrappers = wrappers(params)
     if channel.size > 1 and any(n.positional and not hasattr(n.param, "placements") for n in found.named):
         raise ConfigError(
             "bare parameters have no names, and their positions may mean different parameters on other ranks; "

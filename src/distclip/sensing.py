@@ -25,6 +25,7 @@ from distclip.plan import Plan
 from distclip.policies import LocalGrads, LocalStats
 from distclip.records import Norms
 from distclip.tables import key
+from distclip.unfinished import Wrapper, unfinished
 from distclip.units import Units, UnitStep
 from distclip.wire import Wire
 
@@ -68,6 +69,7 @@ class Sensor:
     config: str  # the options as a text, equal on all ranks
     bits: int  # of what policies see: see `measure.rounded`
     newcomers: Newcomers
+    wrappers: Sequence[Wrapper]  # modules that may leave gradients unfinished
     _nothing: Tensor = field(init=False)  # [pieces]
     _none: Tensor = field(init=False)  # [0]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
@@ -95,8 +97,10 @@ class Sensor:
         found = units = None
         grads, faults = self._everything, list[str]()
         try:
-            grads = self.collector.collect() if call.of == "grad" else self._parameters()
-            faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
+            faults = unfinished(self.wrappers) if call.of == "grad" else []
+            if not faults:  # else gradients may not even be where they will be
+                grads = self.collector.collect() if call.of == "grad" else self._parameters()
+                faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
             # a parameter that was replaced, or joined the model, is named there: the optimizer's own list tells no more
             faults = faults or self.newcomers.faults(of_params=call.of == "param") or joined_later(call.owned)
             if not faults and call.problem is None:

@@ -5,26 +5,38 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from distclip import versions
+
+STARTING_S = 300.0  # until all ranks of a pool have met: on a busy machine the imports alone take long
 
 
 class World:
-    """A pool of forked gloo ranks on this machine that stays up between calls.
+    """A pool of gloo ranks on this machine that stays up between calls.
+
+    Ranks do not descend from this process, which may have run a backward pass: torch's engine cannot be forked after that. They are forked
+    from one that has imported torch and computed nothing, and take over this process's environment, folder and filters of warnings as they
+    are when the ranks start. As with every process that `multiprocessing` does not fork from its caller, a script needs
+    `if __name__ == "__main__":` around what it does.
 
     Args:
         size: number of ranks; each uses one thread.
@@ -35,17 +47,21 @@ class World:
         self._ranks: list[tuple[Any, Any, Path]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' store and stacks
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-        """`fn(*args)` on every rank, a module-level function; the answers by rank.
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+        """`fn(*args)` on every rank, a function of a module that can be imported; the answers by rank.
 
         Raises:
-            AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout` seconds (their stacks). The pool is
-                then ended, and starts anew at the next call.
+            AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout` seconds (their stacks), which begin when
+                all ranks are up. The pool is then ended, and starts anew at the next call.
         """
         if not self._ranks:
             self._start()
+            self._answers(STARTING_S)
         for _, pipe, _ in self._ranks:
             pipe.send((fn, args))
+        return self._answers(timeout)
+
+    def _answers(self, timeout: float) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
         while len(answers) < self.size and time.monotonic() < end:
@@ -58,7 +74,7 @@ class World:
                     elif not process.is_alive():
                         raise EOFError
                 except (EOFError, OSError):  # the other end is closed
-                    process.join(5)
+                    process.join(30)
                     answers[rank] = (False, f"the process died, exit code {process.exitcode}")
                 if rank in answers and not answers[rank][0]:
                     end = min(end, time.monotonic() + 5)  # the others may be waiting for this one
@@ -91,35 +107,77 @@ class World:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="distclip-world-")
-        folder = Path(self._folder.name)
-        fork = multiprocessing.get_context("fork")
+        folder, fresh = Path(self._folder.name), fresh_processes()
         for rank in range(self.size):
-            ours, theirs = fork.Pipe()
+            ours, theirs = fresh.Pipe()
             log = folder / f"stack{rank}"
-            process = fork.Process(target=_serve, args=(rank, self.size, folder / "store", theirs, log), daemon=True)
+            place = (Surroundings.here(), rank, self.size, folder / "store", theirs, log)
+            process = fresh.Process(target=_serve, args=place, daemon=True)
             process.start()
+            theirs.close()
             self._ranks.append((process, ours, log))
 
     def _stack(self, rank: int) -> str:
+        """The latest call first, down to this file's own."""
         process, _, log = self._ranks[rank]
         os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.3)
-        return log.read_text().partition(" in _serve")[0].rpartition("\n")[0]  # the latest call first, down to this file's own
+        end = time.monotonic() + 10  # for ever where the process is stopped
+        while " in _serve" not in (said := log.read_text() if log.exists() else "") and time.monotonic() < end:
+            time.sleep(0.05)
+        return said.partition(" in _serve")[0].rpartition("\n")[0]
 
 
-def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
+def fresh_processes() -> Any:
+    """A context of `multiprocessing` whose processes have imported torch and share nothing else with this one: forked from a server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+class Surroundings(NamedTuple):
+    """What a forked process would have of its parent, for one that is not."""
+
+    environment: dict[str, str]
+    filters: list[Any]  # of warnings
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        return cls(dict(os.environ), list(warnings.filters))
+
+    def enter(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        warnings.filters[:] = self.filters  # pyright: ignore[reportIndexIssue]: a list, whatever its stub says
+        warnings._filters_mutated()  # pyright: ignore
+
+
+def _serve(around: Surroundings, rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
+    around.enter()
     with log.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         torch.set_num_threads(1)
         file_store = dist.FileStore(str(store), size)
-        dist.init_process_group("gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=30))
+        dist.init_process_group("gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=300))
+        answer: tuple[bool, Any] = (True, None)
         while True:
-            fn, args = pipe.recv()
+            pipe.send(answer)
             try:
+                asked = pipe.recv_bytes()
+            except EOFError:  # the process that asked is gone
+                return
+            try:
+                fn, args = pickle.loads(asked)
                 answer = (True, fn(*args))
             except BaseException:
                 answer = (False, traceback.format_exc())
-            pipe.send(answer)
+
+
+def fully_shard(module: nn.Module, **options: Any) -> Any:
+    """torch's, whose gradients are means in torch 2.8 too: there gloo's reduce-scatter sums where FSDP2 asks it for the mean."""
+    sharded: Any = torch_fully_shard(module, **options)
+    if versions.before(2, 9):
+        sharded.set_force_sum_reduction_for_comms(True)  # FSDP2 divides by itself
+    return sharded
 
 
 class ThreadGroup(dist.ProcessGroup):
@@ -148,6 +206,7 @@ class _Meeting:
         self.barrier = threading.Barrier(size)
         self.tensors: list[Tensor | None] = [None] * size
         self.result: Tensor | None = None
+        self.held = 0
 
     def reduce_(self, rank: int, tensor: Tensor, op: Any) -> None:
         self.tensors[rank] = tensor
@@ -159,16 +218,24 @@ class _Meeting:
         assert self.result is not None
         tensor.copy_(self.result)
         self._wait()
+        self.held += rank == 0
+
+    def missed(self) -> RuntimeError:
+        return RuntimeError(f"not all of {self.size} threads came within {self.timeout_s:g} s")
 
     def _wait(self) -> None:
         try:
             self.barrier.wait(self.timeout_s)
         except threading.BrokenBarrierError:
-            raise RuntimeError(f"not all of {self.size} threads came within {self.timeout_s:g} s") from None
+            raise self.missed() from None
 
 
-def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """`fn(group, *args)` on `size` threads as ranks; the answers by rank. A rank that raises ends the others' waiting."""
+def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    """`fn(group, *args)` on `size` threads as ranks; the answers by rank. A rank that raises ends the others' waiting.
+
+    Raises:
+        RuntimeError: some rank waits for others, or makes no further collective and does not end, for `timeout_s`.
+    """
     meeting = _Meeting(size, timeout_s)
     answers: list[Any] = [None] * size
     errors: list[BaseException] = []
@@ -184,7 +251,13 @@ def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout_s)
+        held = -1
+        while thread.is_alive() and held != meeting.held:
+            held = meeting.held
+            thread.join(timeout_s)
+    if not errors and any(thread.is_alive() for thread in threads):
+        meeting.barrier.abort()  # who waits there for the others ends too
+        errors.append(meeting.missed())
     if errors:
         raise errors[0]
     return answers

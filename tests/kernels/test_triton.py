@@ -1,6 +1,7 @@
 """The Triton kernels: what they compute, under triton's interpreter; what they become, compiled for GPUs that are not here."""
 
 import math
+import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,14 @@ class Elsewhere:
     """One process that stays up: the flag of triton's interpreter counts when a kernel is defined."""
 
     def __init__(self, **environment):
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), cases.start, (environment,))
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"))
+        before = dict(os.environ)
+        os.environ.update(environment)  # of the process from its start on: importing torch may import triton already
+        try:
+            self.pool.submit(os.getpid).result(timeout=240)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
     def run(self, function, *args):
         return self.pool.submit(function, *args).result(timeout=240)
@@ -151,9 +159,14 @@ def test_what_a_clamp_would_do(interpreted, p):
 
 
 def test_asking_does_not_import_triton():
-    show = "import sys; from distclip.kernels import triton_lists as t; print(t.available(), 'triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["True", "False"]
+    show = (
+        "import sys, torch.distributed.fsdp, torch.distributed.tensor; before = 'triton' in sys.modules\n"
+        "from distclip.kernels import triton_lists as t; print(before, t.available(), 'triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True, timeout=300)
+    if done.stdout.startswith("True"):
+        pytest.skip("this torch imports triton by itself")
+    assert done.stdout.split() == ["False", "True", "False"]
 
 
 TABLES = {"TYPES": 15, "CHUNK": cases.CHUNK, "BLOCK": cases.BLOCK}

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import mmap
-import os
 import re
 from array import array
 
@@ -18,10 +17,6 @@ from distclip.kernels.triton_lists import Layout
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK, BLOCK = 32768, 2048  # of triton_programs, compared with it in `sizes`
 COUNTS = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1)
-
-
-def start(environment):
-    os.environ.update(environment)
 
 
 def sizes():

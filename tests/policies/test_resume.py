@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
 from distclip import kernels
-from distclip.testing import World, count_collectives
+from distclip.testing import World, count_collectives, fully_shard
 from parity.layouts import mesh
 from parity.oracle import total_norm
 

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
+from distclip.testing import fully_shard
 from parity.layouts import mesh
 
 STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "pipeline")

@@ -15,6 +15,7 @@ from torch.distributed.constants import default_pg_nccl_timeout, default_pg_time
 
 import distclip
 import distclip.kernels
+import distclip.versions
 from distclip.cli.doctor_records import CannotRun, Place, Result, by_value, spans
 
 PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
@@ -66,6 +67,7 @@ def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
         "backend": backend,
         "distclip": distclip.__version__,
         "torch": torch.__version__,
+        "note": distclip.versions.note(torch.__version__) or "none",
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda or "none",

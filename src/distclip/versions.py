@@ -1,0 +1,38 @@
+"""The releases of torch that distclip's tests were run with. `docs/compatibility.md` has the counts; `launch/matrix.sh` writes it."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+
+RUN = ("2.8.0", "2.9.1", "2.11.0", "2.13.0", "2.14.1", "2.15.0")
+
+
+def note(release: str) -> str:
+    """What there is to say of a torch of which no release of the same series (2.13 of 2.13.1+cu130) was run; else an empty text."""
+    series = [_series(run) for run in RUN]
+    if _series(release) in series:
+        return ""
+    return (
+        f"distclip's tests were run with torch {', '.join(series)}, and not with {release}. It is likely to work: `distclip doctor` checks "
+        "it on this machine, launch/matrix.sh runs the tests"
+    )
+
+
+@lru_cache(maxsize=1)
+def tell() -> None:
+    """Once a process, by the logger `distclip`: a warning of Python's would end programs that turn those into errors."""
+    said = note(torch.__version__)
+    if said:
+        logging.getLogger("distclip").warning(said)
+
+
+def before(*series: int) -> bool:
+    """`before(2, 10)`: whether this torch is older than 2.10."""
+    return tuple(map(int, _series(torch.__version__).split("."))) < series
+
+
+def _series(release: str) -> str:
+    return ".".join(release.partition("+")[0].split(".")[:2])
