@@ -18,6 +18,7 @@ from parity.layouts import given, mesh
 from parity.oracle import NORMS, total_norm
 
 OURS, TORCHS = distclip, torch.nn.utils
+INF = math.inf
 
 
 def params(*shapes, dtype=torch.float32, seed=0, size=1.0):
@@ -58,6 +59,25 @@ def test_orders_that_only_torch_knows(p):
     torch.testing.assert_close(grads(ours), grads(torchs))
 
 
+@pytest.mark.parametrize("p", [9, 30.0, INF, "inf"])
+@pytest.mark.parametrize("size", [1e-3, 1.0])  # torch's powers of small numbers vanish in float32
+def test_high_orders(p, size):
+    ps = params((5, 3), (7,), size=size)
+    want = total_norm(grads(ps), float(p))
+    assert OURS.clip_grad_norm_(ps, want / 2, p).item() == pytest.approx(want, rel=1e-6)
+    assert total_norm(grads(ps), float(p)) == pytest.approx(want / 2 / (1 + 1e-6 / want), rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [0, -1.0, -INF, "-inf", math.nan])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_orders_beyond_those_of_the_clipper_on_plain_tensors(p, size):
+    ours, torchs = params((5, 3), (7,), size=size), params((5, 3), (7,), size=size)
+    torch.testing.assert_close(OURS.get_total_norm(grads(ours), p), TORCHS.get_total_norm(grads(torchs), p), equal_nan=True)
+    OURS.clip_grad_norm_(ours, size / 2, p)
+    TORCHS.clip_grad_norm_(torchs, size / 2, p)
+    torch.testing.assert_close(grads(ours), grads(torchs), equal_nan=True)
+
+
 @pytest.mark.parametrize("how", [lambda ps: ps[0], lambda ps: (p for p in ps), tuple, list])
 def test_what_may_be_passed(how):
     ours, torchs = params((5, 3)), params((5, 3))
@@ -81,8 +101,9 @@ def test_nothing_to_clip():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             functions.clip_grad_norm_((p for p in []), 1.0)
+            functions.clip_grad_norm_(filter(None, []), 1.0)  # of other iterables torch says nothing
         said.append([str(w.message) for w in caught])
-    assert said[0] == said[1]
+    assert said[0] == said[1] and len(said[0]) == 1
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -232,6 +253,60 @@ def test_mixed_meshes_and_plain_tensors(ranks, p):
         assert after == pytest.approx(want / 2, rel=1e-5)
 
 
+ODD = [0, 0.0, -1.0, -2, -INF, math.nan, "-inf", "nan"]
+
+
+def odd_orders(among):
+    """What is said, and what became of the gradients, for DTensors alone or with a plain tensor beside them."""
+    _, a = given("a", 8, 3, on=mesh(4), place=[Shard(0)])
+    _, b = given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])
+    _, c = given("c", 5)
+    ps = {"one": [a], "two meshes": [a, b], "plain beside": [c, a]}[among]
+    before = [p.grad.full_tensor().clone() if isinstance(p.grad, DTensor) else p.grad.clone() for p in ps]
+    texts = []
+    for p in ODD:
+        with CommDebugMode() as seen:
+            for call, arguments in ((OURS.clip_grad_norm_, (ps, 0.5)), (OURS.get_total_norm, ([x.grad for x in ps],))):
+                try:
+                    texts.append(float(call(*arguments, norm_type=p)))
+                except ValueError as error:
+                    texts.append(str(error))
+        assert seen.get_total_counts() == 0, "nothing is sent"
+    after = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in ps]
+    return texts, all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("among", ["one", "two meshes", "plain beside"])
+def test_orders_that_are_refused_on_dtensors(ranks, among):
+    for texts, untouched in ranks.run(odd_orders, among):
+        assert untouched and texts == [
+            f"norm_type={float(p)}: on DTensors the order of a norm must be positive, or math.inf; others are known on plain tensors "
+            "alone (gather these by full_tensor())"
+            for p in ODD
+            for _ in range(2)
+        ]
+
+
+def high_orders(p, size):
+    """Norm and clipped gradients of DTensors with a plain tensor among them, beside torch's of whole tensors."""
+    ps = [given("a", 8, 3, on=mesh(4), place=[Shard(0)])[1], given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])[1]]
+    ps += [given("c", 5)[1]]
+    for x in ps:
+        x.grad = x.grad * size
+    plain = [nn.Parameter(torch.zeros(x.shape)) for x in ps]
+    for x, y in zip(ps, plain):
+        y.grad = (x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad).clone()
+    rows = [float(OURS.clip_grad_norm_(ps, size / 2, p)), float(TORCHS.clip_grad_norm_(plain, size / 2, p))]
+    after = [(x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad) / size for x in ps]
+    return rows, max(float((x - y.grad / size).abs().max()) for x, y in zip(after, plain))
+
+
+@pytest.mark.parametrize("p, size", [(9, 1.0), (9, 1e-3), (20.0, 1.0), (30.0, 0.1), ("inf", 1e-3)])
+def test_high_orders_and_texts_on_dtensors_are_as_on_whole_tensors(ranks, p, size):
+    for (ours, torchs), off in ranks.run(high_orders, p, size):
+        assert ours == pytest.approx(torchs, rel=1e-5) and ours > size / 2 and off <= 1e-5
+
+
 def nan_on(rank, p):
     _, x = given("a", 8, on=mesh(4), place=[Shard(0)])
     if dist.get_rank() == rank:
@@ -272,3 +347,83 @@ def test_what_cannot_be_known_is_refused(ranks):
             "a gradient of shape (4,) has placements (Partial(sum),): Partial sums that are not reduced yet; before clipping: "
             "p.grad = p.grad.redistribute(placements=p.placements)",
         ]
+
+
+# In torch's place
+
+CLIP_GRAD = torch.nn.utils.clip_grad
+HELD = {name: getattr(torch.nn.utils, name) for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")}
+PLACES = [(torch.nn.utils, name, name) for name in HELD]
+PLACES += [(CLIP_GRAD, name, name) for name in ("clip_grad_norm_", "clip_grad_value_")]
+# torch's clip_grad_norm_ calls the other two by these names
+PLACES += [(CLIP_GRAD, f"_{name}", name) for name in ("get_total_norm", "clip_grads_with_norm_") if hasattr(CLIP_GRAD, f"_{name}")]
+
+
+@pytest.fixture(params=[*range(len(PLACES)), "all"], ids=[*(f"{m.__name__}.{n}" for m, n, _ in PLACES), "all"])
+def in_torchs_place(request, monkeypatch):
+    for module, name, ours in PLACES if request.param == "all" else [PLACES[request.param]]:
+        monkeypatch.setattr(module, name, getattr(distclip, ours))
+
+
+def on_meta(*shapes):
+    ps = [nn.Parameter(torch.zeros(shape, device="meta")) for shape in shapes]
+    for p in ps:
+        p.grad = torch.zeros_like(p)
+    return ps
+
+
+def nonfinite(functions):
+    ps = params((3,))
+    ps[0].grad[1] = math.nan
+    functions["clip_grad_norm_"](ps, 1.0, error_if_nonfinite=True)
+
+
+WAYS = {
+    "empty generator": lambda f: f["clip_grad_norm_"]((p for p in []), 1.0),
+    "empty filter": lambda f: f["clip_grad_norm_"](filter(None, []), 1.0),
+    "empty list": lambda f: f["clip_grad_norm_"]([], 1.0),
+    "no gradients": lambda f: f["clip_grad_norm_"]([nn.Parameter(torch.zeros(2))], 1.0),
+    "plain": lambda f: [f["clip_grad_norm_"](ps := params((5,), (2, 2)), 0.5), *grads(ps)],
+    "order 0": lambda f: [f["clip_grad_norm_"](ps := params((5,), (2, 2)), 0.5, 0.0), *grads(ps)],
+    "order -inf": lambda f: f["get_total_norm"](grads(params((5,), (2, 2))), -INF),
+    "meta": lambda f: f["clip_grad_norm_"](on_meta((5,), (2, 2)), 0.5).device,
+    "meta, each": lambda f: f["clip_grad_norm_"](on_meta((5,)), 0.5, foreach=False).device,
+    "meta, norm": lambda f: f["get_total_norm"]([p.grad for p in on_meta((5,))]).device,
+    "meta, value": lambda f: f["clip_grad_value_"](on_meta((5,), (2, 2)), 0.5),
+    "meta, scale": lambda f: f["clip_grads_with_norm_"](on_meta((5,)), 0.5, torch.ones((), device="meta")),
+    "value": lambda f: [f["clip_grad_value_"](ps := params((5,), (2, 2)), 0.5), *grads(ps)],
+    "not finite": nonfinite,
+    "not finite, order -1": lambda f: f["get_total_norm"]([torch.tensor([math.nan, 1.0])], -1.0, True),
+}
+
+
+def outcome(way, functions):
+    """What a way ends in: the values, or the error's words, and what is warned of."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            values = way(functions)
+        except Exception as error:
+            values = f"{type(error).__name__}: {error}"
+    return values, [str(warning.message) for warning in said]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_in_torchs_place_they_never_come_back_to_themselves(in_torchs_place, way):
+    """By torch's names, and by torch's own functions, which find distclip's under those names."""
+    looked_up = {name: getattr(torch.nn.utils, name) for name in HELD}
+    for functions in (looked_up, HELD):
+        seen, told = outcome(way, functions)
+        with pytest.MonkeyPatch.context() as back:
+            for module, name, ours in PLACES:
+                back.setattr(module, name, HELD[ours])
+            want, said = outcome(way, HELD)
+        assert told == said and "Recursion" not in str(seen)
+        if isinstance(want, (str, torch.device, type(None))):
+            assert seen == want
+        else:
+            torch.testing.assert_close(seen, want)
+
+
+def test_put_back_all_is_as_before():
+    assert all(getattr(module, name) is HELD[ours] for module, name, ours in PLACES)

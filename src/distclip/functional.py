@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import utils as torch_utils
+from torch.nn.utils import clip_grad_norm_ as torchs_clip_grad_norm_
+from torch.nn.utils import clip_grad_value_ as torchs_clip_grad_value_
+from torch.nn.utils import clip_grads_with_norm_ as torchs_clip_grads_with_norm_
+from torch.nn.utils import get_total_norm as torchs_get_total_norm
 
 from distclip.dtensor import dtensor_class, is_dtensor
 from distclip.errors import ConfigError, PlacementError
@@ -21,6 +25,7 @@ from distclip.placement import DEVICES, local_tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+# torch's functions are bound above and not looked up: a call of `torch.nn.utils.x` would come back here where distclip's stand in its place
 TensorOrTensors: TypeAlias = "Tensor | Iterable[Tensor]"
 
 
@@ -36,14 +41,14 @@ def clip_grad_norm_(
         The norm before clipping: a Replicate DTensor if all gradients are DTensors of one mesh, else a 0-dim tensor.
 
     Raises:
-        ConfigError (a ValueError): `max_norm` is negative or NaN.
+        ConfigError (a ValueError): `max_norm` is negative or NaN; `norm_type` is 0, negative or NaN and there are DTensors (on plain
+            tensors alone such orders are left to torch).
         PlacementError: an FSDP1 shard, whose norm this function cannot know; or a Partial gradient.
         RuntimeError: torch's, for a norm that is not finite, with `error_if_nonfinite`.
     """
-    generator = not isinstance(parameters, (Tensor, Sequence))
     params = _listed(parameters)
-    if not params and generator:
-        return torch_utils.clip_grad_norm_((p for p in params), max_norm)  # torch's own warning
+    if not params and isinstance(parameters, GeneratorType):
+        return torchs_clip_grad_norm_((p for p in params), max_norm)  # torch's own warning
     max_norm = float(max_norm)
     if math.isnan(max_norm) or max_norm < 0:
         raise ConfigError(f"max_norm={max_norm!r} is not a threshold: a negative one would turn gradients around; pass 0 or more")
@@ -70,11 +75,17 @@ def _total_norm(given: list[Tensor], p: float, error_if_nonfinite: bool, foreach
     if not given:
         return torch.tensor(0.0)
     sharded = [t for t in given if is_dtensor(t)] if dtensor_class() in set(map(type, given)) else []
-    if not sharded and (not _here(given) or not 0 < p <= math.inf):
-        return torch_utils.get_total_norm(given, p, error_if_nonfinite, foreach)
+    known = 0 < p <= math.inf
+    if not _here(given) or not (known or sharded):
+        return torchs_get_total_norm(given, p, error_if_nonfinite, foreach)
+    if not known:
+        raise ConfigError(
+            f"norm_type={p}: on DTensors the order of a norm must be positive, or math.inf; others are known on plain tensors alone "
+            "(gather these by full_tensor())"
+        )
     norm = _global_norm(sharded, [t for t in given if not is_dtensor(t)] if sharded else given, p)
     if error_if_nonfinite and not _whole(norm).isfinite():
-        torch_utils.get_total_norm([_whole(norm)], p, error_if_nonfinite=True)  # raises, in torch's words
+        torchs_get_total_norm([_whole(norm)], p, error_if_nonfinite=True)  # raises, in torch's words
     return norm
 
 
@@ -88,7 +99,7 @@ def _scale_(params: list[Tensor], grads: list[Tensor], max_norm: float, total_no
     if not grads:
         return
     if not _here(grads):
-        torch_utils.clip_grads_with_norm_(params, max_norm, total_norm, foreach)
+        torchs_clip_grads_with_norm_(params, max_norm, total_norm, foreach)
         return
     coef = (max_norm / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
     on_host = coef.device.type == "cpu"
@@ -106,7 +117,7 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
     if math.isnan(value) or value < 0:
         raise ConfigError(f"clip_value={clip_value!r} is not a bound; pass 0 or more")
     if not _here(grads):
-        torch_utils.clip_grad_value_(params, clip_value, foreach)
+        torchs_clip_grad_value_(params, clip_value, foreach)
         return
     if not grads:
         return
