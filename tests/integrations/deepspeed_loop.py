@@ -319,7 +319,7 @@ def skipping():
     """A spike that the policy leaves out, and a gradient that is not finite."""
     spikes = distclip.SkipSpikes(distclip.FixedNorm(0.05), factor=20.0, warmup=2)
     engine, clipper = started(None, policy=spikes, momentum=0.9)
-    out = {"moved": [], "skipped": [], "scale": [], "engine": [], "nonfinite": []}
+    out = {"moved": [], "skipped": [], "scale": [], "engine": [], "nonfinite": [], "norms": []}
     x, y = batch()
     for factor in (1.0, 1.0, 1.0, 300.0, 1.0, math.inf, 1.0):
         before = masters(engine)
@@ -328,6 +328,7 @@ def skipping():
         out["skipped"].append(bool(clipper.last_report.skipped))
         out["nonfinite"].append(int(clipper.last_report.nonfinite) > 0)
         out["engine"].append(engine.skipped_steps)
+        out["norms"].append([float(clipper.last_report.total_norm), engine.get_global_grad_norm()])
         if DTYPE == "fp16":
             out["scale"].append(loss_scale(engine))
     return out
@@ -368,6 +369,10 @@ def missing():
 
 def unsupported():
     texts, cases = [], []
+    model = net()
+    experts, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
+    experts.has_moe_layers = True  # what DeepSpeed notes where it finds its MoE layers
+    cases.append(lambda: attach(experts, 0.1))
     model, extra = net(), torch.nn.Parameter(torch.zeros(3))
     if STAGE[0] == "0":  # from stage 1 on DeepSpeed itself cannot take a parameter that is not in the model
         optimizer = torch.optim.SGD([*model.parameters(), extra], 1.0)

@@ -20,7 +20,7 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FRAMEWORKS})
+    return sorted({*_FRAMEWORKS, *(name for name in globals() if name.startswith("__"))})
 
 
 def lacking(error: ModuleNotFoundError, framework: str, needs: str | None = None) -> NoReturn:

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import deepspeed
 from torch import Tensor
 
 from distclip import PRIVATE, ConfigError, GradClipper, Policy
+from distclip.integrations import lacking
 from distclip.integrations.deepspeed_inside import (
     KINDS,
     OF_ENGINE,
@@ -28,6 +28,11 @@ from distclip.integrations.deepspeed_inside import (
     own_clipping,
     unsupported,
 )
+
+try:
+    import deepspeed
+except ModuleNotFoundError as error:
+    lacking(error, "deepspeed")
 
 _OPTIONS = ("norm_type", "groups", "on_nonfinite", "drift_tolerance", "skip_limit", "sinks")
 
@@ -42,7 +47,8 @@ def attach(
     coefficient and inverse loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a policy leaves
     out (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and no learning-rate scheduler moves.
 
-    `engine.get_global_grad_norm()` is the report's `total_norm`; the report itself is `clipper.last_report`. Save
+    `engine.get_global_grad_norm()` is the report's `total_norm`, and inf at a step that is not finite, as DeepSpeed has it (the report
+    tells NaN from inf); the report itself is `clipper.last_report`. Save
     `clipper.state_dict()` in `client_state` of `engine.save_checkpoint`.
 
     Args:
@@ -97,7 +103,8 @@ def _checked_kind(engine: Any) -> type[Inside]:
 
 def _refuse_unsupported(found: Sequence[str]) -> None:
     if found:
-        raise ConfigError(f"attach: this engine has {found[0]}, which distclip does not support under DeepSpeed")
+        what, _, instead = found[0].partition("; ")
+        raise ConfigError(f"attach: this engine has {what}, which distclip does not support under DeepSpeed: {instead}")
 
 
 def _refuse_missing(lost: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ scale is read before it moves, since gradients carry the one of their backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ OF_ENGINE = (
     "fp16_enabled", "dynamic_loss_scale", "gradient_clipping", "_config.gradient_clipping", "skipped_steps", "get_global_grad_norm",
 )  # fmt: skip
 
+_OWN_CLIPPING = (
+    'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train such a model under FSDP2 with its experts, '
+    "stages or tensor-parallel parts as torch has them, where GradClipper(model, ...) knows them"
+)
+
 
 def missing(holder: Any, names: Sequence[str]) -> list[str]:
     """Those of the dotted names that `holder` has not, each behind its class."""
@@ -36,13 +42,14 @@ def missing(holder: Any, names: Sequence[str]) -> list[str]:
 
 
 def unsupported(engine: Any) -> list[str]:
-    """What this engine has, of whatever kind, that distclip cannot clip under."""
+    """What this engine has, of whatever kind, that distclip cannot clip under, and what serves instead."""
+    muon = "muon" in type(engine.basic_optimizer).__name__.lower()
     found = {
-        "a model-parallel mpu": engine.mpu is not None,
-        "mixture-of-experts layers": engine.has_moe_layers,
-        "pipeline parallelism": engine.pipeline_parallelism,
-        "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None,
-        "Muon with fp16": engine.fp16_enabled() and "muon" in type(engine.basic_optimizer).__name__.lower(),
+        f"a model-parallel mpu; {_OWN_CLIPPING}": engine.mpu is not None,
+        f"DeepSpeed's mixture-of-experts layers; {_OWN_CLIPPING}": engine.has_moe_layers,
+        f"pipeline parallelism; {_OWN_CLIPPING}": engine.pipeline_parallelism,
+        "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16": engine.torch_autocast_z0_gradscaler is not None,
+        "Muon with fp16; use bf16": engine.fp16_enabled() and muon,
     }
     return [what for what, has in found.items() if has]
 
@@ -159,7 +166,8 @@ class Inside:
             self._grads.clear()
             report = self.clipper.last_report
             if report is not None and report is not before:
-                self.optimizer._global_grad_norm = float(report.total_norm)
+                norm = float(report.total_norm)  # a step that is not finite reads inf, as DeepSpeed's own
+                self.optimizer._global_grad_norm = math.inf if int(report.nonfinite) or math.isnan(norm) else norm
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.own_step(*args, **kwargs)

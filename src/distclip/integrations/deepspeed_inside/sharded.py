@@ -19,7 +19,9 @@ def _flat_norm(report: ClipReport) -> Tensor:
 
 
 def _autocast(optimizer: Any) -> list[str]:
-    return ["torch_autocast with a gradient scaler"] if optimizer.torch_autocast_gradscaler is not None else []
+    return (
+        ["torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"] if optimizer.torch_autocast_gradscaler is not None else []
+    )
 
 
 class ZeRO12(Inside):
@@ -33,7 +35,7 @@ class ZeRO12(Inside):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        without = ['"zero_optimization": {"compute_grad_norm": false}'] if not optimizer.compute_grad_norm else []
+        without = ['"zero_optimization": {"compute_grad_norm": false}; leave that out'] if not optimizer.compute_grad_norm else []
         return [*without, *_autocast(optimizer)]
 
     def found_parts(self) -> Iterator[Part]:
@@ -90,7 +92,7 @@ class ZeRO3(Inside):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        return [*(["an optimizer swapped to NVMe"] if optimizer.swap_optimizer else []), *_autocast(optimizer)]
+        return [*(["an optimizer swapped to NVMe; offload it to the CPU"] if optimizer.swap_optimizer else []), *_autocast(optimizer)]
 
     def found_parts(self) -> Iterator[Part]:
         o = self.optimizer

@@ -32,7 +32,7 @@ class Unfused(Whole):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        return ["a legacy fused optimizer"] if optimizer.fused_lamb_legacy else []
+        return ["DeepSpeed's own Lamb; use another optimizer"] if optimizer.fused_lamb_legacy else []
 
     def found_parts(self) -> Iterator[Part]:
         for i, (params, masters) in enumerate(zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)):
@@ -55,7 +55,7 @@ class Fused(Whole):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        return ["a legacy fused optimizer"] if optimizer.fused_adam_legacy else []
+        return ['a legacy fused optimizer; take "legacy_fusion" out of its config'] if optimizer.fused_adam_legacy else []
 
     def found_parts(self) -> Iterator[Part]:
         for i, (params, flat) in enumerate(zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups_flat, strict=True)):
