@@ -148,7 +148,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda f: f.__name__)
 def test_refused_on_every_rank(ranks, make):
-    for text in ranks.run(refusal, make, timeout=30):
+    for text in ranks.run(refusal, make):
         assert text is not None and re.search(REFUSED[make], text, re.DOTALL), text
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,12 +107,11 @@ class World:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="distclip-world-")
-        folder, fresh = Path(self._folder.name), fresh_processes()
+        folder = Path(self._folder.name)
         for rank in range(self.size):
-            ours, theirs = fresh.Pipe()
+            ours, theirs = multiprocessing.Pipe()
             log = folder / f"stack{rank}"
-            place = (Surroundings.here(), rank, self.size, folder / "store", theirs, log)
-            process = fresh.Process(target=_serve, args=place, daemon=True)
+            process = fresh_process(_serve, rank, self.size, folder / "store", theirs, log)
             process.start()
             theirs.close()
             self._ranks.append((process, ours, log))
@@ -127,32 +126,25 @@ class World:
         return said.partition(" in _serve")[0].rpartition("\n")[0]
 
 
-def fresh_processes() -> Any:
-    """A context of `multiprocessing` whose processes have imported torch and share nothing else with this one: forked from a server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+def fresh_process(target: Callable[..., object], *args: Any) -> Any:
+    """A process, not yet started, that is to call `target(*args)`. It descends from one that imported torch and computed nothing, and has
+    this process's environment and filters of warnings, as a forked one would."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    return server.Process(target=_as_here, args=(dict(os.environ), list(warnings.filters), target, args), daemon=True)
 
 
-class Surroundings(NamedTuple):
-    """What a forked process would have of its parent, for one that is not."""
-
-    environment: dict[str, str]
-    filters: list[Any]  # of warnings
-
-    @classmethod
-    def here(cls) -> Surroundings:
-        return cls(dict(os.environ), list(warnings.filters))
-
-    def enter(self) -> None:
-        os.environ.clear()
-        os.environ.update(self.environment)
-        warnings.filters[:] = self.filters  # pyright: ignore[reportIndexIssue]: a list, whatever its stub says
-        warnings._filters_mutated()  # pyright: ignore
+def _as_here(environment: dict[str, str], filters: list[Any], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    warnings.resetwarnings()
+    for action, message, category, module, line in reversed(filters):
+        patterns = [text if text is None or isinstance(text, str) else text.pattern for text in (message, module)]
+        warnings.filterwarnings(action, patterns[0] or "", category, patterns[1] or "", line)
+    target(*args)
 
 
-def _serve(around: Surroundings, rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
-    around.enter()
+def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
     with log.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         torch.set_num_threads(1)

@@ -93,7 +93,7 @@ def spiky(tmp_path_factory):
 def test_the_command_writes_a_page_and_pictures(spiky, tmp_path):
     other = write_log(tmp_path / "other.jsonl", spiky_norms(260, 1), distclip.FixedNorm(0.5))
     command = [sys.executable, "-m", "distclip", "report", str(spiky), str(other), "--output", "page.html", "--png", "figures"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("page.html: 2 runs, 3 figures; PNG: figures/page-norm.png, figures/page-coefficient.png, ")
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [

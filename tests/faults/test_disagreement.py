@@ -1,7 +1,6 @@
 """Replicas that differ, gradients that only some holders have, ranks that do something else: named and refused on all, word by word."""
 
 import re
-import time
 
 import pytest
 import torch
@@ -21,12 +20,11 @@ SAME_CALLS = "ranks did not do the same; every rank must make the same calls of 
 
 
 def refusal(call):
-    began = time.monotonic()
     try:
         call()
     except Exception as error:
-        return f"{type(error).__name__}: {error}", time.monotonic() - began
-    return None, 0.0
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def odd():
@@ -150,8 +148,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("wrong", REFUSED, ids=lambda f: f.__name__)
 def test_refused_on_all_ranks_word_by_word(ranks, wrong):
-    for (text, seconds), *_ in zip(ranks.run(refusing, wrong)):
-        assert seconds < 20
+    for text in ranks.run(refusing, wrong):
         hashes = dict.fromkeys(re.findall("after decision ([0-9a-f]{4})", text))
         for letter, found in zip("AB", hashes):
             text = text.replace(f"after decision {found}", f"after decision {letter}")
@@ -163,7 +160,7 @@ def refusing(wrong):
 
 
 def test_ddp_gradients_before_the_reduction_are_refused(ranks):
-    said = [text for text, _ in ranks.run(refusing, no_sync)]
+    said = ranks.run(refusing, no_sync)
     assert len(set(said)) == 1 and said[0].endswith(ADVICE)
     assert said[0].startswith("AgreementError: step 1: gradients that should be copies are not equal:\n0.bias: norm ")
     assert said[0].count("on rank") == 4 * 4, "four parameters, four ranks"
@@ -182,7 +179,7 @@ def flipped(p, bit, at):
     change = abs((grads.double().abs().pow(p).sum() ** (1 / p) / whole - 1).item())
     if dist.get_rank() == 2:
         param.grad = grads
-    return change, refusal(clipper.clip_)[0]
+    return change, refusal(clipper.clip_)
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, 8.0])
@@ -205,7 +202,7 @@ def rounding(p):
         noise = torch.randn(5000, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
         param.grad *= 1 + 1e-6 * noise
         clipper_of.append((name, param))
-    return refusal(distclip.GradClipper(clipper_of, 1.0, norm_type=p).clip_)[0]
+    return refusal(distclip.GradClipper(clipper_of, 1.0, norm_type=p).clip_)
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, 8.0])

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
 
 
-def launched(script, *args, ranks=2, timeout=400):
+def launched(script, *args, ranks=2, timeout=900):
     """What each rank printed behind `RESULT `; an AssertionError with the output's end where the job failed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -139,17 +139,17 @@ def tree(tmp_path_factory):
 
 def wheel_of(tree, folder, env):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(tree)]
-    subprocess.run(command, env=env, check=True, timeout=300, capture_output=True)
+    subprocess.run(command, env=env, check=True, timeout=900, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     libraries = [Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     target = folder / "installed"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
-    subprocess.run(command, env=env, check=True, timeout=300, capture_output=True)
+    subprocess.run(command, env=env, check=True, timeout=900, capture_output=True)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CLIP],
         env={**env, "PYTHONPATH": str(target)},
         cwd=folder,
-        timeout=300,
+        timeout=900,
         capture_output=True,
         text=True,
     )
@@ -179,7 +179,7 @@ def test_wheel_without_a_compiler(tree, tmp_path):
 def test_an_editable_install_builds_beside_the_sources(tree, tmp_path):
     build_editable = "import sys, hatchling.build as b; b.build_editable(sys.argv[1])"
     subprocess.run(
-        [sys.executable, "-c", build_editable, str(tmp_path)], cwd=tree, env=environment() | {"CC": FAKE}, check=True, timeout=300
+        [sys.executable, "-c", build_editable, str(tmp_path)], cwd=tree, env=environment() | {"CC": FAKE}, check=True, timeout=900
     )
     assert [path.name for path in (tree / "src/distclip/kernels").glob("*.so")] == [build.library_name()]
     (wheel,) = tmp_path.glob("*.whl")

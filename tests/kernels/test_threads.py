@@ -95,7 +95,7 @@ def test_callers_at_once_share_a_layout(threads, mixed, asked):
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(timeout=60)
+        caller.join(timeout=600)
     assert sorted(done) == [0, 0, 1, 1] and not wrong and set(asked) == {2}
 
 
@@ -128,7 +128,7 @@ def test_a_forked_child_starts_its_own_threads(threads, mixed, asked):
         finally:
             os.write(writer, answer)
             os._exit(0)
-    ready, _, _ = select.select([reader], [], [], 60)
+    ready, _, _ = select.select([reader], [], [], 600)
     answer = os.read(reader, 10) if ready else b"never came"
     if not ready:
         os.kill(child, 9)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
 
-def launched(command, timeout=200, **environment):
+def launched(command, timeout=900, **environment):
     """Return code and output of a command in the project's root; it and all its children are ended after `timeout` seconds."""
     process = begin(command, **environment)
     return ended(process, timeout)
@@ -27,7 +27,7 @@ def begin(command, **environment):
     )  # fmt: skip
 
 
-def ended(process, timeout=200):
+def ended(process, timeout=900):
     try:
         said, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -69,7 +69,7 @@ def _here(run):
 
 def train_with(ranks, *arguments):
     """`train_here` on the pool's ranks; what rank 0 says."""
-    return ranks.run(train_here, *arguments, timeout=120)[0]
+    return ranks.run(train_here, *arguments)[0]
 
 
 def lines(path):

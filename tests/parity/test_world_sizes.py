@@ -71,7 +71,7 @@ def shrinking(store):
     dist.destroy_process_group()
     if rank >= 2:
         return None
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2), timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2), timeout=timedelta(seconds=300))
     clipper.rebuild()
     p.grad = torch.tensor([6.0, 8.0])
     report = clipper.clip_()
