@@ -52,7 +52,10 @@ def message(found: dict[str, Any]) -> str:
 
 
 def set_up(found: dict[str, Any]) -> str:
-    out = ["### Set-up\n", "Measured on threads as ranks: CPU time, messages, bytes and memory kept, each of one rank.\n"]
+    out = [
+        "### Set-up\n",
+        "Measured on threads as ranks: CPU time, messages, bytes, and the memory that the plan keeps, each of one rank.\n",
+    ]
     rows = [
         (
             w["layout"], f"{w['ranks']}", f"{w['parameters']:,}", f"{w['groups']:,}", time_of(w["seconds"]), str(w["messages"]),

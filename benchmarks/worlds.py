@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.memory import status
 from distclip.exchange import Channel
 from distclip.holders import find_holders
 from distclip.plan import make_plan
@@ -69,7 +70,7 @@ class Counting:
 
 
 def set_up(group: ThreadGroup, layout: str, count: int, grouped: bool) -> tuple[float, int, Any]:
-    """CPU seconds of this rank's thread, its messages, and the plan, which is kept alive until memory was read."""
+    """CPU seconds of this rank's thread, its messages, and the plan."""
     channel = Channel(group, range(group.size()), group.rank())
     pieces = LAYOUTS[layout](channel.rank, channel.size, count)
     groups = [piece.name for piece in pieces] if grouped else ["all"] * len(pieces)
@@ -81,12 +82,8 @@ def set_up(group: ThreadGroup, layout: str, count: int, grouped: bool) -> tuple[
 def world(layout: str, ranks: int, count: int, grouped: bool) -> dict[str, Any]:
     """One threaded world. The median over ranks: rank 0 also does the reducing for all."""
     threading.stack_size(1 << 20)
-    gc.collect()
-    before = status("VmRSS")
     with Counting() as counting:
         answers = run_threads(ranks, set_up, layout, count, grouped, timeout_s=300.0)
-    gc.collect()
-    kept = status("VmRSS") - before
     plan = answers[0][2]
     return {
         "layout": layout,
@@ -96,9 +93,21 @@ def world(layout: str, ranks: int, count: int, grouped: bool) -> dict[str, Any]:
         "seconds": statistics.median(answer[0] for answer in answers),
         "messages": answers[0][1],
         "bytes": counting.bytes[0],
-        "kept": kept / ranks,
+        "kept": held_by(plan),
         "words": plan.words,
     }
+
+
+def held_by(root: object) -> int:
+    """Bytes of all objects that `root` keeps alive, each once: what the process holds as a whole moves by more than that."""
+    seen: dict[int, object] = {}
+    left = [root]
+    while left:
+        one = left.pop()
+        if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
+            seen[id(one)] = one
+            left += gc.get_referents(one)
+    return sum(one.nbytes if isinstance(one, Tensor) else sys.getsizeof(one) for one in seen.values())
 
 
 def worlds(quick: bool) -> list[dict[str, Any]]:

@@ -17,4 +17,5 @@ if [ "${NNODES:-1}" != 1 ]; then
 fi
 options+=(--main_process_port "${MASTER_PORT:-0}") # 0: a free one
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec accelerate launch "${options[@]}" launch/train.py "$@"
+python="$(dirname "$(command -v accelerate)")/python" # of the same environment
+exec "$python" launch/start.py accelerate.commands.launch "${options[@]}" launch/train.py "$@"

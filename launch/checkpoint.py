@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import distclip
+from refusal import Refused
 
 # by parameter name, so that the stages of a pipeline, each with an optimizer of its own, make one checkpoint
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -70,10 +70,10 @@ def resume(folder: str, run: Run) -> int:
         set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         reason = str(error).strip().splitlines()[-1]
-        sys.exit(
+        raise Refused(
             f"output.checkpoint={folder!r} cannot be resumed from ({reason}); it was cut short, or is of another model or clipper: move it "
             "away to start anew"
-        )
+        ) from None
     if run.scaler.is_enabled():
         whole = ("growth_interval", "_growth_tracker")
         run.scaler.load_state_dict({k: int(v) if k in whole else float(v) for k, v in state["scaler"].items()})

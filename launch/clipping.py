@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import fields
 from typing import Any
 
 import distclip
 from config import Clip, Config
+from refusal import Refused
 
 FIXED = {"norm": distclip.FixedNorm, "value": distclip.FixedValue, "normalize": distclip.Normalize}
 ADAPTIVE = {"scheduled": distclip.Scheduled, "autoclip": distclip.AutoClip, "zclip": distclip.ZClip, "adagc": distclip.AdaGC}
@@ -20,14 +20,23 @@ GROUPS = {
 
 
 def rule(clip: Clip) -> distclip.Policy:
-    """The policy. SystemExit where `clip` says what its mode cannot honour, or what the policy refuses."""
+    """The policy. Refused where `clip` says what its mode cannot honour, or what the policy refuses."""
     uses_threshold = clip.mode in FIXED or clip.warmup > 0
     if clip.threshold is not None and not uses_threshold:
-        sys.exit(f"clip.threshold={clip.threshold:g} has no part in clip.mode={clip.mode!r}; leave it out, or set clip.warmup too")
+        raise Refused(
+            f"clip.threshold={clip.threshold:g} has no part in clip.mode={clip.mode!r}; leave it out (over a file: "
+            "--clip.threshold null), or set clip.warmup too"
+        )
     if clip.options and clip.mode not in ADAPTIVE:
-        sys.exit(f"clip.options={clip.options} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)}")
+        raise Refused(
+            f"clip.options={clip.options} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)} "
+            "(over a file: --clip.options {})"
+        )
     if clip.warmup and clip.mode not in ADAPTIVE:
-        sys.exit(f"clip.warmup={clip.warmup} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)}")
+        raise Refused(
+            f"clip.warmup={clip.warmup} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)} "
+            "(over a file: --clip.warmup 0)"
+        )
     threshold = 1.0 if clip.threshold is None else clip.threshold
     try:
         if clip.mode == "none":
@@ -40,7 +49,9 @@ def rule(clip: Clip) -> distclip.Policy:
             policy = distclip.Warmup(policy, clip.warmup, threshold)
         return distclip.SkipSpikes(policy) if clip.skip_spikes else policy
     except distclip.ConfigError as error:
-        sys.exit(f"clip: {error}")
+        raise Refused(f"clip: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise Refused(f"clip.options={clip.options} are not what {clip.mode} takes: {error}") from None
 
 
 def known_options(clip: Clip) -> dict[str, Any]:
@@ -48,9 +59,9 @@ def known_options(clip: Clip) -> dict[str, Any]:
     names = [f.name for f in fields(ADAPTIVE[clip.mode])]
     for name in clip.options:
         if name not in names:
-            sys.exit(f"clip.options: {clip.mode} has no {name!r}; it has {', '.join(names)}")
+            raise Refused(f"clip.options: {clip.mode} has no {name!r}; it has {', '.join(names)}")
     if clip.mode == "scheduled" and "schedule" not in clip.options:
-        sys.exit("clip.options: scheduled needs schedule: [[step, threshold], ...]")
+        raise Refused("clip.options: scheduled needs schedule: [[step, threshold], ...]")
     return clip.options
 
 

@@ -1,12 +1,14 @@
 """Data made on the spot, drawn by step number: every rank draws the global batch and takes its slice, and a resumed run sees the same."""
 
 import gzip
-import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from refusal import Refused
 
 Batches = Callable[[int, int], tuple[Tensor, Tensor]]  # (step, global batch size) → inputs, targets
 
@@ -99,9 +101,12 @@ def text(seed: int, context: int = 64) -> Batches:
 
 
 def make_data(model: str, name: str, folder: str, seed: int) -> Batches:
-    """SystemExit for data that the model does not read."""
+    """Refused for data that the model does not read."""
     if {"recurrent": "temporal_order", "lstm": "images", "gpt": "text"}[model] != name:
-        sys.exit(f"data.name={name!r} does not fit model={model!r}; recurrent reads temporal_order, lstm images, gpt text")
+        raise Refused(f"data.name={name!r} does not fit model={model!r}; recurrent reads temporal_order, lstm images, gpt text")
     if name == "images":
-        return idx_images(folder, seed) if folder else drawn_images(seed)
+        try:
+            return idx_images(folder, seed) if folder else drawn_images(seed)
+        except (OSError, ValueError, EOFError, zlib.error) as error:  # the last two of a .gz that was cut short
+            raise Refused(f"data.folder={folder!r}: {error}") from None
     return (temporal_order if name == "temporal_order" else text)(seed)

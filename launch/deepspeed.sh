@@ -17,4 +17,5 @@ fi
 [ -z "$HOSTFILE" ] || options+=(--hostfile "$HOSTFILE")
 [ -n "$HOSTFILE" ] || options+=(--master_port "${MASTER_PORT:-29500}")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec deepspeed "${options[@]}" launch/train.py "$@"
+python="$(dirname "$(command -v deepspeed)")/python" # of the same environment
+exec "$python" launch/start.py deepspeed.launcher.runner "${options[@]}" launch/train.py "$@"

@@ -20,4 +20,5 @@ else
     --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)")
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec torchrun --nnodes "$nodes" --nproc-per-node "$nproc" "${rendezvous[@]}" launch/train.py "$@"
+python="$(dirname "$(command -v torchrun)")/python" # of the same environment
+exec "$python" launch/start.py torch.distributed.run --nnodes "$nodes" --nproc-per-node "$nproc" "${rendezvous[@]}" launch/train.py "$@"

@@ -9,18 +9,22 @@ import gc
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, read
+import distclip
+from config import Config, Output, read
 from data import make_data
 from jobs import make_job
 from jobs.job import FAULTS
+from refusal import Refused, is_first, said_once, say
 from strategies import check
 
 
@@ -57,10 +61,14 @@ def train(config: Config, device: str) -> None:
     index, parts = job.part
     share = training.batch // parts
     if share * parts != training.batch or share % training.accumulate:
-        sys.exit(f"training.batch={training.batch} does not divide by {parts} parts of the batch x {training.accumulate} micro-steps")
+        raise Refused(f"training.batch={training.batch} does not divide by {parts} parts of the batch x {training.accumulate} micro-steps")
     if rank == 0:
         print(job.clipper.plan)
     start = job.resume(output.checkpoint) if output.checkpoint else 0
+    if rank == 0:
+        say_start(start, config)
+    if start >= training.steps:
+        return
 
     bits = torch.zeros((), dtype=torch.int64, device=device)
     bar = tqdm(range(start, training.steps), disable=rank != 0, mininterval=0.5, ncols=80)
@@ -75,14 +83,67 @@ def train(config: Config, device: str) -> None:
             bar.set_postfix(loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}")
         if output.checkpoint and ((step + 1) % output.every == 0 or step + 1 == training.steps):
             job.save(output.checkpoint, step + 1)
-    say_equal(f"bits of the coefficients of {max(0, training.steps - start)} steps: {int(bits) & 0xFFFFFFFF:08x}", int(bits))
+    say_equal(f"bits of the coefficients of {training.steps - start} steps: {int(bits) & 0xFFFFFFFF:08x}", int(bits))
     if job.scaler.is_enabled():
         say_equal(f"scaler: scale {job.scaler.get_scale():g}", job.scaler.state_dict())
+    if rank == 0:
+        say_end(output)
 
 
-def main(arguments: Sequence[str]) -> None:
-    config = read(arguments)
+def say_start(start: int, config: Config) -> None:
+    output, steps = config.output, config.training.steps
+    if start >= steps:
+        print(
+            f"nothing to train: {output.checkpoint} holds a checkpoint of step {start}, and training.steps={steps} is reached; raise "
+            "--training.steps to go on, or name another --output.checkpoint to start anew"
+        )
+    elif start:
+        print(f"resumed: {output.checkpoint} holds a checkpoint of step {start}; {steps - start} of {steps} steps are left")
+    elif output.log and Path(output.log).exists():
+        print(f"note: {output.log} is there already; the lines of this run come after those that it has")
+    world, inject = dist.get_world_size() if dist.is_initialized() else 1, config.inject
+    if inject.kind != "none" and not (start <= inject.step < steps and inject.rank < world):
+        print(
+            f"note: nothing is injected: inject.step={inject.step} and inject.rank={inject.rank}, and steps {start} to {steps - 1} are "
+            f"taken by ranks 0 to {world - 1}"
+        )
+
+
+def say_end(output: Output) -> None:
+    if output.checkpoint:
+        print(f"checkpoint: {output.checkpoint}")
+    if not output.log:
+        print("log: none; --output.log FILE writes one")
+    elif Path(output.log).exists():
+        print(f"log: {output.log}; distclip report {output.log}")
+    else:
+        print(f"log: {output.log} could not be written; a warning above says why")
+
+
+def say_interrupted(config: Config) -> None:
+    """At Ctrl-C, which all ranks get: no traceback of each of them."""
+    where = config.output.checkpoint
+    goes_on = f"; the same line goes on from the latest checkpoint in {where}" if where else ""
+
+    def end(number: int, frame: object) -> None:
+        if is_first():
+            print(f"\ntrain.py: ended by Ctrl-C{goes_on}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(128 + number)  # at once: threads of collectives would wait for ranks that are gone
+
+    signal.signal(signal.SIGINT, end)
+
+
+def configured(arguments: Sequence[str]) -> Config:
+    """Refused where it cannot be honoured."""
+    with said_once():
+        config = read(arguments)
     check(config.strategy, config.model, launched="RANK" in os.environ)
+    return config
+
+
+def run(config: Config) -> None:
+    """Train on this rank, from the first collective to the last."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" in os.environ:
@@ -98,5 +159,16 @@ def main(arguments: Sequence[str]) -> None:
             dist.destroy_process_group()
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, or 2 where the configuration cannot be honoured."""
+    try:
+        config = configured(arguments)
+        say_interrupted(config)
+        run(config)
+    except (Refused, distclip.ConfigError) as refused:
+        return say(refused)
+    return 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.__main__ import MARKS
 from benchmarks.cases import CASES
 from benchmarks.floors import CEILINGS, FLOORS, ceiling, floor
@@ -15,6 +16,7 @@ from benchmarks.plot import draw
 from benchmarks.records import Row, Spread
 from benchmarks.scaling import block
 from benchmarks.table import text
+from benchmarks.worlds import held_by, world
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +102,19 @@ def test_the_page_on_scaling_is_the_block_that_a_run_writes():
     empty = {"gloo": {"samples": [], "link": link}, "links": [], "predictions": [], "extra": 3, "kernels": "torch"}
     written = block(empty | {key: [] for key in ("worlds", "arithmetic", "declared", "weights", "calls", "units")})
     assert [line for line in written.splitlines() if line.startswith("#")] == [line for line in rest.splitlines() if line.startswith("#")]
+
+
+def test_no_size_on_the_page_on_scaling_is_negative():
+    assert re.findall(r"\| -\d", (ROOT / "docs" / "scaling.md").read_text()) == []
+
+
+def test_what_a_plan_keeps_is_counted_by_object():
+    assert held_by([]) == sys.getsizeof([])
+    shared = bytes(1000)
+    assert held_by([shared, shared]) == sys.getsizeof([shared, shared]) + sys.getsizeof(shared)
+    assert held_by([torch.zeros(1000, dtype=torch.float64)]) == pytest.approx(8000, abs=200)
+    few, many = (world("sharded, equal tables", 2, count, False)["kept"] for count in (10, 100))
+    assert 90 * 100 < many - few < 90 * 1000, "some hundred bytes a parameter"
 
 
 def test_distclip_does_not_know_its_benchmarks():

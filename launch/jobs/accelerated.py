@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +17,7 @@ from config import Config
 from distclip.integrations.accelerate import prepare
 from jobs.job import Job, make_optimizer, spoil, spoil_backward
 from models import make_model
+from refusal import Refused
 from strategies.spread import every_rank, loss_of
 
 
@@ -38,7 +38,7 @@ class Accelerated(Job):
         try:
             self.clipper = prepare(self.accelerator, self.model, policy=rule(config.clip), **options(config))
         except distclip.ConfigError as error:
-            sys.exit(f"strategy: 'accelerate': {error}")
+            raise Refused(f"strategy: 'accelerate': {error}") from None
         self.optimizer = self.prepared.optimizer
         self.scaler = self.accelerator.scaler or torch.amp.GradScaler(device, enabled=False)
 
@@ -81,7 +81,7 @@ def stay_on_the_cpu(precision: str) -> None:
     """For trying out on a machine without GPUs what will run on some: Accelerate shards on accelerators only, so it is told that these
     ranks are such; it would otherwise ignore the FSDP part of its configuration in silence."""
     if precision == "fp16":
-        sys.exit("training.precision=fp16: Accelerate runs it on GPUs only; use bf16 or fp32 here, or strategy ddp or fsdp2")
+        raise Refused("training.precision=fp16: Accelerate runs it on GPUs only; use bf16 or fp32 here, or strategy ddp or fsdp2")
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import jobs.engine  # noqa: F401 - it tells DeepSpeed the same
     PartialState(backend="gloo", cpu=not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys())
@@ -91,16 +91,16 @@ def stay_on_the_cpu(precision: str) -> None:
 
 
 def agree(accelerator: Accelerator, config: Config) -> None:
-    """SystemExit where Accelerate's configuration and `training` say different things."""
+    """Refused where Accelerate's configuration and `training` say different things."""
     training = config.training
     asked = {"fp32": "no"}.get(training.precision, training.precision)
     if accelerator.mixed_precision != asked:
-        sys.exit(
+        raise Refused(
             f"Accelerate's mixed_precision is {accelerator.mixed_precision}, and training.precision is {training.precision}; change one of "
             "them (the file after launch/accelerate.sh, or --training.precision)"
         )
     if accelerator.gradient_accumulation_steps != training.accumulate:
-        sys.exit(
+        raise Refused(
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}, and training.accumulate is "
             f"{training.accumulate}; change one of them"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from clipping import options, rule
 from config import Config
 from jobs.job import Job, make_optimizer, spoil_backward
 from models import make_model
+from refusal import Refused
 from strategies.spread import LOW, every_rank, loss_of
 
 if not torch.cuda.is_available():
@@ -39,7 +39,7 @@ class Engine(Job):
             self.model, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=table)
             self.clipper = attach(self.model, policy=rule(config.clip), **options(config))
         except distclip.ConfigError as error:
-            sys.exit(f"deepspeed={config.deepspeed!r}: {error}")
+            raise Refused(f"deepspeed={config.deepspeed!r}: {error}") from None
         self.optimizer = self.model.optimizer
         self.scaler = torch.amp.GradScaler(device, enabled=False)  # the engine scales by itself
 
@@ -66,13 +66,15 @@ class Engine(Job):
 
 
 def engine_table(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's own JSON. SystemExit where it and `training` say different things: neither is preferred in silence."""
+    """DeepSpeed's own JSON. Refused where it and `training` say different things: neither is preferred in silence."""
     try:
         table: dict[str, Any] = json.loads(Path(config.deepspeed).read_text())
     except OSError:
-        sys.exit(
+        raise Refused(
             f"deepspeed={config.deepspeed!r} is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds some"
-        )
+        ) from None
+    except ValueError as error:
+        raise Refused(f"deepspeed={config.deepspeed!r} is no JSON: {error}") from None
     training = config.training
     low = next((name for name in LOW if table.get(name, {}).get("enabled")), "fp32")
     told = {
@@ -81,14 +83,14 @@ def engine_table(config: Config, world: int) -> dict[str, Any]:
     }
     for name, wanted in told.items():
         if table.get(name) != wanted:
-            sys.exit(
+            raise Refused(
                 f"{config.deepspeed}: {name} is {table.get(name)}, but training.batch={training.batch} on {world} ranks in "
                 f"training.accumulate={training.accumulate} micro-steps makes it {wanted}; change one of them"
             )
     if low != training.precision:
-        sys.exit(f"{config.deepspeed} is for {low}, and training.precision is {training.precision}; change one of them")
+        raise Refused(f"{config.deepspeed} is for {low}, and training.precision is {training.precision}; change one of them")
     if low == "fp16" and not get_accelerator().is_fp16_supported():
-        sys.exit("training.precision=fp16: DeepSpeed runs it on GPUs only; use bf16 or fp32 here")
+        raise Refused("training.precision=fp16: DeepSpeed runs it on GPUs only; use bf16 or fp32 here")
     return table
 
 

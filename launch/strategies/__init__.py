@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib import import_module
 
 from torch import nn
 
+from refusal import Refused
 from strategies.spread import Spread
 
 TORCH = {
@@ -19,14 +19,16 @@ NAMES = (*TORCH, *OF_FRAMEWORKS)
 
 
 def check(name: str, model: str, launched: bool) -> None:
-    """SystemExit for a strategy that is not there, or that cannot run what it is given."""
+    """Refused for a strategy that is not there, or that cannot run what it is given."""
     if name not in NAMES:
-        sys.exit(f"strategy: {name!r} is not known; it is one of {', '.join(NAMES)}")
+        raise Refused(f"strategy: {name!r} is not known; it is one of {', '.join(NAMES)}")
     if name in ("tp", "tp_fsdp2", "pp") and model != "gpt":
-        sys.exit(f"strategy: {name!r} splits a GPT's blocks, and model={model!r} has none; use model: gpt, or strategy ddp, fsdp2 or hsdp")
+        raise Refused(
+            f"strategy: {name!r} splits a GPT's blocks, and model={model!r} has none; use model: gpt, or strategy ddp, fsdp2 or hsdp"
+        )
     if not launched and name != "single":
         script = "torchrun" if name in TORCH else name
-        sys.exit(f"strategy: {name!r} needs a launcher: launch/{script}.sh ..., see the head of that file")
+        raise Refused(f"strategy: {name!r} needs a launcher: launch/{script}.sh ..., see the head of that file")
 
 
 def spread_model(name: str, model: nn.Module, precision: str, device: str) -> Spread:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from models import GPT
+from refusal import Refused
 from strategies.spread import Context, Spread, autocast, loss_of
 
 STAGES = 2
@@ -68,7 +68,7 @@ def pp(model: nn.Module, precision: str, device: str) -> Spread:
     """Ranks 0 … n/2-1 hold the first stage, the others the second; gradients are averaged over the ranks of a stage."""
     world = dist.get_world_size()
     if world % STAGES:
-        sys.exit(f"strategy: 'pp' has {STAGES} stages, and {world} ranks do not divide by it; start an even number")
+        raise Refused(f"strategy: 'pp' has {STAGES} stages, and {world} ranks do not divide by it; start an even number")
     assert isinstance(model, GPT)
     mesh = init_device_mesh(device, (STAGES, world // STAGES), mesh_dim_names=("stage", "data"))
     index, data = mesh["stage"].get_local_rank(), mesh["data"].get_group()

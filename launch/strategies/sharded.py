@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from models import Block
+from refusal import Refused
 from strategies.spread import LOW, Context, Spread
 
 REPLICAS = 2  # of hsdp: the shards are spread over half of the ranks each
@@ -39,7 +39,7 @@ def hsdp(model: nn.Module, precision: str, device: str) -> Spread:
     """Shards within a replica, copies over replicas: on several nodes one replica a node keeps most messages inside it."""
     world = dist.get_world_size()
     if world % REPLICAS:
-        sys.exit(f"strategy: 'hsdp' makes {REPLICAS} replicas, and {world} ranks do not divide by it; start an even number")
+        raise Refused(f"strategy: 'hsdp' makes {REPLICAS} replicas, and {world} ranks do not divide by it; start an even number")
     return sharded_over(init_device_mesh(device, (REPLICAS, world // REPLICAS), mesh_dim_names=("replica", "shard")), model, precision)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from models import GPT
+from refusal import Refused
 from strategies.sharded import sharded_over
 from strategies.spread import Spread, autocast
 
@@ -29,7 +29,7 @@ def tp_fsdp2(model: nn.Module, precision: str, device: str) -> Spread:
     """Neighbours share matrices, FSDP2 shards over the rest."""
     world = dist.get_world_size()
     if world % WIDTH:
-        sys.exit(f"strategy: 'tp_fsdp2' shares matrices by {WIDTH} ranks, and {world} do not divide by it; start an even number")
+        raise Refused(f"strategy: 'tp_fsdp2' shares matrices by {WIDTH} ranks, and {world} do not divide by it; start an even number")
     mesh = init_device_mesh(device, (world // WIDTH, WIDTH), mesh_dim_names=("shard", "tensor"))
     split(model, mesh["tensor"])
     # the outputs of tensor-parallel modules are views; this model changes none of them in place
@@ -40,7 +40,7 @@ def tp_fsdp2(model: nn.Module, precision: str, device: str) -> Spread:
 def split(model: nn.Module, mesh: DeviceMesh) -> None:
     assert isinstance(model, GPT)
     if model.blocks[0].heads % mesh.size():
-        sys.exit(f"strategy: {model.blocks[0].heads} heads do not divide by {mesh.size()} tensor-parallel ranks; start 2 or 4")
+        raise Refused(f"strategy: {model.blocks[0].heads} heads do not divide by {mesh.size()} tensor-parallel ranks; start 2 or 4")
     plan = {"qkv": ColwiseParallel(), "out": RowwiseParallel(), "mlp.0": ColwiseParallel(), "mlp.2": RowwiseParallel()}
     for block in model.blocks:
         parallelize_module(block, mesh, plan)

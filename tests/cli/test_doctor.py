@@ -15,9 +15,10 @@ from torch import nn
 
 import distclip
 from distclip.cli import doctor_facts, main
-from distclip.cli.doctor import CHECKS
+from distclip.cli.doctor import CHECKS, more_ranks
 from distclip.cli.doctor_layouts import LAYOUTS
 from distclip.cli.doctor_records import Result
+from distclip.cli.doctor_speed import Speed
 from distclip.cli.doctor_table import Findings, as_json, as_table
 from distclip.testing import fresh_process
 
@@ -100,6 +101,31 @@ def test_one_process(capsys):
     ]
     assert document["checks"][2]["seen"] == "needs at least 2 ranks; there is 1"
     assert document["exit_code"] == 0 and document["world"] == 1
+    assert document["hint"] == "1 check needs more ranks than 1: torchrun --nproc-per-node 2 -m distclip doctor"
+
+
+def test_how_more_checks_are_run_is_told():
+    assert more_ranks(CHECKS, 1) == "10 checks need more ranks than 1: torchrun --nproc-per-node 4 -m distclip doctor"
+    assert more_ranks(CHECKS, 3) == "2 checks need more ranks than 3: torchrun --nproc-per-node 4 -m distclip doctor"
+    assert more_ranks(CHECKS, 4) == ""
+    findings = Findings([{"host": "n1"}], [Result("ddp", "not run", "needs at least 2 ranks; there is 1")], hint=more_ranks(CHECKS, 1))
+    assert as_table(findings).splitlines()[-2:] == ["1 not run", findings.hint]
+
+
+def test_the_speed_line_compares_work_with_work():
+    def seen(idle, active):
+        return {
+            "megabytes": 50.4,
+            "idle": dict(zip(("all", "alone", "torch"), idle)),
+            "active": dict(zip(("all", "alone", "torch"), active)),
+        }
+
+    one = seen((0.008, 0.004, 0.0041), (0.012, 0.009, 0.0085))
+    alike = "50 MB on each rank: nothing to clip 4.0 ms, torch 4.1 ms; clipped 9.0 ms, torch 8.5 ms"
+    assert Speed().judge([one]).seen == alike
+    assert Speed().judge([one, seen((0.009, 0.003, 0.004), (0.011, 0.008, 0.008))]).seen == (
+        f"{alike}. This is the work on one rank: torch's function sends nothing here. With the all_reduce of a clip 9.0 ms and 12.0 ms"
+    )
 
 
 def test_the_json_has_what_the_table_has():
@@ -322,6 +348,7 @@ def test_the_options(capsys, monkeypatch):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [check.name for check in CHECKS]
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--only", "nothing"])
+    assert "'nothing' is no check; the checks are copies, ddp, fsdp1, fsdp2," in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--timeout", "0"])
     assert "0 is not a number of seconds above 0" in capsys.readouterr().err

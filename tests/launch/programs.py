@@ -50,7 +50,18 @@ def train_here(*arguments):
 
 def main_here(*arguments):
     """The whole program in this process."""
-    return _here(lambda train, config: train.main(arguments))
+    return _here(lambda train, config: train.run(train.configured(arguments)))
+
+
+def main_code(*arguments):
+    """The same, with the exit code that it would have; what it refuses goes to stderr."""
+    codes = []
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        _here(lambda train, config: codes.append(train.main(arguments)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return codes[0]
 
 
 def _here(run):

@@ -35,7 +35,7 @@ def test_names_lead_to_policies(choice, policy):
 REFUSED = {
     "threshold": (
         {"mode": "zclip", "threshold": 1.0},
-        "clip.threshold=1 has no part in clip.mode='zclip'; leave it out, or set clip.warmup",
+        "clip.threshold=1 has no part in clip.mode='zclip'; leave it out (over a file: --clip.threshold null), or set clip.warmup",
     ),
     "options": (
         {"options": {"alpha": 1}},

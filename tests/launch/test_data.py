@@ -98,10 +98,8 @@ def test_every_configuration_can_be_read(path):
 
 
 @pytest.mark.parametrize("value", ["many", "1.5"])
-def test_a_wrong_type_is_told(value, capsys):
+def test_a_wrong_type_is_told(value):
     import config
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=f"^training.steps: expected int, got {value}$"):
         config.read(["--training.steps", value])
-    said = capsys.readouterr().err
-    assert "training.steps" in said and value in said and "int" in said

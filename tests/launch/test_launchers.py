@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import socket
+import time
 
 import pytest
 
@@ -64,6 +66,61 @@ NEEDS = {
 def test_what_is_missing_is_told(command, environment, words):
     code, said = launched(command, **environment)
     assert code == 1 and words in said
+
+
+REFUSING = {
+    "torchrun": (["launch/torchrun.sh"], {}),
+    "accelerate": (["launch/accelerate.sh", "configs/accelerate/ddp.yaml", "--config", "configs/accelerate.yaml"], {}),
+    "deepspeed": (["launch/deepspeed.sh", "--config", "configs/deepspeed_zero2.yaml"], {"MASTER_PORT": "free"}),
+}
+
+
+@pytest.mark.parametrize("command, environment", REFUSING.values(), ids=REFUSING)
+def test_a_slip_is_one_line_of_one_rank(command, environment):
+    environment = {name: free_port() for name in environment}
+    code, said = launched([*command, "--training.lr", "-1"], NPROC="2", **environment)
+    own = [line for line in said.splitlines() if line and "[INFO]" not in line and "launch.py:" not in line and "[WARNING]" not in line]
+    assert own == ["train.py: training.lr=-1.0 must be finite and above 0: learning rate after warm-up"] and code == 2, said
+
+
+def test_a_slip_that_only_all_ranks_together_can_see_is_one_line_too():
+    code, said = launched(["launch/torchrun.sh", "--training.batch", "7"], NPROC="2")
+    assert (code, said) == (2, "train.py: training.batch=7 does not divide by 2 parts of the batch x 1 micro-steps\n")
+
+
+def test_which_rank_failed_first_is_one_line_below_its_own_words():
+    arguments = ["--inject.kind", "nan", "--inject.step", "1", "--clip.on_nonfinite", "raise", "--training.steps", "3"]
+    code, said = launched(["launch/torchrun.sh", *arguments], NPROC="2")
+    assert code == 1 and "NonFiniteError" in said
+    last = said.splitlines()[-1]
+    assert last.startswith("launch: rank ") and last.endswith(" ended first, with exit code 1; what it said stands above")
+    assert "ChildFailedError" not in said and "torch/distributed/elastic" not in said
+
+
+INTERRUPTED = {
+    "torchrun": (["launch/torchrun.sh", "--config", "configs/ddp.yaml"], {}),
+    "accelerate": (REFUSING["accelerate"][0], {}),
+    "deepspeed": (REFUSING["deepspeed"][0], {"MASTER_PORT": "free"}),
+}
+
+
+@pytest.mark.parametrize("command, environment", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_ctrl_c_is_one_line(command, environment, tmp_path):
+    """SIGINT to the whole group of processes, as a terminal sends it, once steps are taken."""
+    log = tmp_path / "log.jsonl"
+    environment = {name: free_port() for name in environment}
+    to = ["--training.steps", "1000000", "--output.log", log, "--output.checkpoint", tmp_path / "checkpoint"]
+    process = begin([*command, *to], NPROC="2", **environment)
+    try:
+        while not log.exists() and process.poll() is None:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+    finally:
+        code, said = ended(process)
+    assert code == 130, said[-4000:]
+    ends = f"train.py: ended by Ctrl-C; the same line goes on from the latest checkpoint in {tmp_path / 'checkpoint'}"
+    assert said.splitlines().count(ends) == 1 and "Traceback" not in said, said[-4000:]
+    assert len(said[said.index(ends) :].splitlines()) <= 6, "and what a launcher says of itself"
 
 
 @pytest.mark.parametrize("name", ["torchrun", "accelerate", "deepspeed"])
