@@ -145,7 +145,7 @@ def optimizer_of(layers, capturable=False):
     return torch.optim.AdamW(layers.parameters(), 0.01, fused=True, capturable=capturable)
 
 
-POLICIES = {"fixed": lambda: distclip.FixedNorm(1.0), "zclip": lambda: distclip.ZClip(warmup=2), "value": lambda: distclip.FixedValue(0.02)}
+POLICIES = {"fixed": lambda: distclip.FixedNorm(1.0), "zclip": lambda: distclip.ZClip(warmup=2), "value": lambda: distclip.FixedValue(12.0)}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
