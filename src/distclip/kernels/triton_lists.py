@@ -113,6 +113,7 @@ class Layout:
         self._change(pointers, values, clamp=True)
 
     def _change(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
+        values = values.double()  # as a rule they are; a launch does not look
         values = _sent(values, self.device) if values.device.type == "cpu" else values
         programs = self._programs
         constants = (_stride(values), self._types, clamp, programs.CHUNK, programs.WRITTEN)
