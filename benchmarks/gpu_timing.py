@@ -109,7 +109,7 @@ def counts(run: Callable[[], object], before: Callable[[], object] | None = None
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - had
     _prepared(before)
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities()), acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
     launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())

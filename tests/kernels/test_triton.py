@@ -44,7 +44,7 @@ def compiler(tmp_path_factory):
 
 
 def test_the_cases_reach_the_edges_of_chunks_and_blocks(interpreted):
-    assert interpreted.run(cases.sizes) == (cases.CHUNK, cases.BLOCK, cases.FLIGHT, cases.WRITTEN)
+    assert interpreted.run(cases.sizes) == (cases.CHUNK, cases.BLOCK, cases.FLIGHT, cases.SMALL, cases.LARGE)
 
 
 @pytest.mark.parametrize("p", [2.0, math.inf, 1.0, 0.3])
@@ -118,8 +118,9 @@ def test_scaling_gives_torchs_bits(interpreted, dtype, factor):
     assert moved > 1000 or math.isnan(factor) or (factor == 1.0000001 and dtype in (torch.bfloat16, torch.float16))
 
 
-def test_a_factor_for_each_tensor(interpreted):
-    assert interpreted.run(cases.each_by_its_own) == [True] * 4
+@pytest.mark.parametrize("count", [cases.CHUNK + 1, 4 * cases.CHUNK + cases.SMALL[0]], ids=["small", "large"])
+def test_a_factor_for_each_tensor(interpreted, count):
+    assert interpreted.run(cases.each_by_its_own, count) == [True] * 4
 
 
 def test_one_factor_for_all(interpreted):
@@ -224,11 +225,11 @@ def test_the_second_sum_compiles(compiler, target):
     assert len(loops) == 2 and not spilled and "atom." not in ptx
 
 
-@pytest.mark.parametrize("stride, clamp", [(0, False), (1, True)])
+@pytest.mark.parametrize("stride, clamp, size", [(0, False, cases.LARGE), (1, True, cases.SMALL)], ids=["scale", "clamp"])
 @TARGETS
-def test_the_change_compiles(compiler, target, stride, clamp):
-    constants = {"STRIDE": stride, "TYPES": 15, "CLAMP": clamp, "CHUNK": cases.CHUNK, "WRITTEN": cases.WRITTEN}
-    _, loops, (_, spilled) = compiler.run(cases.compiled, "change", target, 8, constants)
+def test_the_change_compiles(compiler, target, stride, clamp, size):
+    constants = {"STRIDE": stride, "TYPES": 15, "CLAMP": clamp, "CHUNK": cases.CHUNK, "WRITTEN": size[0]}
+    _, loops, (_, spilled) = compiler.run(cases.compiled, "change", target, size[1], constants)
     wide = [loop for loop in loops if counted(WIDE_STORE, loop)]
     assert len(wide) == 4 and not spilled
     for loop in wide:

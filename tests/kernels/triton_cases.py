@@ -19,7 +19,7 @@ from distclip.kernels import triton_lists
 from distclip.kernels.triton_lists import Layout
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CHUNK, BLOCK, FLIGHT, WRITTEN = 32768, 2048, 4096, 8192  # of triton_programs, compared with it in `sizes`
+CHUNK, BLOCK, FLIGHT, SMALL, LARGE = 32768, 2048, 4096, (4096, 4), (16384, 16)  # of triton_programs, compared with it in `sizes`
 COUNTS = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, FLIGHT, FLIGHT + 1, CHUNK, CHUNK + 1)
 
 
@@ -70,7 +70,8 @@ def without_double(function, *args):
 def sizes():
     from distclip.kernels import triton_programs
 
-    return triton_programs.CHUNK, triton_programs.BLOCK, triton_programs._FLIGHT.value, triton_programs.WRITTEN
+    programs = triton_programs
+    return programs.CHUNK, programs.BLOCK, programs._FLIGHT.value, programs.SMALL, programs.LARGE
 
 
 def listed(tensors):
@@ -190,8 +191,8 @@ def multiplied(dtype, factor):
     return int(sum(off)), int(sum(moved))
 
 
-def each_by_its_own():
-    tensors = [numbers(3, torch.float32), numbers(CHUNK + 1, torch.float32), numbers(2, torch.float64), numbers(9, torch.bfloat16)]
+def each_by_its_own(count):
+    tensors = [numbers(3, torch.float32), numbers(count, torch.float32)[1:], numbers(2, torch.float64), numbers(9, torch.bfloat16)]
     factors = torch.tensor([0.5, 1.0, 3.0, 0.25], dtype=torch.float64)
     want = [(t.double() * f).to(t.dtype) for t, f in zip(tensors, factors, strict=True)]
     layout, pointers = listed(tensors)
@@ -269,7 +270,7 @@ def beyond_two_to_the_31():
     partials = torch.zeros(1, dtype=torch.float64)
     programs.chunk_sums[(1,)](*tables, partials, TYPES=8, P=2.0, DOUBLE=True, CHUNK=CHUNK, BLOCK=BLOCK, PART=programs.PART)
     half = torch.tensor(0.5, dtype=torch.float64)
-    programs.change[(1,)](*tables, half, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, WRITTEN=programs.WRITTEN)
+    programs.change[(1,)](*tables, half, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, WRITTEN=SMALL[0])
     return float(partials), tensor[-10:].tolist()
 
 

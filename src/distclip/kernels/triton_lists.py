@@ -60,6 +60,7 @@ class Layout:
         chunks = (count + programs.CHUNK - 1) // programs.CHUNK
         firsts = torch.cat([count.new_zeros(1), chunks.cumsum(0)])
         self._chunks = int(firsts[-1])
+        self._written = programs.SMALL if int(count.sum()) < self._chunks * programs.LARGE[0] else programs.LARGE
         codes = [CODES[dtype] for dtype in dtypes]
         self._types = sum({1 << code for code in codes})
         owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks)
@@ -115,10 +116,10 @@ class Layout:
     def _change(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
         values = values.double()  # as a rule they are; a launch does not look
         values = _sent(values, self.device) if values.device.type == "cpu" else values
-        programs = self._programs
-        constants = (_stride(values), self._types, clamp, programs.CHUNK, programs.WRITTEN)
+        programs, (written, warps) = self._programs, self._written
+        constants = (_stride(values), self._types, clamp, programs.CHUNK, written)
         with _on(self.device):
-            self._launch(programs.change, programs.WRITERS, pointers, (values,), constants)
+            self._launch(programs.change, warps, pointers, (values,), constants)
 
     def _summed(self, partials: Tensor, rows: int, most: int) -> Tensor:
         """[n, rows] float64; the first `most` rows are maxima."""

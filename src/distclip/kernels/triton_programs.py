@@ -17,9 +17,8 @@ import triton.language as tl
 CHUNK = 32768  # elements that one program reads: few enough programs for large lists, and a tensor of this size still has its own
 BLOCK = 2048  # elements that are summed side by side in float64: 16 a thread
 PART = 1024  # the same in float32, which takes more registers
-WRITTEN = 8192  # elements that are changed at a time
 WARPS = 4
-WRITERS = 8  # warps of a program that changes
+SMALL, LARGE = (4096, WARPS), (16384, 16)  # elements that are changed at a time, and warps: where tensors are small, and elsewhere
 LANES = 512  # partial sums in flight
 
 _FLIGHT = tl.constexpr(4096)  # elements that are on their way at a time
