@@ -123,6 +123,10 @@ def test_a_factor_for_each_tensor(interpreted, count):
     assert interpreted.run(cases.each_by_its_own, count) == [True] * 4
 
 
+def test_factors_of_many_tensors(interpreted):
+    assert interpreted.run(cases.many_by_their_own) == []
+
+
 def test_one_factor_for_all(interpreted):
     assert interpreted.run(cases.one_for_all) == [True] * 12
 

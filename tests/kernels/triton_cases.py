@@ -200,6 +200,16 @@ def each_by_its_own(count):
     return [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
 
 
+def many_by_their_own():
+    """More tensors than programs look at together, most of which are left alone: which are not what they should be."""
+    tensors = [torch.full((3,), float(i)) for i in range(1000)]
+    factors = torch.ones(1000, dtype=torch.float64)
+    factors[:600:7], factors[999] = 0.5, 0.25
+    layout, pointers = listed(tensors)
+    layout.scale_(pointers, factors)
+    return [i for i, (t, f) in enumerate(zip(tensors, factors.tolist(), strict=True)) if t.tolist() != [i * f] * 3]
+
+
 def one_for_all():
     """A number, a 0-dim tensor, an expanded one (whose memory holds one number alone), every second of a tensor."""
     half = torch.tensor(0.5, dtype=torch.float64)
@@ -270,7 +280,7 @@ def beyond_two_to_the_31():
     partials = torch.zeros(1, dtype=torch.float64)
     programs.chunk_sums[(1,)](*tables, partials, TYPES=8, P=2.0, DOUBLE=True, CHUNK=CHUNK, BLOCK=BLOCK, PART=programs.PART)
     half = torch.tensor(0.5, dtype=torch.float64)
-    programs.change[(1,)](*tables, half, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, WRITTEN=SMALL[0])
+    programs.change[(1,)](*tables, half, 1, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, WRITTEN=SMALL[0])
     return float(partials), tensor[-10:].tolist()
 
 

@@ -119,7 +119,7 @@ class Layout:
         programs, (written, warps) = self._programs, self._written
         constants = (_stride(values), self._types, clamp, programs.CHUNK, written)
         with _on(self.device):
-            self._launch(programs.change, warps, pointers, (values,), constants)
+            self._launch(programs.change, warps, pointers, (values, self._chunks), constants, _side_by_side(self.device, warps))
 
     def _summed(self, partials: Tensor, rows: int, most: int) -> Tensor:
         """[n, rows] float64; the first `most` rows are maxima."""
@@ -128,11 +128,14 @@ class Layout:
         self._run(self._programs.tensor_sums, self._programs.WARPS, (self.size, rows), args, (most, self._programs.LANES))
         return sums
 
-    def _launch(self, program: Any, warps: int, pointers: Sequence[int], args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
-        """One program for each chunk."""
+    def _launch(
+        self, program: Any, warps: int, pointers: Sequence[int], args: tuple[Any, ...], constants: tuple[Any, ...], most: float = math.inf
+    ) -> None:
+        """One program for each chunk, or `most` for all."""
         there = self._there(pointers)
         if self._chunks:
-            self._run(program, warps, (self._chunks, 1), (there, *self._tables, *args), constants)
+            grid = (self._chunks if self._chunks < most else int(most), 1)
+            self._run(program, warps, grid, (there, *self._tables, *args), constants)
 
     def _run(self, program: Any, warps: int, grid: tuple[int, int], args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
         """Triton looks at the arguments of the first launch only: all later ones are of the same types, and aligned in the same way."""
@@ -217,6 +220,15 @@ _GRAPHS: list[Any] = []  # what captured graphs read; a graph may live as long a
 def doubles(device: torch.device) -> bool:
     """Whether `device` computes in float64 at half of float32's rate."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in _HALF_RATE
+
+
+@lru_cache(maxsize=_LISTS)
+def _side_by_side(device: torch.device, warps: int) -> int:
+    """How many programs of so many warps the device runs at a time."""
+    if device.type != "cuda":
+        return 3
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count * max(1, found.max_threads_per_multi_processor // (32 * warps))
 
 
 def _words(addresses: array[int]) -> Tensor:

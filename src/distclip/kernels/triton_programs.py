@@ -23,6 +23,7 @@ LANES = 512  # partial sums in flight
 
 _FLIGHT = tl.constexpr(4096)  # elements that are on their way at a time
 _LEVELS = tl.constexpr(2)  # a thread's neighbours are four elements or more: they are added without leaving it
+_AHEAD = tl.constexpr(128)  # chunks whose values are looked at together
 _EDGE = tl.constexpr(1024)  # elements at a time where a tensor begins or ends
 # 16-bit numbers are turned into float64 without a conversion, by moving the bits of a float32: only 0, inf, NaN and what is below 2^-126
 # come out wrong, namely as 2^-127 or as 2^128 and more, which a sum of squares shows
@@ -293,11 +294,7 @@ def _change_edge(here, count, value, CLAMP: tl.constexpr):
 @triton.jit
 def _typed_change(address, start, count, value, TYPE: tl.constexpr, WIDE: tl.constexpr, CLAMP: tl.constexpr, WRITTEN: tl.constexpr):
     value = value.to(WIDE)
-    if CLAMP:
-        act = value < float("inf")
-    else:
-        act = value != 1.0
-    if act:
+    if _acts(value, CLAMP):
         head = _head(address, count, TYPE)
         if head > 0:
             _change_edge(address.to(tl.pointer_type(TYPE)) + start, head, value, CLAMP)
@@ -310,16 +307,20 @@ def _typed_change(address, start, count, value, TYPE: tl.constexpr, WIDE: tl.con
         _change_edge(body + whole, count - head - whole, value, CLAMP)
 
 
-@triton.jit(do_not_specialize_on_alignment=["values"])
-def change(
-    pointers, owners, firsts, counts, codes, values,
+@triton.jit
+def _acts(value, CLAMP: tl.constexpr):
+    if CLAMP:
+        out = value < float("inf")
+    else:
+        out = value != 1.0
+    return out
+
+
+@triton.jit
+def _change_chunk(
+    pointers, owners, firsts, counts, codes, values, chunk,
     STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies or clamps in place; a program reads and writes nothing where the factor is 1 or the bound inf (or NaN).
-
-    values: float64, one every STRIDE; with 0 one for all. Tables, TYPES and the grid as for `chunk_sums`.
-    """
-    chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
     value = tl.load(values + owner * STRIDE)
     address = tl.load(pointers + owner)
@@ -341,14 +342,42 @@ def change(
                 _typed_change(address, start, count, value, tl.float16, tl.float32, CLAMP, WRITTEN)
 
 
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["values"])
+def change(
+    pointers, owners, firsts, counts, codes, values, chunks,
+    STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
+):  # fmt: skip
+    """Multiplies or clamps in place; nothing is read or written where the factor is 1 or the bound inf (or NaN).
+
+    values: float64, one every STRIDE; with 0 one for all. Tables and TYPES as for `chunk_sums`. A grid of as many programs as the device
+    runs side by side: each takes every so manieth chunk, and looks at the values of many at a time, so that little is left to do where
+    none acts.
+    """
+    programs = tl.num_programs(0)
+    for begin in range(tl.program_id(0), chunks, programs * _AHEAD):
+        mine = begin + tl.arange(0, _AHEAD) * programs
+        owner = tl.load(owners + mine, mask=mine < chunks, other=-1)
+        value = tl.load(values + owner * STRIDE, mask=owner >= 0, other=1.0)
+        if tl.max((_acts(value, CLAMP) & (owner >= 0)).to(tl.int32), 0) != 0:
+            for chunk in range(begin, tl.minimum(begin + programs * _AHEAD, chunks), programs):
+                _change_chunk(pointers, owners, firsts, counts, codes, values, chunk, STRIDE, TYPES, CLAMP, CHUNK, WRITTEN)
+
+
 @triton.jit
 def _clamp_joined(size, bounded, square, after, product, beyond, x, value, P: tl.constexpr):
-    x = _wide(x).to(tl.float64)
-    c = tl.where(x > value, value, tl.where(x < -value, -value, x))
+    x = _wide(x)
+    bound = value.to(x.dtype)  # which it is already, but for its type
+    above = x > bound
+    below = x < -bound
+    x = x.to(tl.float64)
+    c = tl.where(above, value, tl.where(below, -value, x))
     if P != 2:
         size = _joined(size, x, P)
         bounded = _joined(bounded, c, P)
-    return size, bounded, square + x * x, after + c * c, product + x * c, beyond + (tl.abs(x) > value).to(tl.int32)
+    square = tl.fma(x, x, square)
+    after = tl.fma(c, c, after)
+    product = tl.fma(x, c, product)
+    return size, bounded, square, after, product, beyond + (above | below).to(tl.int32)
 
 
 @triton.jit
