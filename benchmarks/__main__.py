@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("cases", nargs="*", metavar="CASE", help="which cases; default: all")
     out.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: shows that everything runs, measures nothing")
+    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the cases for a GPU (default: cpu)")
     out.add_argument("--kernels", choices=("torch", "native", "both"), help="force distclip's kernels; default: those it chooses")
     out.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     out.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as a picture (needs matplotlib)")
@@ -76,6 +77,10 @@ def measured(names: list[str], quick: bool, kernels: str | None) -> dict[str, An
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.device == "cuda":
+        from benchmarks.gpu import main as on_a_gpu
+
+        return on_a_gpu(options)
     unknown = [name for name in options.cases if name not in CASES]
     if unknown:
         raise SystemExit(f"benchmarks: there is no case {unknown[0]!r}; the cases are {', '.join(CASES)}")

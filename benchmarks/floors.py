@@ -36,3 +36,27 @@ def floor(key: str, kernels: str) -> dict[str, Any]:
 def ceiling(key: str, kernels: str) -> dict[str, Any]:
     found = CEILINGS[key][kernels == "native"]
     return {"floor": found, "issue": found is not None, "at_least": False}
+
+
+GPU_FLOORS: dict[str, float] = {
+    "llama idle": 2.7,
+    "llama idle, Automodel": 1.2,
+    "llama idle, share": 0.9,
+    "llama active, share": 0.88,
+    "small 5,000 idle": 3.0,
+    "small 5,000 active": 2.0,
+    "scaler": 1.5,
+    "step idle": 1.2,
+}
+GPU_CEILINGS: dict[str, float] = {"waits": 0, "launches": 12, "host": 150.0}  # the host's in microseconds, for 1,000 tensors
+GPU_MEMORY = (2**20, 16)  # bytes, and bytes a tensor
+
+
+def gpu_floor(key: str) -> dict[str, Any]:
+    """As `floor`: what was set for a GPU, elsewhere no slower than the peer."""
+    found = GPU_FLOORS.get(key)
+    return {"floor": 1.0, "issue": False} if found is None else {"floor": found, "issue": True}
+
+
+def gpu_ceiling(key: str) -> dict[str, Any]:
+    return {"floor": float(GPU_CEILINGS[key]), "issue": True, "at_least": False}

@@ -30,12 +30,12 @@ def page(machine: dict[str, Any], rows: Sequence[Row], plot: str | None) -> str:
     if plot is not None:
         parts.append(f"![Ratio to the peer by case, with floors]({plot})\n")
     for case, group in groupby(sorted(rows, key=lambda row: list(CASES).index(row.case)), key=lambda row: row.case):
-        parts.append(section(case, list(group)))
+        parts.append(section(case, CASES[case].line, list(group)))
     return "\n".join(parts)
 
 
-def section(case: str, rows: Sequence[Row]) -> str:
-    lines = [f"## {case}: {CASES[case].line}\n"]
+def section(case: str, line: str, rows: Sequence[Row]) -> str:
+    lines = [f"## {case}: {line}\n"]
     lines.append("| | distclip | peer | kernels | ranks × threads | peer | own | value (quartiles) | floor | verdict |")
     lines.append("|---|---|---|---|---|---:|---:|---:|---|---|")
     notes: list[str] = []

@@ -64,14 +64,20 @@ def tally(rows: Sequence[Row]) -> str:
     )
 
 
-def text(machine: dict[str, Any], rows: Sequence[Row], quick: bool) -> str:
+def lined_up(rows: Sequence[Row]) -> list[str]:
+    """The head and a line for each row."""
     lines = [HEAD, *(cells(row) for row in rows)]
     width = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     right = (6, 7, 8)
-    out = [machine_line(machine)]
-    if quick:
-        out.append("--quick: tiny sizes, few rounds; these figures measure nothing")
+    out: list[str] = []
     for line, row in zip(lines, (None, *rows), strict=True):
         shown = "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True)))
         out.append(shown.rstrip() + (f"  ({row.note})" if row is not None and row.note else ""))
-    return "\n".join([*out, tally(rows)])
+    return out
+
+
+def text(machine: dict[str, Any], rows: Sequence[Row], quick: bool) -> str:
+    out = [machine_line(machine)]
+    if quick:
+        out.append("--quick: tiny sizes, few rounds; these figures measure nothing")
+    return "\n".join([*out, *lined_up(rows), tally(rows)])

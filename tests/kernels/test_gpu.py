@@ -1,6 +1,9 @@
 """On a CUDA device: the kernels as they are, steps that wait for nothing, captured graphs, NCCL. `pytest -m gpu` runs these alone."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -87,6 +90,35 @@ def test_scaling_is_done_in_float32(monkeypatch, choice, factor):
 
 
 @KERNELS
+@pytest.mark.parametrize("double", [True, False])
+def test_both_ways_of_squaring(monkeypatch, double):
+    """Each device has one of its own; both are right on it."""
+    monkeypatch.setattr(triton_lists, "doubles", lambda device: double)
+    triton_lists.layout.cache_clear()
+    here, there = lists()
+    shifted = [t * 2.0**-70 for t in there if t.dtype != torch.float16] + [torch.zeros(100_000, device="cuda")]
+    try:
+        found, tiny = GradList.of(there).power_sums(2.0), GradList.of(shifted).power_sums(2.0)
+    finally:
+        triton_lists.layout.cache_clear()
+    torch.testing.assert_close(found.cpu(), power_sums([t.double() for t in here], 2.0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(tiny.cpu(), power_sums([t.double().cpu() for t in shifted], 2.0), rtol=1e-13, atol=0)
+
+
+@KERNELS
+def test_later_launches_are_those_of_other_arguments_too():
+    """What was compiled once is launched with whatever comes: other lengths of a list, other strides, other orders."""
+    for count in (1, 5, 3):
+        tensors = [torch.full((1000 + i,), 2.0, device="cuda") for i in range(count)]
+        many = torch.tensor([[0.5, 9.0]] * count, dtype=torch.float64, device="cuda")
+        for factors, left in ((many[:, 0], 1.0), (many[0, 0], 0.5), (many[:1, 0].expand(count), 0.25), (many[:, 0].float(), 0.125)):
+            GradList.of(tensors).scale_(factors)
+            assert all(bool((t == left).all()) for t in tensors)
+        for p, each in ((1.0, 0.125), (2.0, 0.125**2), (1.0, 0.125)):
+            assert GradList.of(tensors).power_sums(p).tolist() == [each * (1000 + i) for i in range(count)]
+
+
+@KERNELS
 def test_clamping():
     _, there = lists()
     want = [t.clamp(-0.5, 0.5) for t in there]
@@ -145,10 +177,17 @@ def optimizer_of(layers, capturable=False):
     return torch.optim.AdamW(layers.parameters(), 0.01, fused=True, capturable=capturable)
 
 
-POLICIES = {"fixed": lambda: distclip.FixedNorm(1.0), "zclip": lambda: distclip.ZClip(warmup=2), "value": lambda: distclip.FixedValue(0.02)}
+POLICIES = {
+    "autoclip": lambda: distclip.AutoClip(60.0, window=4),
+    "spikes": lambda: distclip.SkipSpikes(distclip.FixedNorm(1.0), sigma=1.0, window=4, warmup=2, factor=1.0),
+    "warmup": lambda: distclip.Warmup(distclip.FixedNorm(1.0), 4, 3.0),
+    "fixed": lambda: distclip.FixedNorm(1.0),
+    "zclip": lambda: distclip.ZClip(warmup=2),
+    "value": lambda: distclip.FixedValue(12.0),
+}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["fixed", "zclip", "value"])
 @pytest.mark.parametrize("mode", [{"on_nonfinite": "skip"}, {"on_nonfinite": "propagate"}, {"on_nonfinite": "propagate", "fold": "never"}])
 def test_steps_wait_for_nothing_and_do_what_they_do_on_the_cpu(policy, mode):
     if policy == "value" and mode["on_nonfinite"] == "skip":
@@ -189,7 +228,7 @@ def test_a_step_with_a_scaler_waits_for_nothing():
     assert all(torch.equal(a, b) for a, b in zip(start.values(), layers.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("policy", ["fixed", "zclip"])
+@pytest.mark.parametrize("policy", ["fixed", "zclip", "autoclip", "spikes", "warmup"])
 def test_a_captured_graph_does_what_the_steps_do(policy):
     """Replays with other gradients in the same tensors, one of them not finite; the policy's state goes on from replay to replay."""
     warm_up, bad = 3, 5
@@ -218,11 +257,95 @@ def test_a_captured_graph_does_what_the_steps_do(policy):
             assert float(report.total_norm) == pytest.approx(float(expected.total_norm), rel=1e-6, nan_ok=True)
             assert bool(report.clipped) == bool(expected.clipped)
             skipped.append(bool(report.skipped))
-    assert skipped == [step == bad for step in range(warm_up, 8)]
+            assert skipped[-1] == bool(expected.skipped)
+    assert skipped[bad - warm_up] and (policy == "spikes" or skipped == [step == bad for step in range(warm_up, 8)])
     for a, b in zip(layers.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
     give(layers, 0)
     assert clipper.step(optimizer).step > warm_up, "it goes on without the graph"
+
+
+def inputs(step, bad=False):
+    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(100 + step)) * SIZES[step % len(SIZES)]
+    if bad:
+        x[1, 2] = math.inf
+    return x
+
+
+def trained(layers, clipper, optimizer, x):
+    optimizer.zero_grad(set_to_none=True)
+    layers(x).square().mean().backward()
+    return clipper.step(optimizer)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "zclip"])
+def test_a_whole_training_step_is_captured(policy):
+    """Forward, backward and step in one graph: the gradients lie where the capture made them. A bad input among the replays."""
+    warm_up, bad = 3, 5
+    layers, reference = model("cuda"), model("cpu")
+    clipper, optimizer = distclip.GradClipper(layers, policy=POLICIES[policy]()), optimizer_of(layers, capturable=True)
+    other, steps = distclip.GradClipper(reference, policy=POLICIES[policy]()), optimizer_of(reference)
+    x = inputs(0).cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for step in range(warm_up):
+            x.copy_(inputs(step))
+            trained(layers, clipper, optimizer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        report = trained(layers, clipper, optimizer, x)
+
+    clipped = []
+    for step in range(9):
+        expected = trained(reference, other, steps, inputs(step, step == bad))
+        if step < warm_up:
+            continue
+        x.copy_(inputs(step, step == bad))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert bool(report.skipped) == bool(expected.skipped) == (step == bad)
+        assert bool(report.clipped) == bool(expected.clipped)
+        if step != bad:
+            assert float(report.total_norm) == pytest.approx(float(expected.total_norm), rel=1e-4)
+        clipped.append(bool(report.clipped))
+    assert True in clipped or policy == "zclip"
+    for a, b in zip(layers.parameters(), reference.parameters(), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-5)
+
+
+COMMUNICATORS = """
+import os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+import distclip
+
+log = Path(os.environ["NCCL_DEBUG_FILE"])
+count = lambda: log.read_text().count("Init COMPLETE") if log.exists() else 0
+dist.init_process_group("nccl", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model = torch.nn.Linear(4, 4).cuda()
+clipper = distclip.GradClipper(model, 1.0)
+built = count()
+for _ in range(2):
+    model.weight.grad, model.bias.grad = torch.ones_like(model.weight), torch.ones_like(model.bias)
+    clipper.clip_()
+torch.cuda.synchronize()
+print(built, count(), len(dist.distributed_c10d._world.pg_map))
+dist.destroy_process_group()
+"""
+
+
+def test_the_first_clip_opens_no_communicator(tmp_path):
+    """All are opened when the clipper is built, before the step of the largest memory. One rank: as far as that shows it."""
+    environment = os.environ | {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(tmp_path / "nccl.txt")}
+    command = [sys.executable, "-c", COMMUNICATORS, str(tmp_path / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built, after, groups = map(int, done.stdout.split())
+    assert built == after == 1 and groups == 1, "NCCL's log counts what was opened"
 
 
 @pytest.fixture

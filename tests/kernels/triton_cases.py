@@ -3,8 +3,12 @@
 import ctypes
 import math
 import mmap
+import os
 import re
+import subprocess
+import tempfile
 from array import array
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +19,58 @@ from distclip.kernels import triton_lists
 from distclip.kernels.triton_lists import Layout
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CHUNK, BLOCK = 32768, 2048  # of triton_programs, compared with it in `sizes`
-COUNTS = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1)
+CHUNK, BLOCK, FLIGHT, SMALL, LARGE = 32768, 2048, 4096, (4096, 4), (16384, 16)  # of triton_programs, compared with it in `sizes`
+COUNTS = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, FLIGHT, FLIGHT + 1, CHUNK, CHUNK + 1)
+
+
+def start():
+    if os.environ["TRITON_INTERPRET"] == "1":
+        _scalars_are_numbers()
+        _products_are_exact()
+
+
+def _scalars_are_numbers():
+    """The interpreter of triton 3.6 calls int() on arrays of one element, which numpy 2.5 refuses: mended here."""
+    from triton.runtime import interpreter
+
+    given = interpreter._patch_lang_tensor
+
+    def mended(tensor, *rest):
+        given(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = mended
+
+
+def _products_are_exact():
+    """The interpreter rounds a product before it adds to it; a device does not, and the error of a float32 square is got by that."""
+    from triton.runtime import interpreter
+
+    def fma(self, x, y, z):
+        wide = np.float64 if z.data.dtype == np.float32 else z.data.dtype
+        out = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+        return interpreter.TensorHandle(out.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma
+
+
+def without_double(function, *args):
+    """What `function` answers on a device that is slow in float64."""
+    given = triton_lists.doubles
+    triton_lists.layout.cache_clear()
+    triton_lists.doubles = lambda device: False
+    try:
+        return function(*args)
+    finally:
+        triton_lists.doubles = given
+        triton_lists.layout.cache_clear()
 
 
 def sizes():
     from distclip.kernels import triton_programs
 
-    return triton_programs.CHUNK, triton_programs.BLOCK
+    programs = triton_programs
+    return programs.CHUNK, programs.BLOCK, programs._FLIGHT.value, programs.SMALL, programs.LARGE
 
 
 def listed(tensors):
@@ -60,10 +108,26 @@ def of_all_sizes(dtype, p):
 
 
 def unaligned(dtype, p):
-    whole = numbers(CHUNK + BLOCK + 9, dtype)
+    whole = numbers(CHUNK + FLIGHT + 9, dtype)
     views = [whole[1:], whole[3 : BLOCK + 3], whole[5:6]]
     assert all(view.data_ptr() % 16 for view in views) or dtype == torch.float64
     return worst(views, p)
+
+
+def of_any_size(dtype):
+    """Sums of squares where a quick way of forming them leaves its range: the largest error, whether zeros give 0, and how many do not."""
+    draw = torch.Generator().manual_seed(0)
+    small, large = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    zeros = torch.zeros(2 * FLIGHT + 5, dtype=torch.float64)
+    spread = torch.randn(3 * FLIGHT, generator=draw, dtype=torch.float64).exp2() * torch.rand(3 * FLIGHT, generator=draw) ** 20
+    tensors = [zeros.to(dtype), (-zeros).to(dtype)]
+    for value in (small, 3 * small, small**0.5, small**0.75, 0.1, 1.0, 1e4, large**0.5, large / 3, large):
+        alone, rare = zeros.clone(), zeros.clone()
+        alone[FLIGHT + 3], rare[::97] = value, value
+        tensors += [t.to(dtype) for t in (alone, rare, zeros + value)]
+    tensors += [torch.full((FLIGHT,), torch.finfo(dtype).smallest_normal).to(dtype) / 4, spread.to(dtype), (spread * small).to(dtype)]
+    found = measured(tensors, 2.0)
+    return worst(tensors, 2.0)[0], found[:2], sum(x > 0 for x in found[2:]) / len(found[2:])
 
 
 def mixed_extremes():
@@ -113,7 +177,7 @@ def multiplied(dtype, factor):
         tensors = [torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)]
     else:
         special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 1e-38, 3.4e38, 1.0], dtype=dtype)
-        tensors = [special, numbers(BLOCK + 1, dtype), numbers(CHUNK + 3, dtype)[1:]]
+        tensors = [special, numbers(BLOCK + 1, dtype), numbers(CHUNK + 3, dtype)[1:], numbers(3, dtype)[1:2]]
     want = [t.clone() for t in tensors]
     torch._foreach_mul_(want, torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32))
     before = [t.clone() for t in tensors]
@@ -126,13 +190,23 @@ def multiplied(dtype, factor):
     return int(sum(off)), int(sum(moved))
 
 
-def each_by_its_own():
-    tensors = [numbers(3, torch.float32), numbers(CHUNK + 1, torch.float32), numbers(2, torch.float64), numbers(9, torch.bfloat16)]
+def each_by_its_own(count):
+    tensors = [numbers(3, torch.float32), numbers(count, torch.float32)[1:], numbers(2, torch.float64), numbers(9, torch.bfloat16)]
     factors = torch.tensor([0.5, 1.0, 3.0, 0.25], dtype=torch.float64)
     want = [(t.double() * f).to(t.dtype) for t, f in zip(tensors, factors, strict=True)]
     layout, pointers = listed(tensors)
     layout.scale_(pointers, factors)
     return [torch.equal(a, b) for a, b in zip(tensors, want, strict=True)]
+
+
+def many_by_their_own():
+    """More tensors than programs look at together, most of which are left alone: which are not what they should be."""
+    tensors = [torch.full((3,), float(i)) for i in range(1000)]
+    factors = torch.ones(1000, dtype=torch.float64)
+    factors[:600:7], factors[999] = 0.5, 0.25
+    layout, pointers = listed(tensors)
+    layout.scale_(pointers, factors)
+    return [i for i, (t, f) in enumerate(zip(tensors, factors.tolist(), strict=True)) if t.tolist() != [i * f] * 3]
 
 
 def one_for_all():
@@ -203,9 +277,9 @@ def beyond_two_to_the_31():
     pointers, owners = torch.tensor([tensor.data_ptr()]), torch.zeros(1, dtype=torch.int32)
     tables = (pointers, owners, torch.tensor([-(far // CHUNK)]), torch.tensor([far + 10]), torch.tensor([3], dtype=torch.int32))
     partials = torch.zeros(1, dtype=torch.float64)
-    programs.chunk_sums[(1,)](*tables, partials, TYPES=8, P=2.0, CHUNK=CHUNK, BLOCK=BLOCK)
+    programs.chunk_sums[(1,)](*tables, partials, TYPES=8, P=2.0, DOUBLE=True, CHUNK=CHUNK, BLOCK=BLOCK, PART=programs.PART)
     half = torch.tensor(0.5, dtype=torch.float64)
-    programs.change[(1,)](*tables, half, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, BLOCK=BLOCK)
+    programs.change[(1,)](*tables, half, 1, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, WRITTEN=SMALL[0])
     return float(partials), tensor[-10:].tolist()
 
 
@@ -228,39 +302,56 @@ def in_a_capture():
     return same, own.tolist() == [other.data_ptr()], own.data_ptr() == kept[1].data_ptr(), len(kept), texts
 
 
-def compiled(kernel, target, constants):
-    """PTX of a kernel, compiled and assembled for a device that need not be here."""
+WORDS = {
+    "pointers": "*i64",
+    "owners": "*i32",
+    "firsts": "*i64",
+    "counts": "*i64",
+    "codes": "*i32",
+    "partials": "*fp64",
+    "sums": "*fp64",
+    "values": "*fp64",
+    "chunks": "i32",
+}
+UNALIGNED = ("values", "chunks")  # as the kernels are declared
+
+
+def compiled(kernel, target, warps, constants):
+    """What a kernel becomes for a device that need not be here: its PTX and its innermost loops, as texts, and what a thread takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from distclip.kernels import triton_programs
 
-    types = dict(
-        pointers="*i64",
-        owners="*i32",
-        firsts="*i64",
-        counts="*i64",
-        codes="*i32",
-        partials="*fp64",
-        sums="*fp64",
-        values="*fp64",
-        chunks="i32",
-    )
     function = getattr(triton_programs, kernel)
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types and name not in ("values", "chunks")
-    }
+    signature = {name: WORDS.get(name, "constexpr") for name in function.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in WORDS and name not in UNALIGNED}
+    if kernel == "tensor_sums":
+        del aligned[(0,)]
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4})
-    assert len(built.asm["cubin"]) > 1000
-    ptx = built.asm["ptx"]
-    return {
-        "vector loads": len(re.findall(r"ld\.global\.v[24]\.b(?:32|64)", ptx)),
-        "vector stores": len(re.findall(r"st\.global\.v[24]\.b(?:32|64)", ptx)),
-        "scalar loads": len(re.findall(r"ld\.global\.b(?:16|32|64)", ptx)),
-        "float64 multiply-adds": ptx.count("fma.rn.f64"),
-        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
-        "ptx": ptx,
-    }
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return built.asm["ptx"], _innermost_loops(built.asm["ptx"]), _resources(built.asm["cubin"])
+
+
+def _innermost_loops(ptx):
+    """The texts between a label and a jump back to it, without those that contain another one."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if re.match(r"\s*\$L\w+:", line)}
+    jumps = [(labels[found[1]], i) for i, line in enumerate(lines) if (found := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line))]
+    spans = [(start, end) for start, end in jumps if start < end]
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return ["\n".join(lines[start:end]) for start, end in inner]
+
+
+def _resources(cubin):
+    """Registers, and bytes of memory of its own, of each thread; Triton brings the program that tells."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([program, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=60).stdout
+    return tuple(int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())

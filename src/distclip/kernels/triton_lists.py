@@ -3,15 +3,17 @@
 What does not depend on the step is prepared once for a list's sizes and dtypes (`Layout`). A step sends the addresses alone, and only
 where they changed; nothing waits for the device, and all of it can be captured in a CUDA graph.
 
-Sums are float64 from the first element on: every float32 is in range, and however a tensor is cut its sum is right to 1e-15. Partial sums
-are added in one order, without atomics, so that a repeated step gives equal bits. Two float64 instructions an element (a conversion, a
-multiply-add) hide behind the read where float64 runs at half the rate of float32, and where it runs at 1/64 they take about as long as
-the read of a float32 takes.
+Sums of squares: where float64 runs at half of float32's rate it is used for every element (16-bit numbers are brought to it without a
+conversion), and however a tensor is cut its sum is right to 1e-15. Elsewhere it may run at 1/64: there float32 serves, with what its
+rounding took away beside it, and float64 for what float32's range does not hold; right to 1e-12. All other sums are float64 from the first
+element on. Partial sums are added in one order, without atomics, so that a repeated step gives equal bits.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -24,6 +26,7 @@ from distclip.errors import ConfigError
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as `triton_programs` branches on them
 _LISTS = 64  # layouts kept
+_HALF_RATE = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # compute capabilities whose float64 runs at half of float32's rate
 
 
 @lru_cache(maxsize=1)
@@ -57,12 +60,15 @@ class Layout:
         chunks = (count + programs.CHUNK - 1) // programs.CHUNK
         firsts = torch.cat([count.new_zeros(1), chunks.cumsum(0)])
         self._chunks = int(firsts[-1])
+        self._written = programs.SMALL if int(count.sum()) < self._chunks * programs.LARGE[0] else programs.LARGE
         codes = [CODES[dtype] for dtype in dtypes]
         self._types = sum({1 << code for code in codes})
         owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks)
         tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32, device="cpu"))
         self._tables = [_sent(table, device) for table in tables]
-        self._sent: tuple[list[int], int, Tensor] | None = None  # addresses, for which stream, on the device
+        self._sent: tuple[array[int], int, Tensor] | None = None  # addresses, for which stream, on the device
+        self._runners: dict[tuple[object, ...], Any] = {}  # compiled programs, ready to be launched
+        self._double = doubles(device)
         self._ready = _recorded(device)
         if device.type == "cuda":  # compiled here, since a first launch may come in a capture, where nothing can be loaded
             self.scale_([0] * self.size, 1.0)
@@ -70,8 +76,11 @@ class Layout:
     def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
         """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or inf. NaN stays NaN."""
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
-        self._launch(self._programs.chunk_sums, pointers, partials, P=float(p))
-        return self._summed(partials, p)
+        programs, constants = self._programs, (self._types, float(p), self._double)
+        sizes = (programs.CHUNK, programs.BLOCK, programs.PART)
+        with _on(self.device):
+            self._launch(programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes))
+            return self._summed(partials, 1, int(p == math.inf)).view(-1)
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
         """What a clamp c of each element x would do: float64 [n, 6], as `measure.clamped_sums`.
@@ -80,8 +89,11 @@ class Layout:
             values: float64 [n] on the device: the bounds.
         """
         partials = torch.zeros(6, self._chunks, dtype=torch.float64, device=self.device)
-        self._launch(self._programs.chunk_clamps, pointers, values, partials, self._chunks, STRIDE=_stride(values), P=float(p))
-        return torch.stack([self._summed(row, p if k < 2 else 1.0) for k, row in enumerate(partials.unbind())], 1)
+        programs, args = self._programs, (values, partials, self._chunks)
+        constants = (_stride(values), self._types, float(p), programs.CHUNK, programs.PART)
+        with _on(self.device):
+            self._launch(programs.chunk_clamps, programs.WARPS, pointers, args, constants)
+            return self._summed(partials, 6, 2 if p == math.inf else 0)
 
     def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
         """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. Where the factor is 1 nothing is read.
@@ -91,8 +103,7 @@ class Layout:
         """
         if not isinstance(factors, Tensor):
             factors = torch.full((), factors, dtype=torch.float64, device=self.device)
-        values = _sent(factors, self.device) if factors.device.type == "cpu" else factors
-        self._launch(self._programs.change, pointers, values, STRIDE=_stride(values), CLAMP=False)
+        self._change(pointers, factors, clamp=False)
 
     def clamp_(self, pointers: Sequence[int], values: Tensor) -> None:
         """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the value is inf nothing is read.
@@ -100,21 +111,42 @@ class Layout:
         Args:
             values: float64 on any device: 0-dim, or [n].
         """
+        self._change(pointers, values, clamp=True)
+
+    def _change(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
+        values = values.double()  # as a rule they are; a launch does not look
         values = _sent(values, self.device) if values.device.type == "cpu" else values
-        self._launch(self._programs.change, pointers, values, STRIDE=_stride(values), CLAMP=True)
-
-    def _launch(self, program: Any, pointers: Sequence[int], *args: Any, **constants: Any) -> None:
-        there, programs = self._there(pointers), self._programs
-        if self._chunks:
-            constants |= {"TYPES": self._types, "CHUNK": programs.CHUNK, "BLOCK": programs.BLOCK}
-            with _on(self.device):
-                program[(self._chunks,)](there, *self._tables, *args, **constants, num_warps=programs.WARPS)
-
-    def _summed(self, partials: Tensor, p: float) -> Tensor:
-        sums = torch.empty(self.size, dtype=torch.float64, device=self.device)
+        programs, (written, warps) = self._programs, self._written
+        constants = (_stride(values), self._types, clamp, programs.CHUNK, written)
         with _on(self.device):
-            self._programs.tensor_sums[(self.size,)](partials, self._tables[1], sums, P=float(p), BLOCK=self._programs.LANES, num_warps=1)
+            self._launch(programs.change, warps, pointers, (values, self._chunks), constants, _side_by_side(self.device, warps))
+
+    def _summed(self, partials: Tensor, rows: int, most: int) -> Tensor:
+        """[n, rows] float64; the first `most` rows are maxima."""
+        sums = torch.empty(self.size, rows, dtype=torch.float64, device=self.device)
+        args = (partials, self._tables[1], sums, self._chunks)
+        self._run(self._programs.tensor_sums, self._programs.WARPS, (self.size, rows), args, (most, self._programs.LANES))
         return sums
+
+    def _launch(
+        self, program: Any, warps: int, pointers: Sequence[int], args: tuple[Any, ...], constants: tuple[Any, ...], most: float = math.inf
+    ) -> None:
+        """One program for each chunk, or `most` for all."""
+        there = self._there(pointers)
+        if self._chunks:
+            grid = (self._chunks if self._chunks < most else int(most), 1)
+            self._run(program, warps, grid, (there, *self._tables, *args), constants)
+
+    def _run(self, program: Any, warps: int, grid: tuple[int, int], args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+        """Triton looks at the arguments of the first launch only: all later ones are of the same types, and aligned in the same way."""
+        key = (program.__name__, grid, *constants)
+        runner = self._runners.get(key)
+        if runner is not None:
+            runner(*args, *constants, stream=_stream(self.device))
+            return
+        compiled = program[grid](*args, *constants, num_warps=warps, enable_fp_fusion=False)
+        if compiled is not None:  # as it is under the interpreter
+            self._runners[key] = compiled[(*grid, 1)]
 
     def _there(self, pointers: Sequence[int]) -> Tensor:
         """[n] int64: the addresses on the device. Sent only where they are not there yet.
@@ -122,13 +154,14 @@ class Layout:
         A captured graph keeps what it reads: the addresses sent before the capture, where gradients are still there, else a pinned copy of
         its own, from which every replay sends them.
         """
-        addresses, known = list(pointers), self._sent
+        addresses = pointers if isinstance(pointers, array) else array("Q", pointers)
+        known = self._sent
         if _capturing(self.device):
             if known is not None and known[0] == addresses:
                 _GRAPHS.append((self, known))
                 return known[2]
             host = _RESERVE.take(self.size)
-            host.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
+            host.copy_(_words(addresses))
             _GRAPHS.append((self, host))
             return host.to(self.device, non_blocking=True)
         stream = _stream(self.device)
@@ -137,7 +170,8 @@ class Layout:
         if self.device.type == "cuda":
             _RESERVE.ensure(self.size)
             self._follow()
-        sent = _sent(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self.device)
+        addresses = addresses[:]  # the caller's may change
+        sent = _sent(_words(addresses), self.device)
         self._sent = (addresses, stream, sent)
         return sent
 
@@ -181,6 +215,25 @@ class _Reserve:
 
 _RESERVE = _Reserve()
 _GRAPHS: list[Any] = []  # what captured graphs read; a graph may live as long as the program
+
+
+def doubles(device: torch.device) -> bool:
+    """Whether `device` computes in float64 at half of float32's rate."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _HALF_RATE
+
+
+@lru_cache(maxsize=_LISTS)
+def _side_by_side(device: torch.device, warps: int) -> int:
+    """How many programs of so many warps the device runs at a time."""
+    if device.type != "cuda":
+        return 3
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count * max(1, found.max_threads_per_multi_processor // (32 * warps))
+
+
+def _words(addresses: array[int]) -> Tensor:
+    """[n] int64, in the same memory."""
+    return torch.frombuffer(addresses, dtype=torch.int64) if addresses else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _stride(values: Tensor) -> int:
