@@ -18,7 +18,7 @@ from distclip.exchange import Channel
 from distclip.holders import find_holders
 from distclip.plan import make_plan
 from distclip.records import Holding, Piece
-from distclip.tables import Seen, Tables, key
+from distclip.tables import RemoteHolding, Tables, key
 from distclip.testing import ThreadGroup, run_threads
 
 CPU = torch.device("cpu")
@@ -127,8 +127,8 @@ def tables_of(layout: str, ranks: int, count: int) -> Tables:
     """What `exchange_tables` would give on a world of that size, made here."""
     if layout.startswith("private"):
         rows = [torch.tensor([(key(f"r{r}.p{i}"), 0, 0, 0) for i in range(count)]) for r in range(ranks)]
-        return Tables([[Seen("whole", 0, (1,))]] * ranks, [[r] for r in range(ranks)], rows, 0, [])
-    holdings = [[Seen("Shard(0)", r, (1,))] for r in range(ranks)]
+        return Tables([[RemoteHolding("whole", 0, (1,), (), False)]] * ranks, [[r] for r in range(ranks)], rows, 0, [])
+    holdings = [[RemoteHolding("Shard(0)", r, (1,), (1,), False)] for r in range(ranks)]
     return Tables(holdings, [list(range(ranks))], [torch.tensor([(key(f"p{i}"), 0, 0, 0) for i in range(count)])], 0, [])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,15 +27,24 @@ Prints = Mapping[int, tuple[float, float]]  # piece → two numbers that equal g
 
 
 def compare_replicas(
-    channel: Channel, plan: Plan, prints: Prints, tolerance: float, step: int, device: torch.device, things: str = "gradients"
+    channel: Channel,
+    plan: Plan,
+    prints: Prints,
+    tolerance: float,
+    step: int,
+    device: torch.device,
+    things: str = "gradients",
+    otherwise: Collection[int] = (),
 ) -> None:
     """A collective: AgreementError on all ranks if copies of a gradient (or parameter) differ, naming up to ten with their ranks.
 
     Args:
         prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are gone already.
         tolerance: relative, of each parameter's first number.
+        otherwise: pieces whose gradients are placed otherwise than their parameters: these, and what other ranks hold of them, are no
+            copies piece by piece, and are not compared.
     """
-    worst = _suspects(channel, plan, prints, tolerance, device)
+    worst = _suspects(channel, plan, prints, tolerance, device, otherwise)
     if not worst:
         return
     lines = []
@@ -64,9 +73,11 @@ def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
     return ", ".join(f"{norm} on rank {brief(ranks)}" for norm, ranks in by_norm.items())
 
 
-def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device) -> set[int]:
-    """Slots of up to ten parameters whose copies differ most. One all-reduce of four numbers a parameter."""
-    table = torch.zeros(4, plan.slots, dtype=torch.float64, device="cpu")
+def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device, otherwise: Collection[int]) -> set[int]:
+    """Slots of up to ten parameters whose copies differ most. One all-reduce of five numbers a parameter."""
+    table = torch.zeros(5, plan.slots, dtype=torch.float64, device="cpu")
+    for i in otherwise:
+        table[4, plan.slot_of[i]] += 1
     for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
         if i in prints:
             square, signed = prints[i]
@@ -77,6 +88,7 @@ def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, de
     table = channel.reduce_(table.to(channel.device_for(device)), "sum", "the audit's comparison").cpu()
     off = torch.maximum(table[0].abs(), table[1].abs()) / table[3].clamp(min=1e-300)
     off = torch.where(table[2].abs() > 1e-6, torch.inf, off.nan_to_num(nan=torch.inf))
+    off = torch.where(table[4] > 0, 0.0, off)
     return {int(i) for i in off.argsort(descending=True)[:NAMED] if off[i] > tolerance}
 
 

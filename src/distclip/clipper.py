@@ -56,14 +56,15 @@ class GradClipper:
         replicated_over: name pattern → the group over which those parameters are copies, or `distclip.PRIVATE`.
         shared: tuples of names that are one parameter, tied across ranks.
         grad_of: where a parameter's gradient is, if not in `.grad`.
-        drift_tolerance: how far copies may differ, relative to the total power sum; None does not look.
+        drift_tolerance: how far copies may differ, relative to the total power sum; None does not look, and different parameters under
+            one name that are taken for copies (see `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
         watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where that is the same; `never` does not. On
             CUDA say `never` where optimizers of one call are fused on some ranks only: ranks must judge a step at the same call.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism without FSDP leaves some) are an error, or
             `reduce`: before each call they are redistributed to their parameters' placements, after a small message by which ranks agree
-            on which they are. `.grad` is set to the reduced tensor.
+            on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`, which otherwise touch nothing.
         sinks: where reports go, on the first rank of the group; other ranks never look at theirs, which may be None.
 
     Raises:
@@ -93,12 +94,12 @@ class GradClipper:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
-        self._asked = Asked(max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch, partial_grads)
+        self._asked = Asked(
+            max_norm, policy, norm_type, groups, on_nonfinite, drift_tolerance, skip_limit, fold, watch, partial_grads, grad_of
+        )
         self._params = _lasting(params)
         self._declared = Declared(dict(replicated_over or {}), tuple(tuple(names) for names in shared))
         self._grad_of = grad_of
-        if grad_of is not None and partial_grads == "reduce":
-            raise ConfigError("partial_grads='reduce' sets .grad, and grad_of finds gradients elsewhere; redistribute them there")
         self._writer = Writer(())
         self._decided: tuple[Call, Outcome] | None = None
         self.last_report: ClipReport | None = None  # of clip_, step or decide: for those who do not make these calls themselves
@@ -342,8 +343,8 @@ class GradClipper:
     def _run(self, call: Call, may_wait: bool) -> Outcome:
         self._decided = None
         self._now.uneven.refuse(call.operation)
-        if self._partials is not None and call.of == "grad":
-            self._partials.reduce_(self._memory.step + 1)
+        if self._partials is not None:
+            self._partials.reduce_(self._memory.step + 1, call.text, reduces=call.of == "grad" and call.problem is None)
         outcome = self._steps.run(call, may_wait)
         if not call.passive:
             self.last_report = outcome.report

@@ -13,9 +13,8 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor
 
-from distclip.dtensor import is_dtensor
 from distclip.expected import Expected
-from distclip.grad_placements import kind_error, portion_of, redistribute_advice
+from distclip.grad_placements import kind_error, placed_otherwise, portion_of, redistribute_advice
 from distclip.gradlist import PLAIN, GradList
 from distclip.naming import Slot
 from distclip.placement import DEVICES, local_tensor
@@ -34,8 +33,13 @@ class Present:
     all: tuple[int, ...]  # pieces that have one, shared with another piece or not
     index: Tensor | None  # `own` as int64 on the compute device, or None where these are all pieces
     has: Tensor  # [pieces] float64 on the compute device: 1 where there is one
-    portions: tuple[float, ...] = ()  # of `own`: what a gradient counts that is placed otherwise than its parameter; () where all are 1
+    otherwise: frozenset[int] = frozenset()  # pieces whose gradients are placed otherwise than their parameters
+    portions: tuple[float, ...] = ()  # of `own`: what such gradients count; () where all count 1
     portion: Tensor | None = None  # the same on the compute device, float64
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal ones."""
+        return self.own, self.all, self.otherwise, self.portions
 
 
 @dataclass(slots=True)
@@ -97,16 +101,20 @@ class Collector:
         local: list[Tensor] = []
         faults: list[str] = []
         portions: list[float] = []
-        misplaced: list[str] = []
+        misplaced: list[tuple[str, Tensor]] = []
+        otherwise: set[int] = set()
         seen: set[tuple[int, ...]] = set()
         for i, (grad, piece) in enumerate(zip(grads, self.pieces, strict=True)):
             if grad is None:
                 continue
             every.append(i)
-            fault, portion = kind_error(grad, self.members[i], piece), portion_of(grad, piece)
+            fault = kind_error(grad, self.members[i], piece)
+            portion = portion_of(grad, piece) if fault is None else 1.0
             if isinstance(portion, str):
-                misplaced.append(portion)
+                misplaced.append((portion, grad))
                 continue
+            if placed_otherwise(grad, piece):
+                otherwise.add(i)
             tensor = local_tensor(grad)
             memory = _memory(tensor)
             if memory in seen:
@@ -117,7 +125,7 @@ class Collector:
                     f"the gradient of {piece.name} is on the device {tensor.device}; distclip clips on the CPU and on CUDA. Move the "
                     "parameter there and call clipper.rebuild()"
                 )
-            elif fault is None and tuple(tensor.shape) != piece.local_shape and not _placed_otherwise(grad, piece):
+            elif fault is None and tuple(tensor.shape) != piece.local_shape and i not in otherwise:
                 fault = (
                     f"the gradient of {piece.name} has local shape {tuple(tensor.shape)}, the plan says {piece.local_shape} "
                     f"({piece.holding.how}); it is not sharded or reduced yet (no_sync?): clip after the reduction, or call "
@@ -130,7 +138,8 @@ class Collector:
             else:
                 faults.append(fault)
         if misplaced:
-            faults.append(misplaced[0] + redistribute_advice(len(misplaced)))
+            texts, wrong = zip(*misplaced, strict=True)
+            faults.append(texts[0] + redistribute_advice(wrong, elsewhere=self.grad_of is not own_grad))
         if not every and (hooks := _hooks(self.members, self.pieces)):
             faults.append(
                 f"no parameter has a gradient, and {hooks} runs as soon as a gradient is accumulated: an optimizer that steps inside "
@@ -143,9 +152,9 @@ class Collector:
             faults.append(
                 f"{replaced[0]} was replaced after the clipper was built ({len(replaced)} in all); call clipper.rebuild() on all ranks"
             )
-        given = tuple(portions) if set(portions) - {1.0} else ()
-        if self._present is None or (self._present.own, self._present.all, self._present.portions) != (tuple(own), tuple(every), given):
-            self._present = self.present(own, every, given)
+        made = self.present(own, every, portions, frozenset(otherwise))
+        if self._present is None or self._present.key() != made.key():
+            self._present = made
         found = Grads(self._present, GradList.of(local), faults)
         if len(self._expected) >= _REMEMBERED:
             self._expected.clear()
@@ -166,13 +175,16 @@ class Collector:
             "that the optimizer reads"
         )
 
-    def present(self, own: Sequence[int], every: Sequence[int], portions: tuple[float, ...] = ()) -> Present:
+    def present(
+        self, own: Sequence[int], every: Sequence[int], portions: Sequence[float] = (), otherwise: frozenset[int] = frozenset()
+    ) -> Present:
         count = len(self.members)
         has = torch.zeros(count, dtype=torch.float64, device="cpu")
         has[list(every)] = 1
         index = None if len(own) == count else torch.tensor(own, dtype=torch.int64, device="cpu").to(self.device)
-        portion = torch.tensor(portions, dtype=torch.float64, device="cpu").to(self.device) if portions else None
-        return Present(tuple(own), tuple(every), index, has.to(self.device), portions, portion)
+        given = tuple(portions) if set(portions) - {1.0} else ()
+        portion = torch.tensor(given, dtype=torch.float64, device="cpu").to(self.device) if given else None
+        return Present(tuple(own), tuple(every), index, has.to(self.device), otherwise, given, portion)
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:
@@ -180,10 +192,6 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
     if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not tensor.numel():
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.numel())
-
-
-def _placed_otherwise(grad: Tensor, piece: Piece) -> bool:
-    return is_dtensor(grad) and grad.placements != piece.placements
 
 
 def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:

@@ -21,6 +21,7 @@ class FlatShard:
     shape: tuple[int, ...]  # of the whole parameter
     numel: int  # of the whole parameter
     local_shape: tuple[int, ...]  # of this rank's gradient
+    spec: Any = None  # DTensorSpec of a parameter that tensor parallelism had placed before: the unit shards this rank's part of it
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -58,13 +59,20 @@ def _of_unit(unit: Any) -> dict[int, FlatShard]:
     groups = (group,) if getattr(unit, "_inter_node_pg", None) is None else (group, unit._inter_node_pg)
     sharded = bool(handle.uses_sharded_strategy)
     part = (group.rank(), group.size()) if sharded else (0, 1)
+    specs: tuple[Any, ...] = flat._param_extensions
     if not handle._use_orig_params:
+        if any(spec is not None for spec in specs):
+            raise PlacementError(
+                f"FSDP1 has put {', '.join(flat._fqns)} into one flat parameter, and some of them are DTensors of tensor parallelism: "
+                "parts and copies in one tensor have no common norm; wrap with use_orig_params=True, or use fully_shard (FSDP2)"
+            )
         # padding of the flat parameter carries zero gradients: it counts as elements, never in the norm
         local = tuple(flat._sharded_size) if sharded else tuple(flat._unpadded_unsharded_size)
         numel = local[0] * part[1]
         return {id(flat): FlatShard(groups, part, (numel,), numel, local)}
     shards: dict[int, FlatShard] = {}
-    for param, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+    for param, shape, info, spec in zip(flat._params, flat._shapes, flat._shard_param_infos, specs, strict=True):
         local = ((info.numel_in_shard or 0,) if info.in_shard else (0,)) if sharded else tuple(shape)
-        shards[id(param)] = FlatShard(groups, part, tuple(shape), shape.numel(), local)
+        whole = shape if spec is None else spec.shape
+        shards[id(param)] = FlatShard(groups, part, tuple(whole), whole.numel(), local, spec)
     return shards

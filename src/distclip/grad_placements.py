@@ -35,14 +35,19 @@ def kind_error(grad: Tensor, param: Tensor, piece: Piece) -> str | None:
     return f"the gradient of {piece.name} {seen}; call clipper.rebuild()"
 
 
+def placed_otherwise(grad: Tensor, piece: Piece) -> bool:
+    return is_dtensor(grad) and piece.placements is not None and grad.placements != piece.placements
+
+
 def portion_of(grad: Tensor, piece: Piece) -> float | str:
     """How much of this rank's part of the gradient counts, for each copy of its parameter; a text where no part of it does.
 
     A gradient that is replicated over n ranks where the parameter is sharded over them is whole on each: 1/n. Where both are sharded,
     over whichever dimensions, the parts add up: 1.
     """
-    if not is_dtensor(grad) or piece.placements is None or grad.placements == piece.placements:
+    if not placed_otherwise(grad, piece):
         return 1.0
+    assert is_dtensor(grad) and piece.placements is not None
     seen = f"the gradient of {piece.name} has placements {grad.placements}, its parameter {piece.placements}"
     if is_partial(grad):
         return f"{seen}: Partial sums that are not reduced yet (sequence parallelism leaves them on norm weights)"
@@ -59,13 +64,17 @@ def is_partial(grad: Tensor | None) -> bool:
     return is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
 
 
-def redistribute_advice(count: int) -> str:
-    """What to do about gradients that are not placed as they must be, `count` of them."""
-    many = f" ({count} gradients in all)" if count > 1 else ""
-    return (
+def redistribute_advice(grads: Sequence[Tensor], elsewhere: bool) -> str:
+    """What to do about these gradients, which are not placed as they must be. `elsewhere`: not in `.grad`, but where `grad_of` says."""
+    many = f" ({len(grads)} gradients in all)" if len(grads) > 1 else ""
+    if elsewhere:
+        return f"{many}. Have grad_of return gradients that are redistributed to their parameters' placements"
+    loop = (
         f"{many}. Before clipping, on all ranks: `for p in model.parameters(): p.grad = "
-        "p.grad.redistribute(placements=p.placements) if isinstance(p.grad, DTensor) else p.grad`; "
-        'GradClipper(..., partial_grads="reduce") does it for Partial ones at each step'
+        "p.grad.redistribute(placements=p.placements) if isinstance(p.grad, DTensor) else p.grad`"
+    )
+    return (
+        f'{loop}; GradClipper(..., partial_grads="reduce") does it for Partial ones at each step' if any(map(is_partial, grads)) else loop
     )
 
 
@@ -82,42 +91,52 @@ class PartialReducer:
 
     def __init__(self, channel: Channel, params: Sequence[Tensor], pieces: Sequence[Piece], device: torch.device) -> None:
         self._channel, self._device = channel, device
-        self._by_mesh: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        by_mesh: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for param, piece in zip(params, pieces, strict=True):
             if is_dtensor(param):
-                mesh = param.device_mesh
-                self._by_mesh[key(f"{mesh.mesh.tolist()}")].append((piece.key_name, param))
-        for members in self._by_mesh.values():
-            members.sort(key=lambda member: member[0])
-        meshes = channel.slots(torch.tensor([len(self._by_mesh)], device="cpu"), device, "the set-up's count of meshes")
+                by_mesh[key(f"{param.device_mesh.mesh.tolist()}")].append((piece.key_name, param))
+        # in one order on all ranks: one that reduces another gradient first would wait for ever, or take the other's sums
+        self._by_mesh = {mesh: sorted(by_mesh[mesh], key=lambda member: member[0]) for mesh in sorted(by_mesh)}
+        meshes = channel.slots(torch.tensor([len(by_mesh)], device="cpu"), device, "the set-up's count of meshes")
         self._rows = int(meshes.max())
 
-    def reduce_(self, step: int) -> None:
-        """A collective. Sets `.grad` of the parameters concerned.
+    def reduce_(self, step: int, call: str, reduces: bool) -> None:
+        """A collective, at every call of the clipper. Sets `.grad` of the parameters concerned.
+
+        Args:
+            call: what is called, in words. Where ranks call different things nothing is reduced: the step's own message says so.
+            reduces: False where gradients play no part.
 
         Raises:
             GradientError: on all ranks alike, ranks of one mesh have different Partial gradients; ConfigError: in a CUDA graph's capture.
         """
+        if not self._rows:
+            return
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
                 'partial_grads="reduce" agrees on the host which gradients are Partial, which a CUDA graph cannot capture; redistribute '
                 "them inside the graph, before the step"
             )
-        todo = [member for members in self._by_mesh.values() for member in members if is_partial(member[1].grad)]
-        self._agree(step)
-        for _, param in todo:
+        if not self._agreed(step, call) or not reduces:
+            return
+        for _, param in (member for members in self._by_mesh.values() for member in members):
             grad = param.grad
-            assert is_dtensor(grad) and is_dtensor(param)
-            param.grad = grad.redistribute(placements=param.placements)
+            if is_dtensor(grad) and is_partial(grad):
+                assert is_dtensor(param)
+                param.grad = grad.redistribute(placements=param.placements)
 
-    def _agree(self, step: int) -> None:
-        rows = torch.zeros(self._rows, 2, dtype=torch.int64, device="cpu")
+    def _agreed(self, step: int, call: str) -> bool:
+        """Whether all ranks make the same call; which of their gradients are Partial must then agree mesh by mesh."""
+        rows = torch.zeros(1 + 2 * self._rows, dtype=torch.int64, device="cpu")
+        rows[0] = key(f"{step} {call}")
         for i, (mesh, members) in enumerate(self._by_mesh.items()):
             placed = [f"{name} {p.grad.placements}" for name, p in members if is_dtensor(p.grad) and is_partial(p.grad)]
-            rows[i] = torch.tensor([mesh, key("\n".join(placed))], device="cpu")
-        table = self._channel.slots(rows.flatten(), self._device, f"the agreement on Partial gradients at step {step}")
+            rows[1 + 2 * i : 3 + 2 * i] = torch.tensor([mesh, key("\n".join(placed))], device="cpu")
+        table = self._channel.slots(rows, self._device, f"the agreement on Partial gradients at step {step}")
+        if (table[:, 0] != table[0, 0]).any():
+            return False
         found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for rank, words in zip(self._channel.ranks, table.tolist(), strict=True):
+        for rank, (_, *words) in zip(self._channel.ranks, table.tolist(), strict=True):
             for mesh, digest in zip(words[::2], words[1::2], strict=True):
                 if mesh:
                     found[mesh][digest].append(rank)
@@ -128,3 +147,4 @@ class PartialReducer:
                 f"step {step}: {sides} share a mesh and have different Partial gradients, which cannot be reduced together; the loss must "
                 "reach the same parameters on all of them"
             )
+        return True

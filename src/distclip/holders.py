@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distclip.exchange import Channel
 from distclip.records import Piece, Row, Share
-from distclip.tables import Tables, key
+from distclip.tables import RemoteHolding, Tables, key
 
 
 class Component(NamedTuple):
@@ -43,6 +43,7 @@ class Holders:
     slots: int
     components: list[tuple[Component, Tensor]]  # with the slots of its parameters, [n] int64
     misshapen: set[int]  # keys of names that have several shapes
+    apart: int  # names that DTensors or wrapped parameters have on ranks that nothing joins
 
 
 def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
@@ -59,7 +60,7 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
     mark = _mixed(owner * 1_000_003 + rows[:, 1] + 1)
     signature = torch.zeros(len(names), dtype=torch.int64, device="cpu").index_add_(0, name_of, mark)
     cases, case_of = torch.unique(signature, return_inverse=True)
-    places, components = _cases(tables, _module_sets(tables), owner, rows, name_of, case_of, len(cases))
+    places, components, apart = _cases(tables, _module_sets(tables), owner, rows, name_of, case_of, len(cases))
 
     per_name = torch.tensor([len(c) for c in components], device="cpu")[case_of]
     base = per_name.cumsum(0) - per_name
@@ -80,7 +81,15 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
         members.append(place.members)
     of_case = case_of.argsort(stable=True).split(torch.bincount(case_of, minlength=len(cases)).tolist())
     table = [(component, base[at] + i) for at, found in zip(of_case, components, strict=True) for i, component in enumerate(found)]
-    return Holders(shares, slot, members, int(per_name.sum()), table, _misshapen(tables, rows, names, name_of, case_of, places, owner))
+    return Holders(
+        shares,
+        slot,
+        members,
+        int(per_name.sum()),
+        table,
+        _misshapen(tables, rows, names, name_of, case_of, places, owner),
+        int(torch.tensor(apart, device="cpu")[case_of].sum()),
+    )
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -125,7 +134,7 @@ class _Joined:
 
 def _cases(
     tables: Tables, module_sets: Sequence[Hashable], owner: Tensor, rows: Tensor, name_of: Tensor, case_of: Tensor, count: int
-) -> tuple[list[_Places], list[list[Component]]]:
+) -> tuple[list[_Places], list[list[Component]], list[bool]]:
     """For each case the place of every (rank, holding) and the components, from one example name."""
     example = torch.full((count,), -1, device="cpu").scatter_(0, case_of, torch.arange(len(case_of), device="cpu"))
     is_example = torch.zeros(len(case_of), dtype=torch.bool, device="cpu")
@@ -135,15 +144,15 @@ def _cases(
     for table, ordinal, case in zip(owner[chosen].tolist(), rows[chosen, 1].tolist(), case_of[name_of[chosen]].tolist(), strict=True):
         entries[case] += [(rank, ordinal) for rank in tables.ranks_of[table]]
     solved = [_joined(tables, module_sets, sorted(entries[case])) for case in range(count)]
-    return [places for places, _ in solved], [components for _, components in solved]
+    return [places for places, _, _ in solved], [components for _, components, _ in solved], [apart for _, _, apart in solved]
 
 
-def _joined(tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]) -> tuple[_Places, list[Component]]:
+def _joined(tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]) -> tuple[_Places, list[Component], bool]:
     joined = _Joined()
     for rank, ordinal in entries:
         holding = tables.holdings[rank][ordinal]
         first, *others = cast("tuple[Hashable, ...]", holding.scopes)
-        if holding.rank_sets and not holding.declared:
+        if _widens(holding):
             others.append(("modules", module_sets[rank]))
         for scope in others:
             joined.join(first, scope)
@@ -163,7 +172,13 @@ def _joined(tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple
         hows = dict.fromkeys(tables.holdings[rank][ordinal].how for rank, ordinal in members)
         ranks = tuple(sorted({rank for rank, _ in members}))
         components.append(Component(ranks, " / ".join(hows), len(next(iter(holders.values())))))
-    return places, components
+    read = [any(_widens(tables.holdings[rank][ordinal]) for rank, ordinal in members) for members in together.values()]
+    return places, components, sum(read) > 1
+
+
+def _widens(holding: RemoteHolding) -> bool:
+    """Whether it is copied wherever ranks work on the same modules: what is declared is held as it was declared."""
+    return bool(holding.rank_sets) and not holding.declared
 
 
 def _misshapen(

@@ -109,7 +109,8 @@ class Judge:
 
     def compare(self, seen: Seen) -> None:
         """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by their norms where they are gone."""
-        audit.compare_replicas(self.channel, self.plan, self._prints(seen), self.tolerance or 1e-5, seen.step, self.device, _things(seen))
+        tolerance, otherwise = self.tolerance or 1e-5, () if seen.grads is None else seen.grads.present.otherwise
+        audit.compare_replicas(self.channel, self.plan, self._prints(seen), tolerance, seen.step, self.device, _things(seen), otherwise)
 
     def _prints(self, seen: Seen) -> audit.Prints:
         if seen.grads is not None:

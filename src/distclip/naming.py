@@ -60,6 +60,7 @@ class Found:
     named: list[Named] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)  # that were passed; none where parameters were
+    whole_numbers: list[Named] = field(default_factory=list)  # quantised parameters, which have no gradients
 
 
 def named_parameters(params: Params) -> Found:
@@ -185,9 +186,11 @@ def _distinct(named: list[Named]) -> list[Named]:
 
 
 def _once(found: Found) -> Found:
-    """Each parameter object once; integer (quantised) ones have no gradients and are left out."""
-    kept = [n for n in _distinct(found.named) if n.param.is_floating_point() or n.param.is_complex()]
+    """Each parameter object once; integer (quantised) ones apart."""
+    kept, whole_numbers = [], []
+    for n in _distinct(found.named):
+        (kept if n.param.is_floating_point() or n.param.is_complex() else whole_numbers).append(n)
     twice = [name for name, count in Counter(n.name for n in kept).items() if count > 1]
     if twice:
         raise ConfigError(f"two different parameters are named {twice[0]!r}; pass (name, parameter) pairs with distinct names")
-    return Found(kept, found.slots, found.modules)
+    return Found(kept, found.slots, found.modules, whole_numbers)

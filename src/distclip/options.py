@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from distclip.deciding import describe_rules
 from distclip.errors import ConfigError
@@ -30,6 +33,7 @@ class Asked:
     fold: str
     watch: Watch | None
     partial_grads: str
+    grad_of: Callable[[Tensor], Tensor | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ def checked(asked: Asked) -> Options:
         raise ConfigError(f"fold={asked.fold!r}; it is 'auto' or 'never'")
     if asked.partial_grads not in PARTIAL_GRADS:
         raise ConfigError(f"partial_grads={asked.partial_grads!r}; it is one of {', '.join(map(repr, PARTIAL_GRADS))}")
+    if asked.grad_of is not None and asked.partial_grads == "reduce":
+        raise ConfigError("partial_grads='reduce' sets .grad, and grad_of finds gradients elsewhere; redistribute them there")
     if asked.drift_tolerance is not None and not asked.drift_tolerance > 0:
         raise ConfigError(f"drift_tolerance={asked.drift_tolerance!r} must be positive, or None, which does not look for drift")
     if asked.skip_limit < 0:

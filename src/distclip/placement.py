@@ -122,30 +122,50 @@ class _Scopes(NamedTuple):
 def _flat(named: Named, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
     index, parts = shard.part
     how = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
-    holding = scopes.holding(how, f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups)))
+    region, over = f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups))
+    if shard.spec is not None:  # of this rank's part under tensor parallelism
+        placed = _placed(shard.spec)
+        how, region, over = f"{how}, of {placed.how}", f"{placed.region} {region}", (placed.mesh, *over)
+    holding = scopes.holding(how, region, over)
     return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
 
 _IS_PARTIAL = methodcaller("is_partial")
 
 
-def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
+class _Placed(NamedTuple):
+    """Which part of a DTensor this rank holds."""
+
+    how: str
+    region: str
+    mesh: str  # token of its ranks
+
+
+def _placed(spec: Any) -> _Placed:
+    """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as copies."""
     mesh = _mesh_of(spec)
+    sizes, token = _facts(mesh)
+    # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part of its own
+    split = [f"{p}:{c}/{n}" for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True) if not _is_copy(p)]
+    return _Placed(_described(tuple(spec.placements), sizes), " ".join(split) or "whole", token)
+
+
+def _is_copy(placement: Placement) -> bool:
+    return placement.is_replicate() or placement.is_partial()
+
+
+def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
     placements: tuple[Placement, ...] = tuple(spec.placements)
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    if _mesh_of(spec).get_coordinate() is None:
         return None
     if named.param.requires_grad and any(map(_IS_PARTIAL, placements)):
         raise PlacementError(
             f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the parameter to Shard or Replicate"
         )
-    sizes, token = _facts(mesh)
-    # Shard, _StridedShard, and whatever else splits: all that is not Replicate gives this rank a part of its own
-    parts = [f"{p}:{c}/{n}" for p, c, n in zip(placements, coordinate, sizes, strict=True) if not p.is_replicate()]
-    how = _described(placements, sizes)
+    placed = _placed(spec)
     param, shape = named.param, tuple(spec.shape)
     local = param._local_tensor if is_dtensor(param) else param
-    holding = scopes.holding(how, " ".join(parts) or "whole", (token,))
+    holding = scopes.holding(placed.how, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor(param) else None)
 
@@ -164,19 +184,19 @@ def unit_range(param: Tensor, piece: Piece) -> UnitRange:
     vector = len(piece.shape) < 2
     whole = 1 if vector else piece.shape[0]
     held = 1 if vector else piece.local_shape[0]
-    if piece.holding.region.startswith("flat"):
+    if "flat " in piece.holding.region:
         raise PlacementError(f"{piece.name} is {piece.holding.how}, which cuts units anywhere; clip by units under fully_shard (FSDP2)")
     spec = _spec_of(param)
-    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not p.is_replicate()}
+    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not _is_copy(p)}
     if not (dims if vector else dims - {0}):
         return UnitRange(0, held, False, whole)
     if vector or spec is None:
         return UnitRange(0, 1, True, whole)
     # not before there is a DTensor: the import takes a second
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    from torch.distributed.tensor.placement_types import Replicate, Shard
+    from torch.distributed.tensor.placement_types import Shard
 
-    if any(not isinstance(p, (Shard, Replicate)) and p.dim == 0 for p in spec.placements):
+    if any(not (_is_copy(p) or isinstance(p, Shard)) and p.dim == 0 for p in spec.placements):
         raise PlacementError(f"{piece.name} is {piece.holding.how}; clipping by units does not know which rows these are")
     _, offset = compute_local_shape_and_global_offset(piece.shape, _mesh_of(spec), spec.placements)
     return UnitRange(offset[0], held, True, whole)

@@ -11,7 +11,7 @@ from torch import Tensor
 from distclip.errors import AgreementError, ConfigError
 from distclip.exchange import Channel, brief
 from distclip.holders import find_holders, rows_of
-from distclip.records import Piece, Row, Share
+from distclip.records import Holding, Piece, Row, Share
 from distclip.tables import exchange_tables, key, refuse
 
 
@@ -31,6 +31,7 @@ class Plan:
     words: int  # float64 numbers in the one message of a step
     slot_of: tuple[int, ...]  # [pieces]: where the audit sums each parameter
     slots: int  # parameters over all ranks
+    apart: int = 0  # names that DTensors or wrapped parameters have on ranks that nothing joins
 
     def __str__(self) -> str:
         head = ("parameters", "elements", "held as", "over ranks", "copies")
@@ -54,9 +55,16 @@ class Plan:
                 f"distclip plan: {total:,} parameters, {elements:,} elements, {_count(len(self.groups), 'group')}, "
                 f"{self.norm_type:g}-norm over {_count(len(self.ranks), 'rank')}",
                 *map(text, (head, *lines)),
+                *([self.apart_text()] if self.apart else []),
                 f"this rank holds {_count(len(names), 'piece')}: {shown}",
                 message,
             ]
+        )
+
+    def apart_text(self) -> str:
+        return (
+            f"{_count(self.apart, 'name')} on ranks that no parameter's mesh joins: taken for different parameters there (pipeline "
+            "stages); if they are copies, pass the whole model, or declare replicated_over"
         )
 
 
@@ -108,12 +116,14 @@ def make_plan(
     norm_type: float,
     device: torch.device,
     layer_of: Sequence[str] | None = None,
+    beside: Sequence[Holding] = (),
 ) -> Plan:
     """A collective on all ranks: three small all-reduces, more only to name what is wrong.
 
     Args:
         group_of: [pieces] the group's name of each.
         layer_of: [pieces] the watched layer's name of each; None on all ranks where none is watched.
+        beside: of parameters that are no pieces, whose meshes join ranks too.
         patterns: pattern or name that must match on some rank → how often it does on this one.
 
     Raises:
@@ -121,7 +131,7 @@ def make_plan(
         ConfigError: a pattern matches nothing on any rank, or no rank has a parameter.
     """
     watched = [""] * len(pieces) if layer_of is None else layer_of
-    tables = exchange_tables(channel, pieces, group_of, watched, list(patterns.values()), device)
+    tables = exchange_tables(channel, pieces, group_of, watched, list(patterns.values()), device, beside)
     for pattern, count in zip(patterns, tables.counts, strict=True):
         if not count:
             raise ConfigError(f"{pattern!r} matches no parameter on any rank; print(clipper.plan) shows names as they are matched")
@@ -163,6 +173,7 @@ def make_plan(
         words=len(groups),
         slot_of=tuple(holders.slot),
         slots=holders.slots,
+        apart=holders.apart,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from distclip.naming import Found, Params, named_parameters
 from distclip.options import Asked, Options, checked
 from distclip.placement import Declared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
-from distclip.records import Piece
+from distclip.records import Holding, Piece
 from distclip.report import Sink, check_sinks
 from distclip.unfinished import Wrapper, wrappers
 
@@ -48,6 +49,7 @@ class _Local:
     groups: list[str] = field(default_factory=lambda: [])
     layers: list[str] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
+    beside: list[Holding] = field(default_factory=lambda: [])  # of parameters that are no pieces
 
 
 def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Sink] = ()) -> Reading:
@@ -70,7 +72,9 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sin
     patterns = [*declared.patterns(), *options.grouping.patterns(), *(watch.groups.patterns() if watch else ())]
     counts = {pattern: _matches(pattern, local.pieces) for pattern in patterns}
     layers = None if watch is None else local.layers
-    plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers)
+    plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers, local.beside)
+    if plan.apart and not local.found.modules:  # a list of parameters may lack those whose meshes join the ranks
+        logging.getLogger("distclip").warning("GradClipper of parameters without their modules: %s", plan.apart_text())
     return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.ranges, plan, device, local.wrappers)
 
 
@@ -84,6 +88,7 @@ def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, 
             "pass the model, or model.named_parameters()"
         )
     held = pieces(found.named, declared, channel.global_rank)
+    local.beside = [piece.holding for _, piece in pieces(found.whole_numbers, declared, channel.global_rank) if piece.placements]
     local.members, local.pieces = [named.param for named, _ in held], [piece for _, piece in held]
     names = [piece.key_name for piece in local.pieces]
     local.groups = options.grouping.assign(names, local.members)

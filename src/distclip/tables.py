@@ -32,7 +32,7 @@ def key(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-class Seen(NamedTuple):
+class RemoteHolding(NamedTuple):
     """A holding of another rank, as it came over the wire."""
 
     how: str
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
 class Tables:
     """What every rank knows of every rank."""
 
-    holdings: list[list[Seen]]  # [ranks]
+    holdings: list[list[RemoteHolding]]  # [ranks]
     ranks_of: list[list[int]]  # [tables]: positions of the ranks that have it
     rows: list[Tensor]  # [tables] of [parameters, 5] int64
     mine: int  # this rank's table
@@ -60,13 +60,15 @@ def exchange_tables(
     layer_of: Sequence[str],
     counts: Sequence[int],
     device: torch.device,
+    beside: Sequence[Holding] = (),
 ) -> Tables:
     """Two all-reduces: sizes and digests, then holdings and each distinct table once.
 
     Args:
         group_of, layer_of: [pieces] names.
+        beside: of parameters that are no pieces, whose meshes join ranks too.
     """
-    holdings = list(dict.fromkeys(piece.holding for piece in pieces))
+    holdings = list(dict.fromkeys([*(piece.holding for piece in pieces), *beside]))
     ordinal = {holding: i for i, holding in enumerate(holdings)}
     rows = [
         (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group), key(layer))
@@ -117,10 +119,10 @@ def _encode(holding: Holding) -> list[int]:
     return [*letters, key(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]
 
 
-def _decode(words: list[int]) -> Seen:
+def _decode(words: list[int]) -> RemoteHolding:
     text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[:_TEXT_WORDS])
     region, flags, *scopes = words[_TEXT_WORDS:]
-    return Seen(
+    return RemoteHolding(
         how=text.decode(errors="replace").rstrip(),
         region=region,
         scopes=tuple(scope for scope in scopes if scope),

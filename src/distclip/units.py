@@ -18,7 +18,7 @@ from distclip.collecting import Grads
 from distclip.errors import GradientError
 from distclip.exchange import Channel
 from distclip.measure import rounded
-from distclip.placement import DEVICES, UnitRange, local_tensor
+from distclip.placement import UnitRange, local_tensor
 from distclip.plan import Plan
 
 _CHUNK = 1 << 20  # elements: bounds float64 copies
@@ -82,7 +82,7 @@ class Units:
             span = self._ranges[i]
             if span is None:
                 continue
-            if grad.shape != self._plan.pieces[i].local_shape:
+            if i in grads.present.otherwise:
                 raise GradientError(
                     f"the gradient of {self._plan.pieces[i].name} is placed otherwise than its parameter, and units are rows of the "
                     "parameter's part; before clipping: p.grad = p.grad.redistribute(placements=p.placements)"
@@ -97,7 +97,7 @@ class Units:
             coef = coefs[i] = self._rules[group].unit_coefs(rounded(weights.sqrt(), self._bits), norms)
             table[group] += share * torch.stack([(coef < 1).sum(), (coef * norms).square().sum()])
         for i, span in enumerate(self._ranges):  # also of a part without a gradient: the unit is as large as all its parts
-            if span is not None and span.cut and self._params[i].device.type in DEVICES:  # a frozen one may lie elsewhere
+            if span is not None and span.cut and self._params[i].requires_grad:
                 weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
                 words[0, self._words_of(i, span)] += weights / self._plan.shares[i].holders
         return UnitStep(table, words, coefs)

@@ -1,18 +1,20 @@
 """Which parameters of equal names are copies: on meshes that others join, tied, private, and what only a declaration tells."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
-from distclip.testing import count_collectives
+from distclip.testing import count_collectives, fully_shard
 from parity.layouts import given, mesh, twins
 from parity.oracle import NORMS, total_norm
 from test_refusals import refusal
@@ -30,11 +32,20 @@ def net():
     return model
 
 
+@cache
+def grid():
+    """FSDP1 knows tensor parallelism by the mesh around its own, which must be one of two dimensions that it is given a part of."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
 def beside_tp(wrapper):
     """Layer norms in no tensor-parallel plan, under data parallelism over the other dimension."""
-    model = parallelize_module(net(), mesh(2, 2)["inner"], {"1": ColwiseParallel(), "2": RowwiseParallel()})
+    on, over = (grid()["tp"], grid()["dp"]) if wrapper == "fsdp1" else (mesh(2, 2)["inner"], mesh(2, 2)["outer"])
+    model = parallelize_module(net(), on, {"1": ColwiseParallel(), "2": RowwiseParallel()})
     if wrapper == "fsdp2":
-        return fully_shard(model, mesh=mesh(2, 2)["outer"])
+        return fully_shard(model, mesh=over)
+    if wrapper == "fsdp1":
+        return FullyShardedDataParallel(model, device_mesh=over, use_orig_params=True, device_id=torch.device("cpu"))
     return DDP(model, device_mesh=mesh(2, 2)["outer"])
 
 
@@ -54,7 +65,7 @@ def norms(wrapper, p):
     model, clean = beside_tp(wrapper), oracle()
     whole = total_norm([q.grad for q in clean.values()], p)
     clippers = [distclip.GradClipper(model, whole / 2, norm_type=p, groups=groups) for groups in (None, distclip.per_parameter())]
-    of_params = clippers[0].measure(of="param").total_norm.item()
+    of_params = None if wrapper == "fsdp1" else clippers[0].measure(of="param").total_norm.item()
     backward(model)
     each = clippers[1].measure()
     with count_collectives() as seen:
@@ -62,21 +73,21 @@ def norms(wrapper, p):
     wanted = [total_norm([clean[name].grad], p) for name in each.groups]
     return (
         (report.total_norm.item(), whole),
-        (of_params, total_norm([q.detach() for q in clean.values()], p)),
+        (of_params, of_params and total_norm([q.detach() for q in clean.values()], p)),
         *zip(each.group_norms.tolist(), wanted),
     ), (report.clip_coef.item(), seen.names, str(clippers[0].plan))
 
 
 @pytest.mark.parametrize("p", NORMS)
-@pytest.mark.parametrize("wrapper", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("wrapper", ["fsdp2", "fsdp1", "ddp"])
 def test_what_no_plan_names_counts_once(ranks, wrapper, p):
     found = ranks.run(norms, wrapper, p)
     for pairs, (coef, seen, plan) in found:
         for norm, want in pairs:
-            assert norm == pytest.approx(want, rel=1e-5)
+            assert norm == (None if want is None else pytest.approx(want, rel=1e-5))
         assert coef == pytest.approx(0.5, rel=1e-5) and seen == ["allreduce_"]
-        placed = "Shard(0) on a 2 mesh" if wrapper == "fsdp2" else "whole, in DDP"
-        copies = 2 if wrapper == "fsdp2" else 4
+        placed = {"fsdp2": "Shard(0) on a 2 mesh", "fsdp1": "FSDP1 shard, 2 parts", "ddp": "whole, in DDP"}[wrapper]
+        copies = 4 if wrapper == "ddp" else 2
         assert re.search(rf"\n +4 +32  {re.escape(placed)} +0-3 +{copies}\n", plan), f"one row for the four parameters of the norms: {plan}"
     assert len({(pairs[0][0].hex(), rest[0].hex()) for pairs, rest in found}) == 1
 
@@ -106,6 +117,41 @@ def test_their_drift_is_found(ranks, wrapper):
         assert re.search(refused.format("", usual), stepped)
         assert re.search(refused.format(r" with signed sum \S+", usual).replace("step 3", "step 2"), audited)
         assert of_params is None
+
+
+def flat_parameters_of_parts_and_copies():
+    model = parallelize_module(net(), grid()["tp"], {"1": ColwiseParallel(), "2": RowwiseParallel()})
+    model = FullyShardedDataParallel(model, device_mesh=grid()["dp"], use_orig_params=False, device_id=torch.device("cpu"))
+    return refusal(lambda: distclip.GradClipper(model, 1.0))
+
+
+def test_flat_parameters_of_parts_and_copies_are_refused(ranks):
+    for text in ranks.run(flat_parameters_of_parts_and_copies):
+        assert text.startswith("PlacementError: FSDP1 has put 0.weight, 0.bias, 1.weight") and "use_orig_params=True" in text
+
+
+def beside_a_base_of_whole_numbers(whole_model):
+    """A quantised base has no gradients, and its mesh still says that the ranks work on one model."""
+    on = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
+    base = nn.Parameter(distribute_tensor(torch.ones(8, 4, dtype=torch.int8), on["tp"], [Shard(0)], src_data_rank=None), False)
+    model = nn.Module()
+    model.base, model.lora = base, given("lora", 4, 3, on=on["dp"], place=[Shard(0)])[1]
+    plan = distclip.GradClipper(model if whole_model else [("lora", model.lora)], 1.0)
+    return plan.measure().total_norm.item(), str(plan.plan), total_norm([given("lora", 4, 3)[1].grad])
+
+
+def test_a_quantised_base_joins_its_ranks(ranks):
+    for norm, plan, want in ranks.run(beside_a_base_of_whole_numbers, True):
+        assert norm == pytest.approx(want, rel=1e-6) and "joins" not in plan
+
+
+def test_what_nothing_joins_is_told(ranks):
+    """Without the base nobody can know whether these are copies or stages: they are different, and the plan says so."""
+    for norm, plan, want in ranks.run(beside_a_base_of_whole_numbers, False):
+        assert norm == pytest.approx(2 * want, rel=1e-6)
+        assert (
+            "\n1 name on ranks that no parameter's mesh joins: taken for different parameters there (pipeline stages); if they are" in plan
+        )
 
 
 # Experts under one name
@@ -166,3 +212,19 @@ def private_to_every_rank():
 def test_private_by_pattern_and_shared_by_name(ranks):
     for norm, want in ranks.run(private_to_every_rank):
         assert norm == pytest.approx(want, rel=1e-6) and norm > 1
+
+
+def tied_and_placed_in_other_ways():
+    """A row-sharded embedding's gradient is replicated, the tied head's is sharded: equal norms, and no copies piece by piece."""
+    stage, over, whole = dist.get_rank() // 2, mesh(2, 2)["inner"], drawn(4, 8, 6)
+    param = nn.Parameter(distribute_tensor(torch.zeros(8, 6), over, [Shard(0)], src_data_rank=None))
+    param.grad = distribute_tensor(whole.clone(), over, [Shard(0) if stage else Replicate()], src_data_rank=None)
+    named = [(("embed.weight", "head.weight")[stage], param)]
+    clipper = distclip.GradClipper(named, 1.0, shared=(("embed.weight", "head.weight"),))
+    audited = refusal(clipper.audit)
+    return audited, clipper.clip_().total_norm.item(), total_norm([whole])
+
+
+def test_tied_gradients_placed_in_other_ways_are_no_drift(ranks):
+    for audited, norm, want in ranks.run(tied_and_placed_in_other_ways):
+        assert audited is None and norm == pytest.approx(want, rel=1e-6) and norm > 1

@@ -1,6 +1,7 @@
 """Gradients placed otherwise than their parameters, as torch's optimizers take them; Partial ones, refused or reduced on request."""
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -16,10 +17,11 @@ from parity.layouts import mesh
 from parity.oracle import NORMS, total_norm
 
 BOUND = 1.3  # of elements, which are normal numbers
-ADVICE = (
+LOOP = (
     " Before clipping, on all ranks: `for p in model.parameters(): p.grad = p.grad.redistribute(placements=p.placements) if "
-    'isinstance(p.grad, DTensor) else p.grad`; GradClipper(..., partial_grads="reduce") does it for Partial ones at each step'
+    "isinstance(p.grad, DTensor) else p.grad`"
 )
+ADVICE = LOOP + '; GradClipper(..., partial_grads="reduce") does it for Partial ones at each step'
 
 
 def drawn(seed, *shape):
@@ -38,6 +40,7 @@ PLACED = {
     "sharded otherwise": lambda: placed(1, mesh(4), [Shard(0)], [Shard(1)]),
     "copies of it": lambda: placed(1, mesh(2, 2), [Replicate(), Shard(1)], [Replicate(), Replicate()]),
     "half of it": lambda: placed(1, mesh(2, 2), [Shard(1), Shard(0)], [Replicate(), Shard(0)]),
+    "as large, of other rows": lambda: placed(1, mesh(2, 2), [Shard(0), Shard(1)], [Shard(1), Shard(0)], (8, 8)),
     "nothing of it": lambda: placed(1, mesh(2, 2), [Shard(0), Shard(1)], [Replicate(), Replicate()]),
 }
 
@@ -54,7 +57,7 @@ def clipped(how, p, policy):
     """Two steps: the second goes by what the first one found."""
     param, plain = PLACED[how](), nn.Parameter(torch.zeros(4))
     plain.grad = drawn(2, 4)
-    whole = [drawn(1, 9, 6), drawn(2, 4)]
+    whole = [drawn(1, *param.shape), drawn(2, 4)]
     want = total_norm(whole, p)
     rule = {"max_norm": want / 2} if policy == "norm" else {"policy": distclip.FixedValue(BOUND)}
     clipper = distclip.GradClipper([("w", param), ("b", plain)], norm_type=p, **rule)
@@ -112,17 +115,21 @@ def copies_in_parts():
     return refusal(distclip.GradClipper([("w", param)], 1.0).clip_)
 
 
-def units_in_other_rows():
-    param = placed(1, mesh(4), [Shard(0)], [Replicate()])
+def units_in_other_rows(how):
+    param = PLACED[how]()
     return refusal(distclip.GradClipper([("w", param)], policy=distclip.AGC(0.1)).clip_)
 
 
 def test_what_cannot_be_stepped_or_scaled_is_refused(ranks):
     assert set(ranks.run(copies_in_parts)) == {
         "GradientError: step 1: rank 0-3: the gradient of w has placements (Shard(dim=0),), its parameter (Replicate(),): no rank has "
-        "all that its copy of the parameter is stepped with." + ADVICE
+        "all that its copy of the parameter is stepped with." + LOOP
     }
-    assert set(ranks.run(units_in_other_rows)) == {
+
+
+@pytest.mark.parametrize("how", ["replicated, of a sharded parameter", "sharded otherwise", "as large, of other rows"])
+def test_units_of_other_rows_are_refused(ranks, how):
+    assert set(ranks.run(units_in_other_rows, how)) == {
         "GradientError: step 1: rank 0-3: GradientError: the gradient of w is placed otherwise than its parameter, and units are rows of "
         "the parameter's part; before clipping: p.grad = p.grad.redistribute(placements=p.placements)"
     }
@@ -219,6 +226,64 @@ def test_ranks_that_would_wait_for_each_other_are_told(ranks):
             True,
         )
     }
+
+
+def other_calls():
+    """One rank measures parameters where the others clip: they agree on nothing, and are told as without the option."""
+    param = placed(1, mesh(4), [Replicate()], [Replicate()])
+    clipper = distclip.GradClipper([("w", param)], 1.0, partial_grads="reduce")
+    param.grad = DTensor.from_local(param.grad.to_local(), mesh(4), [Partial()], run_check=False)
+    return refusal(lambda: clipper.measure(of="param") if dist.get_rank() == 1 else clipper.clip_())
+
+
+def test_ranks_that_make_other_calls_are_told(ranks):
+    for text in ranks.run(other_calls):
+        assert re.search(r"AgreementError: ranks did not do the same.*\nrank 0,2-3: at step 1: clip_.*\nrank 1: at step 1: measure", text)
+
+
+def in_orders_of_their_own():
+    """Pairs in another order on every second rank: reductions follow the names, and no rank takes another gradient's sums."""
+    whole, named = {"a": drawn(1, 6), "b": drawn(2, 6), "c": drawn(3, 6)}, []
+    for name, on in (("a", mesh(4)), ("b", mesh(2, 2)), ("c", mesh(4))):
+        param = nn.Parameter(distribute_tensor(torch.zeros(6), on, [Replicate()] * on.ndim, src_data_rank=None))
+        place = [Partial()] if on.ndim == 1 else [Replicate(), Partial()]
+        size = on.size() if on.ndim == 1 else 2
+        param.grad = DTensor.from_local(whole[name] / size, on, place, run_check=False)
+        named.append((name, param))
+    clipper = distclip.GradClipper(named[:: (-1) ** dist.get_rank()], 1.0, partial_grads="reduce")
+    return clipper.clip_().total_norm.item(), total_norm(list(whole.values()))
+
+
+def test_reductions_have_one_order_on_all_ranks(ranks):
+    for norm, want in ranks.run(in_orders_of_their_own):
+        assert norm == pytest.approx(want, rel=1e-6) and norm > 1
+
+
+def without_any():
+    named = [("w", nn.Parameter(torch.zeros(3)))]
+    named[0][1].grad = torch.ones(3)
+    clipper = distclip.GradClipper(named, 1.0, partial_grads="reduce")
+    with count_collectives() as seen:
+        clipper.clip_()
+    return seen.names
+
+
+def test_without_dtensors_nothing_more_is_sent(ranks):
+    assert ranks.run(without_any) == [["allreduce_"]] * 4
+
+
+def found_elsewhere():
+    param = placed(1, mesh(4), [Replicate()], [Replicate()])
+    param.main_grad = DTensor.from_local(param.grad.to_local(), mesh(4), [Partial()], run_check=False)
+    said = refusal(distclip.GradClipper([("w", param)], 1.0, grad_of=lambda p: p.main_grad).clip_)
+    grad_of = (lambda p: p.grad) if dist.get_rank() == 0 else None
+    return said, refusal(lambda: distclip.GradClipper([("w", param)], 1.0, partial_grads="reduce", grad_of=grad_of))
+
+
+def test_gradients_found_elsewhere_are_reduced_there(ranks):
+    for said, refused in ranks.run(found_elsewhere, timeout=120):
+        assert said.endswith("norm weights). Have grad_of return gradients that are redistributed to their parameters' placements")
+        assert "grad_of finds gradients elsewhere; redistribute them there" in refused
 
 
 def test_a_mode_that_cannot_be_honoured():
