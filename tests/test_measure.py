@@ -80,6 +80,10 @@ def test_empty_and_sparse(p):
 # Rounding to a precision
 
 AWKWARD = [0.0, 1.0, 1e300, 5e-324, 1e-320, 2.5e-308, 1e20, 1e-25, 0.1, 16777215.0, 16777217.5, -0.3, -1e300]
+AWKWARD += [16777217.0, 16777219.0, -16777217.0, 33554431.0, 2.0**48 + 1, 2.0**48 + 3]  # ties
+
+
+TIE = {24: 2.0**-20, 48: 2.0**-4}  # how near to half a place counts as half a place
 
 
 @pytest.mark.parametrize("bits", [24, 48])
@@ -89,18 +93,32 @@ def test_rounded_to_so_many_bits(bits):
     )
     given = torch.cat([given, given * 2.0**20, given * 2.0**-300])
     for value, near in zip(given.tolist(), rounded(given, bits).tolist(), strict=True):
-        mantissa, exponent = math.frexp(value)
+        mantissa, exponent = math.frexp(abs(value))
         if exponent > -1021:  # a normal number
-            assert abs(near - value) <= math.ldexp(1, exponent - bits - 1)
-            assert math.ldexp(mantissa, bits) % 1 == 0.5 or near == math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
+            whole, part = divmod(math.ldexp(mantissa, bits), 1)
+            tie = -TIE[bits] <= part - 0.5 < TIE[bits]
+            assert abs(near) == math.ldexp(whole + (whole % 2 if tie else part > 0.5), exponent - bits)
     assert torch.equal(rounded(rounded(given, bits), bits), rounded(given, bits))
+    assert torch.equal(rounded(-given, bits), -rounded(given, bits))
 
 
 def test_rounded_as_float32_in_its_range():
     given = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).abs()
+    given[:3] = torch.tensor([16777217.0, 16777219.0, 33554431.0])
     assert torch.equal(rounded(given, 24), given.float().double())
     assert rounded(given[0], 24).shape == () and rounded(given[:0], 24).shape == (0,)
     assert torch.equal(rounded(given.view(2, -1).t(), 24), given.float().double().view(2, -1).t())
+
+
+def test_the_last_bits_do_not_matter_on_a_tie():
+    """A gradient of 81 equal elements has 9 times their size as its norm, often half-way between two float32 numbers."""
+    sizes = torch.randint(1 << 23, 1 << 24, (1000,), generator=torch.Generator().manual_seed(3)).double()
+    norms = 9 * sizes
+    ties = norms[(norms.view(torch.int64) & (1 << 29) - 1) == 1 << 28]
+    assert len(ties) > 50, "vacuous"
+    for last in range(-3, 4):
+        other = (ties.view(torch.int64) + last).view(torch.float64)
+        assert torch.equal(rounded(other, 24), ties.float().double())
 
 
 @pytest.mark.parametrize("bits", [24, 48])
