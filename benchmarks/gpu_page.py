@@ -21,7 +21,8 @@ Written by `python -m benchmarks --device cuda --write benchmarks/RESULTS_GPU.md
 Peer and distclip take turns in one process, each round in the other order, with the same gradients; a restored copy comes before each turn
 where gradients change, and twice the device's cache is overwritten between turns. A time is that between two CUDA events around the call on
 an idle device: the host's part is in it. Ratios are paired by round. Notes give the ratio of the kernels alone (the device was kept busy
-until the host was done) and the host's times (the peer's and distclip's). `>= 1 (peer)` means that no floor was set beyond being no slower.
+until the host was done; where a call waits for the device, as `clip_` does to skip a bad step, the gap after it is in that) and the host's
+times (the peer's and distclip's). `>= 1 (peer)` means that no floor was set beyond being no slower.
 """
 
 

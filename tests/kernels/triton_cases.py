@@ -19,7 +19,7 @@ from distclip.kernels import triton_lists
 from distclip.kernels.triton_lists import Layout
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CHUNK, BLOCK, FLIGHT, SMALL, LARGE = 32768, 2048, 4096, (4096, 4), (16384, 16)  # of triton_programs, compared with it in `sizes`
+CHUNK, BLOCK, FLIGHT, SMALL, LARGE = 32768, 2048, 4096, (4096, 4, 16), (16384, 16, 2)  # of triton_programs, compared with it in `sizes`
 COUNTS = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, FLIGHT, FLIGHT + 1, CHUNK, CHUNK + 1)
 
 
@@ -201,10 +201,14 @@ def each_by_its_own(count):
 
 def many_by_their_own():
     """More tensors than programs look at together, most of which are left alone: which are not what they should be."""
-    tensors = [torch.full((3,), float(i)) for i in range(1000)]
-    factors = torch.ones(1000, dtype=torch.float64)
-    factors[:600:7], factors[999] = 0.5, 0.25
+    from distclip.kernels import triton_programs as programs
+
+    count, programs.SMALL = 2 * programs._AHEAD.value + 30, (*SMALL[:2], 2)
+    tensors = [torch.full((3,), float(i)) for i in range(count)]
+    factors = torch.ones(count, dtype=torch.float64)
+    factors[:200:7], factors[-1] = 0.5, 0.25
     layout, pointers = listed(tensors)
+    programs.SMALL = SMALL
     layout.scale_(pointers, factors)
     return [i for i, (t, f) in enumerate(zip(tensors, factors.tolist(), strict=True)) if t.tolist() != [i * f] * 3]
 

@@ -116,10 +116,10 @@ class Layout:
     def _change(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
         values = values.double()  # as a rule they are; a launch does not look
         values = _sent(values, self.device) if values.device.type == "cpu" else values
-        programs, (written, warps) = self._programs, self._written
+        programs, (written, warps, side_by_side) = self._programs, self._written
         constants = (_stride(values), self._types, clamp, programs.CHUNK, written)
         with _on(self.device):
-            self._launch(programs.change, warps, pointers, (values, self._chunks), constants, _side_by_side(self.device, warps))
+            self._launch(programs.change, warps, pointers, (values, self._chunks), constants, _processors(self.device) * side_by_side)
 
     def _summed(self, partials: Tensor, rows: int, most: int) -> Tensor:
         """[n, rows] float64; the first `most` rows are maxima."""
@@ -129,12 +129,12 @@ class Layout:
         return sums
 
     def _launch(
-        self, program: Any, warps: int, pointers: Sequence[int], args: tuple[Any, ...], constants: tuple[Any, ...], most: float = math.inf
+        self, program: Any, warps: int, pointers: Sequence[int], args: tuple[Any, ...], constants: tuple[Any, ...], most: int | None = None
     ) -> None:
-        """One program for each chunk, or `most` for all."""
-        there = self._there(pointers)
-        if self._chunks:
-            grid = (self._chunks if self._chunks < most else int(most), 1)
+        """A program for each chunk, or `most` at most."""
+        there, chunks = self._there(pointers), self._chunks
+        if chunks:
+            grid = (chunks if most is None else min(chunks, most), 1)
             self._run(program, warps, grid, (there, *self._tables, *args), constants)
 
     def _run(self, program: Any, warps: int, grid: tuple[int, int], args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
@@ -223,12 +223,8 @@ def doubles(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=_LISTS)
-def _side_by_side(device: torch.device, warps: int) -> int:
-    """How many programs of so many warps the device runs at a time."""
-    if device.type != "cuda":
-        return 3
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count * max(1, found.max_threads_per_multi_processor // (32 * warps))
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _words(addresses: array[int]) -> Tensor:

@@ -18,7 +18,8 @@ CHUNK = 32768  # elements that one program reads: few enough programs for large 
 BLOCK = 2048  # elements that are summed side by side in float64: 16 a thread
 PART = 1024  # the same in float32, which takes more registers
 WARPS = 4
-SMALL, LARGE = (4096, WARPS), (16384, 16)  # elements that are changed at a time, and warps: where tensors are small, and elsewhere
+# how elements are changed where tensors are small, and elsewhere: so many at a time, by so many warps, so many programs a processor
+SMALL, LARGE = (4096, WARPS, 16), (16384, 16, 2)
 LANES = 512  # partial sums in flight
 
 _FLIGHT = tl.constexpr(4096)  # elements that are on their way at a time
@@ -349,9 +350,8 @@ def change(
 ):  # fmt: skip
     """Multiplies or clamps in place; nothing is read or written where the factor is 1 or the bound inf (or NaN).
 
-    values: float64, one every STRIDE; with 0 one for all. Tables and TYPES as for `chunk_sums`. A grid of as many programs as the device
-    runs side by side: each takes every so manieth chunk, and looks at the values of many at a time, so that little is left to do where
-    none acts.
+    values: float64, one every STRIDE; with 0 one for all. Tables and TYPES as for `chunk_sums`. A grid of any size: the programs take the
+    chunks in turns, and each looks at the values of many of its own at a time, so that little is left to do where none acts.
     """
     programs = tl.num_programs(0)
     for begin in range(tl.program_id(0), chunks, programs * _AHEAD):
