@@ -1,6 +1,7 @@
 """Four ranks: what one of them gets wrong is refused on all, in words that say who, what was seen, and what to do."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
+import skips
 from parity.layouts import given, mesh
 
 
@@ -181,7 +183,8 @@ def poisoned(mode):
     q = given(f"own{dist.get_rank()}", 4)
     q[1].grad[1] *= odd(1.0, float("nan"))
     clipper = distclip.GradClipper([(name, p), q], 1.0, on_nonfinite=mode)
-    text = refusal(clipper.clip_)
+    with skips.told() if mode == "skip" else nullcontext():
+        text = refusal(clipper.clip_)
     return text, p.grad is None, p.grad is not None and bool(p.grad.isfinite().all())
 
 
