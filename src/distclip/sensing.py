@@ -94,9 +94,13 @@ class Sensor:
         grads, faults = self._everything, list[str]()
         try:
             grads = self.collector.collect() if call.of == "grad" else self._parameters()
-            faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
-            # a parameter that was replaced, or joined the model, is named there: the optimizer's own list tells no more
-            faults = faults or self.newcomers.faults(of_params=call.of == "param") or joined_later(call.owned)
+            # what stands first names the parameter; what follows from it is not told
+            faults = (
+                grads.faults
+                or self.newcomers.faults(of_params=call.of == "param")
+                or joined_later(call.owned)
+                or strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
+            )
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
