@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
+import skips
 from distclip.audit import fingerprint, name_culprits
 from distclip.exchange import Channel
 from distclip.host import Mirror
@@ -258,6 +259,7 @@ def test_clippers_of_other_orders_and_groups(kernels, elsewhere, p):
 
 @under
 @pytest.mark.parametrize("fold", ["auto", "never"])
+@skips.told()
 def test_steps_of_an_optimizer(kernels, elsewhere, fold):
     def results(where):
         ps = params(shapes=FEW)

@@ -13,13 +13,15 @@ from distclip.errors import AgreementError
 from distclip.exchange import Channel, brief
 from distclip.plan import Plan
 from distclip.records import Culprit
+from distclip.tables import DECLARE
 
 NAMED = 10  # parameters or culprits that a report names
 
 _REMEDY = (
-    "If these are different parameters under one name (pipeline stages, experts), declare "
-    "replicated_over={pattern: process group | distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip "
-    "after the reduction. If they should be equal, one replica has diverged: restore it from a checkpoint or another rank"
+    f"{DECLARE}. If gradients were not reduced yet (no_sync, accumulation), clip after the reduction. Parameters that were added or "
+    "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, and call clipper.rebuild(). An optimizer "
+    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they should be equal, one replica has "
+    "diverged: restore it from a checkpoint or another rank"
 )
 
 

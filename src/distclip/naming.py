@@ -166,7 +166,7 @@ def _walk(
         if child is not None:
             transparent = isinstance(module, (DistributedDataParallel, DataParallel))
             below = path if transparent or key in _WRAPPERS else f"{path}{key}."
-            slots.append(Slot(module._modules, key, child, strip(below)))
+            slots.append(Slot(module._modules, key, child, strip(below).rstrip(".") or key))
             yield from _walk(child, below, around, slots, shards, seen)
 
 

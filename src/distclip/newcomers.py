@@ -77,10 +77,17 @@ class Newcomers:
         # insert() of torch's lists of modules registers nothing
         if REGISTRATIONS.count != self._seen or (self._lists and sum(map(len, self._lists)) != self._listed):
             self._look()
-        new = [slot.path for slot in self._waiting if self._counts(slot.table.get(slot.key), of_params)]
-        if not new:
-            return []
-        return [f"{new[0]} joined the model after the clipper was built ({len(new)} in all); call clipper.rebuild() on all ranks"]
+        if self._joined(of_params):
+            self._look()  # unless it was taken away again
+        new = self._joined(of_params)
+        return (
+            [f"{new[0]} joined the model after the clipper was built ({len(new)} in all); call clipper.rebuild() on all ranks"]
+            if new
+            else []
+        )
+
+    def _joined(self, of_params: bool) -> list[str]:
+        return [slot.path for slot in self._waiting if self._counts(slot.table.get(slot.key), of_params)]
 
     def _look(self) -> None:
         self._seen = REGISTRATIONS.count

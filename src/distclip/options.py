@@ -77,6 +77,7 @@ def checked(asked: Asked) -> Options:
     if (asked.max_norm is None) == (asked.policy is None):
         seen = "both" if asked.policy is not None else "neither"
         raise ConfigError(f"pass exactly one of max_norm and policy, not {seen}; there is no default threshold")
+    _check_kinds(asked)
     policy = asked.policy if asked.max_norm is None else FixedNorm(float(asked.max_norm))
     if policy is None or not (hasattr(policy, "init") and hasattr(policy, "decide")):
         raise ConfigError(f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)")
@@ -106,3 +107,28 @@ def checked(asked: Asked) -> Options:
         policy, p, asked.groups or ONE, asked.on_nonfinite, asked.drift_tolerance, asked.skip_limit, asked.fold, asked.watch,
         asked.partial_grads,
     )  # fmt: skip
+
+
+def _check_kinds(asked: Asked) -> None:
+    """ConfigError for what is of another kind than meant, which would fail later without a word of distclip's."""
+    if asked.max_norm is not None and not hasattr(asked.max_norm, "__float__"):
+        raise ConfigError(
+            f"max_norm is a {type(asked.max_norm).__name__}; it is a number, the threshold of the norm: GradClipper(model, max_norm=1.0)"
+        )
+    if isinstance(asked.policy, type):
+        name = asked.policy.__name__
+        raise ConfigError(f"policy={name} is the class; call it: policy=distclip.{name}(...)")
+    grouping: object = asked.groups
+    if grouping is not None and not hasattr(grouping, "assign"):
+        if callable(grouping):
+            name = getattr(grouping, "__name__", type(grouping).__name__)
+            raise ConfigError(f"groups={name} is the function; call it: groups=distclip.{name}()")
+        raise ConfigError(
+            f"groups is a {type(grouping).__name__}; pass distclip.by_name({{pattern: threshold or policy}}), per_parameter(), per_layer() "
+            "or per_param_group(optimizer)"
+        )
+    for pattern, rule in (asked.groups or ONE).rules().items():
+        if isinstance(rule, type):
+            raise ConfigError(
+                f"groups=by_name({{{pattern!r}: {rule.__name__}}}): that is the class; call it: distclip.{rule.__name__}(...)"
+            )

@@ -166,7 +166,7 @@ def steps_more(owned: Sequence[Owned]) -> list[str]:
         f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count(len(more), 'parameter')} that this clipper does not know (the first "
         f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the clipper with them if that is not meant"
         for i, o in enumerate(owned)
-        if (more := [param for param in o.others if param.requires_grad])
+        if (more := [param for param in o.others if param.requires_grad and param.grad is not None])
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from distclip.errors import AgreementError, ConfigError
 from distclip.exchange import Channel, brief
 from distclip.holders import find_holders, rows_of
 from distclip.records import Holding, Piece, Row, Share
-from distclip.tables import exchange_tables, key, refuse
+from distclip.tables import DECLARE, exchange_tables, key, refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +135,13 @@ def make_plan(
     tables = exchange_tables(channel, pieces, group_of, watched, list(patterns.values()), device, beside)
     for pattern, count in zip(patterns, tables.counts, strict=True):
         if not count:
-            raise ConfigError(f"{pattern!r} matches no parameter on any rank; print(clipper.plan) shows names as they are matched")
+            raise ConfigError(f"{pattern!r} matches no parameter on any rank; {_nearest(pattern, pieces)}")
     if not sum(map(len, tables.rows)):
         raise ConfigError("params holds no parameters on any rank; pass the model, or (name, parameter) pairs")
     holders = find_holders(tables, channel.rank, pieces)
     if holders.misshapen:
         local = [f"{p.name} has shape {p.shape}" for p in pieces if key(p.key_name) in holders.misshapen]
-        refuse(channel, local, device, "the comparison of shapes")
+        refuse(channel, local, device, "the comparison of shapes", f"{DECLARE}. If they should be equal, build the same model on all ranks")
 
     held, whole = [0.0] * holders.slots, [0.0] * holders.slots
     for piece, share, slot, members in zip(pieces, holders.shares, holders.slot, holders.members, strict=True):
@@ -175,6 +176,24 @@ def make_plan(
         slots=holders.slots,
         apart=holders.apart,
     )
+
+
+def _nearest(pattern: str, pieces: Sequence[Piece]) -> str:
+    """The names on this rank that are most like a pattern without a match."""
+    names = {name for piece in pieces for name in (piece.name, piece.key_name)}
+    if not names:
+        return "this rank holds no parameters"
+    letters = SequenceMatcher(b=pattern.translate(dict.fromkeys(map(ord, "*?[]!"))), autojunk=False)
+
+    def likeness(name: str) -> float:
+        ratios: list[float] = []
+        for part in (name, *name.split(".")):
+            letters.set_seq1(part)
+            ratios.append(letters.ratio())
+        return max(ratios)
+
+    nearest = sorted(names, key=lambda name: (-likeness(name), name))[:3]
+    return f"the nearest names on this rank: {', '.join(nearest)} ({len(names)} in all)"
 
 
 def _agreed_names(channel: Channel, keys: Sequence[Tensor], own: Sequence[str], device: torch.device) -> tuple[str, ...]:

@@ -100,9 +100,13 @@ class Sensor:
             faults = unfinished(self.wrappers) if call.of == "grad" else []
             if not faults:  # else gradients may not even be where they will be
                 grads = self.collector.collect() if call.of == "grad" else self._parameters()
-                faults = grads.faults + strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
-            # a parameter that was replaced, or joined the model, is named there: the optimizer's own list tells no more
-            faults = faults or self.newcomers.faults(of_params=call.of == "param") or joined_later(call.owned)
+                # what stands first names the parameter; what follows from it is not reported
+                faults = (
+                    grads.faults
+                    or self.newcomers.faults(of_params=call.of == "param")
+                    or joined_later(call.owned)
+                    or strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
+                )
             if not faults and call.problem is None:
                 own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
                 if grads.present.portion is not None and math.isfinite(self.wire.norm_type):

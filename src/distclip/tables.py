@@ -131,11 +131,23 @@ def _decode(words: list[int]) -> RemoteHolding:
     )
 
 
-def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what: str) -> None:
-    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks."""
+# What to do where the same name means something else on other ranks.
+DECLARE = (
+    "If these are different parameters under one name (pipeline stages, experts), declare "
+    "replicated_over={pattern: process group | distclip.PRIVATE}"
+)
+
+
+def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = "") -> None:
+    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks.
+
+    Args:
+        remedy: the error's last line.
+    """
     said: dict[str, list[int]] = defaultdict(list)
     for rank, text in zip(channel.ranks, channel.texts("\n".join(problems), device, what), strict=True):
         for line in text.splitlines():
             said[line].append(rank)
     if said:
-        raise AgreementError("\n".join(f"rank {brief(ranks)}: {line}" for line, ranks in said.items()))
+        lines = [f"rank {brief(ranks)}: {line}" for line, ranks in said.items()]
+        raise AgreementError("\n".join([*lines, remedy] if remedy else lines))

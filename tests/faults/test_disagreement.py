@@ -13,8 +13,10 @@ from precision.jobs import Job, local, mlp
 
 ADVICE = (
     "\nIf these are different parameters under one name (pipeline stages, experts), declare replicated_over={pattern: process group | "
-    "distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip after the reduction. If they should be equal, one "
-    "replica has diverged: restore it from a checkpoint or another rank"
+    "distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip after the reduction. Parameters that were added or "
+    "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, and call clipper.rebuild(). An optimizer "
+    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they should be equal, one replica has "
+    "diverged: restore it from a checkpoint or another rank"
 )
 SAME_CALLS = "ranks did not do the same; every rank must make the same calls of the clipper in the same order, and decide alike:"
 

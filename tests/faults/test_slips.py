@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
+import skips
 
 LEFT = (
     "step 1: rank 0: b has a scaled gradient and is in none of the optimizers that were passed (1 parameter in all); pass all of the "
@@ -55,6 +56,7 @@ def test_scales_that_differ_between_ranks(ranks):
 
 @pytest.mark.parametrize("fused", [True, None])
 @pytest.mark.parametrize("waits", [False, True])
+@skips.told()
 def test_a_spike_is_left_out_also_where_inf_is_let_through(waits, fused):
     p = nn.Parameter(torch.zeros(1))
     policy = distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=2, window=8)
@@ -99,6 +101,7 @@ def test_what_was_decided_before_an_error_is_not_applied():
                 own.apply_([a, b])
 
 
+@skips.told()
 def test_a_small_p_whose_root_overflows_is_not_finite():
     p = nn.Parameter(torch.zeros(100_000))
     p.grad = torch.ones(100_000)
@@ -118,6 +121,7 @@ def test_doubles_are_reported_as_doubles(ranks):
         assert dtype == torch.float64 and norm == pytest.approx(2e100)
 
 
+@skips.told()
 def test_a_report_stays_as_it_was():
     p = nn.Parameter(torch.zeros(1))
     clipper, reports = distclip.GradClipper([("w", p)], 1.0), []
@@ -140,6 +144,7 @@ def test_a_failing_sink_does_not_end_training_where_warnings_are_errors(caplog):
     assert "Broken failed at step 1 and is off from now on" in caplog.text
 
 
+@skips.told()
 def out_of_reach():
     p = nn.Parameter(torch.zeros(2))
     p.main_grad = torch.tensor([1.0, math.nan]) if dist.get_rank() == 0 else torch.ones(2)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
+import skips
 from distclip.gradlist import GradList
 from distclip.kernels import triton_lists
 from distclip.measure import power_sums
@@ -228,6 +229,7 @@ def test_a_step_with_a_scaler_waits_for_nothing():
     assert all(torch.equal(a, b) for a, b in zip(start.values(), layers.state_dict().values(), strict=True))
 
 
+@pytest.mark.filterwarnings(skips.IGNORED)
 @pytest.mark.parametrize("policy", ["fixed", "zclip", "autoclip", "spikes", "warmup"])
 def test_a_captured_graph_does_what_the_steps_do(policy):
     """Replays with other gradients in the same tensors, one of them not finite; the policy's state goes on from replay to replay."""

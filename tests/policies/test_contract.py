@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from policies.cases import CASES, decaying
 from policies.test_trace import FINITE, GROUPS, NORMS, STEPS, TOTAL, at, skips
+from skips import told
 
 INF, NAN = math.inf, math.nan
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "lift_fresh", "masked_select", "unique")
@@ -179,6 +180,7 @@ def run(clipper, params, steps):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "skip" not in n])
+@told()
 def test_a_clipper_follows_the_reference(name):
     policy, make = CASES[name]
     params, oracle = parameters(), make()
@@ -194,6 +196,7 @@ def test_a_clipper_follows_the_reference(name):
 
 
 @pytest.mark.parametrize("policy", [*(p for p, _ in CASES.values()), Twice()], ids=[*CASES, "a user's"])
+@told()
 def test_a_checkpoint_goes_on_bit_for_bit(policy):
     params = parameters()
     clipper = distclip.GradClipper(params, policy=policy, groups=distclip.per_parameter())

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import distclip
+import skips
 
 SPIKE = 9
 
@@ -23,6 +24,7 @@ def grad(step, spike):
 
 @pytest.mark.parametrize("mode", ["skip", "raise", "propagate"])
 @pytest.mark.parametrize("how", ["fold", "in place", "clip_", "waits"])
+@skips.told()
 def test_a_spike_never_happened(how, mode):
     ends = []
     for spike in (SPIKE, None):
@@ -47,6 +49,7 @@ def test_a_spike_never_happened(how, mode):
 
 
 @pytest.mark.parametrize("waits", [False, True])
+@skips.told()
 def test_a_spike_is_no_overflow(waits):
     p, clipper, optimizer = job(waits)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -58,6 +61,7 @@ def test_a_spike_is_no_overflow(waits):
 
 
 @pytest.mark.parametrize("waits", [False, True])
+@skips.told()
 def test_a_streak_of_spikes_ends(waits):
     p, clipper, optimizer = job(waits, skip_limit=3)
     for step in range(12):

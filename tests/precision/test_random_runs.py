@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import distclip
+import skips
 
 OPTIMIZERS = {
     "sgd": lambda ps, fused: torch.optim.SGD(ps, 0.1, momentum=0.9, fused=fused),
@@ -62,6 +63,7 @@ def torchs_way(sets, optimizers, scaler, max_norm, used):
 
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("draw", range(60))
+@skips.told(0)
 def test_a_random_run_equals_torchs(draw, waits):
     dice, ((mine, own, scaler), (theirs, other, reference)) = build(draw)
     use_scaler, max_norm = dice.random() < 0.7, dice.choice([0.5, 3.0, 1e9])

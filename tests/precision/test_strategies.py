@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import skips
 from precision.jobs import BAD, STRATEGIES, Job
 
 STEPS = 200
 
 
+@skips.told()
 def interrupted(strategy, precision):
     """Which steps were skipped, the scale before each step, and the end."""
     job, skipped, scales, clipped = Job(strategy, precision), [], [], 0
