@@ -72,9 +72,9 @@ def settings(model, optimizer):
 def lines_of_the_readme():
     """Each runs after `import distclip` and no other import of distclip's."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    model = net()
+    model, inside = net(), net()
     zero = {"train_batch_size": ROWS, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
-    engine, *_ = deepspeed.initialize(model=net(), optimizer=torch.optim.SGD(model.parameters(), 1.0), config=zero)
+    engine, *_ = deepspeed.initialize(model=inside, optimizer=torch.optim.SGD(inside.parameters(), 1.0), config=zero)
     arguments = transformers.TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[])
     given = {"accelerator": Accelerator(cpu=True), "model": model, "engine": engine, "fabric": Fabric(accelerator="cpu", devices=1)}
     given |= {"trainer": transformers.Trainer(WithLoss(), arguments), "Trainer": LightningTrainer}
