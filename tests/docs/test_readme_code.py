@@ -82,6 +82,7 @@ def test_all_lines_run():
         assert isinstance(built(line, model, optimizer), distclip.GradClipper)
 
 
+@pytest.mark.filterwarnings("ignore:step 3 is skipped")
 def test_a_policy_of_ones_own():
     names = {}
     exec(BLOCKS["policy"], names)
