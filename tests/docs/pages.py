@@ -42,7 +42,7 @@ def checked(block, model, **more):
     """Run it, and see that a step of lr 1 is as long as the clipped gradient and the norm is that of the whole."""
     params = list(model.parameters())
     before = whole(params)
-    names = {"distclip": distclip, "torch": torch, "dist": dist, "model": model, "loss_of": loss_of}
+    names = {"model": model, "loss_of": loss_of}
     names |= {"optimizer": torch.optim.SGD(params, 1.0)} | more
     block.run(names)
     norm = total_norm(gradients().values())
@@ -67,7 +67,7 @@ def on_ddp_with_scaler(block):
 @fixture
 def autoclip(block):
     model = DistributedDataParallel(net())
-    names = {"distclip": distclip, "model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1e-6)}
+    names = {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1e-6)}
     block.run(names)
     norm = total_norm(gradients().values())
     near(names["report"].total_norm, 3 * norm, 1e-3)
@@ -80,7 +80,7 @@ def on_fsdp1(block):
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
     with FullyShardedDataParallel.summon_full_params(model):
         before = whole(model.parameters())
-    names = {"distclip": distclip, "model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)}
+    names = {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)}
     block.run(names)
     near(names["report"].total_norm, total_norm(gradients().values()))
     with FullyShardedDataParallel.summon_full_params(model):
@@ -94,7 +94,7 @@ def on_fsdp2_parts(block):
     parts = [fully_shard(part) for part in (model[:2], model[2:])]
     optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in parts]
     before = whole(p for part in parts for p in part.parameters())
-    names = {"distclip": distclip, "model_parts": parts, "optimizers": optimizers, "loss_of": loss_of}
+    names = {"model_parts": parts, "optimizers": optimizers, "loss_of": loss_of}
     block.run(names)
     near(names["report"].total_norm, total_norm(gradients().values()))
     near(length(before, whole(p for part in parts for p in part.parameters())), 1.0)
@@ -125,7 +125,7 @@ def megatron(block):
     parts = [draw(r, shapes["column"]) for r in range(4)] + [draw(4 + r, shapes["expert"]) for r in range(4)]
     parts += [draw(8 + s, shapes["norm"]) for s in range(2) for _ in ("weight", "bias")] + [draw(16, (7, 3))]
     wanted = total_norm(parts)
-    names = {"distclip": distclip, "model": model, "stage_group": stage_group, "data_group": alone, "expert_data_group": alone}
+    names = {"model": model, "stage_group": stage_group, "data_group": alone, "expert_data_group": alone}
     block.run(names)
     report = names["clipper"].measure()
     near(report.total_norm, wanted)
@@ -136,7 +136,7 @@ def megatron(block):
 def keras_clipnorm(block):
     model = DistributedDataParallel(net())
     before = whole(model.parameters())
-    block.run({"distclip": distclip, "model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)})
+    block.run({"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)})
     norms = [float(g.norm()) for g in gradients().values()]
     assert max(norms) > 1, "vacuous"
     for b, a, norm in zip(before, whole(model.parameters()), norms, strict=True):
@@ -147,7 +147,7 @@ def keras_clipnorm(block):
 def keras_clipvalue(block):
     model = DistributedDataParallel(net())
     before = whole(model.parameters())
-    block.run({"distclip": distclip, "model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)})
+    block.run({"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)})
     grads = gradients().values()
     assert max(float(g.abs().max()) for g in grads) > 0.5, "vacuous"
     for b, a, g in zip(before, whole(model.parameters()), grads, strict=True):
@@ -214,7 +214,7 @@ def pipelined(block, tied=False, ddp=True):
     half = slice(rank % 2 * 4, rank % 2 * 4 + 4)
     params = list(module.parameters())
     names = {
-        "distclip": distclip, "dist": dist, "stages": [module], "schedule": schedule, "optimizer": torch.optim.SGD(params, 1.0),
+        "stages": [module], "schedule": schedule, "optimizer": torch.optim.SGD(params, 1.0),
         "inputs": (x[half],) if index == 0 else (), "targets": {"target": y[half]} if index == 1 else {}, "stage_group": data,
         "tied_group": grid["pipe"].get_group(), "tied": next(p for n, p in module.named_parameters() if "embed" in n or "head" in n),
     }  # fmt: skip
@@ -294,10 +294,10 @@ def in_context(block):
     norm = total_norm([p.grad for p in oracle.parameters()])
     model = Attention(grid["context"].get_group())
     names = {
-        "distclip": distclip, "model": model, "mesh": grid, "fully_shard": fully_shard, "DistributedDataParallel": DistributedDataParallel,
+        "model": model, "mesh": grid,
         "data_group": grid["data"].get_group(), "data_context_group": dist.group.WORLD, "ranks": 4, "tokens": 12 * 4,
         "loss_of": lambda m: (m(x) - y).square().mean(), "summed_loss_of": lambda m: (m(x) - y).square().sum(),
-        "torch": torch, "optimizer": torch.optim.SGD(model.parameters(), 1.0),
+        "optimizer": torch.optim.SGD(model.parameters(), 1.0),
     }  # fmt: skip
     if "context_tokens" in block.mark:
         names["model"] = DistributedDataParallel(model)
@@ -350,7 +350,7 @@ def replica_groups(story):
         assert norm > 1, "vacuous"
         return norm
 
-    names = {"distclip": distclip, "model": model, "optimizer": optimizer, "loss_of": loss_of, "average": average, "healed": healed}
+    names = {"model": model, "optimizer": optimizer, "loss_of": loss_of, "average": average, "healed": healed}
     names |= {"replica_group": inside, "new_replica_group": dist.group.WORLD, "quorum": both}
     first, change, other = story
     told = [norm_now(slice(None))]
