@@ -14,8 +14,8 @@ keep=
 [ "$1" != --keep ] || { keep=yes; shift; }
 versions=("$@")
 [ $# -gt 0 ] || mapfile -t versions < <("$python" launch/compatibility.py versions)
-# numpy: the interpreter of triton 3.6 (torch 2.11) does not run with later ones
-needs="numpy<2.5 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml"
+# numpy: the interpreters of triton 3.5 and 3.6 (torch 2.9 and 2.11) do not run with later ones
+needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml"
 selection=(tests/parity tests/precision tests/policies tests/faults tests/kernels tests/integrations tests/cli/test_doctor.py)
 for file in tests/test_*.py; do
   [ "$file" = tests/test_benchmarks.py ] || selection+=("$file") # it measures
