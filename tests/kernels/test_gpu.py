@@ -280,6 +280,7 @@ def trained(layers, clipper, optimizer, x):
     return clipper.step(optimizer)
 
 
+@pytest.mark.filterwarnings(skips.IGNORED)
 @pytest.mark.parametrize("policy", ["fixed", "zclip"])
 def test_a_whole_training_step_is_captured(policy):
     """Forward, backward and step in one graph: the gradients lie where the capture made them. A bad input among the replays."""
