@@ -28,3 +28,8 @@ def nothing_is_left_behind():
     yield
     assert environment() == before
     assert not dist.is_initialized()
+
+
+@pytest.fixture
+def of_frameworks(monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which importing Lightning sets

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import re
 
 import pytest
 import torch
@@ -482,3 +483,78 @@ def test_what_grad_of_hides_has_to_be_finite_too():
     assert clipper.clip_(optimizer).skipped
     optimizer.step()
     assert p.tolist() == [1] * 3 and q.tolist() == [1] * 4, "a step that is skipped is skipped as a whole"
+
+
+# In frameworks' loops
+
+
+class Grows:
+    """One layer, and from the third call on a second one, which joins the optimizer."""
+
+    def __init__(self, net, add_param_group):
+        self.net, self.add_param_group, self.calls = net, add_param_group, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == 3:
+            self.net.two = nn.Linear(4, 2)
+            self.add_param_group({"params": list(self.net.two.parameters())})
+        layers = [self.net.one] + ([self.net.two] if self.calls >= 3 else [])
+        return sum(layer(x).square().sum() for layer in layers)
+
+
+TOLD = "two.weight joined the model after the clipper was built (2 in all); call clipper.rebuild() on all ranks"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_under_accelerate():
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    from distclip.integrations.accelerate import prepare
+
+    net = nn.Module()
+    net.one = nn.Linear(4, 2)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1))
+    clipper, loss = prepare(accelerator, model, max_norm=0.1), Grows(net, optimizer.add_param_group)
+
+    def step():
+        optimizer.zero_grad()
+        accelerator.backward(loss(torch.ones(3, 4)))
+        want = norm(net)
+        assert accelerator.clip_grad_norm_(model.parameters(), 0.1).item() == pytest.approx(want, rel=1e-6) and want > 0.1
+        optimizer.step()
+
+    step()
+    step()
+    for _ in range(2):
+        with pytest.raises(distclip.GradientError, match=re.escape(TOLD)):
+            step()
+    clipper.rebuild()
+    step()
+
+
+@pytest.mark.usefixtures("of_frameworks")
+@pytest.mark.filterwarnings("ignore")
+def test_under_lightning():
+    pytest.importorskip("lightning")
+    from lightning.pytorch import LightningModule, Trainer
+
+    from distclip.integrations.lightning import GradientClipping
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(4, 2)
+
+        def on_train_start(self):
+            self.__dict__["loss"] = Grows(self, self.optimizers().add_param_group)
+
+        def training_step(self, batch, index):
+            return self.loss(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[GradientClipping(max_norm=0.1)], **quiet)
+    with pytest.raises(distclip.GradientError, match="^step 3: rank 0: " + re.escape(TOLD)):
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(5, 4)))

@@ -201,11 +201,6 @@ def of_fabric(optimizer, scaler):
 FRAMEWORKS = {"accelerate": accelerated, "fabric": of_fabric}
 
 
-@pytest.fixture
-def of_frameworks(monkeypatch):
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which importing Lightning sets
-
-
 @pytest.mark.usefixtures("of_frameworks")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("inside", [Noam, None])

@@ -26,7 +26,7 @@ _FORWARDING = {
     ("lightning_fabric.wrappers", "_FabricOptimizer"),
 }
 # Where wrappers (Lookahead, schedules, SAM) and containers keep the optimizers that they step.
-_INSIDE = ("optimizer", "optimizers", "base_optimizer", "chained_optimizers", "optim")
+_INSIDE = ("optimizer", "optimizers", "base_optimizer", "inner_optimizer", "inner", "_optimizer", "chained_optimizers", "optim")
 
 
 def unwrapped(optimizer: Any) -> list[Any]:

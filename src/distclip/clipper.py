@@ -44,7 +44,8 @@ class GradClipper:
     Building one is a collective: on all ranks of `process_group`, after wrapping and sharding.
 
     Args:
-        params: a module, a list of modules (the pipeline stages of this rank), (name, parameter) pairs, or parameters.
+        params: a module, a list of modules (the pipeline stages of this rank), (name, parameter) pairs, or parameters. What an optimizer
+            steps beside them is told once, is not clipped, and must be finite unless inf and NaN are let through.
         max_norm: threshold of the global norm, in the gradients' unit; `math.inf` only measures. Exactly one of `max_norm` and
             `policy`.
         policy: what to do with the norm: `FixedNorm`, `FixedValue`, `Normalize`, or an object with `init` and `decide`.
@@ -65,7 +66,8 @@ class GradClipper:
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism without FSDP leaves some) are an error, or
             `reduce`: before each call they are redistributed to their parameters' placements, after a small message by which ranks agree
             on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`, which otherwise touch nothing.
-        sinks: where reports go, on the first rank of the group; other ranks never look at theirs, which may be None.
+        sinks: where reports go, on the first rank of the group; other ranks never look at theirs, which may be None. Without any a skipped
+            step is a RuntimeWarning, once a streak.
 
     Raises:
         ConfigError (a ValueError): an argument that cannot be honoured.
@@ -149,7 +151,8 @@ class GradClipper:
         A step that is not finite is skipped by taking the gradients away (`.grad = None`), which every optimizer respects.
 
         Args:
-            optimizer: one or several, whose gradients `scaler` scaled; all their gradients are taken away at a skipped step.
+            optimizer: one or several, whose gradients `scaler` scaled; all their gradients are taken away at a skipped step. A
+                wrapper, or a container of several, is one: what `scaler.step` will be given.
             scaler: an enabled GradScaler: gradients are unscaled in the same multiply (unless `scaler.unscale_` was called) and the
                 overflow that all ranks agreed on is recorded; `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the coefficient; norms are after it.
@@ -175,12 +178,15 @@ class GradClipper:
         A fused SGD, Adam, AdamW or Adagrad whose parameters share one coefficient applies it in its own pass (`fold="never"`: never).
 
         Args:
+            optimizers: stepped as they are passed, once each: a wrapper (Lookahead, a schedule) or a container of several by its
+                own `step`. Only Accelerate's and Lightning's wrappers are looked through.
             scaler: an enabled GradScaler; unscaling is part of the same multiply, unless `scaler.unscale_` was called.
             update_scaler: call `scaler.update()` at the end; False where another clipper's step with this scaler follows.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the coefficient; norms are after it.
 
         Raises:
-            ConfigError: no optimizer was passed, or a scaler together with on_nonfinite="propagate" (it would never learn).
+            ConfigError: no optimizer was passed, something else was, or one whose `step` needs an argument (clip in its closure); a scaler
+                together with on_nonfinite="propagate" (it would never learn); a DistributedDataParallel module inside `join()`.
             NonFiniteError, AgreementError, GradientError: on all ranks alike, before anything was touched. With "propagate" on CUDA a
                 fault is told one call late, and optimizers that do not fold have then taken that step.
         """

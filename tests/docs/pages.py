@@ -88,14 +88,31 @@ def on_fsdp1(block):
     return float(names["report"].total_norm).hex()
 
 
+class Container(torch.optim.Optimizer):
+    """An optimizer for each part, stepped as one."""
+
+    def __init__(self, parts):
+        self.optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in parts]
+        super().__init__([p for part in parts for p in part.parameters()], {})
+
+    def __iter__(self):
+        return iter(self.optimizers)
+
+    def step(self, closure=None):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 @fixture
 def on_fsdp2_parts(block):
     model = net()
     parts = [fully_shard(part) for part in (model[:2], model[2:])]
-    optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in parts]
+    optimizers, hooked = Container(parts), []
+    optimizers.register_step_post_hook(lambda *_: hooked.append(1))
     before = whole(p for part in parts for p in part.parameters())
     names = {"model_parts": parts, "optimizers": optimizers, "loss_of": loss_of}
     block.run(names)
+    assert hooked == [1], "the container's own step ran"
     near(names["report"].total_norm, total_norm(gradients().values()))
     near(length(before, whole(p for part in parts for p in part.parameters())), 1.0)
     return float(names["report"].total_norm).hex()
