@@ -78,6 +78,13 @@ def named_parameters(params: Params) -> Found:
     return _once(found)
 
 
+def passed_modules(params: Params) -> list[nn.Module]:
+    """The modules among what the caller passed; none where parameters were."""
+    if isinstance(params, nn.Module):
+        return [params]
+    return [] if isinstance(params, Tensor) or not isinstance(params, Iterable) else [m for m in params if isinstance(m, nn.Module)]
+
+
 def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
     """Where modules keep their parameters and children now."""
     slots: list[Slot] = []

@@ -13,12 +13,13 @@ from torch import Tensor
 from distclip.deciding import policy_of
 from distclip.errors import ConfigError
 from distclip.exchange import Channel
-from distclip.naming import Found, Params, named_parameters
+from distclip.naming import Found, Params, named_parameters, passed_modules
 from distclip.options import Asked, Options, checked
 from distclip.placement import Declared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
 from distclip.records import Holding, Piece
 from distclip.report import Sink, check_sinks
+from distclip.uneven import UnevenInputs
 from distclip.unfinished import Wrapper, wrappers
 
 
@@ -56,8 +57,11 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sin
     """A collective.
 
     Raises:
-        ConfigError, PlacementError: on the rank where it was found; AgreementError on the others.
+        ConfigError, PlacementError: on the rank where it was found; AgreementError on the others. ConfigError inside `join()`, before
+            anything is sent.
     """
+    if channel.size > 1:
+        UnevenInputs(passed_modules(params)).refuse("GradClipper")
     local, error = _Local(), None
     try:
         if channel.rank == 0:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.dtensor import imported_class
-from distclip.naming import Params, strip
+from distclip.naming import Params, passed_modules, strip
 
 
 class Wrapper(NamedTuple):
@@ -27,10 +27,7 @@ def wrappers(params: Params) -> tuple[Wrapper, ...]:
     """The outermost ones in what the caller passed; of parameters without their modules none can be found."""
     fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")  # before its import nothing is one
     kinds = tuple(kind for kind in (DistributedDataParallel, fsdp2) if kind is not None and hasattr(kind, "finalize_backward"))
-    if not kinds or isinstance(params, Tensor):
-        return ()
-    modules = [params] if isinstance(params, nn.Module) else [m for m in params if isinstance(m, nn.Module)]
-    return tuple(wrapper for module in modules for wrapper in _outermost(module, kinds, "", seen=set()))
+    return tuple(wrapper for module in passed_modules(params) if kinds for wrapper in _outermost(module, kinds, "", seen=set()))
 
 
 def _outermost(module: nn.Module, kinds: tuple[type, ...], path: str, seen: set[int]) -> Iterator[Wrapper]:

@@ -53,10 +53,10 @@ def inside(act, form):
 
 
 @pytest.mark.parametrize("form", ["join", "Join", "nested"])
-@pytest.mark.parametrize("act", ["step", "clip_", "measure", "audit", "decide"])
+@pytest.mark.parametrize("act", ["step", "clip_", "measure", "audit", "decide", "rebuild"])
 def test_refused_before_anything_is_sent(ranks, act, form):
     for said, sent, stood in ranks.run(inside, act, form):
-        assert said == [REFUSED.format(f"{act}()")] and sent == [] and stood
+        assert said == [REFUSED.format("GradClipper()" if act == "rebuild" else f"{act}()")] and sent == [] and stood
 
 
 def afterwards():
