@@ -1,7 +1,7 @@
 """docs/compatibility.md, from what pytest wrote down under each release of torch: run by launch/matrix.sh.
 
 compatibility.py versions                        the releases on the page, one a line
-compatibility.py add VERSION RESULTS CODE        with the interpreter that ran the tests; RESULTS of --junitxml, CODE of pytest
+compatibility.py add VERSION RESULTS CODE [core] with the interpreter that ran the tests; RESULTS of --junitxml, CODE of pytest
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ HEAD = """# Releases of torch, Python and frameworks
 
 distclip asks for `torch >= 2.8`, Python >= 3.10, and for no upper bound. Installing it changes no torch that is already there. These are
 the releases that its tests were run with, on the CPU with gloo: layouts, precision, policies, faults, kernels, integrations, the doctor and
-what needs one process. With any other series of torch the first clipper says so once, by the logger `distclip`.
+what needs one process; rows marked "core" leave out integrations, the doctor, and builds and threads of the kernels. With any other
+series of torch the first clipper says so once, by the logger `distclip`.
 
 `launch/matrix.sh VERSION…` makes an environment for each release, runs the tests there and writes this page and
 [`compatibility.json`](compatibility.json); rows of other releases stay as they are. No number here was written by hand.
@@ -93,7 +94,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     for release in sorted(rows, key=_order):
         one = rows[release]
         counts = one["counts"]
-        passed = f"{counts['passed']}" + (f" ({one['stopped']})" if one["stopped"] else "")
+        marks = [mark for mark in ("core" if one.get("core") else "", one["stopped"]) if mark]
+        passed = f"{counts['passed']}" + (f" ({', '.join(marks)})" if marks else "")
         cells = [release, one["python"], passed, str(counts["failed"]), str(counts["skipped"])]
         cells += [_framework(one["versions"][name], one["frameworks"][name]) for name in FRAMEWORKS]
         lines.append("| " + " | ".join([*cells, one["date"]]) + " |")
@@ -130,8 +132,8 @@ def add(path: Path, release: str, found: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     if arguments == ["versions"]:
         print("\n".join(sorted(rows_of(PAGE), key=_order)))
-    elif len(arguments) == 4 and arguments[0] == "add":
-        add(PAGE, arguments[1], row(Path(arguments[2]), int(arguments[3])))
+    elif arguments[:1] == ["add"] and (len(arguments) == 4 or arguments[4:] == ["core"]):
+        add(PAGE, arguments[1], row(Path(arguments[2]), int(arguments[3])) | {"core": arguments[4:] == ["core"]})
     else:
         sys.exit(__doc__)
 

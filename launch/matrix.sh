@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests with other releases of torch and writes docs/compatibility.md: launch/matrix.sh [--keep] [VERSION…]
+# Runs the tests with other releases of torch and writes docs/compatibility.md: launch/matrix.sh [--keep] [--core] [VERSION…]
 # Without a version: those of the page, anew. The others keep their rows. Each release gets an environment in .venvs/, several gigabytes
-# with CUDA's packages, which is removed after its run unless --keep says otherwise; one that is there is used again.
+# with CUDA's packages, which is removed after its run unless --keep says otherwise; one that is there is used again. --core leaves out what
+# depends on torch least and takes longest: integrations, the doctor, builds and threads of the kernels.
 #   PYTHON   which Python makes an environment; default python3
 #   LIMIT    seconds for the tests of one release; default 5400
 #   TESTS    what pytest runs in place of the page's selection; then the page is left as it is
@@ -10,13 +11,25 @@ fail() { echo "launch/matrix.sh: $1" >&2; exit 1; }
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "$python was not found; set PYTHON to Python 3.10 or later"
-keep=
-[ "$1" != --keep ] || { keep=yes; shift; }
+keep= core=
+while [[ "$1" == --* ]]; do
+  case $1 in
+    --keep) keep=yes ;;
+    --core) core=core ;;
+    *) fail "$1 is no option; they are --keep and --core" ;;
+  esac
+  shift
+done
 versions=("$@")
 [ $# -gt 0 ] || mapfile -t versions < <("$python" launch/compatibility.py versions)
 # numpy: the interpreters of triton 3.5 and 3.6 (torch 2.9 and 2.11) do not run with later ones
 needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml"
-selection=(tests/parity tests/precision tests/policies tests/faults tests/kernels tests/integrations tests/cli/test_doctor.py)
+selection=(tests/parity tests/precision tests/policies tests/faults)
+if [ -n "$core" ]; then
+  selection+=(tests/kernels/test_native.py tests/kernels/test_triton.py)
+else
+  selection+=(tests/kernels tests/integrations tests/cli/test_doctor.py)
+fi
 for file in tests/test_*.py; do
   [ "$file" = tests/test_benchmarks.py ] || selection+=("$file") # it measures
 done
@@ -45,7 +58,7 @@ for version in "${versions[@]}"; do
   code=$?
   [ $code = 0 ] || failed=1
   if [ -z "$TESTS" ]; then
-    run python launch/compatibility.py add "$version" "$results" "$code" || failed=1
+    run python launch/compatibility.py add "$version" "$results" "$code" $core || failed=1
   fi
   [ -n "$keep" ] || rm -rf ".venvs/$version" "$results"
 done

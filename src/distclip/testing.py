@@ -130,7 +130,7 @@ def fresh_process(target: Callable[..., object], *args: Any) -> Any:
     """A process, not yet started, that is to call `target(*args)`. It descends from one that imported torch and computed nothing, and has
     this process's environment and filters of warnings, as a forked one would."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
+    server.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter by the first optimizer or DTensor, and not quickly
     return server.Process(target=_as_here, args=(dict(os.environ), list(warnings.filters), target, args), daemon=True)
 
 

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         known = {result.name for result in findings.results}
         findings.results += [Result(check.name, "not run", "stopped before its end") for check in chosen if check.name not in known]
         try:
-            print(as_json(findings) if options.json else as_table(findings), flush=True)
+            print(as_json(findings) if options.json else as_table(findings), file=out, flush=True)
         except BrokenPipeError:  # nobody reads on; the exit code still tells
             silence_stdout()
 
@@ -54,12 +55,32 @@ def run(options: argparse.Namespace) -> int:
     except CannotRun as error:
         print(f"distclip doctor: {error}", file=sys.stderr)
         return 2
-    with Watch(board, show) as watch:
+    with _answers_alone() as out, Watch(board, show) as watch:
         try:
             return Examination(place, board, watch, findings, show).run(chosen, options.backend)
         except Exception as error:
             traceback.print_exc()
             watch.leave(2, f"{type(error).__name__}: {error}")  # the others' texts will name it
+
+
+@contextmanager
+def _answers_alone() -> Generator[TextIO]:
+    """Standard output; what libraries write there meanwhile goes to standard error: gloo, of torch 2.8 and 2.9, tells how it connects."""
+    out = sys.stdout
+    try:
+        ours = out.fileno() == 1
+    except OSError:  # somebody collects it
+        ours = False
+    if not ours:
+        yield out
+        return
+    out.flush()
+    with os.fdopen(os.dup(1), "w") as kept:
+        os.dup2(2, 1)
+        try:
+            yield kept
+        finally:
+            os.dup2(kept.fileno(), 1)
 
 
 class Examination:
