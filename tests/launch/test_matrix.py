@@ -140,3 +140,16 @@ def test_the_page_has_the_releases_that_are_said_to_be_run(page):
     assert tuple(rows) == versions.RUN, "launch/matrix.sh ran others than src/distclip/versions.py says"
     for release, row in rows.items():
         assert row["counts"]["passed"] > 1000 and row["failures"] == [] and not row["stopped"], release
+
+
+def test_the_core_alone(tree):
+    for name in ("test_native", "test_triton"):
+        (tree / "tests" / "kernels" / f"{name}.py").write_text("def test_it(): pass\n")
+    (tree / "tests" / "test_all.py").write_text("def test_right(): pass\n")
+    done = matrix(tree, "--core", "--keep", "9.9.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tree / "docs" / "compatibility.json").read_text())["9.9.0"]
+    assert row["core"] and row["counts"]["passed"] == 3 and not any(row["frameworks"].values())
+    assert f"| 9.9.0 | {row['python']} | 3 (core) | 0 | 0 | not run |" in (tree / "docs" / "compatibility.md").read_text()
+    done = matrix(tree, "--cores")
+    assert done.returncode == 1 and done.stderr == "launch/matrix.sh: --cores is no option; they are --keep and --core\n"
