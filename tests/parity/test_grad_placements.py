@@ -15,6 +15,7 @@ import distclip
 from distclip.testing import count_collectives
 from parity.layouts import mesh
 from parity.oracle import NORMS, total_norm
+from test_refusals import refusal
 
 BOUND = 1.3  # of elements, which are normal numbers
 LOOP = (
@@ -43,14 +44,6 @@ PLACED = {
     "as large, of other rows": lambda: placed(1, mesh(2, 2), [Shard(0), Shard(1)], [Shard(1), Shard(0)], (8, 8)),
     "nothing of it": lambda: placed(1, mesh(2, 2), [Shard(0), Shard(1)], [Replicate(), Replicate()]),
 }
-
-
-def refusal(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def clipped(how, p, policy):
