@@ -6,7 +6,7 @@ inverse scale becomes a factor of the clip's own multiply, and what the scaler i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -25,8 +25,7 @@ _FORWARDING = {
     ("lightning.fabric.wrappers", "_FabricOptimizer"),
     ("lightning_fabric.wrappers", "_FabricOptimizer"),
 }
-# Where wrappers (Lookahead, schedules, SAM) and containers keep the optimizers that they step.
-_INSIDE = ("optimizer", "optimizers", "base_optimizer", "inner_optimizer", "inner", "_optimizer", "chained_optimizers", "optim")
+_OWN = ("state", "param_groups", "defaults")  # what each of torch's optimizers keeps: of parameters, and no optimizers
 
 
 def unwrapped(optimizer: Any) -> list[Any]:
@@ -41,18 +40,32 @@ def unwrapped(optimizer: Any) -> list[Any]:
 
 
 def inside(optimizer: Any) -> list[Any]:
-    """Optimizers that a wrapper or a container of several keeps, at any depth."""
+    """Optimizers that a wrapper or a container of several keeps, under whatever names, at any depth."""
     found: dict[int, Any] = {id(optimizer): optimizer}
     holders = [optimizer]
     for holder in holders:
-        for name in _INSIDE:
-            value = getattr(holder, name, None)
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-            for item in items:
-                if id(item) not in found and hasattr(item, "param_groups") and callable(getattr(item, "step", None)):
-                    found[id(item)] = item
-                    holders.append(item)
+        for item in _kept(holder):
+            if id(item) not in found and hasattr(item, "param_groups") and callable(getattr(item, "step", None)):
+                found[id(item)] = item
+                holders.append(item)
     return list(found.values())[1:]
+
+
+def _kept(holder: Any) -> Iterator[Any]:
+    """What an object keeps in its attributes, in lists and dicts too. No property is read: one may compute, or raise."""
+    if type(holder).__module__.partition(".")[0] == "torch":
+        return
+    attributes = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
+    for slot in (slot for kind in type(holder).__mro__ for slot in _names(getattr(kind, "__slots__", ()))):
+        attributes[slot] = getattr(holder, slot, None)
+    for value in (value for name, value in attributes.items() if name not in _OWN):
+        items: list[Any] = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else [value]
+        if items and not isinstance(items[0], Tensor):
+            yield from items
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 class Handshake:

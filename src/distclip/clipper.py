@@ -313,7 +313,7 @@ class GradClipper:
             owned = tuple(map(self._owned, optimizers))
             if operation == "step":
                 check_arguments(owned)
-            if not 0 < grad_scale < math.inf:
+            if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
                 raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
             hands = Handshake(scaler, optimizers, self._now.device)
             if hands.enabled and propagates:
@@ -323,8 +323,11 @@ class GradClipper:
                 )
         except ConfigError as error:
             problem = error
+        except Exception as error:  # an argument that answers otherwise than its kind does
+            problem = ConfigError(f"{operation}(): {type(error).__name__}: {error}")
+            problem.__cause__ = error
         hands = hands or Handshake(None, owned, self._now.device)
-        return Call(operation, owned, hands, float(grad_scale), problem, guards=not propagates)
+        return Call(operation, owned, hands, 1.0 if problem else float(grad_scale), problem, guards=not propagates)
 
     def _owned(self, optimizer: Any) -> Owned:
         owned = self._now.owners.of(optimizer)

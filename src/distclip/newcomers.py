@@ -61,12 +61,7 @@ class Newcomers:
         self._places = {(id(slot.table), slot.key) for slot in slots}
         self._params = {id(slot.value) for slot in slots if isinstance(slot.value, Tensor)}
         self._waiting: list[Slot] = []
-        every = {id(m): m for m in (*modules, *(slot.value for slot in slots if isinstance(slot.value, nn.Module)))}.values()
-        self._tables: list[dict[str, Any]] = [table for m in every for table in (m._parameters, m._modules)]
-        self._held = self._entries()
-        self._lists = [m._modules for m in every if isinstance(m, (nn.ModuleList, nn.Sequential))]
-        self._listed = sum(map(len, self._lists))
-        self._seen = REGISTRATIONS.count
+        self._keep()
         if modules:
             REGISTRATIONS.watch(self)
 
@@ -74,7 +69,7 @@ class Newcomers:
         """A text if parameters joined. `of_params`: parameters are measured, and need no gradient to count."""
         if not self._modules:
             return []
-        # insert() of torch's lists of modules registers nothing
+        # insert() of torch's lists of modules registers nothing; a step after which nothing was registered looks at nothing else
         if REGISTRATIONS.count != self._seen or (self._lists and sum(map(len, self._lists)) != self._listed):
             self._look()
         if self._joined(of_params):
@@ -90,16 +85,25 @@ class Newcomers:
         return [slot.path for slot in self._waiting if self._counts(slot.table.get(slot.key), of_params)]
 
     def _look(self) -> None:
-        self._seen = REGISTRATIONS.count
         now = self._entries()
-        if len(now) == len(self._held) and all(map(is_, now, self._held)):  # registered elsewhere, or put back
-            self._waiting = []
+        if len(now) == len(self._held) and all(map(is_, now, self._held)):  # registered elsewhere
+            self._seen, self._listed = REGISTRATIONS.count, sum(map(len, self._lists))
             return
+        self._keep()
         self._waiting = [
             slot
             for slot in module_slots(self._modules)
             if isinstance(slot.value, Tensor) and (id(slot.table), slot.key) not in self._places and id(slot.value) not in self._params
         ]
+
+    def _keep(self) -> None:
+        """What the modules hold now: the next look compares with it."""
+        every = {id(m): m for module in self._modules for m in module.modules()}
+        every |= {id(slot.value): slot.value for slot in self._slots if isinstance(slot.value, nn.Module)}
+        self._tables: list[dict[str, Any]] = [table for m in every.values() for table in (m._parameters, m._modules)]
+        self._held = self._entries()
+        self._lists = [m._modules for m in every.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        self._listed, self._seen = sum(map(len, self._lists)), REGISTRATIONS.count
 
     def _entries(self) -> list[Any]:
         return [value for table in self._tables for value in table.values()]

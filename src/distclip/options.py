@@ -81,7 +81,7 @@ def checked(asked: Asked) -> Options:
     policy = asked.policy if asked.max_norm is None else FixedNorm(float(asked.max_norm))
     if policy is None or not (hasattr(policy, "init") and hasattr(policy, "decide")):
         raise ConfigError(f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)")
-    p = float(asked.norm_type)
+    p = float(asked.norm_type) if isinstance(asked.norm_type, (int, float)) else math.nan
     if not (0 < p <= 8 or p == math.inf):
         raise ConfigError(f"norm_type={asked.norm_type!r}: p must be above 0 and at most 8, or math.inf")
     if asked.on_nonfinite not in MODES:

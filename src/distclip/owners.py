@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -41,7 +41,9 @@ class Share(NamedTuple):
     """What is remembered of an optimizer: nothing that would keep it alive."""
 
     optimizer: Callable[[], Any]
-    signature: tuple[tuple[int, int], ...]  # of its param groups
+    lists: tuple[
+        tuple[Any, int], ...
+    ]  # of its param groups, with their lengths: the objects, since a list's identity may be another's next
     params: tuple[Tensor, ...]  # empty where they are not compared one by one
     pieces: frozenset[int]
     others: tuple[Tensor, ...]
@@ -67,17 +69,14 @@ class Owners:
     def of(self, given: Any) -> Owned:
         optimizer = unwrapped(given)[-1]
         groups = _groups(optimizer)
-        signature = tuple((id(group["params"]), len(group["params"])) for group in groups)
         known = self._known.get(id(optimizer))
         if known is not None and known.optimizer() is not optimizer:
             known = None
-        if known is None or known.signature != signature or (self._by_tensor and not _same(known.params, groups)):
-            known = self._known[id(optimizer)] = self._share(optimizer, groups, signature, known)
+        if known is None or not _as_before(known.lists, groups) or (self._by_tensor and not _same(known.params, groups)):
+            known = self._known[id(optimizer)] = self._share(optimizer, groups, known)
         return Owned(given, optimizer, known.pieces, known.others, known.joined, known.group, known.needs)
 
-    def _share(
-        self, optimizer: Any, groups: Sequence[dict[str, Any]], signature: tuple[tuple[int, int], ...], before: Share | None
-    ) -> Share:
+    def _share(self, optimizer: Any, groups: Sequence[dict[str, Any]], before: Share | None) -> Share:
         params = {id(param): param for group in groups for param in group["params"]}
         pieces = frozenset(i for key in params if (i := self._piece.get(key)) is not None)
         others = {key: param for key, param in params.items() if key not in self._piece}
@@ -90,13 +89,13 @@ class Owners:
         forget = _Forget(self._known, id(optimizer))
         return Share(
             optimizer=_reference(optimizer, forget),
-            signature=signature,
+            lists=tuple((group["params"], len(group["params"])) for group in groups),
             params=tuple(_params(groups)) if self._by_tensor else (),
             pieces=pieces,
             others=tuple(others.values()),
             joined=tuple(joined),
             group=of.pop() if len(of) == 1 else None,
-            needs=_needs(optimizer),
+            needs=next((needs for o in (optimizer, *inside(optimizer)) if (needs := _needs(o))), None),
         )
 
 
@@ -127,6 +126,13 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
 
 def _params(groups: Sequence[dict[str, Any]]) -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in groups)
+
+
+def _as_before(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether param groups hold the same lists, of the same lengths."""
+    return len(lists) == len(groups) and all(
+        params is group["params"] and length == len(params) for (params, length), group in zip(lists, groups, strict=True)
+    )
 
 
 def _same(before: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> bool:
@@ -181,7 +187,7 @@ def listed(given: Any) -> tuple[Any, ...]:
     """`clip_` takes one optimizer, several, or none. A container that steps is one, even if its optimizers can be listed."""
     if given is None:
         return ()
-    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str)) or not isinstance(given, Iterable):
+    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str, Mapping)) or not isinstance(given, Iterable):
         return (given,)
     return tuple(given)
 

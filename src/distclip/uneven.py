@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from distclip.errors import ConfigError
@@ -17,11 +17,16 @@ class UnevenInputs:
 
     Args:
         modules: that the clipper was given.
+        params: its parameters, which a module that was not given (DDP around the one that was) may hold too. Finding such a module looks
+            at every object, once.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        every = {id(m): m for module in modules for m in module.modules()}.values()
-        self._joinables = [m for m in every if isinstance(m, Joinable)]
+    def __init__(self, modules: Iterable[nn.Module], params: Iterable[Tensor] = ()) -> None:
+        every = {id(m): m for module in modules for m in module.modules()}
+        mine = {id(param) for param in params}
+        around = [thing for thing in gc.get_objects() if mine and issubclass(type(thing), Joinable) and isinstance(thing, nn.Module)]
+        every |= {id(m): m for m in around if any(id(param) in mine for param in m.parameters())}
+        self._joinables = [m for m in every.values() if isinstance(m, Joinable)]
         self._over: list[Any] = [None] * len(self._joinables)  # each one's latest context, where that is known to be over
 
     def refuse(self, operation: str) -> None:
