@@ -32,8 +32,8 @@ class Asked:
     skip_limit: int
     fold: str
     watch: Watch | None
-    partial_grads: str
-    grad_of: Callable[[Tensor], Tensor | None] | None
+    partial_grads: str = "refuse"
+    grad_of: Callable[[Tensor], Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
