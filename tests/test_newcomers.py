@@ -220,6 +220,12 @@ def test_modules_are_looked_at_when_something_was_registered_and_no_more_often(m
     assert steps() == (1, 0), "a module elsewhere: one comparison of what the tables hold"
     net.frozen = nn.Linear(2, 2).requires_grad_(False)
     assert steps() == (2, 1), "one walk"
+    net.listed = nn.ModuleList([nn.Linear(2, 2).requires_grad_(False)])
+    net.listed.append(nn.ReLU())
+    assert steps() == (3, 2)
+    net.listed.append(nn.Linear(2, 2).requires_grad_(False))
+    assert steps() == (4, 3), "what joined what joined later is seen, once"
+    assert steps() == (4, 3)
 
 
 def test_torchs_hooks_are_there_as_long_as_a_clipper_is():
@@ -314,6 +320,23 @@ def test_a_group_that_the_optimizer_got_later():
         assert more.tolist() == [1] * 4
     clipper.rebuild()  # the pairs were passed as a view of the dictionary, which has the new one
     assert clipper.step(optimizer).total_norm.item() == pytest.approx(math.sqrt(0.1**2 + 100), rel=1e-6)
+
+
+def test_groups_that_are_cleared_and_filled_again():
+    """As many parameters in a new list: it may lie where the old one lay."""
+    known, unknown = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer, clipper = torch.optim.SGD(known.parameters(), 0.1), distclip.GradClipper(known, 0.1)
+    for layers in (known, unknown):
+        layers(torch.ones(1, 4)).sum().backward()
+    clipper.step(optimizer)
+    for _ in range(20):
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({"params": list(unknown.parameters())})
+        with pytest.raises(distclip.GradientError, match=r"was given 2 parameters later that this clipper does not know"):
+            clipper.step(optimizer)
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({"params": list(known.parameters())})
+        clipper.step(optimizer)
 
 
 def test_a_tensor_that_took_anothers_place():

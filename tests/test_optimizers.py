@@ -46,6 +46,23 @@ class Slotted:
         return False
 
 
+class Free:
+    """Keeps the optimizer under a name that nobody would look for."""
+
+    def __init__(self, optimizer):
+        self.of_yesterday, self.calls = [optimizer], 0
+
+    param_groups = property(lambda self: self.of_yesterday[0].param_groups)
+
+    @property
+    def optimizers(self):
+        raise RuntimeError("not to be read")
+
+    def step(self, closure=None):
+        self.calls += 1
+        return self.of_yesterday[0].step(closure)
+
+
 class Lookahead(torch.optim.Optimizer):
     """Of the kind that is an `Optimizer`: every second step it goes back half of the way."""
 
@@ -144,7 +161,7 @@ def test_a_wrapper_is_never_folded():
     assert seen == [False] and params[0][1].grad.item() == 1.5
 
 
-@pytest.mark.parametrize("make", [Noam, Slotted, Lookahead])
+@pytest.mark.parametrize("make", [Noam, Slotted, Lookahead, Free])
 def test_what_is_inside_was_unscaled_and_the_wrapper_was_not(make):
     params, scaler = pairs([3.0, 4.0], scale=SCALE), scaler_of()
     inner = torch.optim.SGD([params[0][1]], 1.0)
@@ -353,6 +370,10 @@ ON_STEP = {
         lambda c, p: c.step(accelerated(lbfgs(p), scaler_of(False))),
         f"LBFGS.step() needs closure, and the clipper calls it once, with nothing; {CLOSURE}",
     ),
+    "lbfgs in a wrapper that takes a closure": (
+        lambda c, p: c.step(Free(lbfgs(p))),
+        f"Free.step() needs closure, and the clipper calls it once, with nothing; {CLOSURE}",
+    ),
     "sam": (
         lambda c, p: c.step(SAM([p], 1.0)),
         f"SAM.step() takes two steps with a closure between them, and the clipper calls it once, with nothing; {CLOSURE}",
@@ -398,6 +419,14 @@ ON_STEP = {
     "a threshold": (
         lambda c, p: c.clip_(1.0),
         "clip_() was given 1.0; the threshold is said once, GradClipper(model, max_norm=...). Pass optimizers, or nothing to clip_()",
+    ),
+    "a table": (
+        lambda c, p: c.clip_({"a": torch.optim.SGD([p], 1.0)}),
+        "clip_() was given a dict; pass optimizers one by one: step(*optimizers)",
+    ),
+    "no factor": (
+        lambda c, p: c.step(torch.optim.SGD([p], 1.0), grad_scale=None),
+        "grad_scale=None must be positive and finite",
     ),
     "none": (
         lambda c, p: c.step(None),
@@ -499,6 +528,10 @@ ON_BUILDING = {
         lambda: distclip.GradClipper(Container([list(nn.Linear(2, 2).parameters())]), max_norm=1.0),
         "params is a Container, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and the optimizer to "
         "clipper.step(optimizer)",
+    ),
+    "no order": (
+        lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, norm_type=None),
+        "norm_type=None: p must be above 0 and at most 8, or math.inf",
     ),
     "a dict": (
         lambda: distclip.GradClipper(dict(nn.Linear(2, 2).named_parameters()), max_norm=1.0),

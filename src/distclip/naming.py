@@ -85,6 +85,14 @@ def passed_modules(params: Params) -> list[nn.Module]:
     return [] if isinstance(params, Tensor) or not isinstance(params, Iterable) else [m for m in params if isinstance(m, nn.Module)]
 
 
+def passed_tensors(params: Params) -> Iterator[Tensor]:
+    """All parameters in what the caller passed, whatever else is wrong with it."""
+    for module in passed_modules(params):
+        yield from module.parameters()
+    items = [params] if isinstance(params, Tensor) else params if isinstance(params, Iterable) else ()
+    yield from (part for item in items for part in (item if isinstance(item, tuple) else (item,)) if isinstance(part, Tensor))
+
+
 def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
     """Where modules keep their parameters and children now."""
     slots: list[Slot] = []

@@ -93,7 +93,7 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
         Owners(members, plan.group_of, by_tensor=not reading.found.modules),
         [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
         decision.clamped,
-        UnevenInputs(reading.found.modules, members) if channel.size > 1 else UnevenInputs(()),
+        reading.uneven,
         # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
         options.on_nonfinite == "propagate" and not may_skip(parts, idle, first),
         torch.randint(1 << 62, (2, wire.groups), generator=draw, device="cpu").bitwise_or(1).to(device),

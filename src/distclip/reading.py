@@ -13,7 +13,7 @@ from torch import Tensor
 from distclip.deciding import policy_of
 from distclip.errors import ConfigError
 from distclip.exchange import Channel
-from distclip.naming import Found, Params, named_parameters, passed_modules
+from distclip.naming import Found, Params, named_parameters, passed_modules, passed_tensors
 from distclip.options import Asked, Options, checked
 from distclip.placement import Declared, UnitRange, pieces, unit_range
 from distclip.plan import Plan, agree_on_call, make_plan
@@ -34,6 +34,7 @@ class Reading:
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
+    uneven: UnevenInputs
     wrappers: tuple[Wrapper, ...] = ()  # modules that may leave gradients unfinished
 
 
@@ -60,8 +61,8 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sin
         ConfigError, PlacementError: on the rank where it was found; AgreementError on the others. ConfigError inside `join()`, before
             anything is sent.
     """
-    if channel.size > 1:
-        UnevenInputs(passed_modules(params)).refuse("GradClipper")
+    uneven = UnevenInputs(passed_modules(params), passed_tensors(params)) if channel.size > 1 else UnevenInputs(())
+    uneven.refuse("GradClipper")
     local, error = _Local(), None
     try:
         if channel.rank == 0:
@@ -79,7 +80,8 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sin
     plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers, local.beside)
     if plan.apart and not local.found.modules:  # a list of parameters may lack those whose meshes join the ranks
         logging.getLogger("distclip").warning("GradClipper of parameters without their modules: %s", plan.apart_text())
-    return Reading(options, str(sorted(local.config.items())), local.members, local.found, local.ranges, plan, device, local.wrappers)
+    config = str(sorted(local.config.items()))
+    return Reading(options, config, local.members, local.found, local.ranges, plan, device, uneven, local.wrappers)
 
 
 def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel) -> None:

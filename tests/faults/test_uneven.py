@@ -38,7 +38,9 @@ def backward(model, optimizer, step):
 def inside(act, form):
     model, optimizer, clipper = job()
     other = nn.ModuleDict({"part": model})
-    clipper = distclip.GradClipper(other, 0.5) if form == "nested" else clipper
+    if form != "join":
+        of = {"nested": other, "Join": model, "the module inside": model.module, "its parameters": list(model.module.named_parameters())}
+        clipper = distclip.GradClipper(of[form], 0.5)
     said = []
     with model.join() if form == "join" else Join([model]):
         backward(model, optimizer, 0)
@@ -52,8 +54,10 @@ def inside(act, form):
     return said, seen.names, stood
 
 
-@pytest.mark.parametrize("form", ["join", "Join", "nested"])
-@pytest.mark.parametrize("act", ["step", "clip_", "measure", "audit", "decide", "rebuild"])
+FORMS = ["join", "Join", "nested", "the module inside", "its parameters"]
+
+
+@pytest.mark.parametrize("form, act", [(f, act) for f in FORMS for act in ("step", "clip_", "measure", "audit", "decide", "rebuild")])
 def test_refused_before_anything_is_sent(ranks, act, form):
     for said, sent, stood in ranks.run(inside, act, form):
         assert said == [REFUSED.format("GradClipper()" if act == "rebuild" else f"{act}()")] and sent == [] and stood
