@@ -152,9 +152,10 @@ class Collector:
             faults.append(
                 f"{replaced[0]} was replaced after the clipper was built ({len(replaced)} in all); call clipper.rebuild() on all ranks"
             )
-        made = self.present(own, every, portions, frozenset(otherwise))
-        if self._present is None or self._present.key() != made.key():
-            self._present = made
+        given = tuple(portions) if set(portions) - {1.0} else ()
+        key = (tuple(own), tuple(every), frozenset(otherwise), given)
+        if self._present is None or self._present.key() != key:  # making one sends its tensors to the device
+            self._present = self.present(*key)
         found = Grads(self._present, GradList.of(local), faults)
         if len(self._expected) >= _REMEMBERED:
             self._expected.clear()
@@ -176,15 +177,14 @@ class Collector:
         )
 
     def present(
-        self, own: Sequence[int], every: Sequence[int], portions: Sequence[float] = (), otherwise: frozenset[int] = frozenset()
+        self, own: Sequence[int], every: Sequence[int], otherwise: frozenset[int] = frozenset(), portions: tuple[float, ...] = ()
     ) -> Present:
         count = len(self.members)
         has = torch.zeros(count, dtype=torch.float64, device="cpu")
         has[list(every)] = 1
         index = None if len(own) == count else torch.tensor(own, dtype=torch.int64, device="cpu").to(self.device)
-        given = tuple(portions) if set(portions) - {1.0} else ()
-        portion = torch.tensor(given, dtype=torch.float64, device="cpu").to(self.device) if given else None
-        return Present(tuple(own), tuple(every), index, has.to(self.device), otherwise, given, portion)
+        portion = torch.tensor(portions, dtype=torch.float64, device="cpu").to(self.device) if portions else None
+        return Present(tuple(own), tuple(every), index, has.to(self.device), otherwise, portions, portion)
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class Reading:
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
-    uneven: UnevenInputs
+    uneven: UnevenInputs = field(default_factory=lambda: UnevenInputs(()))
     wrappers: tuple[Wrapper, ...] = ()  # modules that may leave gradients unfinished
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cli.logs import write_log
 from distclip.cli import main
+from launch.programs import interruptible
 
 COMMAND = [sys.executable, "-m", "distclip"]
 
@@ -76,7 +77,9 @@ def test_seconds_that_are_none(value, capsys):
 def test_ctrl_c_has_no_traceback(log, tmp_path):
     pipe = tmp_path / "run.jsonl"
     os.mkfifo(pipe)
-    process = subprocess.Popen([*COMMAND, "suggest", str(pipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "suggest", str(pipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=interruptible
+    )
     with pipe.open("wb"):  # opens once the command reads, which then waits
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=300)

@@ -19,11 +19,16 @@ def launched(command, timeout=900, **environment):
     return ended(process, timeout)
 
 
+def interruptible():
+    """In the child: a shell that put the tests into the background has turned SIGINT off for all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def begin(command, **environment):
     command = [str(part) for part in command]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
-        env=ENVIRONMENT | environment,
+        env=ENVIRONMENT | environment, preexec_fn=interruptible,
     )  # fmt: skip
 
 

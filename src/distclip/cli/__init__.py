@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import distclip
 from distclip.cli.arguments import of_doctor, of_report, of_suggest
@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, since what fails after the program's end is a traceback
     except BrokenPipeError:  # `distclip ... | head` has seen enough
-        silence_stdout()
+        silence(sys.stdout)
         return _PIPE_CLOSED
     except KeyboardInterrupt:
         return _INTERRUPTED
 
 
-def silence_stdout() -> None:
-    """What is still to be printed goes nowhere: the pipe that it would go to is closed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def silence(stream: TextIO) -> None:
+    """What is still to be printed there goes nowhere: the pipe that it would go to is closed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import distclip
-from distclip.cli import silence_stdout
+from distclip.cli import silence
 from distclip.cli.doctor_board import Board, read_place
 from distclip.cli.doctor_clips import REPORT, LayoutCheck, Overflow
 from distclip.cli.doctor_facts import cannot_start, device_for, facts, judge_facts
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             print(as_json(findings) if options.json else as_table(findings), file=out, flush=True)
         except BrokenPipeError:  # nobody reads on; the exit code still tells
-            silence_stdout()
+            silence(out)
 
     try:
         place = read_place(options.timeout)
