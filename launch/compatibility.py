@@ -23,7 +23,8 @@ HEAD = """# Releases of torch, Python and frameworks
 distclip asks for `torch >= 2.8`, Python >= 3.10, and for no upper bound. Installing it changes no torch that is already there. These are
 the releases that its tests were run with, on the CPU with gloo: layouts, precision, policies, faults, kernels, integrations, the doctor and
 what needs one process; rows marked "core" leave out integrations, the doctor, and builds and threads of the kernels. With any other
-series of torch the first clipper says so once, by the logger `distclip`.
+series of torch the first clipper says so once, by the logger `distclip`. The release that `constraints.txt` pins is run whole by
+`launch/test.sh`, at each change.
 
 `launch/matrix.sh VERSION…` makes an environment for each release, runs the tests there and writes this page and
 [`compatibility.json`](compatibility.json); rows of other releases stay as they are. No number here was written by hand.
