@@ -19,7 +19,7 @@ from benchmarks.gpu_timing import Cache, Times, counts, interleaved
 from benchmarks.problems import named
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, ratios
-from distclip.gradlist import GradList
+from distclip.kernels.tensor_list import GradList
 
 CLIP, PROPAGATE, DROP_IN = "GradClipper.clip_", 'clip_, on_nonfinite="propagate"', "distclip.clip_grad_norm_"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

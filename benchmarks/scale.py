@@ -14,7 +14,7 @@ from benchmarks.on_ranks import in_turns
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, interleaved
 from benchmarks.worlds import arithmetic, worlds
-from distclip.holders import pattern
+from distclip.setup.replicas import pattern
 from distclip.testing import World
 
 

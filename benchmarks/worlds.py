@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.exchange import Channel
-from distclip.holders import find_holders
-from distclip.plan import make_plan
+from distclip.exchange.channel import Channel
+from distclip.setup.replicas import find_holders
+from distclip.setup.plan import make_plan
 from distclip.records import Holding, Piece
-from distclip.tables import RemoteHolding, Tables, key
+from distclip.setup.inventory import RemoteHolding, Tables, key
 from distclip.testing import ThreadGroup, run_threads
 
 CPU = torch.device("cpu")

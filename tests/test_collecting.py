@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import TensorWeakRef
 
 import distclip
-from distclip.collecting import Collector
-from distclip.expected import Expected
+from distclip.measure.collect import Collector
+from distclip.measure.gradient_cache import Expected
 
 
 def params_of(*grads):

@@ -15,11 +15,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
 import skips
-from distclip.audit import fingerprint, name_culprits
-from distclip.exchange import Channel
-from distclip.host import Mirror
+from distclip.decide.audit import fingerprint, name_culprits
+from distclip.exchange.channel import Channel
+from distclip.exchange.readback import Mirror
 from distclip.kernels import triton_lists
-from distclip.plan import agree_on_call, make_plan
+from distclip.setup.plan import agree_on_call, make_plan
 from distclip.records import Holding, Piece
 from distclip.testing import run_threads
 from kernels.native_cases import NO_LIBRARY

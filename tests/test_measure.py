@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distclip.measure import norm_of, power_sums, rounded
+from distclip.kernels.reference import norm_of, power_sums, rounded
 from parity.oracle import NORMS, total_norm
 
 SOURCE = torch.Generator().manual_seed(1)

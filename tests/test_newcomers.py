@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import distclip
 import skips
 from distclip import newcomers
-from distclip.newcomers import REGISTRATIONS, Newcomers
+from distclip.setup.late_parameters import REGISTRATIONS, Newcomers
 from distclip.testing import count_collectives
 from parity.oracle import total_norm
 

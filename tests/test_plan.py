@@ -5,11 +5,11 @@ from statistics import median
 
 import torch
 
-from distclip.exchange import Channel
-from distclip.holders import find_holders, pattern
-from distclip.plan import make_plan
+from distclip.exchange.channel import Channel
+from distclip.setup.replicas import find_holders, pattern
+from distclip.setup.plan import make_plan
 from distclip.records import Holding, Piece
-from distclip.tables import exchange_tables
+from distclip.setup.inventory import exchange_tables
 from distclip.testing import run_threads
 
 CPU = torch.device("cpu")

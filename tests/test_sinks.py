@@ -274,7 +274,7 @@ NO_SINKS = {
     "a generator": (lambda: (sink for sink in [distclip.LoggingSink()]), "which writes; pass a list"),
     "one sink": (distclip.LoggingSink, "which writes; pass a list"),
     "a path": (lambda: "run.jsonl", "sinks[0], 'r': it has no write(report)"),
-    "a class": (lambda: [distclip.LoggingSink], "sinks[0], <class 'distclip.sinks.LoggingSink'>: it has no write(report)"),
+    "a class": (lambda: [distclip.LoggingSink], "sinks[0], <class 'distclip.report.sinks.LoggingSink'>: it has no write(report)"),
     "an object": (lambda: [distclip.LoggingSink(), object()], "sinks[1], object: it has no write(report)"),
 }
 

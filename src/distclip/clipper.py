@@ -14,28 +14,28 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from distclip import fold, versions
-from distclip.acting import Outcome, taken_away
-from distclip.amp import Handshake
-from distclip.calls import Call
-from distclip.collecting import GradOf, Grads
+from distclip.apply.gradients import Outcome, taken_away
+from distclip.torch_internals.grad_scaler import Handshake
+from distclip.request import Call
+from distclip.measure.collect import GradOf, Grads
 from distclip.errors import ConfigError, GradientError
-from distclip.exchange import Channel
-from distclip.grad_placements import PartialReducer
+from distclip.exchange.channel import Channel
+from distclip.measure.grad_placements import PartialReducer
 from distclip.groups import Grouping, Watch
-from distclip.guard import OnNonfinite
-from distclip.memory import Memory
-from distclip.naming import Params
-from distclip.options import Asked
-from distclip.owners import Owned, check_arguments, check_given, listed
-from distclip.placement import Declared, ReplicatedOver, Shared
+from distclip.decide.guard import OnNonfinite
+from distclip.decide.state import Memory
+from distclip.setup.parameters import Params
+from distclip.setup.options import Asked
+from distclip.optimizers import Owned, check_arguments, check_given, listed
+from distclip.setup.placement import Declared, ReplicatedOver, Shared
 from distclip.policies import Policy
-from distclip.prepared import prepare
-from distclip.reading import Reading, read
+from distclip.stages import prepare
+from distclip.setup.build_plan import Reading, read
 from distclip.records import ClipReport
-from distclip.report import Sink, Writer
-from distclip.saving import Saved, loaded, saved
-from distclip.sensing import Seen
-from distclip.stepping import Stepper
+from distclip.report.writer import Sink, Writer
+from distclip.decide.saving import Saved, loaded, saved
+from distclip.measure.local_sums import Seen
+from distclip.step import Stepper
 
 
 class GradClipper:

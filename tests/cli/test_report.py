@@ -20,11 +20,11 @@ import distclip
 from cli.logs import BAD, SPIKES, rewritten, rows_of, spiky_norms, write_log
 from distclip.cli import main
 from distclip.cli.glyphs import families_for, shortened
-from distclip.cli.heat import _shares
-from distclip.cli.plotting import _ACROSS, _RULES, _WIDE, _add_legend
-from distclip.cli.report_plots import figures
-from distclip.cli.runs import RunError, read_runs
-from distclip.cli.thinning import clipped_shares, thinned
+from distclip.cli.report.heat import _shares
+from distclip.cli.report.plotting import _ACROSS, _RULES, _WIDE, _add_legend
+from distclip.cli.report.plots import figures
+from distclip.cli.run_log import RunError, read_runs
+from distclip.cli.report.thinning import clipped_shares, thinned
 
 EMPTY = {"meta", "br", "img", "link", "input", "hr"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -323,7 +323,7 @@ def test_a_page_that_cannot_be_written_is_exit_code_1(spiky, tmp_path, capsys):
 FULL = """
 import resource, sys
 from distclip.cli import main
-import distclip.cli.report_html, distclip.cli.report_plots  # what Python and matplotlib cache is on the disk before it is full
+import distclip.cli.report.html, distclip.cli.report.plots  # what Python and matplotlib cache is on the disk before it is full
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 sys.exit(main(sys.argv[1:]))
 """

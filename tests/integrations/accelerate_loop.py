@@ -497,7 +497,7 @@ def main():
         cases |= {f"turns {part}": lambda part=part: two_turns(part) for part in ("whole", "part", "value")}
     if STRATEGY in ("single", "ddp"):
         cases |= {"passed": passed_as_they_are, "in_no_optimizer": in_no_optimizer, "part_fp16": a_part_in_fp16, "again": prepared_again}
-    if STRATEGY == "ddp" and find_spec("distclip.uneven"):
+    if STRATEGY == "ddp" and find_spec("distclip.torch_internals.join"):
         cases |= {"joined": joined}
     if STRATEGY not in ("deepspeed", "tp"):
         cases |= {"two_models": two_models, "refusals": refusals}

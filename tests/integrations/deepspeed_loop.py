@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 import distclip
 import distclip.testing
 from distclip.integrations.deepspeed import attach
-from distclip.integrations.deepspeed_inside import kind_of
+from distclip.integrations.deepspeed_internals import kind_of
 from problem import HUGE, TINY, data, loss_of, net, off, oracle
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does

@@ -293,7 +293,7 @@ def test_states_that_move_on_and_are_answers_too(policy, waits):
 
 
 def test_copies_and_kept_states_are_of_the_same_kind():
-    from distclip.deciding import copied, kept
+    from distclip.decide.decision import copied, kept
 
     old, new = Count(ones(2), ones()), Count(2 * ones(2), 2 * ones())
     assert isinstance(copied(old), Count) and copied(old).total is not old.total and copied((ones(),)) == (ones(),)
@@ -314,7 +314,7 @@ def watching():
 
 
 def test_the_text_of_a_watch():
-    from distclip.options import Asked, checked
+    from distclip.setup.options import Asked, checked
 
     def text(watch):
         return checked(Asked(1.0, None, 2.0, None, "skip", 1e-5, 20, "auto", watch)).texts()["watch"]

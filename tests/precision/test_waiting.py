@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
-from distclip.guard import Verdict, judge
-from distclip.host import Mirror
-from distclip.wire import Wire
+from distclip.decide.guard import Verdict, judge
+from distclip.exchange.readback import Mirror
+from distclip.exchange.message import Wire
 from parity.layouts import given
 
 

@@ -53,7 +53,7 @@ def _logs(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(name: str) -> str:
-    names = [check.name for check in import_module("distclip.cli.doctor").CHECKS]
+    names = [check.name for check in import_module("distclip.cli.doctor.command").CHECKS]
     if name not in names:
         raise argparse.ArgumentTypeError(f"{name!r} is no check; the checks are {', '.join(names)}")
     return name

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import lacking
-from distclip.integrations.scaler_rounds import LaterUpdate, unscale
+from distclip.integrations.deferred_scaler_update import LaterUpdate, unscale
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
 
 try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distclip import PRIVATE, ConfigError, GradClipper, Policy
 from distclip.integrations import lacking
-from distclip.integrations.deepspeed_inside import (
+from distclip.integrations.deepspeed_internals import (
     KINDS,
     OF_ENGINE,
     Inside,

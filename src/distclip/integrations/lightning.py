@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import lacking
-from distclip.integrations.scaler_rounds import LaterUpdate
+from distclip.integrations.deferred_scaler_update import LaterUpdate
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
 
 try:

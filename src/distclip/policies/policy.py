@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from distclip.gradlist import GradList
+from distclip.kernels.tensor_list import GradList
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
 

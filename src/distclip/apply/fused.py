@@ -1,0 +1,83 @@
+"""Stage 7b: a fused optimizer applies the coefficient in its own pass, so that clipping writes no gradient.
+
+torch's fused kernels divide each gradient by `optimizer.grad_scale` and leave everything alone where `optimizer.found_inf` is 1; the
+two attributes were made for GradScaler. They are set for one step and removed after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from distclip.torch_internals.dtensor import is_dtensor
+
+_KINDS = (SGD, Adam, AdamW, Adagrad)  # exactly these: RMSprop, NAdam, Muon and subclasses may ignore both attributes in silence
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
+    """Whether one coefficient, applied by the optimizer itself, is the whole clip of its gradients.
+
+    Args:
+        alike: identities of the parameters that share this coefficient.
+    """
+    if type(optimizer) not in _KINDS:
+        return False
+    for group in optimizer.param_groups:
+        if group.get("fused") is not True:  # load_state_dict can turn it off
+            return False
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if id(param) not in alike or param.grad.is_sparse or param.is_complex():
+                return False
+            if isinstance(optimizer, (SGD, Adagrad)) and is_dtensor(param):
+                return False  # not implemented in torch
+            if isinstance(optimizer, SGD) and param.device.type == "cpu" and param.dtype in _LOW:
+                return False  # torch leaves most elements unchanged
+    return True
+
+
+def step_folded(optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None, step: Callable[[], object]) -> None:
+    """`optimizer.step()` on gradients multiplied by `factor`; nothing moves where `stop` is above 0. No host sync.
+
+    Args:
+        step: the optimizer's own, or that of a wrapper which forwards to it and keeps count.
+        factor: [] float64, applied at float32; None is 1 (on the CPU a fused step with a factor is slower).
+        stop: [] float32, or None where the step is known to be taken.
+    """
+    if stop is not None:
+        _prepare_momentum(optimizer)
+    try:
+        if factor is not None:
+            optimizer.grad_scale = factor.reciprocal().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        if stop is not None:
+            optimizer.found_inf = stop  # pyright: ignore[reportAttributeAccessIssue]
+        step()
+    finally:
+        for name in ("grad_scale", "found_inf"):
+            if hasattr(optimizer, name):
+                delattr(optimizer, name)
+
+
+def _prepare_momentum(optimizer: Optimizer) -> None:
+    """Fused SGD that skips its first step leaves its momentum buffers uninitialised: zero buffers give the same first step."""
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["momentum"] else ():
+            if param.grad is not None and optimizer.state[param].get("momentum_buffer") is None:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+
+def may_stop(optimizer: Optimizer) -> bool:
+    """Whether a step that `stop` suppresses leaves the optimizer as it was: zero buffers are a first step only without dampening."""
+    if not isinstance(optimizer, SGD):
+        return True
+    return all(
+        not group["momentum"] or not group["dampening"] or all("momentum_buffer" in optimizer.state.get(p, {}) for p in group["params"])
+        for group in optimizer.param_groups
+    )

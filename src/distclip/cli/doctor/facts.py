@@ -1,0 +1,152 @@
+"""What is installed and works on each rank, and where ranks differ. Sends nothing: the facts travel over the board."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.cuda import nccl
+from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
+
+import distclip
+import distclip.kernels
+import distclip.versions
+from distclip.cli.doctor.records import CannotRun, Place, Result, by_value, spans
+
+PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)  # those whose fused step can take a coefficient
+ENVIRONMENT = ("OMP_NUM_THREADS", "NCCL_ALGO", "NCCL_PROTO", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+
+# what must be equal on all ranks → what to do if it is not
+SAME = {
+    "distclip": "install one version on every node",
+    "torch": "install one version on every node",
+    "python": "install one version on every node",
+    **dict.fromkeys(PACKAGES, "install one version on every node"),
+    "cuda": "install one build of torch on every node",
+    "nccl": "install one build of torch on every node",
+    "threads": "set OMP_NUM_THREADS to one value on every rank: a slow rank keeps all others waiting",
+    **dict.fromkeys(ENVIRONMENT, "set it to one value on every rank, or unset it"),
+    "kernel": "norms of different kernels differ in their last bits and speed: install distclip in the same way on every node",
+    "dtypes": "ranks have different devices: train in a dtype that all have",
+    "fused": "ranks have different devices: build optimizers alike on all",
+}
+
+
+def device_for(place: Place, backend: str | None) -> tuple[str, torch.device]:
+    """The backend and this rank's device: nccl on CUDA, gloo on the CPU, unless asked otherwise.
+
+    Raises:
+        CannotRun: the backend that was asked for is not available here.
+    """
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    asked = backend or ("nccl" if cuda and dist.is_nccl_available() else "gloo")
+    if "nccl" not in asked:
+        return asked, torch.device("cpu")
+    if not cuda or not dist.is_nccl_available():
+        raise CannotRun(f"rank {place.rank} on {place.host} has no CUDA device or no NCCL; --backend gloo runs on the CPU")
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return asked, device
+
+
+def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
+    """Of this rank."""
+    on_cuda = device.type == "cuda"
+    torchs_own = default_pg_nccl_timeout if on_cuda and default_pg_nccl_timeout is not None else default_pg_timeout
+    return {
+        "host": place.host,
+        "device": f"{device} {torch.cuda.get_device_name(device)}" if on_cuda else "cpu",
+        "device id": str(torch.cuda.get_device_properties(device).uuid) if on_cuda else "",
+        "backend": backend,
+        "distclip": distclip.__version__,
+        "torch": torch.__version__,
+        "note": distclip.versions.note(torch.__version__) or "none",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda or "none",
+        "nccl": ".".join(map(str, nccl.version())) if on_cuda else "none",
+        "threads": torch.get_num_threads(),
+        **{name: os.environ.get(name, "not set") for name in ENVIRONMENT},
+        "kernel": distclip.kernels.active(),
+        "dtypes": ", ".join(str(d).removeprefix("torch.") for d in DTYPES if _multiplies(d, device)),
+        "fused": ", ".join(o.__name__ for o in OPTIMIZERS if _steps_fused(o, device)) or "none",
+        "time-out": f"{place.timeout_s:g} s here (--timeout); torch's default is {torchs_own.total_seconds():g} s",
+    }
+
+
+def judge_facts(all_facts: Sequence[dict[str, Any]]) -> Result:
+    """Whether ranks have what must be equal, and a device each."""
+    problems: list[str] = []
+    remedies: list[str] = []
+    for name, remedy in SAME.items():
+        found = by_value([one[name] for one in all_facts])
+        if len(found) > 1:
+            problems.append(f"{name}: " + ", ".join(f"{value} on {_where(ranks, all_facts)}" for value, ranks in found.items()))
+            remedies.append(f"{name}: {remedy}")
+    devices = by_value([f"{one['host']} {one['device id']}" if one["device id"] else f"rank {r}" for r, one in enumerate(all_facts)])
+    for ranks in devices.values():
+        if len(ranks) > 1:
+            problems.append(f"{spans(ranks)} share one GPU ({all_facts[ranks[0]]['device']} on {all_facts[ranks[0]]['host']})")
+            remedies.append("start as many processes on a node as it has GPUs")
+    if problems:
+        return Result("alike", "fail", "; ".join(problems), "; ".join(dict.fromkeys(remedies)))
+    return Result("alike", "pass", "versions, threads, kernel, dtypes and optimizers: the same on every rank")
+
+
+def cannot_start(all_facts: Sequence[dict[str, Any]]) -> str:
+    """Why no process group can be started, or an empty text."""
+    refusals = [one["cannot"] for one in all_facts if "cannot" in one]
+    if refusals:
+        return "; ".join(refusals)
+    backends = by_value([one["backend"] for one in all_facts])
+    if len(backends) > 1:
+        which = ", ".join(f"{name} on {_where(ranks, all_facts)}" for name, ranks in backends.items())
+        return f"ranks would use different backends: {which}. See why some have no CUDA device, or pass --backend gloo"
+    return ""
+
+
+def nodes(all_facts: Sequence[dict[str, Any]]) -> str:
+    """host: ranks 0-7, other: ranks 8-15"""
+    hosts = by_value([one["host"] for one in all_facts])
+    return ", ".join(f"{host}: {spans(ranks)}" for host, ranks in sorted(hosts.items(), key=lambda item: item[1]))
+
+
+def _where(ranks: Sequence[int], all_facts: Sequence[dict[str, Any]]) -> str:
+    hosts = {all_facts[rank]["host"] for rank in ranks}
+    return spans(ranks) + (f" ({hosts.pop()})" if len(hosts) == 1 and len({one["host"] for one in all_facts}) > 1 else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        one = torch.ones(2, 2, dtype=dtype, device=device)
+        return bool((one @ one == 2).all())
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _steps_fused(optimizer: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """A fused step moves a parameter as the plain one does."""
+    try:
+        moved: list[torch.Tensor] = []
+        for fused in (True, False):
+            param = torch.nn.Parameter(torch.ones(4, device=device))
+            param.grad = torch.full_like(param, 0.5)
+            optimizer([param], lr=0.25, fused=fused).step()  # pyright: ignore[reportCallIssue]: the base class does not have it
+            moved.append(param.detach())
+        return torch.allclose(moved[0], moved[1]) and not torch.equal(moved[0], torch.ones_like(moved[0]))
+    except (RuntimeError, NotImplementedError):
+        return False

@@ -1,0 +1,62 @@
+"""`distclip suggest RUN...`: what max_norm would have clipped how often, and which one to take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from distclip.cli.suggest.thresholds import Candidate, candidates, recommend, warnings
+from distclip.cli.run_log import Run, RunError, read_runs
+
+
+def run(options: argparse.Namespace) -> int:
+    """0, or 2 if a log cannot be used."""
+    try:
+        runs, left_out = read_runs(options.runs, _check)
+    except RunError as error:
+        print(f"distclip suggest: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({"runs": [_record(one) for one in runs], "left_out": left_out}, indent=2))
+    else:
+        print("\n\n".join(_text(one) for one in runs))
+        for note in left_out:
+            print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def _check(one: Run) -> None:
+    if not bool((one.norm > 0).any()):
+        raise RunError(f"{one.path}: none of its {len(one.step)} steps has a finite norm above 0; log a run that trains")
+
+
+def _record(one: Run) -> dict[str, Any]:
+    return {
+        "run": one.path,
+        "steps": len(one.step),
+        "not_finite": int((~one.finite).sum()),
+        "skipped": int(one.skipped.sum()),
+        "clipped_share": float(one.clipped.double().mean()),
+        "candidates": [vars(candidate) for candidate in candidates(one)],
+        "recommendation": vars(recommend(one)),
+        "warnings": list(warnings(one)),
+        "notes": list(one.notes),
+    }
+
+
+def _text(one: Run) -> str:
+    steps = "1 step" if len(one.step) == 1 else f"{len(one.step)} steps"
+    lines = [f"{one.path}: {steps}, {float(one.clipped.double().mean()):.1%} clipped; norms before clipping", ""]
+    lines += [f"{'percentile':>10}  {'max_norm':>10}  would have clipped", *map(_row, candidates(one)), ""]
+    advice = recommend(one)
+    lines.append(f"recommendation: {'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, {advice.reason}")
+    lines += [f"warning: {text}" for text in warnings(one)]
+    lines += [f"note: {text}" for text in one.notes]
+    return "\n".join(lines)
+
+
+def _row(candidate: Candidate) -> str:
+    name = "max" if candidate.percentile == 100 else f"{candidate.percentile:g}"
+    return f"{name:>10}  {candidate.max_norm:>10.4g}  {candidate.share:>18.1%}"

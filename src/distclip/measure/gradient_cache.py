@@ -1,0 +1,132 @@
+"""Stage 3a, at most steps: are a step's gradients as those that were found right before?
+
+What was found is laid out in lists once for each set of parameters that have a gradient; a step then compares list with list, which costs
+half a microsecond a parameter, and less where gradients are the tensors that the step before met, at the same addresses.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from distclip import kernels, versions
+from distclip.torch_internals.dtensor import dtensor_class
+from distclip.kernels.tensor_list import PLAIN, GradList, is_block
+
+_POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
+_SHAPE, _DTYPE, _SPEC, _LOCAL = attrgetter("shape"), attrgetter("dtype"), attrgetter("_spec"), attrgetter("_local_tensor")
+_ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
+# before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which torch warns of
+_Ref: Any = TensorWeakRef if versions.before(2, 10) else ref
+
+
+@dataclass(slots=True)
+class _Met:
+    """The gradients of the step before, not kept alive. One that is still the same tensor, with as many bytes at the same address, needs
+    no other look: what `.data =` or `resize_` can make of a tensor shows in one of these."""
+
+    first: Callable[[], Tensor | None]
+    all: list[Callable[[], Tensor | None]]  # empty where the first was another one at the step before: then they are new at every step
+    sizes: list[int]  # bytes
+    addresses: list[int]
+    pointers: array[int]  # the same, as a kernel takes them
+
+
+@dataclass(slots=True)
+class Expected:
+    """What the lists of a step are compared with."""
+
+    types: list[type]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    specs: list[object]  # of the DTensors among them
+    layout: kernels.Layout | None
+    odd: Sequence[int]  # positions that torch computes: all, or none
+    filled: int  # distinct addresses: tensors that are not empty, and one for those that are
+    device: torch.device
+    met: _Met | None = None
+
+    @classmethod
+    def of(cls, given: Sequence[Tensor], listed: GradList, device: torch.device) -> Expected | None:
+        """From gradients that are right, if the kernel takes all of them as they are, or torch does.
+
+        Args:
+            given: as they were found, DTensors among them; listed: this rank's parts of them.
+        """
+        mixed = listed.layout is not None and len(listed.odd) > 0
+        if mixed or not all(is_block(tensor, device) for tensor in listed.tensors):
+            return None
+        dtensor = dtensor_class()
+        return cls(
+            types=list(map(type, given)),
+            shapes=[tensor.shape for tensor in listed.tensors],
+            strides=[tensor.stride() for tensor in listed.tensors],
+            dtypes=[tensor.dtype for tensor in listed.tensors],
+            specs=[_SPEC(grad) for grad in given if type(grad) is dtensor],
+            layout=listed.layout,
+            odd=listed.odd,
+            filled=len({tensor.data_ptr() for tensor in listed.tensors}),
+            device=device,
+        )
+
+    def found(self, given: list[Any]) -> GradList | None:
+        """This rank's parts of the gradients; None where anything is not as expected."""
+        try:
+            return self._met_again(given) or self._compared(given)
+        except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
+            return None
+
+    def _met_again(self, given: list[Any]) -> GradList | None:
+        """None where a gradient is another tensor than at the step before, or lies elsewhere."""
+        met = self.met
+        if met is None or not met.all or not all(map(is_, map(_Ref.__call__, met.all), given)):
+            return None
+        grads = self._locals(given)
+        if list(map(_POINTER, grads)) != met.addresses or list(map(_BYTES, grads)) != met.sizes:
+            return None
+        return GradList(grads, self.layout, met.pointers, self.odd)
+
+    def _compared(self, given: list[Any]) -> GradList | None:
+        """None where anything is not as expected."""
+        if self.specs:
+            if list(map(type, given)) != self.types:
+                return None
+            dtensor = dtensor_class()
+            if [_SPEC(grad) for grad, kind in zip(given, self.types) if kind is dtensor] != self.specs:
+                return None
+        grads = self._locals(given)
+        if not PLAIN.issuperset(map(type, grads)):  # a collective still fills one, or it has no memory of its own
+            return None
+        if list(map(_SHAPE, grads)) != self.shapes or list(map(_DTYPE, grads)) != self.dtypes:
+            return None
+        if not all(map(_CONTIGUOUS, grads)) and list(map(_STRIDES, grads)) != self.strides:
+            return None
+        # the model was moved, or grad_of looks elsewhere; a process that never used CUDA has nothing to look for
+        if torch.cuda.is_initialized() and set(map(_ON_CPU, grads)) != {self.device.type == "cpu"}:
+            return None
+        pointers = array("Q", map(_POINTER, grads))
+        if len(set(pointers)) != self.filled:  # one gradient under two parameters
+            return None
+        if given:
+            stay = self.met is not None and self.met.first() is given[0]
+            sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
+            self.met = _Met(_Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers)
+        return GradList(grads, self.layout, pointers, self.odd)
+
+    def _locals(self, given: list[Any]) -> list[Any]:
+        """DTensors as this rank's part of them."""
+        if not self.specs:
+            return given
+        if len(self.specs) == len(given):
+            return list(map(_LOCAL, given))
+        dtensor = dtensor_class()
+        return [_LOCAL(grad) if kind is dtensor else grad for grad, kind in zip(given, self.types)]

@@ -1,0 +1,263 @@
+"""Stage 3b: which optimizer steps which pieces. Worked out once for each optimizer, and anew when its param groups change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from distclip.torch_internals.grad_scaler import inside, unwrapped
+from distclip.errors import ConfigError
+from distclip.records import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """One optimizer, seen from the plan."""
+
+    given: Any  # as the caller passed it, perhaps a wrapper
+    optimizer: Any  # what is stepped: a wrapper that does more than forward is stepped itself
+    pieces: frozenset[int]  # that it steps
+    others: tuple[Tensor, ...]  # parameters that it steps and the clipper does not know
+    joined: tuple[tuple[str, Tensor], ...]  # those of `others` that it was given after the clipper first saw it
+    group: int | None  # the one group of all its pieces
+    needs: str | None  # what its `step` cannot do without
+    hidden: tuple[Tensor, ...] = ()  # those of its pieces that have a gradient and, as `grad_of` says, none for the clipper
+
+    @property
+    def unclipped(self) -> tuple[Tensor, ...]:
+        """What it steps beside what is clipped."""
+        return (*self.others, *self.hidden)
+
+
+class Share(NamedTuple):
+    """What is remembered of an optimizer: nothing that would keep it alive."""
+
+    optimizer: Callable[[], Any]
+    lists: tuple[
+        tuple[Any, int], ...
+    ]  # of its param groups, with their lengths: the objects, since a list's identity may be another's next
+    params: tuple[Tensor, ...]  # empty where they are not compared one by one
+    pieces: frozenset[int]
+    others: tuple[Tensor, ...]
+    joined: tuple[tuple[str, Tensor], ...]
+    group: int | None
+    needs: str | None
+
+
+class Owners:
+    """Remembers what each optimizer owns, for as long as it lives and its param groups stay.
+
+    Args:
+        members: [pieces] the parameters; group_of: [pieces] their groups.
+        by_tensor: no module tells of a parameter that takes another's place, so optimizers' parameters are compared at each call.
+    """
+
+    def __init__(self, members: Sequence[Tensor], group_of: Sequence[int], by_tensor: bool) -> None:
+        self._piece = {id(param): i for i, param in enumerate(members)}
+        self._group_of = group_of
+        self._by_tensor = by_tensor
+        self._known: dict[int, Share] = {}
+
+    def of(self, given: Any) -> Owned:
+        optimizer = unwrapped(given)[-1]
+        groups = _groups(optimizer)
+        known = self._known.get(id(optimizer))
+        if known is not None and known.optimizer() is not optimizer:
+            known = None
+        if known is None or not _as_before(known.lists, groups) or (self._by_tensor and not _same(known.params, groups)):
+            known = self._known[id(optimizer)] = self._share(optimizer, groups, known)
+        return Owned(given, optimizer, known.pieces, known.others, known.joined, known.group, known.needs)
+
+    def _share(self, optimizer: Any, groups: Sequence[dict[str, Any]], before: Share | None) -> Share:
+        params = {id(param): param for group in groups for param in group["params"]}
+        pieces = frozenset(i for key in params if (i := self._piece.get(key)) is not None)
+        others = {key: param for key, param in params.items() if key not in self._piece}
+        joined: list[tuple[str, Tensor]] = []
+        if before is not None:
+            accepted = {id(param) for param in before.others}.difference(id(param) for _, param in before.joined)
+            names = _names(groups)
+            joined = [(names.get(key, f"shape {tuple(p.shape)}"), p) for key, p in others.items() if key not in accepted]
+        of = {self._group_of[i] for i in pieces}
+        forget = _Forget(self._known, id(optimizer))
+        return Share(
+            optimizer=_reference(optimizer, forget),
+            lists=tuple((group["params"], len(group["params"])) for group in groups),
+            params=tuple(_params(groups)) if self._by_tensor else (),
+            pieces=pieces,
+            others=tuple(others.values()),
+            joined=tuple(joined),
+            group=of.pop() if len(of) == 1 else None,
+            needs=next((needs for o in (optimizer, *inside(optimizer)) if (needs := _needs(o))), None),
+        )
+
+
+@dataclass(slots=True)
+class _Forget:
+    """Called when an optimizer is gone: its identity may be another's next."""
+
+    known: dict[int, Share]
+    key: int
+
+    def __call__(self, _: Any) -> None:
+        self.known.pop(self.key, None)
+
+
+def _reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[], Any]:
+    try:
+        return ref(optimizer, gone)
+    except TypeError:  # a wrapper with slots and no room for a weak reference
+        return lambda: optimizer
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Its own param groups, and those of the optimizers inside it, which may have got more since."""
+    holders = [optimizer, *inside(optimizer)] if type(optimizer).__module__.partition(".")[0] != "torch" else [optimizer]
+    groups = chain.from_iterable(getattr(holder, "param_groups", ()) for holder in holders)
+    return list({id(group): group for group in groups}.values())
+
+
+def _params(groups: Sequence[dict[str, Any]]) -> Iterable[Tensor]:
+    return chain.from_iterable(group["params"] for group in groups)
+
+
+def _as_before(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether param groups hold the same lists, of the same lengths."""
+    return len(lists) == len(groups) and all(
+        params is group["params"] and length == len(params) for (params, length), group in zip(lists, groups, strict=True)
+    )
+
+
+def _same(before: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> bool:
+    """Of as many as before: whether they are the same objects."""
+    return all(map(is_, before, _params(groups)))
+
+
+def _names(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Parameter → its name, where the optimizer was given names."""
+    return {id(param): name for group in groups for param, name in zip(group["params"], group.get("param_names") or (), strict=False)}
+
+
+def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:
+    """A text for each optimizer that holds none of the clipper's parameters."""
+    return [
+        f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters (the first of which is {pieces[0].name}); "
+        "build optimizers after the model was wrapped and sharded, and pass those that step it"
+        for i, o in enumerate(owned)
+        if not o.pieces and pieces
+    ]
+
+
+def joined_later(owned: Sequence[Owned]) -> list[str]:
+    """A text for each optimizer that was given parameters, after the clipper first saw it, that the clipper does not know."""
+    return [
+        f"optimizer {i} ({type(o.optimizer).__name__}) was given {_count(len(new), 'parameter')} later that this clipper does not know "
+        f"(the first: {new[0]}); call clipper.rebuild() on all ranks, with the parameters as they are now where pairs or a list were "
+        "passed: clipper.rebuild(params)"
+        for i, o in enumerate(owned)
+        if (new := [name for name, param in o.joined if param.requires_grad])
+    ]
+
+
+def steps_more(owned: Sequence[Owned]) -> list[str]:
+    """A text for each optimizer that steps more than the clipper knows, by intent or not."""
+    return [
+        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count(len(more), 'parameter')} that this clipper does not know (the first "
+        f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the clipper with them if that is not meant"
+        for i, o in enumerate(owned)
+        if (more := [param for param in o.others if param.requires_grad and param.grad is not None])
+    ]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+# What was passed in an optimizer's place
+
+
+def listed(given: Any) -> tuple[Any, ...]:
+    """`clip_` takes one optimizer, several, or none. A container that steps is one, even if its optimizers can be listed."""
+    if given is None:
+        return ()
+    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str, Mapping)) or not isinstance(given, Iterable):
+        return (given,)
+    return tuple(given)
+
+
+def is_optimizer(thing: Any) -> bool:
+    """Whether it steps parameters that it names: torch's optimizers, wrappers of them, containers of several."""
+    if isinstance(thing, (type, nn.Module, LRScheduler)) or not callable(getattr(thing, "step", None)):
+        return False
+    return hasattr(thing, "param_groups") or (bool(inside(thing)) and not hasattr(thing, "get_last_lr"))
+
+
+def check_given(operation: str, optimizers: Sequence[Any]) -> None:
+    """ConfigError if something else than an optimizer was passed, or one twice."""
+    for thing in optimizers:
+        if not is_optimizer(thing):
+            raise ConfigError(f"{operation}() was given {_what(thing)}")
+    if len(optimizers) > 1:
+        steps = [unwrapped(optimizer)[-1] for optimizer in optimizers]
+        every = [id(o) for optimizer in steps for o in (optimizer, *inside(optimizer))]
+        if len(set(every)) < len(every):
+            again = "; it would step twice" if operation == "step" else ""
+            raise ConfigError(f"{operation}() was given one optimizer twice{again}")
+
+
+def check_arguments(owned: Sequence[Owned]) -> None:
+    """ConfigError if `step()` without arguments is not what an optimizer can do."""
+    for o in owned:
+        if o.needs:
+            raise ConfigError(f"{type(o.optimizer).__name__}.{o.needs}, and the clipper calls it once, with nothing; {_IN_THE_CLOSURE}")
+
+
+_IN_THE_CLOSURE = (
+    "clip inside the closure instead: def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); clipper.clip_(); return loss, "
+    "and then optimizer.step(closure)"
+)
+
+
+def _needs(optimizer: Any) -> str | None:
+    """What its `step` cannot do without, as a text. Read off the class: schedulers put wrappers of another signature on the object."""
+    kind = type(optimizer)
+    if hasattr(kind, "first_step") and hasattr(kind, "second_step"):
+        return "step() takes two steps with a closure between them"
+    own = vars(optimizer).get("step") if hasattr(optimizer, "__dict__") else None
+    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        return None  # the caller put a step of its own there
+    try:
+        _, *arguments = inspect.signature(kind.step).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return None
+    required = [a.name for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    return f"step() needs {', '.join(required)}" if required else None
+
+
+def _what(thing: Any) -> str:
+    """What it is, and what to write instead."""
+    name = type(thing).__name__
+    if hasattr(thing, "unscale_"):
+        return f"a {name} in an optimizer's place; write step(optimizer, scaler=scaler) or clip_(optimizer, scaler)"
+    if isinstance(thing, LRScheduler) or hasattr(thing, "get_last_lr"):
+        return f"a {name}, which schedules learning rates; pass the optimizer, and call scheduler.step() afterwards"
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}; pass an optimizer that was built from it"
+    if isinstance(thing, nn.Module):
+        return f"a {name}, which is a module: the clipper knows its parameters already. Pass optimizers"
+    if isinstance(thing, Tensor):
+        return "a tensor; the clipper knows its parameters already. Pass optimizers, or nothing to clip_()"
+    if isinstance(thing, (int, float)):
+        return f"{thing!r}; the threshold is said once, GradClipper(model, max_norm=...). Pass optimizers, or nothing to clip_()"
+    if isinstance(thing, (list, tuple, dict)):
+        return f"a {name}; pass optimizers one by one: step(*optimizers)"
+    if callable(thing):
+        return f"a function in an optimizer's place, and takes no closure; {_IN_THE_CLOSURE}"
+    return f"{'None' if thing is None else f'a {name}'}, which is no optimizer: it has no step(), or names no parameters to step"

@@ -1,0 +1,106 @@
+"""What a policy returns, checked: a wrong shape would be spread over all groups, a wrong dtype cast, both silently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distclip.decide.decision import Part, State, copied, decide, norms_of
+from distclip.errors import ConfigError
+from distclip.policies import SkipSpikes, Warmup
+from distclip.policies.policy import describe
+from distclip.records import Clamp, Decision, Norms, Scale, UnitScale
+
+_NUMBERS = {  # the float64 fields of each answer; `clipped` is bool
+    Scale: ("coef", "threshold"),
+    Clamp: ("value", "norm_after", "cosine"),
+    UnitScale: ("threshold", "norm_after"),
+}
+
+
+def first_state(policy: Any, groups: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What `init` makes, copied, since it is written in place.
+
+    Raises:
+        ConfigError: it is no tuple of tensors.
+    """
+    if isinstance(policy, (Warmup, SkipSpikes)):
+        first_state(policy.policy, groups, device)  # theirs holds it flat, in which a wrong one may pass
+    made = policy.init(groups, device)
+    if not isinstance(made, tuple) or not all(isinstance(t, Tensor) for t in made):
+        raise ConfigError(
+            f"{describe(policy)}: init() returned {_kind(made)}; return a tuple of tensors, () where there is nothing to remember"
+        )
+    return copied(made)
+
+
+def checked_answers(parts: Sequence[Part], norms: Norms, states: State) -> Decision:
+    """`decide` once, at set-up, where each policy must answer as `Policy` and the records say. Reads no tensor.
+
+    Raises:
+        ConfigError: an answer or a state of another kind, shape, dtype or device.
+    """
+    for part, state in zip(parts, states, strict=True):
+        _check(part.policy, norms_of(part, norms), state)
+    return decide(parts, norms, states)[0]
+
+
+def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
+    groups, device = len(norms.per_group), norms.per_group.device
+    if isinstance(policy, (Warmup, SkipSpikes)):  # they spread what their policy answers over all groups, whatever its shape
+        _check(policy.policy, norms, first_state(policy.policy, groups, device))
+    who, answers = describe(policy), "distclip.Scale, Clamp or UnitScale"
+    for j, tensor in enumerate(state):
+        if tensor.device != device:
+            raise ConfigError(f"{who}: init() made state[{j}] on {tensor.device}; make it on {device}, the device it is given")
+    given = policy.decide(norms, state)
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise ConfigError(f"{who}: decide() returned {_kind(given)}; return two things, a {answers} and the next state")
+    answer, new = cast("tuple[Any, ...]", given)
+    record = next((record for record in _NUMBERS if isinstance(answer, record)), None)
+    if record is None:
+        raise ConfigError(f"{who}: decide() returned {_kind(answer)} as its answer; return a {answers}")
+    if isinstance(answer, UnitScale) and not hasattr(policy, "unit_coefs"):
+        raise ConfigError(f"{who}: decide() returned a UnitScale, but there is no unit_coefs to scale by; return a Scale or a Clamp")
+    name = record.__name__
+    wanted = dict.fromkeys(_NUMBERS[record], torch.float64) | ({} if record is Scale else {"clipped": torch.bool})
+    for field, dtype in wanted.items():
+        value = getattr(answer, field)
+        if _kind(value) != (kind := _tensor_kind(dtype, (groups,), device)):
+            raise ConfigError(f"{who}: decide() returned {name}.{field} as {_kind(value)}; return {kind}, an entry for each of its groups")
+    kinds = [_tensor_kind(torch.bool, shape, device) for shape in ((), (groups,))]
+    if answer.skip is not None and _kind(answer.skip) not in kinds:
+        raise ConfigError(f"{who}: decide() returned {name}.skip as {_kind(answer.skip)}; return {' or '.join(kinds)}, or None")
+    if not isinstance(new, tuple) or len(new) != len(state):
+        raise ConfigError(
+            f"{who}: decide() returned {_kind(new)} as the next state, and init() {_kind(state)}; return a tuple of as many tensors"
+        )
+    for j, (old, value) in enumerate(zip(state, cast("tuple[Any, ...]", new), strict=True)):
+        if _kind(value) != _kind(old):
+            raise ConfigError(f"{who}: decide() returned state[{j}] as {_kind(value)}, and init() made it {_kind(old)}; return the same")
+
+
+def checked_stats(part: Part, given: Any) -> Tensor:
+    """[groups · words]: what `local_stats` returned, flat. ConfigError for another shape, which assignment would spread silently."""
+    if not isinstance(given, Tensor) or given.shape != (len(part.groups), part.words):
+        raise ConfigError(
+            f"{describe(part.policy)}: local_stats() returned {_kind(given)}; return [groups, words], here {[len(part.groups), part.words]}"
+        )
+    return given.flatten()
+
+
+def _kind(value: Any) -> str:
+    """As the texts say it."""
+    if isinstance(value, Tensor):
+        return _tensor_kind(value.dtype, value.shape, value.device)
+    if isinstance(value, tuple):
+        entries = ", ".join(type(entry).__name__ for entry in cast("tuple[Any, ...]", value))
+        return f"a tuple ({entries})"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _tensor_kind(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"

@@ -1,0 +1,91 @@
+"""Stage 8: reports → sinks. The only stage that a training run needs the host for."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+from distclip.errors import ConfigError
+from distclip.exchange.readback import Mirror
+from distclip.records import ClipReport, Culprit
+
+
+class Sink(Protocol):
+    """Takes each report, on the first rank of the clipper's group alone.
+
+    Where it has an attribute `lacks`, a text that is not empty says why it cannot write, and that rank refuses it at set-up.
+    """
+
+    def write(self, report: ClipReport) -> None: ...
+
+
+def check_sinks(sinks: Any, rank: int) -> None:
+    """On the rank that writes. Elsewhere sinks are not looked at: `None` may stand there in the place of what only one rank has.
+
+    Raises:
+        ConfigError: one of them cannot take reports.
+    """
+    if not isinstance(sinks, Sequence):
+        raise ConfigError(f"sinks={sinks!r} on rank {rank}, which writes; pass a list, such as sinks=[distclip.JSONLSink('run.jsonl')]")
+    for i, sink in enumerate(cast("Sequence[Any]", sinks)):
+        lacks = "it is None" if sink is None else getattr(sink, "lacks", "")
+        if not lacks and (isinstance(sink, type) or not callable(getattr(sink, "write", None))):
+            lacks = "it has no write(report)"
+        if lacks:
+            what = repr(sink) if isinstance(sink, (type, str)) or sink is None else type(sink).__name__
+            raise ConfigError(
+                f"sinks[{i}], {what}: {lacks} on rank {rank}, the first of the process group, which writes. What is made on one rank "
+                "alone (a run, a writer) must be made on this one; others may pass None"
+            )
+
+
+class Writer:
+    """Gives reports to the sinks: at once, or one call late where the host is not to wait for the device."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+        self._left: Mirror[ClipReport] = Mirror()
+        self._culprits: tuple[Culprit, ...] = ()
+
+    def write(self, report: ClipReport, late: bool) -> None:
+        if not self._sinks:
+            return
+        self.flush()
+        if late:
+            self._left.leave(report.packed(), report)
+        else:
+            self._give(report)
+
+    def amend(self, culprits: tuple[Culprit, ...]) -> None:
+        """Culprits of the report that is still here: they were found when its call was judged."""
+        self._culprits = culprits
+
+    def flush(self) -> None:
+        """Give what is left, if anything is."""
+        left = self._left.taken()
+        if left is not None:
+            self._give(replace(left.what.unpacked(left.numbers), culprits=left.what.culprits or self._culprits))
+        self._culprits = ()
+
+    def _give(self, report: ClipReport) -> None:
+        """One that fails is told once and left out from then on: training is worth more than its log."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(report)
+            except Exception as error:
+                self._sinks.remove(sink)
+                _tell(
+                    f"{type(sink).__name__} failed at step {report.step} and is off from now on, training goes on: "
+                    f"{type(error).__name__}: {error}"
+                )
+
+
+def _tell(text: str) -> None:
+    """A warning; in the log where warnings are errors, since one on this rank alone would leave the others waiting."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
+    except RuntimeWarning:
+        logging.getLogger("distclip").warning(text)

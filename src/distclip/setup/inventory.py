@@ -1,0 +1,153 @@
+"""Stage 2a: every rank's table of what it holds, made known to all by two small all-reduces.
+
+A rank says (1) its holdings: few, each a region and the sets of ranks it is copied over, and (2) its table: for each parameter
+an 8-byte key of the name and which holding it has. Ranks of the same structure have equal tables, so a table travels once however
+many ranks share it: the traffic grows with ranks + distinct tables x parameters, not with ranks x parameters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.errors import AgreementError, ConfigError
+from distclip.exchange.channel import Channel, brief
+from distclip.records import Holding, Piece
+
+_TEXT_WORDS, _SCOPES = 8, 6
+_HOLDING_WORDS = _TEXT_WORDS + 2 + _SCOPES  # text, region, flags, scopes
+_DECLARED = 1 << _SCOPES  # a flag; those below it say which scopes are rank sets
+_ROW_WORDS = 5  # key of the name, holding, key of the shape, key of the group, key of the watched layer
+
+
+def key(text: str) -> int:
+    """8 bytes of a hash, as an int64."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class RemoteHolding(NamedTuple):
+    """A holding of another rank, as it came over the wire."""
+
+    how: str
+    region: int
+    scopes: tuple[int, ...]
+    rank_sets: tuple[int, ...]
+    declared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What every rank knows of every rank."""
+
+    holdings: list[list[RemoteHolding]]  # [ranks]
+    ranks_of: list[list[int]]  # [tables]: positions of the ranks that have it
+    rows: list[Tensor]  # [tables] of [parameters, 5] int64
+    mine: int  # this rank's table
+    counts: list[int]  # [patterns]: matches over all ranks
+
+
+def exchange_tables(
+    channel: Channel,
+    pieces: Sequence[Piece],
+    group_of: Sequence[str],
+    layer_of: Sequence[str],
+    counts: Sequence[int],
+    device: torch.device,
+    beside: Sequence[Holding] = (),
+) -> Tables:
+    """Two all-reduces: sizes and digests, then holdings and each distinct table once.
+
+    Args:
+        group_of, layer_of: [pieces] names.
+        beside: of parameters that are no pieces, whose meshes join ranks too.
+    """
+    holdings = list(dict.fromkeys([*(piece.holding for piece in pieces), *beside]))
+    ordinal = {holding: i for i, holding in enumerate(holdings)}
+    rows = [
+        (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group), key(layer))
+        for piece, group, layer in zip(pieces, group_of, layer_of, strict=True)
+    ]
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, _ROW_WORDS)
+    digest = key(str(rows))
+    heads = channel.slots(torch.tensor([digest, len(rows), len(holdings)], device="cpu"), device, "the set-up's table of sizes").tolist()
+
+    first = {d: rank for rank, (d, _, _) in reversed(list(enumerate(heads)))}  # digest → first rank that has it
+    senders = sorted(set(first.values()))
+    words = [h * _HOLDING_WORDS for _, _, h in heads] + [heads[rank][1] * _ROW_WORDS for rank in senders]
+    starts = [0, *accumulate(words)]
+    buffer = torch.zeros(starts[-1] + len(counts), dtype=torch.int64, device="cpu")
+    _put(buffer, starts[channel.rank], torch.tensor([_encode(h) for h in holdings], dtype=torch.int64, device="cpu"))
+    if channel.rank in senders:
+        _put(buffer, starts[channel.size + senders.index(channel.rank)], table)
+    _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64, device="cpu"))
+    buffer = channel.reduce_(buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables").cpu()
+
+    ranks_of: dict[int, list[int]] = {sender: [] for sender in senders}
+    for rank, head in enumerate(heads):
+        ranks_of[first[head[0]]].append(rank)
+    blocks = [buffer[a:b] for a, b in pairwise(starts)]
+    return Tables(
+        holdings=[[_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()] for block in blocks[: channel.size]],
+        ranks_of=list(ranks_of.values()),
+        rows=[block.reshape(-1, _ROW_WORDS) for block in blocks[channel.size :]],
+        mine=senders.index(first[digest]),
+        counts=buffer[starts[-1] :].tolist(),
+    )
+
+
+def _put(buffer: Tensor, start: int, words: Tensor) -> None:
+    buffer[start : start + words.numel()] = words.flatten()
+
+
+def _encode(holding: Holding) -> list[int]:
+    text = holding.how.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
+    scopes = [key(scope) for scope in holding.scopes]
+    if len(scopes) > _SCOPES:
+        raise ConfigError(
+            f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported"
+        )
+    letters = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)]
+    flags = sum(1 << i for i, scope in enumerate(holding.scopes) if scope in holding.rank_sets)
+    flags |= _DECLARED if holding.declared else 0
+    return [*letters, key(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]
+
+
+def _decode(words: list[int]) -> RemoteHolding:
+    text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[:_TEXT_WORDS])
+    region, flags, *scopes = words[_TEXT_WORDS:]
+    return RemoteHolding(
+        how=text.decode(errors="replace").rstrip(),
+        region=region,
+        scopes=tuple(scope for scope in scopes if scope),
+        rank_sets=tuple(scope for i, scope in enumerate(scopes) if flags & (1 << i)),
+        declared=bool(flags & _DECLARED),
+    )
+
+
+# What to do where the same name means something else on other ranks.
+DECLARE = (
+    "If these are different parameters under one name (pipeline stages, experts), declare "
+    "replicated_over={pattern: process group | distclip.PRIVATE}"
+)
+
+
+def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = "") -> None:
+    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks.
+
+    Args:
+        remedy: the error's last line.
+    """
+    said: dict[str, list[int]] = defaultdict(list)
+    for rank, text in zip(channel.ranks, channel.texts("\n".join(problems), device, what), strict=True):
+        for line in text.splitlines():
+            said[line].append(rank)
+    if said:
+        lines = [f"rank {brief(ranks)}: {line}" for line, ranks in said.items()]
+        raise AgreementError("\n".join([*lines, remedy] if remedy else lines))

@@ -1,0 +1,211 @@
+"""Stage 0: what the caller passed → named parameters, each with the wrappers around it. Sends nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from distclip.torch_internals.dtensor import is_dtensor
+from distclip.errors import ConfigError
+from distclip.torch_internals.fsdp1 import FlatShard, flat_shards
+
+Params: TypeAlias = "nn.Module | Tensor | Iterable[nn.Module | Tensor | tuple[str, Tensor]]"
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A parameter, its name with wrapper prefixes stripped, and what stands around it."""
+
+    name: str
+    param: Tensor
+    around: tuple[ProcessGroup, ...] = ()  # of the DDP modules around it
+    shard: FlatShard | None = None  # its FSDP1 unit's
+    positional: bool = False  # the name is only a number
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a module keeps a parameter or a child, so that a replacement is noticed."""
+
+    table: dict[str, Any]
+    key: str
+    value: Any
+    path: str
+
+    def replaced(self) -> bool:
+        """True if another parameter or module stands here now.
+
+        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only an exchange like for like is a replacement.
+        """
+        now = self.table.get(self.key)
+        if now is self.value:
+            return False
+        if isinstance(self.value, nn.Module):
+            return True
+        return isinstance(now, nn.Parameter) and is_dtensor(now) == is_dtensor(self.value)
+
+
+@dataclass(slots=True)
+class Found:
+    """All that was found in what the caller passed."""
+
+    named: list[Named] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)  # that were passed; none where parameters were
+    whole_numbers: list[Named] = field(default_factory=list)  # quantised parameters, which have no gradients
+
+
+def named_parameters(params: Params) -> Found:
+    """Parameters by name, each object once (a tied one under its first name).
+
+    Raises:
+        ConfigError: nothing was passed, something else than parameters was, or two parameters have one name.
+    """
+    if isinstance(params, nn.Module):
+        found = _of_modules([params])
+    elif isinstance(params, Tensor):
+        found = Found([Named("0", params, positional=True)])
+    else:
+        found = _of_items(_listed(params))
+    return _once(found)
+
+
+def passed_modules(params: Params) -> list[nn.Module]:
+    """The modules among what the caller passed; none where parameters were."""
+    if isinstance(params, nn.Module):
+        return [params]
+    return [] if isinstance(params, Tensor) or not isinstance(params, Iterable) else [m for m in params if isinstance(m, nn.Module)]
+
+
+def passed_tensors(params: Params) -> Iterator[Tensor]:
+    """All parameters in what the caller passed, whatever else is wrong with it."""
+    for module in passed_modules(params):
+        yield from module.parameters()
+    items = [params] if isinstance(params, Tensor) else params if isinstance(params, Iterable) else ()
+    yield from (part for item in items for part in (item if isinstance(item, tuple) else (item,)) if isinstance(part, Tensor))
+
+
+def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
+    """Where modules keep their parameters and children now."""
+    slots: list[Slot] = []
+    for module in modules:
+        for _ in _walk(module, "", (), slots, {}, seen=set()):
+            pass
+    return slots
+
+
+def _listed(params: Any) -> list[Any]:
+    if hasattr(params, "param_groups"):
+        raise ConfigError(
+            f"params is a {type(params).__name__}, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and the "
+            "optimizer to clipper.step(optimizer)"
+        )
+    if isinstance(params, Mapping):
+        raise ConfigError(f"params is a {type(params).__name__}; pass its (name, parameter) pairs: GradClipper(params.items(), ...)")
+    if not isinstance(params, Iterable) or isinstance(params, (str, bytes)):
+        raise ConfigError(
+            f"params is a {type(params).__name__}; pass an nn.Module, a list of modules, (name, parameter) pairs or parameters"
+        )
+    return list(params)
+
+
+def _of_items(items: list[Any]) -> Found:
+    if items and all(isinstance(item, nn.Module) for item in items):
+        return _of_modules(items)
+    found = Found()
+    for i, item in enumerate(items):
+        if isinstance(item, Tensor):
+            found.named.append(Named(str(i), item, positional=True))
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):
+            found.named.append(Named(strip(item[0]), item[1]))
+        else:
+            raise ConfigError(
+                f"params[{i}] is a {type(item).__name__}; pass an nn.Module, a list of modules, "
+                "(name, parameter) pairs or parameters, not a mixture with anything else"
+            )
+    return found
+
+
+def _of_modules(modules: list[nn.Module]) -> Found:
+    """Several modules are the pipeline stages of this rank; only where their names collide does each get its position before them."""
+    walked = [_walk_all(module) for module in modules]
+    names = Counter(named.name for found in walked for named in _distinct(found.named))
+    prefix = any(count > 1 for count in names.values()) and len(modules) > 1
+    out = Found(modules=modules)
+    for i, found in enumerate(walked):
+        out.slots += found.slots
+        for named in found.named:
+            name = f"{i}.{named.name}" if prefix else named.name
+            out.named.append(Named(name, named.param, named.around, named.shard))
+    return out
+
+
+def _walk_all(module: nn.Module) -> Found:
+    found = Found()
+    shards = flat_shards(module)
+    for named in _walk(module, "", (), found.slots, shards, seen=set()):
+        found.named.append(named)
+    return found
+
+
+def _walk(
+    module: nn.Module,
+    path: str,
+    around: tuple[ProcessGroup, ...],
+    slots: list[Slot],
+    shards: dict[int, FlatShard],
+    seen: set[int],
+) -> Iterator[Named]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, DistributedDataParallel):
+        around = (*around, cast(ProcessGroup, module.process_group))
+        for name, param in module.module.named_parameters():
+            if name in module.parameters_to_ignore:  # DDP does not synchronise these
+                yield Named(strip(f"{path}{name}"), param, around[:-1], shards.get(id(param)))
+    for key, param in module._parameters.items():
+        if param is not None:
+            name = strip(f"{path}{key}")
+            slots.append(Slot(module._parameters, key, param, name))
+            yield Named(name, param, around, shards.get(id(param)))
+    for key, child in module._modules.items():
+        if child is not None:
+            transparent = isinstance(module, (DistributedDataParallel, DataParallel))
+            below = path if transparent or key in _WRAPPERS else f"{path}{key}."
+            slots.append(Slot(module._modules, key, child, strip(below).rstrip(".") or key))
+            yield from _walk(child, below, around, slots, shards, seen)
+
+
+def strip(name: str) -> str:
+    """The name without the components that wrappers add."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _distinct(named: list[Named]) -> list[Named]:
+    first: dict[int, Named] = {}
+    for n in named:
+        first.setdefault(id(n.param), n)
+    return list(first.values())
+
+
+def _once(found: Found) -> Found:
+    """Each parameter object once; integer (quantised) ones apart."""
+    kept, whole_numbers = [], []
+    for n in _distinct(found.named):
+        (kept if n.param.is_floating_point() or n.param.is_complex() else whole_numbers).append(n)
+    twice = [name for name, count in Counter(n.name for n in kept).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two different parameters are named {twice[0]!r}; pass (name, parameter) pairs with distinct names")
+    return Found(kept, found.slots, found.modules, whole_numbers)

@@ -1,0 +1,259 @@
+"""Stage 1: parameter → piece. What does this rank hold, and together with whom? Reads specs and handles; sends nothing.
+
+Instances of the one idea (name, region, replica set):
+  plain tensor          the whole parameter, copied over all ranks that have the name
+  inside DDP            the whole parameter, copied over DDP's process group
+  DTensor               the part at this rank's mesh coordinate, copied along the Replicate dimensions of its mesh
+  FSDP1                 the flat shard's part, copied over the replicating group of HYBRID_SHARD
+  declared              as above, and over the group that `replicated_over` names; `PRIVATE`: a parameter of this rank alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
+
+from distclip.torch_internals.dtensor import is_dtensor
+from distclip.errors import ConfigError, PlacementError
+from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
+from distclip.setup.parameters import Named
+from distclip.records import Holding, Piece
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
+
+
+class _Private:
+    def __repr__(self) -> str:
+        return "distclip.PRIVATE"
+
+
+PRIVATE: Final = _Private()
+ReplicatedOver: TypeAlias = Mapping[str, "ProcessGroup | _Private"]
+Shared: TypeAlias = Sequence[Sequence[str]]
+
+DEVICES = ("cpu", "cuda")
+EVERYWHERE = "all ranks with the name"
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the caller declared beyond what can be read from the parameters."""
+
+    replicated_over: ReplicatedOver
+    shared: Shared
+
+    def patterns(self) -> list[str]:
+        """Patterns and names of which each must match on some rank."""
+        return [*self.replicated_over, *(name for names in self.shared for name in names)]
+
+
+def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[Named, Piece]]:
+    """The pieces that this rank holds, with their parameters; those on a mesh without this rank are left out.
+
+    Frozen parameters are pieces too: their meshes say which ranks work together, and they may be unfrozen. Where they lie is not judged.
+
+    Raises:
+        PlacementError: a trainable parameter on a device that is not supported, or that is a DTensor of unreduced sums; an FSDP1
+            parameter outside its root.
+        ConfigError: a declared group does not contain this rank.
+    """
+    for n in named:
+        if n.param.requires_grad and n.param.device.type not in DEVICES:
+            raise PlacementError(
+                f"{n.name} is on the device {n.param.device}; distclip clips on the CPU and on CUDA. A model on `meta` has no values yet: "
+                "build the clipper after it was materialised"
+            )
+    out = [(n, _piece(n, declared, rank)) for n in named]
+    return [(n, piece) for n, piece in out if piece is not None]
+
+
+def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
+    over = _declared_scope(named.name, declared.replicated_over, rank)
+    around = tuple(ranks_token(group) for group in named.around)
+    key, tied = named.name, ()
+    for names in declared.shared:
+        if named.name in names:
+            key, tied = names[0], ("shared " + " = ".join(names),)
+    if over == (private_token(rank),):
+        around = ()
+        over = () if tied else over  # what is tied over ranks is none's alone, whatever pattern matches it
+    scopes = _Scopes(around, over, tied)
+    if named.shard is not None:
+        return _flat(named, key, named.shard, scopes)
+    if is_flattened(named.param):
+        raise PlacementError(
+            f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the outermost "
+            "FullyShardedDataParallel module itself: GradClipper(model, ...), neither model.module nor its parameters"
+        )
+    spec = _spec_of(named.param)
+    if spec is not None:
+        return _distributed(named, key, spec, scopes)
+    param = named.param
+    how = "whole, in DDP" if around else "whole"
+    if over:
+        how = "private" if over == (private_token(rank),) else "whole, declared"
+    holding = scopes.holding(how, "whole", ())
+    shape = tuple(param.shape)
+    return Piece(named.name, key, holding, shape, param.numel(), shape, None)
+
+
+class _Scopes(NamedTuple):
+    """Sets of ranks around a parameter, besides those of the parameter itself."""
+
+    around: tuple[str, ...]  # groups of DDP modules
+    declared: tuple[str, ...]  # by `replicated_over`
+    tied: tuple[str, ...]  # by `shared`
+
+    def holding(self, how: str, region: str, own: tuple[str, ...]) -> Holding:
+        """`own`: the parameter's mesh, or its unit's groups."""
+        every = (*own, *self.around, *self.declared, *self.tied)
+        return Holding(how, region, every or (EVERYWHERE,), (*own, *self.around), bool(self.declared))
+
+
+def _flat(named: Named, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
+    index, parts = shard.part
+    how = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
+    region, over = f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups))
+    if shard.spec is not None:  # of this rank's part under tensor parallelism
+        placed = _placed(shard.spec)
+        how, region, over = f"{how}, of {placed.how}", f"{placed.region} {region}", (placed.mesh, *over)
+    holding = scopes.holding(how, region, over)
+    return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
+
+
+_IS_PARTIAL = methodcaller("is_partial")
+
+
+class _Placed(NamedTuple):
+    """Which part of a DTensor this rank holds."""
+
+    how: str
+    region: str
+    mesh: str  # token of its ranks
+
+
+def _placed(spec: Any) -> _Placed:
+    """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as copies."""
+    mesh = _mesh_of(spec)
+    sizes, token = _facts(mesh)
+    # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part of its own
+    split = [f"{p}:{c}/{n}" for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True) if not _is_copy(p)]
+    return _Placed(_described(tuple(spec.placements), sizes), " ".join(split) or "whole", token)
+
+
+def _is_copy(placement: Placement) -> bool:
+    return placement.is_replicate() or placement.is_partial()
+
+
+def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
+    placements: tuple[Placement, ...] = tuple(spec.placements)
+    if _mesh_of(spec).get_coordinate() is None:
+        return None
+    if named.param.requires_grad and any(map(_IS_PARTIAL, placements)):
+        raise PlacementError(
+            f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the parameter to Shard or Replicate"
+        )
+    placed = _placed(spec)
+    param, shape = named.param, tuple(spec.shape)
+    local = param._local_tensor if is_dtensor(param) else param
+    holding = scopes.holding(placed.how, placed.region, (placed.mesh,))
+    numel = torch.Size(shape).numel()
+    return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor(param) else None)
+
+
+class UnitRange(NamedTuple):
+    """Of a parameter's units (the indices of its first dimension, or one unit where it has no second) those that a piece holds."""
+
+    first: int
+    held: int
+    cut: bool  # other ranks hold other parts of the same units
+    whole: int  # the whole parameter's
+
+
+def unit_range(param: Tensor, piece: Piece) -> UnitRange:
+    """PlacementError where units are cut in a way that cannot be told."""
+    vector = len(piece.shape) < 2
+    whole = 1 if vector else piece.shape[0]
+    held = 1 if vector else piece.local_shape[0]
+    if "flat " in piece.holding.region:
+        raise PlacementError(f"{piece.name} is {piece.holding.how}, which cuts units anywhere; clip by units under fully_shard (FSDP2)")
+    spec = _spec_of(param)
+    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not _is_copy(p)}
+    if not (dims if vector else dims - {0}):
+        return UnitRange(0, held, False, whole)
+    if vector or spec is None:
+        return UnitRange(0, 1, True, whole)
+    # not before there is a DTensor: the import takes a second
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import Shard
+
+    if any(not (_is_copy(p) or isinstance(p, Shard)) and p.dim == 0 for p in spec.placements):
+        raise PlacementError(f"{piece.name} is {piece.holding.how}; clipping by units does not know which rows these are")
+    _, offset = compute_local_shape_and_global_offset(piece.shape, _mesh_of(spec), spec.placements)
+    return UnitRange(offset[0], held, True, whole)
+
+
+def _spec_of(param: Tensor) -> Any:
+    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other tensor."""
+    return param if is_dtensor(param) else getattr(param, "_st_info", None)
+
+
+def _mesh_of(spec: Any) -> Any:
+    """Under DDP the device_mesh attribute of the kept spec is called `mesh`."""
+    return spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
+
+
+@lru_cache(maxsize=256)
+def _described(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> str:
+    return f"{', '.join(map(_short, placements))} on a {' x '.join(map(str, sizes))} mesh"
+
+
+def _short(placement: Placement) -> str:
+    return "Replicate" if placement.is_replicate() else str(placement).replace("S(", "Shard(").lstrip("_")
+
+
+def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str, ...]:
+    for pattern, group in declared.items():
+        if fnmatchcase(name, pattern):
+            if isinstance(group, _Private):
+                return (private_token(rank),)
+            ranks = get_process_group_ranks(group)
+            if rank not in ranks:
+                raise ConfigError(
+                    f"replicated_over[{pattern!r}] is the group of ranks {ranks}, and this is rank {rank}; "
+                    "on each rank pass the group that this rank's copies of the parameter are in"
+                )
+            return (ranks_token(group),)
+    return ()
+
+
+@lru_cache(maxsize=64)
+def _facts(mesh: Any) -> tuple[tuple[int, ...], str]:
+    """A mesh's sizes and the token of its ranks, which torch works out anew for each parameter that asks."""
+    return tuple(mesh.shape), "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
+
+
+@lru_cache(maxsize=256)
+def ranks_token(group: ProcessGroup) -> str:
+    return "ranks " + ",".join(map(str, sorted(get_process_group_ranks(group))))
+
+
+def private_token(rank: int) -> str:
+    return f"private to {rank}"
+
+
+def local_tensor(grad: Tensor) -> Tensor:
+    """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills it."""
+    if is_dtensor(grad):
+        grad = grad.to_local()
+    wait = getattr(grad, "wait", None)  # AsyncCollectiveTensor
+    return wait() if wait is not None else grad

@@ -1,0 +1,77 @@
+"""Stage 3a: modules whose gradients `backward()` may leave unfinished until `finalize_backward()` is called. Sends nothing.
+
+torch 2.15 lets the caller of DDP and FSDP2 say when gradients are waited for; before it there is no such module. Pipeline schedules do so
+by themselves, and have finalized all stages when their `step` ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distclip.torch_internals.dtensor import imported_class
+from distclip.setup.parameters import Params, passed_modules, strip
+
+
+class Wrapper(NamedTuple):
+    """A module that reduces the gradients of all that is in it."""
+
+    name: str
+    module: Any
+
+
+def wrappers(params: Params) -> tuple[Wrapper, ...]:
+    """The outermost ones in what the caller passed; of parameters without their modules none can be found."""
+    fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")  # before its import nothing is one
+    kinds = tuple(kind for kind in (DistributedDataParallel, fsdp2) if kind is not None and hasattr(kind, "finalize_backward"))
+    return tuple(wrapper for module in passed_modules(params) if kinds for wrapper in _outermost(module, kinds, "", seen=set()))
+
+
+def _outermost(module: nn.Module, kinds: tuple[type, ...], path: str, seen: set[int]) -> Iterator[Wrapper]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, kinds):
+        yield Wrapper(strip(path) or "the model", module)
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _outermost(child, kinds, f"{path}.{key}" if path else key, seen)
+
+
+def unfinished(found: Sequence[Wrapper]) -> list[str]:
+    """What is wrong with gradients that are not final, in one text. Reads a flag of each module; nothing of a device."""
+    late = [(name, remedy) for name, module in found if (remedy := _remedy(module))]
+    if not late:
+        return []
+    name, remedy = late[0]
+    more = f" ({len(late)} such modules in all)" if len(late) > 1 else ""
+    return [f"the gradients of {name} are not final{more}: {remedy}"]
+
+
+def _remedy(module: Any) -> str:
+    """Empty where gradients are final."""
+    if isinstance(module, DistributedDataParallel):
+        late = module.require_manual_backward_finalization and not _has_reduced(module)
+        handed_out = False
+    else:
+        context: Any = module._get_fsdp_state()._state_ctx  # the root's, from the first forward pass on
+        late, handed_out = context.manual_backward_finalization_active, context.gradient_reduction_pending
+    if handed_out:
+        return "call wait() of the handle that its finalize_backward(async_op=True) gave, before the clip"
+    if late:
+        return (
+            "it was told to wait for its finalize_backward() (manual backward finalization); call that after backward() and before the clip"
+        )
+    return ""
+
+
+def _has_reduced(module: DistributedDataParallel) -> bool:
+    try:
+        module._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True
