@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.exchange.channel import Channel
-from distclip.setup.replicas import find_holders
-from distclip.setup.plan import make_plan
+from distclip.exchange.channel import Channel, hash64
 from distclip.records import Holding, Piece
-from distclip.setup.inventory import RemoteHolding, Tables, key
+from distclip.setup.inventory import RemoteHolding, Tables
+from distclip.setup.plan import make_plan
+from distclip.setup.replicas import find_holders
 from distclip.testing import ThreadGroup, run_threads
 
 CPU = torch.device("cpu")
@@ -126,10 +126,10 @@ def worlds(quick: bool) -> list[dict[str, Any]]:
 def tables_of(layout: str, ranks: int, count: int) -> Tables:
     """What `exchange_tables` would give on a world of that size, made here."""
     if layout.startswith("private"):
-        rows = [torch.tensor([(key(f"r{r}.p{i}"), 0, 0, 0) for i in range(count)]) for r in range(ranks)]
+        rows = [torch.tensor([(hash64(f"r{r}.p{i}"), 0, 0, 0) for i in range(count)]) for r in range(ranks)]
         return Tables([[RemoteHolding("whole", 0, (1,), (), False)]] * ranks, [[r] for r in range(ranks)], rows, 0, [])
     holdings = [[RemoteHolding("Shard(0)", r, (1,), (1,), False)] for r in range(ranks)]
-    return Tables(holdings, [list(range(ranks))], [torch.tensor([(key(f"p{i}"), 0, 0, 0) for i in range(count)])], 0, [])
+    return Tables(holdings, [list(range(ranks))], [torch.tensor([(hash64(f"p{i}"), 0, 0, 0) for i in range(count)])], 0, [])
 
 
 def arithmetic(quick: bool) -> list[dict[str, Any]]:

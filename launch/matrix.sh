@@ -24,9 +24,9 @@ versions=("$@")
 [ $# -gt 0 ] || mapfile -t versions < <("$python" launch/compatibility.py versions)
 # numpy: the interpreters of triton 3.5 and 3.6 (torch 2.9 and 2.11) do not run with later ones
 needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml"
-selection=(tests/parity tests/precision tests/policies tests/faults)
+selection=(tests/{parity,precision,policies,faults,setup,measure,apply,report,torch_internals})
 if [ -n "$core" ]; then
-  selection+=(tests/kernels/test_native.py tests/kernels/test_triton.py)
+  selection+=(tests/kernels/test_{reference,native,triton}.py)
 else
   selection+=(tests/kernels tests/integrations tests/cli/test_doctor.py)
 fi

@@ -19,8 +19,8 @@ from distclip.decide.audit import fingerprint, name_culprits
 from distclip.exchange.channel import Channel
 from distclip.exchange.readback import Mirror
 from distclip.kernels import triton_lists
-from distclip.setup.plan import agree_on_call, make_plan
 from distclip.records import Holding, Piece
+from distclip.setup.plan import agree_on_call, make_plan
 from distclip.testing import run_threads
 from kernels.native_cases import NO_LIBRARY
 from policies.cases import CASES, decaying

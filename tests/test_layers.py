@@ -1,119 +1,41 @@
-"""The order of the layers, and where torch.distributed may appear."""
+"""The order of the folders, no cycles inside one, and where torch.distributed may appear."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 
-# A file imports only from those above it. A new file gets its place here.
-ORDER = [
+# What stands in a room (a folder, or a file beside the folders) imports from its own room and from those above it in this list.
+# What lies beside one another in src/distclip/README.md's picture lies one below the other here: later stages know earlier ones.
+ROOMS = [
     "versions",
     "errors",
-    "dtensor",
+    "p_norm",
+    "torch_internals",
     "records",
     "groups",
-    "fsdp1",
-    "naming",
-    "newcomers",
-    "uneven",
-    "unfinished",
-    "placement",
     "exchange",
-    "tables",
-    "holders",
-    "plan",
-    "kernels.build",
-    "kernels.pool",
-    "kernels.native",
-    "kernels.triton_programs",
-    "kernels.triton_lists",
     "kernels",
-    "rows",
-    "measure",
-    "apply",
-    "gradlist",
-    "policies.policy",
-    "policies.fixed",
-    "policies.value",
-    "policies.normalize",
-    "policies.schedule",
-    "policies.autoclip",
-    "policies.zclip",
-    "policies.adagc",
-    "policies.agc",
-    "policies.warmup",
-    "policies.spikes",
     "policies",
-    "deciding",
-    "answers",
-    "wire",
-    "guard",
-    "options",
-    "amp",
-    "owners",
-    "calls",
-    "grad_placements",
-    "expected",
-    "collecting",
-    "units",
-    "sensing",
-    "fold",
-    "host",
-    "history",
-    "memory",
-    "audit",
-    "judging",
-    "acting",
-    "summary",
-    "saving",
+    "setup",
+    "optimizers",
+    "request",
+    "measure",
+    "decide",
+    "apply",
     "report",
-    "reading",
-    "prepared",
-    "sinks",
-    "trackers",
-    "stepping",
+    "stages",
+    "step",
     "clipper",
     "functional",
     "testing",
     "api",
     "__init__",
     "integrations",
-    "integrations.deepspeed_inside.engine",
-    "integrations.deepspeed_inside.sharded",
-    "integrations.deepspeed_inside.whole",
-    "integrations.deepspeed_inside",
-    "integrations.deepspeed",
-    "integrations.scaler_rounds",
-    "integrations.set_aside",
-    "integrations.accelerate",
-    "integrations.transformers",
-    "integrations.lightning",
-    "cli.arguments",
     "cli",
-    "cli.doctor_records",
-    "cli.doctor_board",
-    "cli.doctor_watch",
-    "cli.doctor_facts",
-    "cli.doctor_layouts",
-    "cli.doctor_clips",
-    "cli.doctor_speed",
-    "cli.doctor_table",
-    "cli.doctor",
-    "cli.runs",
-    "cli.outputs",
-    "cli.glyphs",
-    "cli.advice",
-    "cli.suggest",
-    "cli.svg",
-    "cli.plotting",
-    "cli.thinning",
-    "cli.curves",
-    "cli.heat",
-    "cli.report_plots",
-    "cli.report_html",
-    "cli.report_page",
     "__main__",
 ]
 
@@ -122,21 +44,23 @@ PUBLIC_FILES = {"distclip.testing", "distclip.kernels", "distclip.versions"}
 
 # Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
 DISTRIBUTED = {
-    "dtensor",
+    "torch_internals.dtensor",
+    "torch_internals.fsdp1",
     "records",
-    "fsdp1",
-    "naming",
-    "placement",
-    "exchange",
+    "setup.parameters",
+    "setup.placement",
+    "exchange.channel",
     "functional",
     "testing",
-    "integrations.deepspeed_inside.sharded",
+    "integrations.deepspeed_internals.sharded",
 }
-DISTRIBUTED |= {f"cli.doctor{part}" for part in ("", "_board", "_watch", "_facts", "_layouts", "_speed")}  # it runs the layouts
+DISTRIBUTED |= {
+    f"cli.doctor.{part}" for part in ("command", "store", "watchdog", "facts", "layouts", "speed_checks")
+}  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {
     "clipper": {"ProcessGroup"},
-    "uneven": {"Join", "Joinable"},
+    "torch_internals.join": {"Join", "Joinable"},
 }
 
 
@@ -154,41 +78,64 @@ def imports(text):
             yield node.module or "", [alias.name for alias in node.names]
 
 
-def out_of_order(name, text, order=ORDER):
-    """Imports of distclip's own files that do not stand above `name`."""
-    above = set(order[: order.index(name)])
-    public = "__init__" in above  # what stands below it uses public names, and no file
-    found = []
+def own_imports(text):
+    """distclip's own files that a source text imports, by their names below `distclip`; "" for the package itself."""
     for module, names in imports(text):
         if module == "distclip":
-            found += [n for n in names if (n in above if public else n not in above)]
-        elif public and name != "__main__" and not module.startswith(f"distclip.{name.split('.')[0]}"):
-            found += [module] if module.startswith("distclip.") and module not in PUBLIC_FILES else []
+            files = [name for name in names if name in FILES]
+            yield from files or [""]
         elif module.startswith("distclip."):
             inner = module.removeprefix("distclip.")
-            found += [inner] if inner not in above else []
-    return found
+            files = [f"{inner}.{name}" for name in names if f"{inner}.{name}" in FILES]
+            yield from files or [inner]
+
+
+def room_of(name):
+    return name.split(".")[0]
+
+
+def out_of_order(name, text):
+    """Imports of distclip's own files that do not stand in the room of `name` or above it."""
+    room = room_of(name)
+    above = set(ROOMS[: ROOMS.index(room)])
+    if "__init__" not in above:
+        return [inner for inner in own_imports(text) if room_of(inner) not in {*above, room}]
+    # what stands below __init__ uses public names, and no file that is not public
+    return [
+        inner
+        for inner in own_imports(text)
+        if inner and room_of(inner) != room and f"distclip.{inner}" not in PUBLIC_FILES and not (name == "__main__" and inner == "cli")
+    ]
 
 
 FILES = {module_name(path): path for path in SOURCE.rglob("*.py")}
 
 
-def test_every_file_has_its_place():
-    assert sorted(FILES) == sorted(ORDER), "put a new file into ORDER"
+def test_every_file_has_its_room():
+    assert {room_of(name) for name in FILES} == set(ROOMS), "put a new folder, or a file beside the folders, into ROOMS"
 
 
-@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_come_from_above(name):
     assert out_of_order(name, FILES[name].read_text()) == []
 
 
+def test_no_files_import_one_another_in_a_circle():
+    graph = {name: {inner for inner in own_imports(path.read_text()) if inner in FILES} for name, path in FILES.items()}
+    assert sum(map(len, graph.values())) > 100, "vacuous"
+    for name in ("__init__", "integrations", "cli"):  # look their files up when they are named
+        graph[name] = set()
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
 def test_the_check_catches_a_violation():
-    assert out_of_order("measure", "def f():\n    from distclip.clipper import GradClipper\n") == ["clipper"]
-    assert out_of_order("measure", "from distclip import audit, errors") == ["audit"]
-    assert out_of_order("clipper", "import torch\nfrom distclip import apply") == []
-    assert out_of_order("integrations.accelerate", "from distclip import GradClipper, apply") == ["apply"]
-    assert out_of_order("cli.doctor", "from distclip.testing import World\nimport distclip.kernels.native") == ["distclip.kernels.native"]
-    assert out_of_order("integrations.accelerate", "from distclip.clipper import GradClipper") == ["distclip.clipper"]
+    assert out_of_order("measure.collect", "def f():\n    from distclip.clipper import GradClipper\n") == ["clipper"]
+    assert out_of_order("exchange.message", "from distclip import decide, errors") == ["decide"]
+    assert out_of_order("measure.units", "from distclip.decide import audit") == ["decide.audit"]
+    assert out_of_order("clipper", "import torch\nfrom distclip.apply import fused") == []
+    assert out_of_order("integrations.accelerate", "from distclip import GradClipper, stages") == ["stages"]
+    assert out_of_order("cli.doctor.command", "from distclip.testing import World\nimport distclip.kernels.native") == ["kernels.native"]
+    assert out_of_order("integrations.accelerate", "from distclip.clipper import GradClipper") == ["clipper"]
 
 
 def of_distributed(text):

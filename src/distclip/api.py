@@ -13,7 +13,6 @@ from distclip.errors import (
 from distclip.exchange.channel import LOCAL
 from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
-from distclip.setup.placement import PRIVATE
 from distclip.policies import (
     AGC,
     AdaGC,
@@ -30,9 +29,10 @@ from distclip.policies import (
     ZClip,
 )
 from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
-from distclip.report.writer import Sink
 from distclip.report.sinks import JSONLSink, LoggingSink
 from distclip.report.trackers import TensorBoardSink, WandbSink
+from distclip.report.writer import Sink
+from distclip.setup.placement import PRIVATE
 
 __all__ = [
     "AGC",

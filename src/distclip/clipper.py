@@ -13,29 +13,29 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip import fold, versions
+from distclip import versions
+from distclip.apply import fused
 from distclip.apply.gradients import Outcome, taken_away
-from distclip.torch_internals.grad_scaler import Handshake
-from distclip.request import Call
-from distclip.measure.collect import GradOf, Grads
+from distclip.decide.saving import Saved, loaded, saved
+from distclip.decide.state import Memory
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel
-from distclip.measure.grad_placements import PartialReducer
 from distclip.groups import Grouping, Watch
-from distclip.decide.guard import OnNonfinite
-from distclip.decide.state import Memory
-from distclip.setup.parameters import Params
-from distclip.setup.options import Asked
+from distclip.measure.collect import GradOf, Grads
+from distclip.measure.grad_placements import PartialReducer
+from distclip.measure.local_sums import Seen
 from distclip.optimizers import Owned, check_arguments, check_given, listed
-from distclip.setup.placement import Declared, ReplicatedOver, Shared
 from distclip.policies import Policy
-from distclip.stages import prepare
-from distclip.setup.build_plan import Reading, read
 from distclip.records import ClipReport
 from distclip.report.writer import Sink, Writer
-from distclip.decide.saving import Saved, loaded, saved
-from distclip.measure.local_sums import Seen
+from distclip.request import Call
+from distclip.setup.build_plan import Reading, read
+from distclip.setup.options import Asked, OnNonfinite
+from distclip.setup.parameters import Params
+from distclip.setup.placement import Declared, ReplicatedOver, Shared
+from distclip.stages import prepare
 from distclip.step import Stepper
+from distclip.torch_internals.grad_scaler import Handshake
 
 
 class GradClipper:
@@ -200,7 +200,7 @@ class GradClipper:
                 step = (owned.optimizer if call.hands.enabled else owned.given).step
                 if k in folding:
                     factor = self._now.actor.folded_factor(call, outcome, folding[k], bool(call.hands.scaled[k]))
-                    fold.step_folded(owned.optimizer, factor, outcome.stop.float() if outcome.known is None else None, step)
+                    fused.step_folded(owned.optimizer, factor, outcome.stop.float() if outcome.known is None else None, step)
                 else:
                     step()
         call.hands.tell(outcome.overflow, stepped=True)
@@ -345,8 +345,8 @@ class GradClipper:
             for k, owned in enumerate(call.owned)
             if owned.group is not None
             and owned.group not in self._now.clamped
-            and fold.can_fold(owned.optimizer, self._now.alike[owned.group])
-            and (not self._steps.may_wait or fold.may_stop(owned.optimizer))
+            and fused.can_fold(owned.optimizer, self._now.alike[owned.group])
+            and (not self._steps.may_wait or fused.may_stop(owned.optimizer))
         }
 
     def _run(self, call: Call, may_wait: bool) -> Outcome:

@@ -15,12 +15,12 @@ from torch.nn.utils import clip_grad_value_ as torchs_clip_grad_value_
 from torch.nn.utils import clip_grads_with_norm_ as torchs_clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as torchs_get_total_norm
 
-from distclip.torch_internals.dtensor import dtensor_class, is_dtensor
 from distclip.errors import ConfigError, PlacementError
-from distclip.torch_internals.fsdp1 import is_flattened
 from distclip.kernels.tensor_list import GradList
-from distclip.kernels.reference import norm_of
-from distclip.setup.placement import DEVICES, local_tensor
+from distclip.p_norm import norm_of
+from distclip.setup.placement import DEVICES
+from distclip.torch_internals.dtensor import dtensor_class, is_dtensor, local_tensor
+from distclip.torch_internals.fsdp1 import is_flattened
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

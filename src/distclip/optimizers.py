@@ -13,9 +13,9 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from distclip.torch_internals.grad_scaler import inside, unwrapped
 from distclip.errors import ConfigError
 from distclip.records import Piece
+from distclip.torch_internals.grad_scaler import inside, unwrapped
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distclip.torch_internals.grad_scaler import Handshake
 from distclip.errors import ConfigError
 from distclip.optimizers import Owned
-from distclip.setup.placement import local_tensor
+from distclip.torch_internals.dtensor import local_tensor
+from distclip.torch_internals.grad_scaler import Handshake
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from distclip.apply.gradients import Actor
-from distclip.policies.validate import checked_answers, first_state
-from distclip.measure.collect import Collector, GradOf
-from distclip.decide.decision import Part, State, in_total, may_skip, split
-from distclip.exchange.channel import Channel
-from distclip.decide.guard import Streak
+from distclip.decide.decision import decide, may_skip
 from distclip.decide.enforce import Judge
+from distclip.decide.guard import Streak
+from distclip.exchange.channel import Channel
+from distclip.exchange.message import Wire, extra_words
+from distclip.measure.collect import Collector, GradOf
+from distclip.measure.local_sums import Sensor
+from distclip.measure.units import Units
+from distclip.optimizers import Owners
+from distclip.policies.assignment import Part, in_total, split
+from distclip.policies.state import State
+from distclip.policies.validate import check_answers, first_state
+from distclip.records import Norms
+from distclip.report.summary import Summary
+from distclip.setup.build_plan import Reading
 from distclip.setup.late_parameters import Newcomers
 from distclip.setup.options import Options
-from distclip.optimizers import Owners
 from distclip.setup.plan import Plan
-from distclip.setup.build_plan import Reading
-from distclip.records import Norms
-from distclip.measure.local_sums import Sensor
-from distclip.report.summary import Summary
 from distclip.torch_internals.join import UnevenInputs
-from distclip.measure.units import Units
-from distclip.exchange.message import Wire, extra_words
 
 # Policies see norms of so many bits: what the parameters' precision warrants, less those that depend on the order of a sum.
 SINGLE, DOUBLE = 24, 48
@@ -80,7 +82,8 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
     sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits, newcomers, reading.wrappers)
     first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
-    decision = checked_answers(parts, idle, first)
+    check_answers(parts, idle, first)
+    decision = decide(parts, idle, first)[0]
     # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
     tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
     streak = Streak(options.on_nonfinite, options.skip_limit)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from distclip.apply.gradients import Known, Outcome
-from distclip.request import Call
-from distclip.measure.collect import Grads
 from distclip.decide.decision import Fate, decide, fate
+from distclip.decide.enforce import Watched
+from distclip.decide.state import Memory
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.exchange.readback import Mirror
-from distclip.decide.enforce import Watched
-from distclip.decide.state import Memory
-from distclip.stages import Prepared
+from distclip.measure.collect import Grads
+from distclip.measure.local_sums import Reduced, Seen
 from distclip.records import Culprit, Decision, Norms
 from distclip.report.writer import Writer
-from distclip.measure.local_sums import Reduced, Seen
+from distclip.request import Call
+from distclip.stages import Prepared
 
 
 class Stepper:

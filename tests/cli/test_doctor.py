@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import distclip
-from distclip.cli import doctor_facts, main
+from distclip.cli import main
+from distclip.cli.doctor import facts as doctor_facts
 from distclip.cli.doctor.command import CHECKS, more_ranks
 from distclip.cli.doctor.layouts import LAYOUTS
+from distclip.cli.doctor.output import Findings, as_json, as_table
 from distclip.cli.doctor.records import Result
 from distclip.cli.doctor.speed_checks import Speed
-from distclip.cli.doctor.output import Findings, as_json, as_table
 from distclip.testing import fresh_process
 
 LOST, TIMEOUT_S = 2, 40  # many processes start at once

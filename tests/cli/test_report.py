@@ -21,10 +21,10 @@ from cli.logs import BAD, SPIKES, rewritten, rows_of, spiky_norms, write_log
 from distclip.cli import main
 from distclip.cli.glyphs import families_for, shortened
 from distclip.cli.report.heat import _shares
-from distclip.cli.report.plotting import _ACROSS, _RULES, _WIDE, _add_legend
 from distclip.cli.report.plots import figures
-from distclip.cli.run_log import RunError, read_runs
+from distclip.cli.report.plotting import _ACROSS, _RULES, _WIDE, _add_legend
 from distclip.cli.report.thinning import clipped_shares, thinned
+from distclip.cli.run_log import RunError, read_runs
 
 EMPTY = {"meta", "br", "img", "link", "input", "hr"}
 PNG = b"\x89PNG\r\n\x1a\n"

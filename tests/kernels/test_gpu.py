@@ -15,9 +15,9 @@ from torch import nn
 
 import distclip
 import skips
-from distclip.kernels.tensor_list import GradList
 from distclip.kernels import triton_lists
 from distclip.kernels.reference import power_sums
+from distclip.kernels.tensor_list import GradList
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 KERNELS = pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")

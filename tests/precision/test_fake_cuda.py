@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import functional, host
-from distclip.setup.parameters import Found
 from distclip.setup.build_plan import Reading
+from distclip.setup.parameters import Found
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip.decide.guard import Verdict, judge
-from distclip.exchange.readback import Mirror
 from distclip.exchange.message import Wire
+from distclip.exchange.readback import Mirror
 from parity.layouts import given
 
 

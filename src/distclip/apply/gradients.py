@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip import apply
-from distclip.request import Call
-from distclip.measure.collect import Grads, Present
 from distclip.kernels.tensor_list import GradList
-from distclip.setup.plan import Plan
-from distclip.records import ClipReport, Decision
+from distclip.measure.collect import Grads, Present
 from distclip.measure.units import Units, UnitStep
+from distclip.records import ClipReport, Decision
+from distclip.request import Call
+from distclip.setup.plan import Plan
 
 
 class Known(NamedTuple):
@@ -141,4 +140,10 @@ class Actor:
 
 def taken_away(call: Call, members: Sequence[Tensor]) -> None:
     """A skipped step's gradients: the clipper's, and all others of the optimizers that were given."""
-    apply.drop([*members, *(p for owned in call.owned for p in owned.unclipped)])
+    drop_grads([*members, *(p for owned in call.owned for p in owned.unclipped)])
+
+
+def drop_grads(params: Iterable[Tensor]) -> None:
+    """Take the gradients away: every optimizer leaves a parameter without one alone, its state and counters too (zeros would not)."""
+    for param in params:
+        param.grad = None

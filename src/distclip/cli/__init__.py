@@ -22,9 +22,9 @@ class _Command(NamedTuple):
 
 
 COMMANDS = {
-    "doctor": _Command("check on this machine or cluster that clipping works: run it under torchrun", of_doctor, "doctor"),
-    "report": _Command("a page with figures of one or several runs, from the files that JSONLSink wrote", of_report, "report_page"),
-    "suggest": _Command("how often which max_norm would have clipped a run, and which one to take", of_suggest, "suggest"),
+    "doctor": _Command("check on this machine or cluster that clipping works: run it under torchrun", of_doctor, "doctor.command"),
+    "report": _Command("a page with figures of one or several runs, from the files that JSONLSink wrote", of_report, "report.command"),
+    "suggest": _Command("how often which max_norm would have clipped a run, and which one to take", of_suggest, "suggest.command"),
 }
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distclip.errors import AgreementError
 from distclip.exchange.channel import Channel, brief
-from distclip.setup.plan import Plan
 from distclip.records import Culprit
 from distclip.setup.inventory import DECLARE
+from distclip.setup.plan import Plan
 
 NAMED = 10  # parameters or culprits that a report names
 

@@ -10,21 +10,20 @@ from typing import NamedTuple
 
 import torch
 
-from distclip import audit
-from distclip.decide.decision import Part
-from distclip.errors import AgreementError, GradientError
-from distclip.exchange.channel import Channel
+from distclip.decide import audit
 from distclip.decide.guard import Streak, Verdict, judge
 from distclip.decide.history import WINDOW
-from distclip.exchange.readback import Mirror
-from distclip.kernels.reference import norm_of
-from distclip.optimizers import steps_more
-from distclip.setup.plan import Plan
-from distclip.policies import describe
-from distclip.records import Culprit
-from distclip.measure.local_sums import Seen
-from distclip.setup.inventory import key
+from distclip.errors import AgreementError, GradientError
+from distclip.exchange.channel import Channel, hash64
 from distclip.exchange.message import Flags, Wire
+from distclip.exchange.readback import Mirror
+from distclip.measure.local_sums import Seen
+from distclip.optimizers import steps_more
+from distclip.p_norm import norm_of
+from distclip.policies import describe
+from distclip.policies.assignment import Part
+from distclip.records import Culprit
+from distclip.setup.plan import Plan
 
 ALWAYS = 0.95  # of the last WINDOW steps clipped: a threshold that sets the length of steps
 BENT = 0.9  # cosine below which value clipping changes the direction
@@ -58,7 +57,7 @@ class Judge:
         call, step = seen.call, seen.step
         verdict = judge(flags, None if call.operation == "audit" else self.tolerance)
         if verdict is Verdict.DISAGREE:
-            doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {key(self.config) & 0xFFFF:04x}"
+            doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {hash64(self.config) & 0xFFFF:04x}"
             if call.hands.inverse is not None:
                 doing += f", scale {1 / float(call.hands.inverse):g}"
             raise audit.name_disagreement(self.channel, doing, self.device)

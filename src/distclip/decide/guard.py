@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, TypeAlias
 
 from distclip.errors import GradientError, NonFiniteError
-from distclip.records import Culprit
 from distclip.exchange.message import RAGGED, Flags
-
-OnNonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
-MODES = ("skip", "raise", "propagate")
+from distclip.records import Culprit
+from distclip.setup.options import OnNonfinite
 
 
 class Verdict(Enum):

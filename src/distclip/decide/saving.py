@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Part, State
-from distclip.errors import ConfigError
-from distclip.decide.history import History
 from distclip.decide.enforce import callers_level
-from distclip.setup.options import Options
+from distclip.decide.history import History
+from distclip.errors import ConfigError
 from distclip.policies import describe
+from distclip.policies.assignment import Part
+from distclip.policies.state import State
+from distclip.setup.options import Options
 
 
 class Saved(NamedTuple):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Fate, State, copied, kept, moved
+from distclip.decide.decision import Fate
 from distclip.decide.history import History, empty
+from distclip.policies.state import State, copied, kept, moved
 from distclip.records import Decision
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from hashlib import blake2b
 from itertools import accumulate
 from typing import Final, Literal
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.errors import ConfigError, ExchangeError
+from distclip.errors import AgreementError, ConfigError, ExchangeError
 
 
 class _Local:
@@ -116,3 +118,23 @@ def brief(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank, rank])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def hash64(text: str) -> int:
+    """8 bytes of a hash, as an int64."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def raise_on_all_ranks(channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = "") -> None:
+    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks.
+
+    Args:
+        remedy: the error's last line.
+    """
+    said: dict[str, list[int]] = defaultdict(list)
+    for rank, text in zip(channel.ranks, channel.texts("\n".join(problems), device, what), strict=True):
+        for line in text.splitlines():
+            said[line].append(rank)
+    if said:
+        lines = [f"rank {brief(ranks)}: {line}" for line, ranks in said.items()]
+        raise AgreementError("\n".join([*lines, remedy] if remedy else lines))

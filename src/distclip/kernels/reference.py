@@ -5,6 +5,7 @@ float64 by the device, without a host read and without a branch on values.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -79,33 +80,6 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64, device="cpu")
 
 
-def norm_of(sums: Tensor, p: float) -> Tensor:
-    """Turn float64 power sums (maxima where `p` is inf) of any shape into norms of the same shape and dtype."""
-    if p == math.inf or p == 1:
-        return sums.clone()
-    return sums.sqrt() if p == 2 else sums.pow(1 / p)
-
-
-def rounded(norms: Tensor, bits: int) -> Tensor:
-    """The nearest numbers of so many bits (the leading one counted): float64 of the same shape. No host sync.
-
-    The order in which power sums are added changes with the sharding, and their last bits with it; a decision must not. Norms of
-    gradients that are all alike lie on ties more often than by chance: what is within `near` last places of one counts as one, and
-    goes to even. Only the precision is bounded, not the range: inf, NaN and what would round up to inf stay as they are.
-    """
-    drop, given = 53 - bits, norms.view(torch.int64)
-    place = min(9, drop - 4)
-    near = 1 << place
-    odd = given >> drop - place - 1 & 2 * near  # twice `near` where rounding down would leave an odd number
-    whole = (given + odd + ((1 << drop - 1) - near) & -(1 << drop)).view(torch.float64)
-    return torch.where(norms <= _largest(bits), whole, norms)
-
-
-def _largest(bits: int) -> float:
-    """The largest float64 of so many bits."""
-    return math.ldexp(2 - 2.0 ** (1 - bits), 1023)
-
-
 def _values(tensor: Tensor) -> Tensor:
     """The stored elements: those of a sparse tensor are coalesced first, since equal indices add up."""
     if tensor.layout is torch.strided:
@@ -125,3 +99,56 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
         if tensor.is_complex():
             norms[index] = torch.linalg.vector_norm(tensor, p, dtype=torch.complex128)
     return powers(torch.stack([norm for norm in norms if norm is not None]), p)
+
+
+def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None:
+    """Multiply each local tensor by its factor, in place. One whose factor is known to be 1 is not written.
+
+    Args:
+        factors: [n] numbers, or float64 [n] on any device, of which nothing is read on the host.
+
+    On the CPU a 0-dim float32 factor is multiplied in float32 also into bf16 and fp16; elsewhere torch would round it to the gradient's
+    dtype first, so that low-precision tensors are widened, one at a time.
+    """
+    if isinstance(factors, Tensor):
+        for tensor, factor in zip(tensors, factors.unbind(), strict=True):
+            if values := _stored(tensor):
+                _multiply_(values, factor.to(values[0].device, wide(values[0].dtype)))
+        return
+    alike: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = defaultdict(list)
+    for tensor, factor in zip(tensors, factors, strict=True):
+        if factor != 1:
+            for values in _stored(tensor):
+                alike[values.device, values.dtype, factor].append(values)
+    for (device, dtype, factor), same in alike.items():
+        _multiply_(same, torch.tensor(factor, dtype=torch.float64, device="cpu").to(wide(dtype)).to(device, non_blocking=True))
+
+
+def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
+    """`factor`: 0-dim, of the dtype in which the product is formed."""
+    if tensors[0].device.type == "cpu" or factor.dtype == tensors[0].real.dtype:
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.copy_(tensor.to(factor.dtype).mul_(factor))
+
+
+def clamp_(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Clamp local real tensors to [-value, value] in place; NaN stays. `values`: float64 [n] on any device."""
+    for tensor, value in zip(tensors, values.unbind(), strict=True):
+        if tensor.is_sparse and not tensor.is_coalesced():
+            tensor.copy_(tensor.coalesce())  # the sum of equal indices is what is bounded
+        for stored in _stored(tensor):
+            limit = value.to(stored.device, wide(stored.dtype))
+            stored.copy_(torch.minimum(torch.maximum(stored.to(limit.dtype), -limit), limit))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient of `dtype` is multiplied."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """What is multiplied: a dense tensor, or a sparse one's values; nothing where it is empty."""
+    values = tensor._values() if tensor.is_sparse else tensor
+    return [values] if values.numel() else []

@@ -9,8 +9,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from distclip import apply, kernels, measure
-from distclip.kernels import Layout
+from distclip import kernels
+from distclip.kernels import Layout, reference
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})  # others may have no memory of their own, or not yet
 _DTYPE, _DEVICE, _LAYOUT, _ON_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter("layout"), attrgetter("is_cpu")
@@ -52,19 +52,19 @@ class GradList:
     def power_sums(self, p: float) -> Tensor:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is not; never communicates."""
         if self.layout is None:
-            return measure.power_sums(self.tensors, p)
+            return reference.power_sums(self.tensors, p)
         sums = self.layout.power_sums(self.pointers, p)
         if self.odd:
-            self._put(sums, measure.power_sums(self._odd(), p))
+            self._put(sums, reference.power_sums(self._odd(), p))
         return sums
 
     def clamped_sums(self, values: Tensor, p: float) -> Tensor:
-        """[n, 6]: see `measure.clamped_sums`. `values`: float64 [n]."""
+        """[n, 6]: see `reference.clamped_sums`. `values`: float64 [n]."""
         if self.layout is None:
-            return measure.clamped_sums(self.tensors, values, p)
+            return reference.clamped_sums(self.tensors, values, p)
         sums = self.layout.clamped_sums(self.pointers, values, p)
         if self.odd:
-            self._put(sums, measure.clamped_sums(self._odd(), self._at(values), p))
+            self._put(sums, reference.clamped_sums(self._odd(), self._at(values), p))
         return sums
 
     def scale_(self, factors: float | Sequence[float] | Tensor) -> None:
@@ -88,7 +88,7 @@ class GradList:
                 own: Sequence[float] | Tensor = [float(factors)] * len(self.odd)
             else:
                 own = self._at(factors) if isinstance(factors, Tensor) else [factors[i] for i in self.odd]
-            apply.scale_(self._odd(), own)
+            reference.scale_(self._odd(), own)
 
     def clamp_(self, values: Tensor) -> None:
         """Clamp in place to [-value, value]; NaN stays. `values`: float64 [n]."""
@@ -96,7 +96,7 @@ class GradList:
             self.layout.clamp_(self.pointers, values)
             _written(self.tensors)
         if self.odd:
-            apply.clamp_(self._odd(), self._at(values))
+            reference.clamp_(self._odd(), self._at(values))
 
     def _odd(self) -> Sequence[Tensor]:
         return self.tensors if len(self.odd) == len(self.tensors) else [self.tensors[i] for i in self.odd]

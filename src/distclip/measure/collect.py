@@ -13,12 +13,13 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor
 
-from distclip.measure.gradient_cache import Expected
-from distclip.measure.grad_placements import kind_error, placed_otherwise, portion_of, redistribute_advice
 from distclip.kernels.tensor_list import PLAIN, GradList
-from distclip.setup.parameters import Slot
-from distclip.setup.placement import DEVICES, local_tensor
+from distclip.measure.grad_placements import kind_error, placed_otherwise, portion_of, redistribute_advice
+from distclip.measure.gradient_cache import Expected
 from distclip.records import Piece
+from distclip.setup.parameters import Slot
+from distclip.setup.placement import DEVICES
+from distclip.torch_internals.dtensor import local_tensor
 
 GradOf = Callable[[Tensor], "Tensor | None"]
 own_grad: GradOf = attrgetter("grad")

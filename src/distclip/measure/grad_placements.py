@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distclip.torch_internals.dtensor import is_dtensor
 from distclip.errors import ConfigError, GradientError
-from distclip.exchange.channel import Channel, brief
+from distclip.exchange.channel import Channel, brief, hash64
 from distclip.records import Piece
-from distclip.setup.inventory import key
+from distclip.torch_internals.dtensor import is_dtensor
 
 
 def kind_error(grad: Tensor, param: Tensor, piece: Piece) -> str | None:
@@ -94,7 +93,7 @@ class PartialReducer:
         by_mesh: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for param, piece in zip(params, pieces, strict=True):
             if is_dtensor(param):
-                by_mesh[key(f"{param.device_mesh.mesh.tolist()}")].append((piece.key_name, param))
+                by_mesh[hash64(f"{param.device_mesh.mesh.tolist()}")].append((piece.key_name, param))
         # in one order on all ranks: one that reduces another gradient first would wait for ever, or take the other's sums
         self._by_mesh = {mesh: sorted(by_mesh[mesh], key=lambda member: member[0]) for mesh in sorted(by_mesh)}
         meshes = channel.slots(torch.tensor([len(by_mesh)], device="cpu"), device, "the set-up's count of meshes")
@@ -128,10 +127,10 @@ class PartialReducer:
     def _agreed(self, step: int, call: str) -> bool:
         """Whether all ranks make the same call; which of their gradients are Partial must then agree mesh by mesh."""
         rows = torch.zeros(1 + 2 * self._rows, dtype=torch.int64, device="cpu")
-        rows[0] = key(f"{step} {call}")
+        rows[0] = hash64(f"{step} {call}")
         for i, (mesh, members) in enumerate(self._by_mesh.items()):
             placed = [f"{name} {p.grad.placements}" for name, p in members if is_dtensor(p.grad) and is_partial(p.grad)]
-            rows[1 + 2 * i : 3 + 2 * i] = torch.tensor([mesh, key("\n".join(placed))], device="cpu")
+            rows[1 + 2 * i : 3 + 2 * i] = torch.tensor([mesh, hash64("\n".join(placed))], device="cpu")
         table = self._channel.slots(rows, self._device, f"the agreement on Partial gradients at step {step}")
         if (table[:, 0] != table[0, 0]).any():
             return False

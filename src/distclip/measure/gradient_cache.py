@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from distclip import kernels, versions
-from distclip.torch_internals.dtensor import dtensor_class
 from distclip.kernels.tensor_list import PLAIN, GradList, is_block
+from distclip.torch_internals.dtensor import dtensor_class
 
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
 _SHAPE, _DTYPE, _SPEC, _LOCAL = attrgetter("shape"), attrgetter("dtype"), attrgetter("_spec"), attrgetter("_local_tensor")

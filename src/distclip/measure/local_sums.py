@@ -11,23 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.validate import checked_stats
-from distclip.request import Call
-from distclip.measure.collect import Collector, Grads, Present
-from distclip.decide.decision import Part
 from distclip.errors import GradientError
-from distclip.kernels.tensor_list import GradList
-from distclip.kernels.reference import SUMMED, norm_of, rounded
-from distclip.setup.late_parameters import Newcomers
-from distclip.optimizers import joined_later, strangers
-from distclip.setup.placement import DEVICES, local_tensor
-from distclip.setup.plan import Plan
-from distclip.policies import LocalGrads, LocalStats
-from distclip.records import Norms
-from distclip.setup.inventory import key
-from distclip.setup.unfinished_backward import Wrapper, unfinished
-from distclip.measure.units import Units, UnitStep
+from distclip.exchange.channel import hash64
 from distclip.exchange.message import Wire
+from distclip.kernels.reference import SUMMED
+from distclip.kernels.tensor_list import GradList
+from distclip.measure.collect import Collector, Grads, Present
+from distclip.measure.units import Units, UnitStep
+from distclip.optimizers import joined_later, strangers
+from distclip.p_norm import norm_of, rounded
+from distclip.policies import LocalGrads, LocalStats
+from distclip.policies.assignment import Part
+from distclip.policies.validate import checked_stats
+from distclip.records import Norms
+from distclip.request import Call
+from distclip.setup.late_parameters import Newcomers
+from distclip.setup.placement import DEVICES
+from distclip.setup.plan import Plan
+from distclip.setup.unfinished_backward import Wrapper, unfinished
+from distclip.torch_internals.dtensor import local_tensor
 
 _MIXER = -7046029254386353131
 
@@ -243,4 +245,4 @@ class Sensor:
 
 @lru_cache(maxsize=64)
 def _token(text: str) -> int:
-    return key(text) & 0xFFFF
+    return hash64(text) & 0xFFFF

@@ -13,13 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distclip.kernels.reference_apply import wide
-from distclip.measure.collect import Grads
 from distclip.errors import GradientError
 from distclip.exchange.channel import Channel
-from distclip.kernels.reference import rounded
-from distclip.setup.placement import UnitRange, local_tensor
+from distclip.kernels.reference import wide
+from distclip.measure.collect import Grads
+from distclip.p_norm import rounded
 from distclip.setup.plan import Plan
+from distclip.setup.units import UnitRange
+from distclip.torch_internals.dtensor import local_tensor
 
 _CHUNK = 1 << 20  # elements: bounds float64 copies
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.kernels.reference import norm_of
+from distclip.p_norm import norm_of
 from distclip.records import Norms, UnitScale
 
 

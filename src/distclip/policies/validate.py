@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Part, State, copied, decide, norms_of
 from distclip.errors import ConfigError
 from distclip.policies import SkipSpikes, Warmup
+from distclip.policies.assignment import Part, norms_of
 from distclip.policies.policy import describe
-from distclip.records import Clamp, Decision, Norms, Scale, UnitScale
+from distclip.policies.state import State, copied
+from distclip.records import Clamp, Norms, Scale, UnitScale
 
 _NUMBERS = {  # the float64 fields of each answer; `clipped` is bool
     Scale: ("coef", "threshold"),
@@ -37,7 +38,7 @@ def first_state(policy: Any, groups: int, device: torch.device) -> tuple[Tensor,
     return copied(made)
 
 
-def checked_answers(parts: Sequence[Part], norms: Norms, states: State) -> Decision:
+def check_answers(parts: Sequence[Part], norms: Norms, states: State) -> None:
     """`decide` once, at set-up, where each policy must answer as `Policy` and the records say. Reads no tensor.
 
     Raises:
@@ -45,7 +46,6 @@ def checked_answers(parts: Sequence[Part], norms: Norms, states: State) -> Decis
     """
     for part, state in zip(parts, states, strict=True):
         _check(part.policy, norms_of(part, norms), state)
-    return decide(parts, norms, states)[0]
 
 
 def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:

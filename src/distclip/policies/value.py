@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distclip.kernels.reference import norm_of
+from distclip.p_norm import norm_of
 from distclip.policies.fixed import checked_threshold
 from distclip.policies.policy import LocalGrads
 from distclip.records import Clamp, Norms

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from distclip.decide.decision import Fate
 from distclip.groups import Watch
-from distclip.kernels.reference import norm_of
-from distclip.setup.plan import Plan
-from distclip.records import ClipReport, Culprit, Decision, Norms
 from distclip.measure.local_sums import Reduced
+from distclip.p_norm import norm_of
+from distclip.records import ClipReport, Culprit, Decision, Norms
+from distclip.setup.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,8 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-from distclip.errors import ConfigError
 from distclip.exchange.readback import Mirror
 from distclip.records import ClipReport, Culprit
 
@@ -20,26 +19,6 @@ class Sink(Protocol):
     """
 
     def write(self, report: ClipReport) -> None: ...
-
-
-def check_sinks(sinks: Any, rank: int) -> None:
-    """On the rank that writes. Elsewhere sinks are not looked at: `None` may stand there in the place of what only one rank has.
-
-    Raises:
-        ConfigError: one of them cannot take reports.
-    """
-    if not isinstance(sinks, Sequence):
-        raise ConfigError(f"sinks={sinks!r} on rank {rank}, which writes; pass a list, such as sinks=[distclip.JSONLSink('run.jsonl')]")
-    for i, sink in enumerate(cast("Sequence[Any]", sinks)):
-        lacks = "it is None" if sink is None else getattr(sink, "lacks", "")
-        if not lacks and (isinstance(sink, type) or not callable(getattr(sink, "write", None))):
-            lacks = "it has no write(report)"
-        if lacks:
-            what = repr(sink) if isinstance(sink, (type, str)) or sink is None else type(sink).__name__
-            raise ConfigError(
-                f"sinks[{i}], {what}: {lacks} on rank {rank}, the first of the process group, which writes. What is made on one rank "
-                "alone (a run, a writer) must be made on this one; others may pass None"
-            )
 
 
 class Writer:

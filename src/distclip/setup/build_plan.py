@@ -6,21 +6,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import policy_of
 from distclip.errors import ConfigError
 from distclip.exchange.channel import Channel
-from distclip.setup.parameters import Found, Params, named_parameters, passed_modules, passed_tensors
-from distclip.setup.options import Asked, Options, checked
-from distclip.setup.placement import Declared, UnitRange, pieces, unit_range
-from distclip.setup.plan import Plan, agree_on_call, make_plan
+from distclip.policies.assignment import policy_of
 from distclip.records import Holding, Piece
-from distclip.report.writer import Sink, check_sinks
-from distclip.torch_internals.join import UnevenInputs
+from distclip.setup.options import Asked, Options, check_sinks, checked
+from distclip.setup.parameters import Found, Params, named_parameters, passed_modules, passed_tensors
+from distclip.setup.placement import Declared, pieces
+from distclip.setup.plan import Plan, agree_on_call, make_plan
 from distclip.setup.unfinished_backward import Wrapper, wrappers
+from distclip.setup.units import UnitRange, unit_range
+from distclip.torch_internals.join import UnevenInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class _Local:
     beside: list[Holding] = field(default_factory=lambda: [])  # of parameters that are no pieces
 
 
-def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Sink] = ()) -> Reading:
+def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Any] = ()) -> Reading:
     """A collective.
 
     Raises:

@@ -7,29 +7,22 @@ many ranks share it: the traffic grows with ranks + distinct tables x parameters
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.errors import AgreementError, ConfigError
-from distclip.exchange.channel import Channel, brief
+from distclip.errors import ConfigError
+from distclip.exchange.channel import Channel, hash64
 from distclip.records import Holding, Piece
 
 _TEXT_WORDS, _SCOPES = 8, 6
 _HOLDING_WORDS = _TEXT_WORDS + 2 + _SCOPES  # text, region, flags, scopes
 _DECLARED = 1 << _SCOPES  # a flag; those below it say which scopes are rank sets
 _ROW_WORDS = 5  # key of the name, holding, key of the shape, key of the group, key of the watched layer
-
-
-def key(text: str) -> int:
-    """8 bytes of a hash, as an int64."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 class RemoteHolding(NamedTuple):
@@ -71,11 +64,11 @@ def exchange_tables(
     holdings = list(dict.fromkeys([*(piece.holding for piece in pieces), *beside]))
     ordinal = {holding: i for i, holding in enumerate(holdings)}
     rows = [
-        (key(piece.key_name), ordinal[piece.holding], key(f"{piece.shape}"), key(group), key(layer))
+        (hash64(piece.key_name), ordinal[piece.holding], hash64(f"{piece.shape}"), hash64(group), hash64(layer))
         for piece, group, layer in zip(pieces, group_of, layer_of, strict=True)
     ]
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, _ROW_WORDS)
-    digest = key(str(rows))
+    digest = hash64(str(rows))
     heads = channel.slots(torch.tensor([digest, len(rows), len(holdings)], device="cpu"), device, "the set-up's table of sizes").tolist()
 
     first = {d: rank for rank, (d, _, _) in reversed(list(enumerate(heads)))}  # digest → first rank that has it
@@ -108,7 +101,7 @@ def _put(buffer: Tensor, start: int, words: Tensor) -> None:
 
 def _encode(holding: Holding) -> list[int]:
     text = holding.how.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
-    scopes = [key(scope) for scope in holding.scopes]
+    scopes = [hash64(scope) for scope in holding.scopes]
     if len(scopes) > _SCOPES:
         raise ConfigError(
             f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported"
@@ -116,7 +109,7 @@ def _encode(holding: Holding) -> list[int]:
     letters = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)]
     flags = sum(1 << i for i, scope in enumerate(holding.scopes) if scope in holding.rank_sets)
     flags |= _DECLARED if holding.declared else 0
-    return [*letters, key(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]
+    return [*letters, hash64(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]
 
 
 def _decode(words: list[int]) -> RemoteHolding:
@@ -136,18 +129,3 @@ DECLARE = (
     "If these are different parameters under one name (pipeline stages, experts), declare "
     "replicated_over={pattern: process group | distclip.PRIVATE}"
 )
-
-
-def refuse(channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = "") -> None:
-    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks.
-
-    Args:
-        remedy: the error's last line.
-    """
-    said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(channel.ranks, channel.texts("\n".join(problems), device, what), strict=True):
-        for line in text.splitlines():
-            said[line].append(rank)
-    if said:
-        lines = [f"rank {brief(ranks)}: {line}" for line, ranks in said.items()]
-        raise AgreementError("\n".join([*lines, remedy] if remedy else lines))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
 
 from torch import Tensor
 
-from distclip.decide.decision import describe_rules
 from distclip.errors import ConfigError
-from distclip.groups import ONE, Grouping, Watch
-from distclip.decide.guard import MODES, OnNonfinite
+from distclip.groups import ONE, Exempt, Grouping, Watch
 from distclip.policies import FixedNorm, Policy
 from distclip.policies.policy import describe
 
+OnNonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
+MODES = ("skip", "raise", "propagate")
 FOLDS = ("auto", "never")
 PARTIAL_GRADS = ("refuse", "reduce")
 
@@ -131,4 +132,28 @@ def _check_kinds(asked: Asked) -> None:
         if isinstance(rule, type):
             raise ConfigError(
                 f"groups=by_name({{{pattern!r}: {rule.__name__}}}): that is the class; call it: distclip.{rule.__name__}(...)"
+            )
+
+
+def describe_rules(rules: Mapping[str, Any], describe: Any) -> str:
+    return ", ".join(f"{name}: {rule if isinstance(rule, (int, float, Exempt)) else describe(rule)}" for name, rule in rules.items())
+
+
+def check_sinks(sinks: Any, rank: int) -> None:
+    """On the rank that writes. Elsewhere sinks are not looked at: `None` may stand there in the place of what only one rank has.
+
+    Raises:
+        ConfigError: one of them cannot take reports.
+    """
+    if not isinstance(sinks, Sequence):
+        raise ConfigError(f"sinks={sinks!r} on rank {rank}, which writes; pass a list, such as sinks=[distclip.JSONLSink('run.jsonl')]")
+    for i, sink in enumerate(cast("Sequence[Any]", sinks)):
+        lacks = "it is None" if sink is None else getattr(sink, "lacks", "")
+        if not lacks and (isinstance(sink, type) or not callable(getattr(sink, "write", None))):
+            lacks = "it has no write(report)"
+        if lacks:
+            what = repr(sink) if isinstance(sink, (type, str)) or sink is None else type(sink).__name__
+            raise ConfigError(
+                f"sinks[{i}], {what}: {lacks} on rank {rank}, the first of the process group, which writes. What is made on one rank "
+                "alone (a run, a writer) must be made on this one; others may pass None"
             )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from distclip.torch_internals.dtensor import is_dtensor
 from distclip.errors import ConfigError
+from distclip.torch_internals.dtensor import is_dtensor
 from distclip.torch_internals.fsdp1 import FlatShard, flat_shards
 
 Params: TypeAlias = "nn.Module | Tensor | Iterable[nn.Module | Tensor | tuple[str, Tensor]]"

@@ -18,14 +18,13 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from distclip.torch_internals.dtensor import is_dtensor
 from distclip.errors import ConfigError, PlacementError
-from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
-from distclip.setup.parameters import Named
 from distclip.records import Holding, Piece
+from distclip.setup.parameters import Named
+from distclip.torch_internals.dtensor import is_dtensor, mesh_of, spec_of
+from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -94,7 +93,7 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
             f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the outermost "
             "FullyShardedDataParallel module itself: GradClipper(model, ...), neither model.module nor its parameters"
         )
-    spec = _spec_of(named.param)
+    spec = spec_of(named.param)
     if spec is not None:
         return _distributed(named, key, spec, scopes)
     param = named.param
@@ -143,20 +142,20 @@ class _Placed(NamedTuple):
 
 def _placed(spec: Any) -> _Placed:
     """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as copies."""
-    mesh = _mesh_of(spec)
+    mesh = mesh_of(spec)
     sizes, token = _facts(mesh)
     # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part of its own
-    split = [f"{p}:{c}/{n}" for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True) if not _is_copy(p)]
+    split = [f"{p}:{c}/{n}" for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True) if not is_copy(p)]
     return _Placed(_described(tuple(spec.placements), sizes), " ".join(split) or "whole", token)
 
 
-def _is_copy(placement: Placement) -> bool:
+def is_copy(placement: Placement) -> bool:
     return placement.is_replicate() or placement.is_partial()
 
 
 def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
     placements: tuple[Placement, ...] = tuple(spec.placements)
-    if _mesh_of(spec).get_coordinate() is None:
+    if mesh_of(spec).get_coordinate() is None:
         return None
     if named.param.requires_grad and any(map(_IS_PARTIAL, placements)):
         raise PlacementError(
@@ -168,48 +167,6 @@ def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | 
     holding = scopes.holding(placed.how, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor(param) else None)
-
-
-class UnitRange(NamedTuple):
-    """Of a parameter's units (the indices of its first dimension, or one unit where it has no second) those that a piece holds."""
-
-    first: int
-    held: int
-    cut: bool  # other ranks hold other parts of the same units
-    whole: int  # the whole parameter's
-
-
-def unit_range(param: Tensor, piece: Piece) -> UnitRange:
-    """PlacementError where units are cut in a way that cannot be told."""
-    vector = len(piece.shape) < 2
-    whole = 1 if vector else piece.shape[0]
-    held = 1 if vector else piece.local_shape[0]
-    if "flat " in piece.holding.region:
-        raise PlacementError(f"{piece.name} is {piece.holding.how}, which cuts units anywhere; clip by units under fully_shard (FSDP2)")
-    spec = _spec_of(param)
-    dims = set[int]() if spec is None else {p.dim % max(1, len(piece.shape)) for p in spec.placements if not _is_copy(p)}
-    if not (dims if vector else dims - {0}):
-        return UnitRange(0, held, False, whole)
-    if vector or spec is None:
-        return UnitRange(0, 1, True, whole)
-    # not before there is a DTensor: the import takes a second
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    from torch.distributed.tensor.placement_types import Shard
-
-    if any(not (_is_copy(p) or isinstance(p, Shard)) and p.dim == 0 for p in spec.placements):
-        raise PlacementError(f"{piece.name} is {piece.holding.how}; clipping by units does not know which rows these are")
-    _, offset = compute_local_shape_and_global_offset(piece.shape, _mesh_of(spec), spec.placements)
-    return UnitRange(offset[0], held, True, whole)
-
-
-def _spec_of(param: Tensor) -> Any:
-    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other tensor."""
-    return param if is_dtensor(param) else getattr(param, "_st_info", None)
-
-
-def _mesh_of(spec: Any) -> Any:
-    """Under DDP the device_mesh attribute of the kept spec is called `mesh`."""
-    return spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
 
 
 @lru_cache(maxsize=256)
@@ -249,11 +206,3 @@ def ranks_token(group: ProcessGroup) -> str:
 
 def private_token(rank: int) -> str:
     return f"private to {rank}"
-
-
-def local_tensor(grad: Tensor) -> Tensor:
-    """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills it."""
-    if is_dtensor(grad):
-        grad = grad.to_local()
-    wait = getattr(grad, "wait", None)  # AsyncCollectiveTensor
-    return wait() if wait is not None else grad

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from distclip.errors import AgreementError, ConfigError
-from distclip.exchange.channel import Channel, brief
-from distclip.setup.replicas import find_holders, rows_of
+from distclip.exchange.channel import Channel, brief, hash64, raise_on_all_ranks
 from distclip.records import Holding, Piece, Row, Share
-from distclip.setup.inventory import DECLARE, exchange_tables, key, refuse
+from distclip.setup.inventory import DECLARE, exchange_tables
+from distclip.setup.replicas import find_holders, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def agree_on_call(channel: Channel, config: Mapping[str, str], error: Exception 
         AgreementError: on all ranks, if one of them had an error or another configuration.
     """
     if channel.size > 1:
-        digest = key(str(sorted(config.items()))) if error is None else 0
+        digest = hash64(str(sorted(config.items()))) if error is None else 0
         heads = channel.slots(torch.tensor([digest, int(error is not None)], device="cpu"), device, "the set-up's first message")
         if heads[:, 1].any():
             said = channel.texts(f"{type(error).__name__}: {error}" if error else "", device, "the report of a set-up error")
@@ -140,8 +140,9 @@ def make_plan(
         raise ConfigError("params holds no parameters on any rank; pass the model, or (name, parameter) pairs")
     holders = find_holders(tables, channel.rank, pieces)
     if holders.misshapen:
-        local = [f"{p.name} has shape {p.shape}" for p in pieces if key(p.key_name) in holders.misshapen]
-        refuse(channel, local, device, "the comparison of shapes", f"{DECLARE}. If they should be equal, build the same model on all ranks")
+        local = [f"{p.name} has shape {p.shape}" for p in pieces if hash64(p.key_name) in holders.misshapen]
+        remedy = f"{DECLARE}. If they should be equal, build the same model on all ranks"
+        raise_on_all_ranks(channel, local, device, "the comparison of shapes", remedy)
 
     held, whole = [0.0] * holders.slots, [0.0] * holders.slots
     for piece, share, slot, members in zip(pieces, holders.shares, holders.slot, holders.members, strict=True):
@@ -157,7 +158,7 @@ def make_plan(
             for p, s in zip(pieces, holders.slot, strict=True)
             if lost[s]
         ]
-        refuse(channel, local, device, "the comparison of elements")
+        raise_on_all_ranks(channel, local, device, "the comparison of elements")
     groups = _agreed_names(channel, [rows[:, 3] for rows in tables.rows], group_of, device)
     layers = () if layer_of is None else _agreed_names(channel, [rows[:, 4] for rows in tables.rows], watched, device)
     group_at, layer_at = ({name: i for i, name in enumerate(names)} for names in (groups, layers))
@@ -205,7 +206,7 @@ def _agreed_names(channel: Channel, keys: Sequence[Tensor], own: Sequence[str], 
     """
     known = [set(column.tolist()) for column in keys]
     everywhere = set.intersection(*known)
-    here = {key(name): name for name in own}
+    here = {hash64(name): name for name in own}
     names = set(here.values())
     if set.union(*known) != everywhere:
         some = sorted(name for k, name in here.items() if k not in everywhere)

@@ -11,9 +11,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from distclip.exchange.channel import Channel
+from distclip.exchange.channel import Channel, hash64
 from distclip.records import Piece, Row, Share
-from distclip.setup.inventory import RemoteHolding, Tables, key
+from distclip.setup.inventory import RemoteHolding, Tables
 
 
 class Component(NamedTuple):
@@ -65,7 +65,7 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
     per_name = torch.tensor([len(c) for c in components], device="cpu")[case_of]
     base = per_name.cumsum(0) - per_name
     # few of all names are this rank's, where every rank has its own: only those become Python numbers
-    keys = [key(piece.key_name) for piece in pieces]
+    keys = [hash64(piece.key_name) for piece in pieces]
     at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64, device="cpu"))
     shares: list[Share] = []
     slot: list[int] = []

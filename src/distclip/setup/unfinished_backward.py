@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distclip.torch_internals.dtensor import imported_class
 from distclip.setup.parameters import Params, passed_modules, strip
+from distclip.torch_internals.dtensor import imported_class
 
 
 class Wrapper(NamedTuple):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
 
@@ -24,3 +27,34 @@ def is_dtensor(value: object) -> TypeIs[DTensor]:
     """`isinstance(value, DTensor)`."""
     kind = dtensor_class()
     return kind is not None and isinstance(value, kind)
+
+
+def local_tensor(grad: Tensor) -> Tensor:
+    """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills it."""
+    if is_dtensor(grad):
+        grad = grad.to_local()
+    wait = getattr(grad, "wait", None)  # AsyncCollectiveTensor
+    return wait() if wait is not None else grad
+
+
+def spec_of(param: Tensor) -> Any:
+    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other tensor."""
+    return param if is_dtensor(param) else getattr(param, "_st_info", None)
+
+
+def mesh_of(spec: Any) -> Any:
+    """Under DDP the device_mesh attribute of the kept spec is called `mesh`."""
+    return spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
+
+
+def is_contiguous_shard(placement: Placement) -> bool:
+    """Whether a rank's part is one run of indices: Shard, and not what is derived from it (_StridedShard of some releases)."""
+    kind = imported_class("torch.distributed.tensor.placement_types", "Shard")
+    return kind is not None and isinstance(placement, kind)
+
+
+def offset_of(shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
+    """Where this rank's part of a DTensor of that shape begins, by dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # not before there is a DTensor: it takes a second
+
+    return tuple(compute_local_shape_and_global_offset(shape, mesh_of(spec), spec.placements)[1])

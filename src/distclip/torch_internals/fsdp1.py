@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from distclip.torch_internals.dtensor import imported_class
 from distclip.errors import PlacementError
+from distclip.torch_internals.dtensor import imported_class
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 import distclip
 from distclip.cli import silence
-from distclip.cli.doctor.store import Board, read_place
 from distclip.cli.doctor.clip_checks import REPORT, LayoutCheck, Overflow
 from distclip.cli.doctor.facts import cannot_start, device_for, facts, judge_facts
 from distclip.cli.doctor.layouts import LAYOUTS
+from distclip.cli.doctor.output import Findings, as_json, as_table
 from distclip.cli.doctor.records import Bench, CannotRun, Check, Place, Result, Seen, by_value, spans
 from distclip.cli.doctor.speed_checks import Latency, Speed
-from distclip.cli.doctor.output import Findings, as_json, as_table
+from distclip.cli.doctor.store import Board, read_place
 from distclip.cli.doctor.watchdog import Watch
 
 CHECKS: tuple[Check, ...] = (*(LayoutCheck(layout) for layout in LAYOUTS), Overflow(), Latency(), Speed())

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from distclip.cli.report.plotting import INK, STEP, colour, whole_steps
-from distclip.cli.run_log import Run
 from distclip.cli.report.thinning import clipped_shares, known_points, spread, stretches_for, thinned
+from distclip.cli.run_log import Run
 
 _FAR = (1e-150, 1e150)  # matplotlib's margins overflow beyond
 

@@ -9,9 +9,9 @@ from html import escape
 import torch
 
 import distclip
-from distclip.cli.suggest.thresholds import percentile_of, recommend, warnings
 from distclip.cli.report.plotting import SERIES, Drawn
 from distclip.cli.run_log import Run
+from distclip.cli.suggest.thresholds import percentile_of, recommend, warnings
 
 _MOST_SKIPS = 100  # rows of a table
 _DARK = ("#6cb2f5", "#ff9b63", "#4fcb9b", "#b99aff", "#e3b341", "#ff86b8", "#4ecbe4", "#a9b4c0")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distclip.cli.report.curves import lines, norm
 from distclip.cli.glyphs import shortened
+from distclip.cli.report.curves import lines, norm
 from distclip.cli.report.heat import heat_map
 from distclip.cli.report.plotting import Drawn, Planned, drawn
 from distclip.cli.run_log import Run

@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from distclip.cli.glyphs import families_for, shortened
-from distclip.cli.run_log import Run
 from distclip.cli.report.svg import inline
+from distclip.cli.run_log import Run
 
 INK, MUTED, GRID = "#1b1f24", "#5c6671", "#d4dae1"
 SERIES = ("#0f5fa9", "#c2410d", "#12805d", "#8a3ffd", "#a16208", "#be185e", "#0e7491", "#57606b")

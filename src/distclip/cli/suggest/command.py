@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
-from distclip.cli.suggest.thresholds import Candidate, candidates, recommend, warnings
 from distclip.cli.run_log import Run, RunError, read_runs
+from distclip.cli.suggest.thresholds import Candidate, candidates, recommend, warnings
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,10 +6,10 @@ from statistics import median
 import torch
 
 from distclip.exchange.channel import Channel
-from distclip.setup.replicas import find_holders, pattern
-from distclip.setup.plan import make_plan
 from distclip.records import Holding, Piece
 from distclip.setup.inventory import exchange_tables
+from distclip.setup.plan import make_plan
+from distclip.setup.replicas import find_holders, pattern
 from distclip.testing import run_threads
 
 CPU = torch.device("cpu")

@@ -293,7 +293,7 @@ def test_states_that_move_on_and_are_answers_too(policy, waits):
 
 
 def test_copies_and_kept_states_are_of_the_same_kind():
-    from distclip.decide.decision import copied, kept
+    from distclip.policies.state import copied, kept
 
     old, new = Count(ones(2), ones()), Count(2 * ones(2), 2 * ones())
     assert isinstance(copied(old), Count) and copied(old).total is not old.total and copied((ones(),)) == (ones(),)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from distclip.kernels.reference import norm_of, power_sums, rounded
+from distclip.kernels.reference import power_sums
+from distclip.p_norm import norm_of, rounded
 from parity.oracle import NORMS, total_norm
 
 SOURCE = torch.Generator().manual_seed(1)

@@ -1,0 +1,1 @@
+"""`distclip doctor`: facts about this machine or cluster, and checks of clipping against a float64 oracle."""

@@ -1,0 +1,1 @@
+"""`distclip report`: a page with figures of one or several runs."""

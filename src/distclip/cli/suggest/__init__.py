@@ -1,0 +1,1 @@
+"""`distclip suggest`: which threshold would have clipped a run, and how often."""
