@@ -1,4 +1,5 @@
-"""Build hook: compiles the native kernels into the wheel, or beside the sources where the install is editable.
+"""Build hook: compiles the native kernels into the wheel, or beside the sources where the install
+is editable.
 
 Without a C compiler the wheel is pure Python, and torch's operations serve.
 """
@@ -23,7 +24,8 @@ class KernelsHook(BuildHookInterface):
         if self.target_name != "wheel":
             return
         folder = Path(self.root) / "src" / "distclip" / "kernels"
-        spec = importlib.util.spec_from_file_location("build_kernels", folder / "build.py")  # distclip itself would import torch
+        # distclip itself would import torch
+        spec = importlib.util.spec_from_file_location("build_kernels", folder / "build.py")
         assert spec is not None and spec.loader is not None
         kernels = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(kernels)

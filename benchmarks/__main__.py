@@ -1,4 +1,5 @@
-"""`python -m benchmarks [CASE ...]`: distclip against its peers. Prints a table; writes JSON, a plot, Markdown."""
+"""`python -m benchmarks [CASE ...]`: distclip against its peers. Prints a table; writes JSON, a
+plot, Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from benchmarks.scaling import block
 from benchmarks.table import text
 
 ROOT = Path(__file__).parents[1]
-MARKS = ("<!-- benchmarks: written by python -m benchmarks, do not edit -->", "<!-- /benchmarks -->")
+MARKS = (
+    "<!-- benchmarks: written by python -m benchmarks, do not edit -->",
+    "<!-- /benchmarks -->",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,14 +35,41 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("cases", nargs="*", metavar="CASE", help="which cases; default: all")
-    out.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: shows that everything runs, measures nothing")
-    out.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the cases for a GPU (default: cpu)")
-    out.add_argument("--kernels", choices=("torch", "native", "both"), help="force distclip's kernels; default: those it chooses")
+    out.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes and few rounds: shows that everything runs, measures nothing",
+    )
+    out.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: the cases for a GPU (default: cpu)",
+    )
+    out.add_argument(
+        "--kernels",
+        choices=("torch", "native", "both"),
+        help="force distclip's kernels; default: those it chooses",
+    )
     out.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as a picture (needs matplotlib)")
-    out.add_argument("--write", type=Path, metavar="FILE", help="write Markdown: all of FILE, or its block between the markers")
-    out.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: take the figures that --json wrote")
-    out.add_argument("--keep", action="store_true", help="keep the other cases that stand in --json FILE already")
+    out.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write the ratios as a picture (needs matplotlib)"
+    )
+    out.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="write Markdown: all of FILE, or its block between the markers",
+    )
+    out.add_argument(
+        "--read",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: take the figures that --json wrote",
+    )
+    out.add_argument(
+        "--keep", action="store_true", help="keep the other cases that stand in --json FILE already"
+    )
     out.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return out
 
@@ -55,7 +86,10 @@ def child(name: str, quick: bool, kernels: str | None) -> dict[str, Any]:
         command += ["--kernels", kernels] if kernels is not None else []
         done = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
         if done.returncode:
-            raise SystemExit(f"benchmarks: the case {name!r} ended with {done.returncode}; its output stands above")
+            raise SystemExit(
+                f"benchmarks: the case {name!r} ended with {done.returncode}; its "
+                f"output stands above"
+            )
         return json.loads(target.read_text())
 
 
@@ -70,7 +104,8 @@ def measured(names: list[str], quick: bool, kernels: str | None) -> dict[str, An
             print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
             found["rows"] += one.pop("rows")
             here = one.pop("machine")
-            found["machine"] = max(found["machine"] or here, here, key=lambda m: m["read_gb_s"][0])  # the least disturbed
+            # the least disturbed
+            found["machine"] = max(found["machine"] or here, here, key=lambda m: m["read_gb_s"][0])
             found |= one
     return found
 
@@ -83,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
         return on_a_gpu(options)
     unknown = [name for name in options.cases if name not in CASES]
     if unknown:
-        raise SystemExit(f"benchmarks: there is no case {unknown[0]!r}; the cases are {', '.join(CASES)}")
+        raise SystemExit(
+            f"benchmarks: there is no case {unknown[0]!r}; the cases are {', '.join(CASES)}"
+        )
     if options.child:
         from benchmarks.runner import run
 
@@ -100,7 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
             before = json.loads(options.json.read_text())
             found["rows"] += [row for row in before.pop("rows") if row["case"] not in names]
             found["rows"].sort(key=lambda row: list(CASES).index(row["case"]))
-            found = before | found | {"machine": max(before["machine"], found["machine"], key=lambda m: m["read_gb_s"][0])}
+            found = (
+                before
+                | found
+                | {
+                    "machine": max(
+                        before["machine"], found["machine"], key=lambda m: m["read_gb_s"][0]
+                    )
+                }
+            )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -118,13 +163,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(target: Path, found: dict[str, Any], rows: list[Row], plot: Path | None) -> None:
-    """All of `target`, or its block between the markers: the scale's tables where only they were measured."""
+    """All of `target`, or its block between the markers: the scale's tables where only they were
+    measured."""
     marked = target.exists() and MARKS[0] in target.read_text()
     if not marked:
-        target.write_text(page(found["machine"], rows, os.path.relpath(plot, target.parent) if plot else None))
+        target.write_text(
+            page(found["machine"], rows, os.path.relpath(plot, target.parent) if plot else None)
+        )
         return
     if not found.get("scale"):
-        raise SystemExit(f"benchmarks: {target} has a block for the case `scale`, which was not run")
+        raise SystemExit(
+            f"benchmarks: {target} has a block for the case `scale`, which was not run"
+        )
     before, rest = target.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     target.write_text(f"{before}{MARKS[0]}\n\n{block(found['scale'])}\n{MARKS[1]}{after}")

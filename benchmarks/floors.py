@@ -1,4 +1,5 @@
-"""The floors: ratio to the peer that a prototype reached, with torch operations alone and with the native kernel."""
+"""The floors: ratio to the peer that a prototype reached, with torch operations alone and with the
+native kernel."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ GPU_FLOORS: dict[str, float] = {
     "scaler": 1.5,
     "step idle": 1.2,
 }
-GPU_CEILINGS: dict[str, float] = {"waits": 0, "launches": 12, "host": 150.0}  # the host's in microseconds, for 1,000 tensors
+# the host's in microseconds, for 1,000 tensors
+GPU_CEILINGS: dict[str, float] = {"waits": 0, "launches": 12, "host": 150.0}
 GPU_MEMORY = (2**20, 16)  # bytes, and bytes a tensor
 
 

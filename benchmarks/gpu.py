@@ -17,10 +17,13 @@ def main(options: argparse.Namespace) -> int:
     """Measures (or reads what was measured), prints, writes.
 
     Raises:
-        SystemExit: no CUDA device, an unknown case, an option for the CPU, or a case that raised; the others are measured nevertheless.
+        SystemExit: no CUDA device, an unknown case, an option for the CPU, or a case that raised;
+            the others are measured nevertheless.
     """
     if options.kernels is not None or options.keep:
-        raise SystemExit("benchmarks: --kernels and --keep are for the CPU; leave them out with --device cuda")
+        raise SystemExit(
+            "benchmarks: --kernels and --keep are for the CPU; leave them out with --device cuda"
+        )
     failed: dict[str, str] = {}
     if options.read is not None:
         found = json.loads(options.read.read_text())
@@ -37,10 +40,15 @@ def main(options: argparse.Namespace) -> int:
 
         draw(rows, options.plot)
     if options.write is not None:
-        picture = None if options.plot is None else os.path.relpath(options.plot, options.write.parent)
+        picture = (
+            None if options.plot is None else os.path.relpath(options.plot, options.write.parent)
+        )
         options.write.write_text(page(found, rows, picture))
     if failed:
-        raise SystemExit("benchmarks: " + "; ".join(f"the case {name!r} raised {error}" for name, error in failed.items()))
+        raise SystemExit(
+            "benchmarks: "
+            + "; ".join(f"the case {name!r} raised {error}" for name, error in failed.items())
+        )
     return 0
 
 
@@ -60,13 +68,28 @@ def measured(names: list[str], quick: bool) -> tuple[dict[str, Any], dict[str, s
 
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise SystemExit(f"benchmarks: there is no case {unknown[0]!r} on a GPU; the cases are {', '.join(CASES)}")
-    effort = Effort(seconds=0.1, least=3, most=3, quick=True) if quick else Effort(seconds=0.6, least=8, most=30)
+        raise SystemExit(
+            f"benchmarks: there is no case {unknown[0]!r} on a GPU; the cases are "
+            f"{', '.join(CASES)}"
+        )
+    effort = (
+        Effort(seconds=0.1, least=3, most=3, quick=True)
+        if quick
+        else Effort(seconds=0.6, least=8, most=30)
+    )
     cache = Cache()
     here = machine(effort, cache)
     there, missing = peers()
-    bench = Bench(effort, cache, here["read_gb_s"][0] * 1e9, here["read_write_gb_s"][0] * 1e9, there)
-    found: dict[str, Any] = {"quick": quick, "device": "cuda", "machine": here, "missing": missing, "rows": []}
+    bench = Bench(
+        effort, cache, here["read_gb_s"][0] * 1e9, here["read_write_gb_s"][0] * 1e9, there
+    )
+    found: dict[str, Any] = {
+        "quick": quick,
+        "device": "cuda",
+        "machine": here,
+        "missing": missing,
+        "rows": [],
+    }
     failed: dict[str, str] = {}
     for name in names or list(CASES):
         start = time.monotonic()

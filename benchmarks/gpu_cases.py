@@ -21,7 +21,11 @@ from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, ratios
 from distclip.kernels.tensor_list import GradList
 
-CLIP, PROPAGATE, DROP_IN = "GradClipper.clip_", 'clip_, on_nonfinite="propagate"', "distclip.clip_grad_norm_"
+CLIP, PROPAGATE, DROP_IN = (
+    "GradClipper.clip_",
+    'clip_, on_nonfinite="propagate"',
+    "distclip.clip_grad_norm_",
+)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Pairs = Sequence[tuple[str, str]]
 
@@ -39,15 +43,27 @@ class Bench:
 
 
 def rows_of(case: str, what: str, times: dict[str, Times], pairs: Pairs, key: str) -> list[Row]:
-    """The first pair is the main one and has the floor `key`; the others may not be slower than their peers."""
+    """The first pair is the main one and has the floor `key`; the others may not be slower than
+    their peers."""
     rows: list[Row] = []
     whole = {name: t.whole for name, t in times.items()}
     for i, (peer, ours) in enumerate(pairs):
-        device = Spread.of([a / b for a, b in zip(times[peer].device, times[ours].device, strict=True)])
+        device = Spread.of(
+            [a / b for a, b in zip(times[peer].device, times[ours].device, strict=True)]
+        )
         host = [1e6 * Spread.of(times[name].host).median for name in (peer, ours)]
-        note = f"kernels alone {device.median:.2f} (own {1e3 * Spread.of(times[ours].device).median:.3f} ms); "
+        note = (
+            f"kernels alone {device.median:.2f} (own "
+            f"{1e3 * Spread.of(times[ours].device).median:.3f} ms); "
+        )
         note += f"host {host[0]:,.0f} and {host[1]:,.0f} us"
-        asked = f"{key}, Automodel" if peer == AUTOMODEL and ours == CLIP and f"{key}, Automodel" in GPU_FLOORS else key if i == 0 else ""
+        asked = (
+            f"{key}, Automodel"
+            if peer == AUTOMODEL and ours == CLIP and f"{key}, Automodel" in GPU_FLOORS
+            else key
+            if i == 0
+            else ""
+        )
         rows.append(
             Row(
                 case, what, ratios(whole, peer, ours), "x", ours, peer, Spread.of(whole[peer]), Spread.of(whole[ours]),
@@ -57,15 +73,41 @@ def rows_of(case: str, what: str, times: dict[str, Times], pairs: Pairs, key: st
     return rows
 
 
-def share(case: str, what: str, ideal: float, seconds: list[float], ours: str, key: str = "", note: str = "") -> Row:
+def share(
+    case: str,
+    what: str,
+    ideal: float,
+    seconds: list[float],
+    ours: str,
+    key: str = "",
+    note: str = "",
+) -> Row:
     """How close a call comes to what the device's bandwidths allow."""
     value = Spread.of([ideal / each for each in seconds])
     asked = gpu_floor(key) if key in GPU_FLOORS else {}
     ours_s = Spread.of(seconds)
-    return Row(case, what, value, "of 1", ours, "the device's bandwidth", ours_s=ours_s, kernels="triton", note=note, **asked)
+    return Row(
+        case,
+        what,
+        value,
+        "of 1",
+        ours,
+        "the device's bandwidth",
+        ours_s=ours_s,
+        kernels="triton",
+        note=note,
+        **asked,
+    )
 
 
-def clipping(bench: Bench, case: str, what: str, shapes: problems.Shapes, dtypes: Sequence[torch.dtype], large: bool = False) -> list[Row]:
+def clipping(
+    bench: Bench,
+    case: str,
+    what: str,
+    shapes: problems.Shapes,
+    dtypes: Sequence[torch.dtype],
+    large: bool = False,
+) -> list[Row]:
     """Idle and active, against all peers; for a large list also the share of the bandwidth."""
     rows: list[Row] = []
     params = problems.parameters(shapes, dtypes)
@@ -76,12 +118,21 @@ def clipping(bench: Bench, case: str, what: str, shapes: problems.Shapes, dtypes
     for state, max_norm, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
         runs = contenders(params, max_norm, bench.peers)
         times = bench.times([Contender(name, run, before) for name, run in runs.items()])
-        pairs = [(TORCH, CLIP), (TORCH, PROPAGATE), (TORCH, DROP_IN), *((peer, CLIP) for peer in bench.peers if peer != TORCH)]
-        rows += rows_of(case, f"{what} {state}", times, pairs, f"{case} {state}" if large else f"{key} {state}")
+        pairs = [
+            (TORCH, CLIP),
+            (TORCH, PROPAGATE),
+            (TORCH, DROP_IN),
+            *((peer, CLIP) for peer in bench.peers if peer != TORCH),
+        ]
+        rows += rows_of(
+            case, f"{what} {state}", times, pairs, f"{case} {state}" if large else f"{key} {state}"
+        )
         if large:
             ideal = size / bench.read + (2 * size / bench.both if state == "active" else 0)
             floor = f"{case} {state}, share"
-            label = f"{what} {state}: one read{' and one read + write' if state == 'active' else ''}"
+            label = (
+                f"{what} {state}: one read{' and one read + write' if state == 'active' else ''}"
+            )
             rows.append(share(case, label, ideal, times[CLIP].whole, CLIP, floor))
             rows.append(share(case, label, ideal, times[CLIP].device, f"{CLIP}, kernels alone"))
     if large:
@@ -89,17 +140,26 @@ def clipping(bench: Bench, case: str, what: str, shapes: problems.Shapes, dtypes
     return rows
 
 
-def contenders(params: list[nn.Parameter], max_norm: float, peers: dict[str, Clip]) -> dict[str, Callable[[], object]]:
+def contenders(
+    params: list[nn.Parameter], max_norm: float, peers: dict[str, Clip]
+) -> dict[str, Callable[[], object]]:
     clipper = distclip.GradClipper(named(params), max_norm)
     waiting = distclip.GradClipper(named(params), max_norm, on_nonfinite="propagate")
-    ours = {CLIP: clipper.clip_, PROPAGATE: waiting.clip_, DROP_IN: lambda: distclip.clip_grad_norm_(params, max_norm)}
+    ours = {
+        CLIP: clipper.clip_,
+        PROPAGATE: waiting.clip_,
+        DROP_IN: lambda: distclip.clip_grad_norm_(params, max_norm),
+    }
     return {name: lambda clip=clip: clip(params, max_norm) for name, clip in peers.items()} | ours
 
 
 def kernels(bench: Bench, case: str, what: str, grads: list[torch.Tensor], size: int) -> list[Row]:
     """The library's kernels by themselves."""
     listed = GradList.of(grads)
-    factors = {value: torch.full((len(grads),), value, dtype=torch.float64, device="cuda") for value in (0.999, 1.0)}
+    factors = {
+        value: torch.full((len(grads),), value, dtype=torch.float64, device="cuda")
+        for value in (0.999, 1.0)
+    }
     bounds = torch.full((len(grads),), 1e-3, dtype=torch.float64, device="cuda")
     runs: dict[str, tuple[float, Callable[[], object]]] = {
         "power sums": (size / bench.read, lambda: listed.power_sums(2.0)),
@@ -108,7 +168,10 @@ def kernels(bench: Bench, case: str, what: str, grads: list[torch.Tensor], size:
         "sums of a clamp": (size / bench.read, lambda: listed.clamped_sums(bounds, 2.0)),
     }
     times = bench.times([Contender(name, run) for name, (_, run) in runs.items()])
-    rows = [share(case, f"{what} kernels: {name}", ideal, times[name].device, name) for name, (ideal, _) in runs.items()]
+    rows = [
+        share(case, f"{what} kernels: {name}", ideal, times[name].device, name)
+        for name, (ideal, _) in runs.items()
+    ]
     nothing = bench.times([Contender("", lambda: listed.scale_(factors[1.0]))])[""]
     idle = Spread.of([1e6 * seconds for seconds in nothing.device])
     return [*rows, Row(case, f"{what} kernels: scale by 1", idle, "us", "scale", kernels="triton")]
@@ -117,23 +180,33 @@ def kernels(bench: Bench, case: str, what: str, grads: list[torch.Tensor], size:
 def llama(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     for name, dtype in DTYPES.items():
-        rows += clipping(bench, "llama", name, problems.llama(bench.effort.quick), [dtype], large=True)
+        rows += clipping(
+            bench, "llama", name, problems.llama(bench.effort.quick), [dtype], large=True
+        )
         torch.cuda.empty_cache()
     return rows
 
 
 def gpt2(bench: Bench) -> list[Row]:
-    return [row for name, dtype in DTYPES.items() for row in clipping(bench, "gpt2", name, problems.gpt2(bench.effort.quick), [dtype])]
+    return [
+        row
+        for name, dtype in DTYPES.items()
+        for row in clipping(bench, "gpt2", name, problems.gpt2(bench.effort.quick), [dtype])
+    ]
 
 
 def mixed(bench: Bench) -> list[Row]:
-    return clipping(bench, "mixed", "bf16 and fp32", problems.mixed(bench.effort.quick), list(DTYPES.values()))
+    return clipping(
+        bench, "mixed", "bf16 and fp32", problems.mixed(bench.effort.quick), list(DTYPES.values())
+    )
 
 
 def small(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     for count in (5_000, 20_000):
-        rows += clipping(bench, "small", f"{count:,}", problems.small(count, bench.effort.quick), [torch.float32])
+        rows += clipping(
+            bench, "small", f"{count:,}", problems.small(count, bench.effort.quick), [torch.float32]
+        )
     return rows
 
 
@@ -163,17 +236,30 @@ def scaler(bench: Bench) -> list[Row]:
             Contender(peer, clip, restore, scaler.update),
             Contender(ours, lambda c=clipper: c.clip_(optimizer, scaler), restore, scaler.update),
         ]
-        rows += rows_of("scaler", f"gpt2 fp32 {state}, in place", bench.times(both), [(peer, ours)], "scaler")
-        peer, ours = "unscale_ + clip_grad_norm_ + scaler.step + update", "step(optimizer, scaler=scaler)"
-        both = [Contender(peer, step, restore), Contender(ours, lambda c=clipper: c.step(optimizer, scaler=scaler), restore)]
-        rows += rows_of("scaler", f"gpt2 fp32 {state}, with fused AdamW", bench.times(both), [(peer, ours)], "")
+        rows += rows_of(
+            "scaler", f"gpt2 fp32 {state}, in place", bench.times(both), [(peer, ours)], "scaler"
+        )
+        peer, ours = (
+            "unscale_ + clip_grad_norm_ + scaler.step + update",
+            "step(optimizer, scaler=scaler)",
+        )
+        both = [
+            Contender(peer, step, restore),
+            Contender(ours, lambda c=clipper: c.step(optimizer, scaler=scaler), restore),
+        ]
+        rows += rows_of(
+            "scaler", f"gpt2 fp32 {state}, with fused AdamW", bench.times(both), [(peer, ours)], ""
+        )
     return rows
 
 
 def step(bench: Bench) -> list[Row]:
     """Clip and a fused AdamW step."""
     rows: list[Row] = []
-    sizes = {"gpt2 fp32": (problems.gpt2, torch.float32), "llama bf16": (problems.llama, torch.bfloat16)}
+    sizes = {
+        "gpt2 fp32": (problems.gpt2, torch.float32),
+        "llama bf16": (problems.llama, torch.bfloat16),
+    }
     for name, (shapes, dtype) in sizes.items():
         params = problems.parameters(shapes(bench.effort.quick), [dtype])
         optimizer = torch.optim.AdamW(params, lr=1e-9, fused=True)
@@ -182,13 +268,22 @@ def step(bench: Bench) -> list[Row]:
         for state, max_norm, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
             clipper = distclip.GradClipper(named(params), max_norm)
 
-            def both(params: list[nn.Parameter] = params, max_norm: float = max_norm, optimizer: Any = optimizer) -> None:
+            def both(
+                params: list[nn.Parameter] = params,
+                max_norm: float = max_norm,
+                optimizer: Any = optimizer,
+            ) -> None:
                 clip_grad_norm_(params, max_norm, foreach=True)
                 optimizer.step()
 
             peer, ours = "clip_grad_norm_ + AdamW(fused).step", "step(optimizer)"
-            pair = [Contender(peer, both, before), Contender(ours, lambda c=clipper, o=optimizer: c.step(o), before)]
-            rows += rows_of("step", f"{name} {state}", bench.times(pair), [(peer, ours)], f"step {state}")
+            pair = [
+                Contender(peer, both, before),
+                Contender(ours, lambda c=clipper, o=optimizer: c.step(o), before),
+            ]
+            rows += rows_of(
+                "step", f"{name} {state}", bench.times(pair), [(peer, ours)], f"step {state}"
+            )
     return rows
 
 
@@ -198,14 +293,25 @@ def value(bench: Bench) -> list[Row]:
         params = problems.parameters(problems.gpt2(bench.effort.quick), [dtype])
         bound = 2.5 * sum(p.numel() for p in params) ** -0.5  # of 2.5 standard deviations
         restore = problems.restorer(gradients(params))
-        clipper = distclip.GradClipper(named(params), policy=distclip.FixedValue(bound), on_nonfinite="propagate")
-        peer, ours, drop_in = "torch clip_grad_value_(foreach=True)", "clip_, FixedValue", "distclip.clip_grad_value_"
+        clipper = distclip.GradClipper(
+            named(params), policy=distclip.FixedValue(bound), on_nonfinite="propagate"
+        )
+        peer, ours, drop_in = (
+            "torch clip_grad_value_(foreach=True)",
+            "clip_, FixedValue",
+            "distclip.clip_grad_value_",
+        )
         three = [
-            Contender(peer, lambda p=params, b=bound: clip_grad_value_(p, b, foreach=True), restore),
+            Contender(
+                peer, lambda p=params, b=bound: clip_grad_value_(p, b, foreach=True), restore
+            ),
             Contender(drop_in, lambda p=params, b=bound: distclip.clip_grad_value_(p, b), restore),
-            Contender(ours, clipper.clip_, restore),  # measures the norm, and how far the clamp bends the gradient, as well
+            # measures the norm, and how far the clamp bends the gradient, as well
+            Contender(ours, clipper.clip_, restore),
         ]
-        rows += rows_of("value", f"gpt2 {name}", bench.times(three), [(peer, drop_in), (peer, ours)], "")
+        rows += rows_of(
+            "value", f"gpt2 {name}", bench.times(three), [(peer, drop_in), (peer, ours)], ""
+        )
     return rows
 
 
@@ -213,9 +319,14 @@ def adagc(bench: Bench) -> list[Row]:
     params = problems.parameters(problems.gpt2(bench.effort.quick), [torch.float32])
     restore = problems.restorer(gradients(params))
     policy, each = distclip.AdaGC(lambda_abs=0.5, warmup=1), distclip.per_parameter()
-    clipper = distclip.GradClipper(named(params), policy=policy, groups=each, on_nonfinite="propagate")
+    clipper = distclip.GradClipper(
+        named(params), policy=policy, groups=each, on_nonfinite="propagate"
+    )
     peer, ours = "torch's list operations, one threshold each", "clip_, AdaGC, per_parameter()"
-    pair = [Contender(peer, lambda: per_parameter(params, 1e-3), restore), Contender(ours, clipper.clip_, restore)]
+    pair = [
+        Contender(peer, lambda: per_parameter(params, 1e-3), restore),
+        Contender(ours, clipper.clip_, restore),
+    ]
     return rows_of("adagc", "gpt2 fp32 active", bench.times(pair), [(peer, ours)], "")
 
 
@@ -224,7 +335,9 @@ def dtensor(bench: Bench) -> list[Row]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    dist.init_process_group(
+        "nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
     try:
         mesh = init_device_mesh("cuda", (1,))
         rows: list[Row] = []
@@ -235,7 +348,9 @@ def dtensor(bench: Bench) -> list[Row]:
         held = [grad.to_local() for grad in gradients(params)]  # pyright: ignore[reportAttributeAccessIssue]
         restore, norm = problems.restorer(held), float(distclip.get_total_norm(held))
         for state, max_norm, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
-            runs = contenders(params, max_norm, {name: bench.peers[name] for name in (TORCH, RECIPE)})
+            runs = contenders(
+                params, max_norm, {name: bench.peers[name] for name in (TORCH, RECIPE)}
+            )
             times = bench.times([Contender(name, run, before) for name, run in runs.items()])
             pairs = [(TORCH, CLIP), (TORCH, PROPAGATE), (TORCH, DROP_IN), (RECIPE, CLIP)]
             rows += rows_of("dtensor", f"gpt2 fp32 {state}", times, pairs, "")
@@ -256,7 +371,10 @@ def graph(bench: Bench) -> list[Row]:
         optimizers[0].step()
 
     peer, ours = "replay of clip_grad_norm_ + AdamW(fused).step", "replay of step(optimizer)"
-    pair = [Contender(peer, captured(both).replay), Contender(ours, captured(lambda: clipper.step(optimizers[1])).replay)]
+    pair = [
+        Contender(peer, captured(both).replay),
+        Contender(ours, captured(lambda: clipper.step(optimizers[1])).replay),
+    ]
     return rows_of("graph", "gpt2 fp32 idle", bench.times(pair), [(peer, ours)], "")
 
 
@@ -274,7 +392,8 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def call(bench: Bench) -> list[Row]:
-    """What a call on 1,000 tensors of 64 x 16 is made of: the host's time, launches, waits, memory."""
+    """What a call on 1,000 tensors of 64 x 16 is made of: the host's time, launches, waits,
+    memory."""
     params = problems.parameters(problems.small(1_000, bench.effort.quick), [torch.float32])
     grads = gradients(params)
     norm, restore = float(distclip.get_total_norm(grads)), problems.restorer(grads)
@@ -282,7 +401,10 @@ def call(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     limit = (GPU_MEMORY[0] + GPU_MEMORY[1] * len(params)) / 2**20
     for state, max_norm, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
-        clippers = [distclip.GradClipper(named(params), max_norm, on_nonfinite=mode) for mode in ("skip", "propagate", "skip")]
+        clippers = [
+            distclip.GradClipper(named(params), max_norm, on_nonfinite=mode)
+            for mode in ("skip", "propagate", "skip")
+        ]
         runs: dict[str, Callable[[], object]] = {
             TORCH: lambda m=max_norm: clip_grad_norm_(params, m, foreach=True),
             CLIP: clippers[0].clip_,
@@ -309,10 +431,23 @@ def call(bench: Bench) -> list[Row]:
                 ("host's time", Spread.of(host), "us", gpu_ceiling("host")),
                 ("launches", Spread.of([launches]), "launches", gpu_ceiling("launches")),
                 ("waits of the host", Spread.of([found.waits]), "waits", gpu_ceiling("waits")),
-                ("memory", Spread.of([found.extra / 2**20]), "MiB", {"floor": limit, "issue": True, "at_least": False}),
+                (
+                    "memory",
+                    Spread.of([found.extra / 2**20]),
+                    "MiB",
+                    {"floor": limit, "issue": True, "at_least": False},
+                ),
             )
             rows += [
-                Row("call", label.format(figure), spread, unit, name, kernels="triton", **(asked if mine else {}))
+                Row(
+                    "call",
+                    label.format(figure),
+                    spread,
+                    unit,
+                    name,
+                    kernels="triton",
+                    **(asked if mine else {}),
+                )
                 for figure, spread, unit, asked in figures
             ]
     return rows
@@ -326,7 +461,9 @@ class GpuCase:
 
 CASES = {
     "llama": GpuCase(
-        llama, f"{problems.LLAMA:,} elements in a Llama's shapes, bf16 and fp32; the share of the bandwidth; the kernels alone"
+        llama,
+        f"{problems.LLAMA:,} elements in a Llama's shapes, bf16 and fp32; the share of the "
+        f"bandwidth; the kernels alone",
     ),
     "gpt2": GpuCase(gpt2, "GPT-2 124M's shapes, bf16 and fp32"),
     "mixed": GpuCase(mixed, "500 matrices of 225 million elements, bf16 and fp32 in turn"),

@@ -29,9 +29,12 @@ times (the peer's and distclip's). `>= 1 (peer)` means that no floor was set bey
 def machine_line(machine: dict[str, Any]) -> str:
     read, both = machine["read_gb_s"], machine["read_write_gb_s"]
     return (
-        f"{machine['device']}, {machine['processors']} multiprocessors, {machine['memory_gib']} GiB, compute capability "
-        f"{machine['capability']}; torch {machine['torch']}, triton {machine['triton']}; reads {read[0]:,.0f} GB/s "
-        f"({read[1]:,.0f}-{read[2]:,.0f}), reads and writes {both[0]:,.0f} GB/s ({both[1]:,.0f}-{both[2]:,.0f}), measured in the same run"
+        f"{machine['device']}, {machine['processors']} multiprocessors, {machine['memory_gib']} "
+        f"GiB, compute capability "
+        f"{machine['capability']}; torch {machine['torch']}, triton {machine['triton']}; reads "
+        f"{read[0]:,.0f} GB/s "
+        f"({read[1]:,.0f}-{read[2]:,.0f}), reads and writes {both[0]:,.0f} GB/s "
+        f"({both[1]:,.0f}-{both[2]:,.0f}), measured in the same run"
     )
 
 
@@ -48,10 +51,14 @@ def page(found: dict[str, Any], rows: Sequence[Row], plot: str | None) -> str:
 
     parts = [INTRODUCTION.format(machine=machine_line(found["machine"]), tally=tally(rows))]
     parts += [f"{missing}\n" for missing in found["missing"]]
-    parts += [f"The case `{name}` raised {error}\n" for name, error in found.get("failed", {}).items()]
+    parts += [
+        f"The case `{name}` raised {error}\n" for name, error in found.get("failed", {}).items()
+    ]
     if plot is not None:
         parts.append(f"![Ratio to the peer by case, with floors]({plot})\n")
     order = list(CASES)
-    for case, group in groupby(sorted(rows, key=lambda row: order.index(row.case)), key=lambda row: row.case):
+    for case, group in groupby(
+        sorted(rows, key=lambda row: order.index(row.case)), key=lambda row: row.case
+    ):
         parts.append(section(case, CASES[case].line, list(group)))
     return "\n".join(parts)

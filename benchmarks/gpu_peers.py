@@ -1,4 +1,5 @@
-"""What distclip is compared with on a CUDA device: torch's own ways, and other projects' norms where they are installed."""
+"""What distclip is compared with on a CUDA device: torch's own ways, and other projects' norms
+where they are installed."""
 
 from __future__ import annotations
 
@@ -10,8 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-TORCH, RECIPE = "torch clip_grad_norm_(foreach=True)", "torch get_total_norm + clip_grads_with_norm_"
-AUTOMODEL, ENGINE = "NeMo Automodel's norm + torch's scale", "Transformer Engine's norm + torch's scale"
+TORCH, RECIPE = (
+    "torch clip_grad_norm_(foreach=True)",
+    "torch get_total_norm + clip_grads_with_norm_",
+)
+AUTOMODEL, ENGINE = (
+    "NeMo Automodel's norm + torch's scale",
+    "Transformer Engine's norm + torch's scale",
+)
 Clip = Callable[[list[nn.Parameter], float], Any]
 
 
@@ -24,12 +31,16 @@ def _torch(params: list[nn.Parameter], max_norm: float) -> None:
 
 
 def _recipe(params: list[nn.Parameter], max_norm: float) -> None:
-    clip_grads_with_norm_(params, max_norm, get_total_norm(gradients(params), foreach=True), foreach=True)
+    clip_grads_with_norm_(
+        params, max_norm, get_total_norm(gradients(params), foreach=True), foreach=True
+    )
 
 
 def _automodel() -> Clip:
     sumsq = import_module("nemo_automodel.components.training.triton.grad_norm").multi_tensor_sumsq
-    return lambda params, max_norm: clip_grads_with_norm_(params, max_norm, sumsq(gradients(params)).sqrt().float(), foreach=True)
+    return lambda params, max_norm: clip_grads_with_norm_(
+        params, max_norm, sumsq(gradients(params)).sqrt().float(), foreach=True
+    )
 
 
 def _engine() -> Clip:

@@ -15,7 +15,8 @@ LLAMA = 1_536_066_816
 
 
 def llama(quick: bool) -> Shapes:
-    """20 layers of a Llama of width 2048, with a vocabulary (and a last norm) that make `LLAMA` elements in all."""
+    """20 layers of a Llama of width 2048, with a vocabulary (and a last norm) that make `LLAMA`
+    elements in all."""
     if quick:
         return [(2048, 256), (256, 256), (256,)]
     width, key, inner = 2048, 512, 8192
@@ -27,7 +28,9 @@ def llama(quick: bool) -> Shapes:
 def mixed(quick: bool) -> Shapes:
     """500 matrices of 225 million elements, from 64 x 64 to 4096 x 4096."""
     draw = random.Random(0)
-    shapes = [(2 ** draw.randint(6, 12), 2 ** draw.randint(6, 12)) for _ in range(10 if quick else 500)]
+    shapes = [
+        (2 ** draw.randint(6, 12), 2 ** draw.randint(6, 12)) for _ in range(10 if quick else 500)
+    ]
     if not quick:
         least = sum(a * b for a, b in shapes)
         factor = (225e6 / least) ** 0.5

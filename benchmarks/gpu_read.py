@@ -1,4 +1,5 @@
-"""A kernel that reads memory and does nearly nothing else: with which bandwidth this device reads. Imported only where triton is."""
+"""A kernel that reads memory and does nearly nothing else: with which bandwidth this device reads.
+Imported only where triton is."""
 
 # pyright: basic, reportIndexIssue=false
 

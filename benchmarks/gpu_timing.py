@@ -1,4 +1,5 @@
-"""Times on a CUDA device: interleaved, with events; what the host does for a call; launches, waits and memory."""
+"""Times on a CUDA device: interleaved, with events; what the host does for a call; launches, waits
+and memory."""
 
 from __future__ import annotations
 
@@ -15,16 +16,20 @@ import torch
 from benchmarks.records import Spread
 from benchmarks.timing import Contender, Effort, quiet
 
-_TICKS = 2e9  # of the device's clock in a second, roughly: how long it is kept busy while the host prepares a call
+# of the device's clock in a second, roughly: how long it is kept busy while the host prepares a
+# call
+_TICKS = 2e9
 
 
 @dataclass(slots=True)
 class Times:
     """Seconds, by round."""
 
-    whole: list[float] = field(default_factory=list)  # on an idle device, from the call to the end of its last kernel
+    # on an idle device, from the call to the end of its last kernel
+    whole: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)  # until the call returns
-    device: list[float] = field(default_factory=list)  # the kernels alone: the host was ahead of the device
+    # the kernels alone: the host was ahead of the device
+    device: list[float] = field(default_factory=list)
 
 
 class Cache:
@@ -39,7 +44,8 @@ class Cache:
 
 
 def _once(contender: Contender, cache: Cache, busy: float) -> tuple[float, float]:
-    """Seconds between two events around the call, and of the host. The device is kept busy before it for `busy` seconds."""
+    """Seconds between two events around the call, and of the host. The device is kept busy before
+    it for `busy` seconds."""
     if contender.before is not None:
         contender.before()
     cache.flush()
@@ -64,7 +70,8 @@ def interleaved(contenders: Sequence[Contender], effort: Effort, cache: Cache) -
     with quiet():
         for contender in contenders:
             for _ in range(2):
-                _once(contender, cache, 0.0)  # compiled kernels, lazily made state, the allocator's blocks
+                # compiled kernels, lazily made state, the allocator's blocks
+                _once(contender, cache, 0.0)
         began, rounds = time.perf_counter(), 0
         while rounds < effort.most:
             spent = (time.perf_counter() - began) / effort.seconds
@@ -109,10 +116,14 @@ def counts(run: Callable[[], object], before: Callable[[], object] | None = None
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - had
     _prepared(before)
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities()), acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=list(torch.profiler.supported_activities()), acc_events=True
+    ) as profile:
         run()
         torch.cuda.synchronize()
-    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())
+    launches = sum(
+        event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ()
+    )
     return Counts(launches, waits, extra)
 
 
@@ -134,11 +145,17 @@ def bandwidths(effort: Effort, cache: Cache) -> tuple[Spread, Spread]:
         reads.append(reader(values))
     other = torch.empty_like(values)
     both: list[Callable[[], object]] = [lambda: other.copy_(values), lambda: values.mul_(1.0)]
-    runs = {f"read {i}": run for i, run in enumerate(reads)} | {f"both {i}": run for i, run in enumerate(both)}
+    runs = {f"read {i}": run for i, run in enumerate(reads)} | {
+        f"both {i}": run for i, run in enumerate(both)
+    }
     times = interleaved([Contender(name, run) for name, run in runs.items()], effort, cache)
 
     def best(kind: str, factor: int) -> Spread:
-        found = [Spread.of([factor * size / seconds for seconds in t.device]) for name, t in times.items() if name.startswith(kind)]
+        found = [
+            Spread.of([factor * size / seconds for seconds in t.device])
+            for name, t in times.items()
+            if name.startswith(kind)
+        ]
         return max(found, key=lambda spread: spread.median)
 
     return best("read", 1), best("both", 2)

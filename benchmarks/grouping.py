@@ -44,7 +44,11 @@ def split_gpt2(pieces: int, quick: bool) -> problems.Shapes:
     out: problems.Shapes = []
     for shape in shapes:
         rows = max(1, most // torch.Size(shape[1:]).numel())
-        out += [(min(rows, shape[0] - start), *shape[1:]) for start in range(0, shape[0], rows)] if len(shape) > 1 else [shape]
+        out += (
+            [(min(rows, shape[0] - start), *shape[1:]) for start in range(0, shape[0], rows)]
+            if len(shape) > 1
+            else [shape]
+        )
     return out
 
 
@@ -54,17 +58,38 @@ def groups(effort: Effort, kernels: str) -> list[Row]:
         shared = world.run(on_ranks, count, effort, timeout=400.0)[0]
     counts = [1, 10, 100] if effort.quick else [1, 10, 100, 1_000, 10_000]
     params = problems.parameters([(100,)] * counts[-1])
-    clippers = {n: distclip.GradClipper(problems.named(params), 1e9, groups=Blocks(n)) for n in counts}
-    times = interleaved([Contender(str(n), clipper.clip_) for n, clipper in clippers.items()], effort)
+    clippers = {
+        n: distclip.GradClipper(problems.named(params), 1e9, groups=Blocks(n)) for n in counts
+    }
+    times = interleaved(
+        [Contender(str(n), clipper.clip_) for n, clipper in clippers.items()], effort
+    )
     rows = [
-        figure(f"{n:,} groups of {counts[-1]:,} parameters of 100 elements, idle", times[str(n)], times["1"], kernels) for n in counts[1:]
+        figure(
+            f"{n:,} groups of {counts[-1]:,} parameters of 100 elements, idle",
+            times[str(n)],
+            times["1"],
+            kernels,
+        )
+        for n in counts[1:]
     ]
     what = f"{shared['groups']:,} groups, GPT-2's elements in as many sharded tensors, idle"
-    rows.append(figure(what, shared["many"], shared["one"], kernels, ranks, **ceiling("10,000 groups on 4", kernels)))
+    rows.append(
+        figure(
+            what,
+            shared["many"],
+            shared["one"],
+            kernels,
+            ranks,
+            **ceiling("10,000 groups on 4", kernels),
+        )
+    )
     return rows
 
 
-def figure(what: str, many: list[float], one: list[float], kernels: str, ranks: int = 1, **limit: Any) -> Row:
+def figure(
+    what: str, many: list[float], one: list[float], kernels: str, ranks: int = 1, **limit: Any
+) -> Row:
     cost = Spread.of([a / b for a, b in zip(many, one, strict=True)])
     return Row(
         "groups", what, cost, "times one group", "GradClipper.clip_", "one group", Spread.of(one), Spread.of(many),
@@ -80,7 +105,14 @@ def on_ranks(count: int, effort: Effort) -> dict[str, Any]:
         mine = max(0, min(rows, shape[0] - rows * dist.get_rank()))
         stride = torch.empty(shape, device="meta").stride()
         zeros, ones = (
-            DTensor.from_local(torch.full((mine, *rest), v), mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+            DTensor.from_local(
+                torch.full((mine, *rest), v),
+                mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=torch.Size(shape),
+                stride=stride,
+            )
             for v in (0.0, 1e-4)
         )
         params.append(torch.nn.Parameter(zeros))

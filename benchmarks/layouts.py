@@ -20,14 +20,19 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 
 import distclip
 
-CLIP, LOCAL, DROP_IN = "GradClipper.clip_", "GradClipper.clip_, local part", "distclip.clip_grad_norm_"
+CLIP, LOCAL, DROP_IN = (
+    "GradClipper.clip_",
+    "GradClipper.clip_, local part",
+    "distclip.clip_grad_norm_",
+)
 TORCH, FOREACH = "torch clip_grad_norm_", "torch clip_grad_norm_(foreach=True)"
 RECIPE, METHOD = "torchtitan's recipe", "FSDP1's method"
 WIDTH = 64
 
 
 class Built(NamedTuple):
-    """A rank's model with gradients, and the calls to compare by name; each takes max_norm and gives what is timed."""
+    """A rank's model with gradients, and the calls to compare by name; each takes max_norm and
+    gives what is timed."""
 
     model: nn.Module
     contenders: dict[str, Callable[[float], Callable[[], object]]]
@@ -45,23 +50,38 @@ class Layout:
 
 
 def linears(count: int) -> nn.Sequential:
-    """`count` parameters: layers of a weight [64, 64] and a bias [64], in blocks of ten parameters."""
-    return nn.Sequential(*(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5))) for _ in range(count // 10)))
+    """`count` parameters: layers of a weight [64, 64] and a bias [64], in blocks of ten
+    parameters."""
+    return nn.Sequential(
+        *(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5))) for _ in range(count // 10))
+    )
 
 
 def fill(model: nn.Module) -> None:
-    """A random gradient for each parameter, equal where ranks hold copies, placed like the parameter."""
+    """A random gradient for each parameter, equal where ranks hold copies, placed like the
+    parameter."""
     for i, param in enumerate(model.parameters()):
         part: Any = 0
         local: Tensor = param
         if isinstance(param, DTensor):
             coordinate = param.device_mesh.get_coordinate()
-            part = [c for c, placed in zip(coordinate or (), param.placements) if not isinstance(placed, Replicate)]
+            part = [
+                c
+                for c, placed in zip(coordinate or (), param.placements)
+                if not isinstance(placed, Replicate)
+            ]
             local = param.to_local()
         draw = torch.Generator().manual_seed(crc32(f"{i} {part}".encode()))
         grad = torch.randn(local.shape, generator=draw)
         if isinstance(param, DTensor):
-            grad = DTensor.from_local(grad, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
+            grad = DTensor.from_local(
+                grad,
+                param.device_mesh,
+                param.placements,
+                run_check=False,
+                shape=param.shape,
+                stride=param.stride(),
+            )
         param.grad = grad
 
 
@@ -98,7 +118,8 @@ def build_fsdp2(count: int, variant: str) -> Built:
 
 def build_tp(count: int, variant: str) -> Built:
     """Tensor parallel over two ranks, FSDP2 over the others."""
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # torch advises against its own two all-reduces
+    # torch advises against its own two all-reduces
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     size = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
     model = linears(count)
@@ -117,7 +138,9 @@ def build_ddp(count: int, variant: str) -> Built:
         model,
         {
             TORCH: lambda limit: lambda: clip_grad_norm_(params, limit),
-            LOCAL: lambda limit: distclip.GradClipper(model.module, limit, process_group=distclip.LOCAL).clip_,
+            LOCAL: lambda limit: (
+                distclip.GradClipper(model.module, limit, process_group=distclip.LOCAL).clip_
+            ),
             CLIP: lambda limit: distclip.GradClipper(model, limit).clip_,
             DROP_IN: lambda limit: lambda: distclip.clip_grad_norm_(params, limit),
         },
@@ -131,8 +154,12 @@ def build_fsdp1(count: int, variant: str) -> Built:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls FSDP1 deprecated
         for i, block in enumerate(inner):
-            inner[i] = FullyShardedDataParallel(block, device_id=torch.device("cpu"), use_orig_params=original)
-        model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=original)
+            inner[i] = FullyShardedDataParallel(
+                block, device_id=torch.device("cpu"), use_orig_params=original
+            )
+        model = FullyShardedDataParallel(
+            inner, device_id=torch.device("cpu"), use_orig_params=original
+        )
         model(torch.randn(4, WIDTH)).square().mean().backward()
     draw = torch.Generator().manual_seed(torch.distributed.get_rank())
     for param in model.parameters():  # those of a backward through many layers vanish
@@ -148,8 +175,12 @@ def build_fsdp1(count: int, variant: str) -> Built:
 
 
 LAYOUTS = {
-    "ddp": Layout(build_ddp, ((TORCH, LOCAL), (TORCH, DROP_IN), (TORCH, CLIP)), peer_sends_nothing=True),
+    "ddp": Layout(
+        build_ddp, ((TORCH, LOCAL), (TORCH, DROP_IN), (TORCH, CLIP)), peer_sends_nothing=True
+    ),
     "fsdp1": Layout(build_fsdp1, ((METHOD, CLIP),), ("use_orig_params", "flat parameters")),
-    "fsdp2": Layout(build_fsdp2, ((TORCH, CLIP), (FOREACH, CLIP), (RECIPE, CLIP), (TORCH, DROP_IN))),
+    "fsdp2": Layout(
+        build_fsdp2, ((TORCH, CLIP), (FOREACH, CLIP), (RECIPE, CLIP), (TORCH, DROP_IN))
+    ),
     "tp": Layout(build_tp, ((TORCH, CLIP), (FOREACH, CLIP), (RECIPE, CLIP), (TORCH, DROP_IN))),
 }

@@ -1,4 +1,5 @@
-"""What each rank runs under torchrun: `-m benchmarks.loops FRAMEWORK STRATEGY [--quick]`; prints the times of rank 0's rounds."""
+"""What each rank runs under torchrun: `-m benchmarks.loops FRAMEWORK STRATEGY [--quick]`; prints
+the times of rank 0's rounds."""
 
 from __future__ import annotations
 
@@ -31,14 +32,20 @@ def accelerate(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState(backend="gloo")
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        accelerator = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True))
+        accelerator = Accelerator(
+            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+        )
     else:
         accelerator = Accelerator(cpu=True)
     plain = linears(count)
     model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 0.1))
     fill(model)
     params = list(model.parameters())
-    locals_ = [g.to_local() if hasattr(g, "to_local") else g for g in (p.grad for p in params) if g is not None]
+    locals_ = [
+        g.to_local() if hasattr(g, "to_local") else g
+        for g in (p.grad for p in params)
+        if g is not None
+    ]
     restore = problems.restorer(locals_)
     peer = accelerator.clip_grad_norm_
     norm = float(peer(params, 1e30))
@@ -62,7 +69,8 @@ def deepspeed(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
 
     from distclip.integrations.deepspeed import attach
 
-    ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
+    # its C++ build takes minutes, and gloo does
+    ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ds.init_distributed(dist_backend="gloo", verbose=False)
 
     def engine(clipping: float) -> Any:
@@ -76,7 +84,9 @@ def deepspeed(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        return ds.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1e-9), config=config)[0]
+        return ds.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), 1e-9), config=config
+        )[0]
 
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
 
@@ -93,7 +103,11 @@ def deepspeed(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
         clipper = attach(ours, limit)
         runs = {"engine.step()": theirs.step, "engine.step(), attached": ours.step}
         before = dict(zip(runs, (lambda e=theirs: backward(e), lambda e=ours: backward(e))))
-        out[state] = in_turns(runs, effort, before) | message(clipper.plan.words, effort) | {"parameters": count}
+        out[state] = (
+            in_turns(runs, effort, before)
+            | message(clipper.plan.words, effort)
+            | {"parameters": count}
+        )
     return out
 
 

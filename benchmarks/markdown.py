@@ -1,4 +1,5 @@
-"""RESULTS.md: the same table for reading in a browser. No dates: the machine and the versions say what was measured."""
+"""RESULTS.md: the same table for reading in a browser. No dates: the machine and the versions say
+what was measured."""
 
 from __future__ import annotations
 
@@ -29,14 +30,19 @@ def page(machine: dict[str, Any], rows: Sequence[Row], plot: str | None) -> str:
     parts = [INTRODUCTION.format(machine=machine_line(machine), tally=tally(rows))]
     if plot is not None:
         parts.append(f"![Ratio to the peer by case, with floors]({plot})\n")
-    for case, group in groupby(sorted(rows, key=lambda row: list(CASES).index(row.case)), key=lambda row: row.case):
+    for case, group in groupby(
+        sorted(rows, key=lambda row: list(CASES).index(row.case)), key=lambda row: row.case
+    ):
         parts.append(section(case, CASES[case].line, list(group)))
     return "\n".join(parts)
 
 
 def section(case: str, line: str, rows: Sequence[Row]) -> str:
     lines = [f"## {case}: {line}\n"]
-    lines.append("| | distclip | peer | kernels | ranks × threads | peer | own | value (quartiles) | floor | verdict |")
+    lines.append(
+        "| | distclip | peer | kernels | ranks × threads | peer | own | value (quartiles) "
+        "| floor | verdict |"
+    )
     lines.append("|---|---|---|---|---|---:|---:|---:|---|---|")
     notes: list[str] = []
     for row in rows:
@@ -48,7 +54,17 @@ def section(case: str, line: str, rows: Sequence[Row]) -> str:
                 notes.append(row.note)
             mark = f" [{notes.index(row.note) + 1}]"
         times = (duration(row.peer_s), duration(row.ours_s))
-        cell = (what + mark, f"`{ours}`" if ours else "", peer, kernels, where.replace("x", "×"), *times, value, floor, verdict)
+        cell = (
+            what + mark,
+            f"`{ours}`" if ours else "",
+            peer,
+            kernels,
+            where.replace("x", "×"),
+            *times,
+            value,
+            floor,
+            verdict,
+        )
         lines.append("| " + " | ".join(cell) + " |")
     lines += [f"\n[{i}] {note}" for i, note in enumerate(notes, 1)]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
-"""Peak memory that a call takes beside the gradients: the process' resident high-water mark, reset before it (Linux)."""
+"""Peak memory that a call takes beside the gradients: the process' resident high-water mark, reset
+before it (Linux)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ MIB = 1 << 20
 
 def status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{field}:")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -37,7 +42,10 @@ def peak(run: Callable[[], object]) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise SystemExit(f"benchmarks: the case `memory` resets this process' peak in /proc/self/clear_refs: {error}") from None
+        raise SystemExit(
+            f"benchmarks: the case `memory` resets this process' peak in "
+            f"/proc/self/clear_refs: {error}"
+        ) from None
     before = status("VmRSS")
     run()
     return max(0, status("VmHWM") - before)
@@ -62,10 +70,25 @@ def memory(effort: Effort, kernels: str) -> list[Row]:
                 for _ in range(3 if effort.quick else 5):
                     restore()
                     peaks.append(peak(run) / MIB)
-                asked = {"floor": limit, "issue": limit is not None, "at_least": False} if ours != TORCH else {}
-                note = f"first call {peaks[0]:.2f} MiB" + (" (warm: the norm was measured before)" if ours == DROP_IN else "")
+                asked = (
+                    {"floor": limit, "issue": limit is not None, "at_least": False}
+                    if ours != TORCH
+                    else {}
+                )
+                note = f"first call {peaks[0]:.2f} MiB" + (
+                    " (warm: the norm was measured before)" if ours == DROP_IN else ""
+                )
                 rows.append(
-                    Row("memory", f"{name} {dtype_name}, active", Spread.of(peaks[1:]), "MiB", ours, kernels=kernels, note=note, **asked)
+                    Row(
+                        "memory",
+                        f"{name} {dtype_name}, active",
+                        Spread.of(peaks[1:]),
+                        "MiB",
+                        ours,
+                        kernels=kernels,
+                        note=note,
+                        **asked,
+                    )
                 )
             size = sum(g.numel() * g.element_size() for g in grads) / MIB
             what = f"{name} {dtype_name}: the gradients themselves"
@@ -73,5 +96,7 @@ def memory(effort: Effort, kernels: str) -> list[Row]:
     return rows
 
 
-def dropping(function: Callable[..., object], params: list[torch.nn.Parameter], norm: float) -> Callable[[], object]:
+def dropping(
+    function: Callable[..., object], params: list[torch.nn.Parameter], norm: float
+) -> Callable[[], object]:
     return lambda: function(params, norm / 2)

@@ -1,8 +1,10 @@
-"""How long a small all-reduce takes: Hockney's model, time = alpha + bytes * beta for each message between two ranks.
+"""How long a small all-reduce takes: Hockney's model, time = alpha + bytes * beta for each message
+between two ranks.
 
-R. Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel Computing 20 (1994). The all-reduce algorithms
-and their costs are those of R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH",
-International Journal of High Performance Computing Applications 19 (2005); the time of adding numbers up is left out.
+R. Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel Computing
+20 (1994). The all-reduce algorithms and their costs are those of R. Thakur, R. Rabenseifner, W.
+Gropp, "Optimization of collective communication operations in MPICH", International Journal of High
+Performance Computing Applications 19 (2005); the time of adding numbers up is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from distclip.testing import World
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network: seconds a message, seconds a byte, seconds that starting a collective costs, and where the numbers are from."""
+    """A network: seconds a message, seconds a byte, seconds that starting a collective costs, and
+    where the numbers are from."""
 
     name: str
     alpha: float
@@ -35,8 +38,10 @@ class Link:
 # Assumptions, not measured here.
 INFINIBAND = Link(
     "InfiniBand HDR, a port a rank (assumed)", 5.0e-6, 1 / 25e9, 6.8e-6,
-    "assumptions: alpha = 5 us for one hop of a tree over the network and 6.8 us to start are constants of NCCL's own tuning model ("
-    "src/graph/tuning, hwLat and baseLat, LL protocol); 1/beta = 25 GB/s is the line rate of 200 Gbit/s",
+    "assumptions: alpha = 5 us for one hop of a tree over the network and 6.8 us to start are "
+    "constants of NCCL's own tuning model ("
+    "src/graph/tuning, hwLat and baseLat, LL protocol); 1/beta = 25 GB/s is the line rate of 200 "
+    "Gbit/s",
 )  # fmt: skip
 
 
@@ -56,7 +61,11 @@ def halving(ranks: int, size: float, link: Link) -> float:
 
 def best(ranks: int, size: float, link: Link) -> float:
     """Seconds of the fastest of the three; 0 for one rank."""
-    return link.base + min(f(ranks, size, link) for f in (ring, doubling, halving)) if ranks > 1 else 0.0
+    return (
+        link.base + min(f(ranks, size, link) for f in (ring, doubling, halving))
+        if ranks > 1
+        else 0.0
+    )
 
 
 def meshes(ranks: int) -> dict[str, tuple[int, ...]]:
@@ -64,7 +73,8 @@ def meshes(ranks: int) -> dict[str, tuple[int, ...]]:
 
 
 def predictions(link: Link, extra: int, quick: bool) -> list[dict[str, Any]]:
-    """distclip's one message of (groups + extra) float64 over all ranks; torch's N numbers, once a mesh dimension of more than one rank."""
+    """distclip's one message of (groups + extra) float64 over all ranks; torch's N numbers, once a
+    mesh dimension of more than one rank."""
     out: list[dict[str, Any]] = []
     for ranks in (64, 16_384) if quick else (8, 64, 512, 4096, 16_384):
         for tensors in (148, 1000, 10_000):
@@ -83,9 +93,13 @@ def measured(quick: bool) -> tuple[Link, list[dict[str, Any]]]:
     effort = Effort(seconds=0.1, least=3, most=5) if quick else Effort(seconds=1.0, least=20)
     for ranks in (2,) if quick else (2, 4):
         with World(ranks) as world:
-            for words in (12, 1024, 1 << 17) if quick else (12, 148, 1024, 10_240, 1 << 17, 1 << 20):
+            for words in (
+                (12, 1024, 1 << 17) if quick else (12, 148, 1024, 10_240, 1 << 17, 1 << 20)
+            ):
                 times = world.run(reduce_words, words, effort, timeout=120.0)[0]
-                samples.append({"ranks": ranks, "bytes": 8 * words, "seconds": Spread.of(times).median})
+                samples.append(
+                    {"ranks": ranks, "bytes": 8 * words, "seconds": Spread.of(times).median}
+                )
     return fit(samples), samples
 
 
@@ -96,7 +110,20 @@ def reduce_words(words: int, effort: Effort) -> list[float]:
 
 def fit(samples: Sequence[dict[str, Any]]) -> Link:
     """Least squares of relative errors: seconds = alpha * 2(W - 1) + beta * 2(W - 1)/W * bytes."""
-    rows = [(2 * (s["ranks"] - 1), 2 * (s["ranks"] - 1) / s["ranks"] * s["bytes"], s["seconds"]) for s in samples]
+    rows = [
+        (2 * (s["ranks"] - 1), 2 * (s["ranks"] - 1) / s["ranks"] * s["bytes"], s["seconds"])
+        for s in samples
+    ]
     matrix = torch.tensor([(a / t, b / t) for a, b, t in rows], dtype=torch.float64)
-    alpha, beta = torch.linalg.lstsq(matrix, torch.ones(len(rows), 1, dtype=torch.float64)).solution.flatten().tolist()
-    return Link("gloo on this machine (measured)", max(alpha, 0.0), max(beta, 0.0), 0.0, "least squares over the measured sizes, as a ring")
+    alpha, beta = (
+        torch.linalg.lstsq(matrix, torch.ones(len(rows), 1, dtype=torch.float64))
+        .solution.flatten()
+        .tolist()
+    )
+    return Link(
+        "gloo on this machine (measured)",
+        max(alpha, 0.0),
+        max(beta, 0.0),
+        0.0,
+        "least squares over the measured sizes, as a ring",
+    )

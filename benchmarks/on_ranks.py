@@ -1,4 +1,5 @@
-"""What each rank runs: contenders in turns behind a barrier; a round lasts as long as its slowest rank."""
+"""What each rank runs: contenders in turns behind a barrier; a round lasts as long as its slowest
+rank."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Runs = Mapping[str, Callable[[], object]]
 
 
 def measure_layout(name: str, variant: str, count: int, effort: Effort) -> dict[str, Any]:
-    """On every rank: idle and active rounds. The answer is that of the slowest rank in each round."""
+    """On every rank: idle and active rounds. The answer is that of the slowest rank in each
+    round."""
     built = LAYOUTS[name].build(count, variant)
     grads = [p.grad for p in built.model.parameters() if p.grad is not None]
     restore = problems.restorer([g.to_local() if isinstance(g, DTensor) else g for g in grads])
@@ -28,20 +30,26 @@ def measure_layout(name: str, variant: str, count: int, effort: Effort) -> dict[
     out: dict[str, Any] = {}
     for state, limit, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
         runs = {contender: make(limit) for contender, make in built.contenders.items()}
-        out[state] = in_turns(runs, effort, before and dict.fromkeys(runs, before)) | message(clipper.plan.words, effort)
+        out[state] = in_turns(runs, effort, before and dict.fromkeys(runs, before)) | message(
+            clipper.plan.words, effort
+        )
         restore()
     return out
 
 
-def in_turns(runs: Runs, effort: Effort, before: Runs | None = None) -> dict[str, dict[str, list[float]]]:
-    """Wall seconds (of the slowest rank) and CPU seconds (of all ranks together) by contender and round; `before` is not timed."""
+def in_turns(
+    runs: Runs, effort: Effort, before: Runs | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Wall seconds (of the slowest rank) and CPU seconds (of all ranks together) by contender and
+    round; `before` is not timed."""
     names, before = list(runs), before or {}
     with quiet():
         for name in names:
             once(runs[name], before.get(name))  # caches and lazily made state
         pilot = torch.tensor(sum(once(runs[name], before.get(name))[0] for name in names))
         dist.all_reduce(pilot, op=dist.ReduceOp.MAX)  # all ranks make as many rounds
-        fitting = int(effort.seconds / (2 * float(pilot)))  # a turn also has a barrier and a restored copy
+        # a turn also has a barrier and a restored copy
+        fitting = int(effort.seconds / (2 * float(pilot)))
         rounds = max(3, min(effort.most, max(fitting, min(effort.least, 5 * fitting))))
         found = torch.zeros(2, len(names), rounds, dtype=torch.float64)
         for i in range(rounds):
@@ -62,8 +70,11 @@ def once(run: Callable[[], object], before: Callable[[], object] | None) -> tupl
 
 
 def message(words: int, effort: Effort) -> dict[str, Any]:
-    """A bare all-reduce as long as distclip's message, and one of a single number, such as FSDP1's own method sends."""
+    """A bare all-reduce as long as distclip's message, and one of a single number, such as FSDP1's
+    own method sends."""
     vector, number = torch.zeros(words, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     short = Effort(seconds=effort.seconds / 5, least=effort.least, most=effort.most)
-    times = in_turns({"message": lambda: dist.all_reduce(vector), "one": lambda: dist.all_reduce(number)}, short)["wall"]
+    times = in_turns(
+        {"message": lambda: dist.all_reduce(vector), "one": lambda: dist.all_reduce(number)}, short
+    )["wall"]
     return {"message": times["message"], "one": times["one"], "words": words}

@@ -1,4 +1,5 @@
-"""The ratios as one picture: a point for each main comparison and kernel, quartiles as a line, the floor as a tick."""
+"""The ratios as one picture: a point for each main comparison and kernel, quartiles as a line, the
+floor as a tick."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise SystemExit("benchmarks: --plot needs matplotlib: pip install 'distclip[report]'") from None
+        raise SystemExit(
+            "benchmarks: --plot needs matplotlib: pip install 'distclip[report]'"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
@@ -39,15 +42,32 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         shift = 0.16 * (2 * kernels.index(row.kernels) - len(kernels) + 1)
         y = labels.index(label(row)) + shift
         color = COLORS.get(row.kernels, "#228833")
-        axes.plot([row.value.q1, row.value.q3], [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
+        axes.plot(
+            [row.value.q1, row.value.q3], [y, y], color=color, linewidth=2.2, solid_capstyle="butt"
+        )
         axes.plot(row.value.median, y, "o", color=color, markersize=4.5)
         if row.issue and row.floor is not None:
-            axes.plot(row.floor, y, marker="|", color="#222222", markersize=9, markeredgewidth=1.8, zorder=5)
+            axes.plot(
+                row.floor,
+                y,
+                marker="|",
+                color="#222222",
+                markersize=9,
+                markeredgewidth=1.8,
+                zorder=5,
+            )
     axes.axvline(1, color="#888888", linewidth=1)
     axes.set_xscale("log")
-    low, high = min(row.value.q1 for row in shown), max(max(row.value.q3, row.floor or 0) for row in shown)
+    low, high = (
+        min(row.value.q1 for row in shown),
+        max(max(row.value.q3, row.floor or 0) for row in shown),
+    )
     axes.set_xlim(min(0.8, low * 0.93), high * 1.1)
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    ticks = [
+        t
+        for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500)
+        if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]
+    ]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -59,8 +79,30 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         if text.split(":")[0] != labels[i - 1].split(":")[0]:
             axes.axhline(i - 0.5, color="#bbbbbb", linewidth=0.7)
     axes.set_xlabel("times faster than the peer (log scale; right of 1: distclip is faster)")
-    handles = [Line2D([], [], color=COLORS.get(k, "#228833"), marker="o", label=f"{k} kernels, median and quartiles") for k in kernels]
-    handles.append(Line2D([], [], color="#222222", marker="|", markersize=9, markeredgewidth=1.8, linestyle="", label="floor"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=COLORS.get(k, "#228833"),
+            marker="o",
+            label=f"{k} kernels, median and quartiles",
+        )
+        for k in kernels
+    ]
+    handles.append(
+        Line2D(
+            [],
+            [],
+            color="#222222",
+            marker="|",
+            markersize=9,
+            markeredgewidth=1.8,
+            linestyle="",
+            label="floor",
+        )
+    )
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8
+    )
     figure.savefig(target, dpi=130)
     plt.close(figure)

@@ -1,4 +1,5 @@
-"""Several gloo ranks on this machine: DDP, FSDP1, FSDP2, tensor parallel with FSDP2; one thread a rank."""
+"""Several gloo ranks on this machine: DDP, FSDP1, FSDP2, tensor parallel with FSDP2; one thread a
+rank."""
 
 from __future__ import annotations
 
@@ -35,21 +36,44 @@ def of_layout(name: str, effort: Effort, kernels: str) -> list[Row]:
         with World(size) as world:
             for count in counts:
                 for variant in LAYOUTS[name].variants:
-                    answers = world.run(measure_layout, name, variant, count, effort, timeout=400.0)[0]
+                    answers = world.run(
+                        measure_layout, name, variant, count, effort, timeout=400.0
+                    )[0]
                     for state, found in answers.items():
-                        shown = size == worlds[-1] and variant == LAYOUTS[name].variants[0]  # in the plot
+                        # in the plot
+                        shown = size == worlds[-1] and variant == LAYOUTS[name].variants[0]
                         rows += rows_of(name, variant, state, count, size, found, kernels, shown)
     return rows
 
 
-def rows_of(name: str, variant: str, state: str, count: int, ranks: int, found: dict[str, Any], kernels: str, shown: bool) -> list[Row]:
-    """`found`: wall and CPU seconds by contender and round, and of the bare message and of one number."""
-    wall, cpu, message, one = found["wall"], found["cpu"], Spread.of(found["message"]), Spread.of(found["one"])
+def rows_of(
+    name: str,
+    variant: str,
+    state: str,
+    count: int,
+    ranks: int,
+    found: dict[str, Any],
+    kernels: str,
+    shown: bool,
+) -> list[Row]:
+    """`found`: wall and CPU seconds by contender and round, and of the bare message and of one
+    number."""
+    wall, cpu, message, one = (
+        found["wall"],
+        found["cpu"],
+        Spread.of(found["message"]),
+        Spread.of(found["one"]),
+    )
     what = f"{count:,} parameters{variant and f', {variant}'}, {state}"
-    note = f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms, of one number: {1e3 * one.median:.2f} ms"
+    note = (
+        f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms, of one "
+        f"number: {1e3 * one.median:.2f} ms"
+    )
     rows: list[Row] = []
     for i, (peer, ours) in enumerate(LAYOUTS[name].pairs(wall)):
-        key = f"{name} {count} on {ranks}{'' if name == 'fsdp1' else f', {state}'}" if i == 0 else ""
+        key = (
+            f"{name} {count} on {ranks}{'' if name == 'fsdp1' else f', {state}'}" if i == 0 else ""
+        )
         limits = floor(key, kernels)
         if LAYOUTS[name].peer_sends_nothing and ours == CLIP:
             limits = {}  # the peer sends nothing: only the local part is compared
@@ -57,7 +81,8 @@ def rows_of(name: str, variant: str, state: str, count: int, ranks: int, found: 
         rows.append(
             Row(
                 name, what, ratios(wall, peer, ours), "x", ours, peer, Spread.of(wall[peer]), Spread.of(wall[ours]),
-                kernels=kernels, ranks=ranks, main=shown and i == 0, note=f"ratio of CPU time {processor:.2f}; {note}", **limits,
+                kernels=kernels, ranks=ranks, main=shown and i == 0, note=f"ratio of CPU time "
+                                                                          f"{processor:.2f}; {note}", **limits,
             )
         )  # fmt: skip
     return rows

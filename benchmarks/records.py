@@ -29,7 +29,8 @@ class Spread:
 class Row:
     """One comparison or one figure.
 
-    A comparison's `value` is the paired ratio peer / ours (above 1: distclip is faster) and has the unit "x"; a figure has no peer.
+    A comparison's `value` is the paired ratio peer / ours (above 1: distclip is faster) and has the
+    unit "x"; a figure has no peer.
     """
 
     case: str
@@ -42,7 +43,8 @@ class Row:
     ours_s: Spread | None = None
     floor: float | None = None
     at_least: bool = True  # False: the floor is a ceiling
-    issue: bool = False  # the floor is one that was set for this case, not the general "no slower than the peer"
+    # the floor is one that was set for this case, not the general "no slower than the peer"
+    issue: bool = False
     kernels: str = "torch"
     threads: int = 1
     ranks: int = 1
@@ -57,7 +59,11 @@ class Row:
         good = self.value.median >= self.floor if self.at_least else self.value.median <= self.floor
         if good:
             return "reached"
-        return "level" if not self.issue and self.unit == "x" and self.value.q3 >= self.floor else "not reached"
+        return (
+            "level"
+            if not self.issue and self.unit == "x" and self.value.q3 >= self.floor
+            else "not reached"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"verdict": self.verdict}

@@ -1,4 +1,5 @@
-"""One case in this process; `__main__` gives each a process of its own, so that no cache, thread or leftover of one meets another."""
+"""One case in this process; `__main__` gives each a process of its own, so that no cache, thread or
+leftover of one meets another."""
 
 from __future__ import annotations
 
@@ -32,9 +33,14 @@ def run(name: str, quick: bool, wanted: str | None) -> dict[str, Any]:
     torch.set_num_threads(min(case.threads, os.cpu_count() or 1))
     kernels = active_kernels()
     if wanted is not None and wanted != kernels:
-        raise SystemExit(f"benchmarks: --kernels {wanted} was asked for, but distclip.kernels.active() is {kernels!r} here")
+        raise SystemExit(
+            f"benchmarks: --kernels {wanted} was asked for, but "
+            f"distclip.kernels.active() is {kernels!r} here"
+        )
     module, function = case.where.split(":")
-    answer = getattr(import_module(f"benchmarks.{module}"), function)(QUICK if quick else Effort(), kernels)
+    answer = getattr(import_module(f"benchmarks.{module}"), function)(
+        QUICK if quick else Effort(), kernels
+    )
     rows, extra = answer if isinstance(answer, tuple) else (answer, {})
     threads = torch.get_num_threads()
     records = [row.to_dict() | {"threads": threads if row.ranks == 1 else 1} for row in rows]
@@ -42,8 +48,22 @@ def run(name: str, quick: bool, wanted: str | None) -> dict[str, Any]:
 
 
 def machine(quick: bool) -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    memory = next((int(line.split()[1]) >> 20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    memory = next(
+        (
+            int(line.split()[1]) >> 20
+            for line in _lines("/proc/meminfo")
+            if line.startswith("MemTotal")
+        ),
+        0,
+    )
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     bandwidth = read_bandwidth(quick)
     return {

@@ -1,4 +1,5 @@
-"""Where the parts of distclip stop scaling: set-up, the message, the groups, Python's work for each parameter."""
+"""Where the parts of distclip stop scaling: set-up, the message, the groups, Python's work for each
+parameter."""
 
 from __future__ import annotations
 
@@ -20,16 +21,22 @@ from distclip.testing import World
 
 def scale(effort: Effort, kernels: str) -> tuple[list[Row], dict[str, Any]]:
     quick = effort.quick
-    link, samples = measured(quick)  # forks ranks, as the next does: before this process makes threads
+    # forks ranks, as the next does: before this process makes threads
+    link, samples = measured(quick)
     with World(2) as world:
-        by_units = [world.run(units, layout, 10 if quick else 100, effort, timeout=200.0)[0] for layout in ("fsdp2", "tp")]
+        by_units = [
+            world.run(units, layout, 10 if quick else 100, effort, timeout=200.0)[0]
+            for layout in ("fsdp2", "tp")
+        ]
     by_count = calls(effort)
     extra = by_count[0]["words"] - by_count[0]["parameters"]
     found = {
         "extra": extra,
         "gloo": {"samples": samples, "link": asdict(link)},
         "links": [asdict(INFINIBAND)],
-        "predictions": [entry for one in (link, INFINIBAND) for entry in predictions(one, extra, quick)],
+        "predictions": [
+            entry for one in (link, INFINIBAND) for entry in predictions(one, extra, quick)
+        ],
         "worlds": worlds(quick),
         "arithmetic": arithmetic(quick),
         "weights": weights(quick),
@@ -41,8 +48,22 @@ def scale(effort: Effort, kernels: str) -> tuple[list[Row], dict[str, Any]]:
     rows: list[Row] = []
     for w in found["worlds"]:
         what = f"set-up, {w['layout']}, {w['parameters']:,} parameters, {w['groups']:,} groups"
-        value, note = Spread.of([1e3 * w["seconds"]]), f"{w['messages']} messages, {w['bytes']:,} bytes"
-        rows.append(Row("scale", what, value, "ms", "the agreement, CPU time a rank", kernels=kernels, ranks=w["ranks"], note=note))
+        value, note = (
+            Spread.of([1e3 * w["seconds"]]),
+            f"{w['messages']} messages, {w['bytes']:,} bytes",
+        )
+        rows.append(
+            Row(
+                "scale",
+                what,
+                value,
+                "ms",
+                "the agreement, CPU time a rank",
+                kernels=kernels,
+                ranks=w["ranks"],
+                note=note,
+            )
+        )
     return rows, {"scale": found}
 
 
@@ -58,7 +79,8 @@ def weights(quick: bool) -> list[dict[str, Any]]:
 
 
 def calls(effort: Effort) -> list[dict[str, Any]]:
-    """Seconds of `clip_` on tensors of 8 elements, with one group and one for each parameter, in one process."""
+    """Seconds of `clip_` on tensors of 8 elements, with one group and one for each parameter, in
+    one process."""
     out: list[dict[str, Any]] = []
     for count in (10, 100) if effort.quick else (100, 1000, 10_000):
         params = problems.parameters([(8,)] * count)
@@ -72,7 +94,8 @@ def calls(effort: Effort) -> list[dict[str, Any]]:
 
 
 def declared(quick: bool) -> list[dict[str, Any]]:
-    """CPU seconds of building a clipper of 1,000 parameters, by the number of `shared` tuples and of `by_name` patterns."""
+    """CPU seconds of building a clipper of 1,000 parameters, by the number of `shared` tuples and
+    of `by_name` patterns."""
     count = 100 if quick else 1000
     params = problems.parameters([(8,)] * count)
     named = problems.named(params)
@@ -81,7 +104,10 @@ def declared(quick: bool) -> list[dict[str, Any]]:
         shared = tuple((f"p{2 * i}", f"p{2 * i + 1}") for i in range(number))
         table = {f"p{i}": 1.0 for i in range(number)}
         entry: dict[str, Any] = {"parameters": count, "number": number}
-        for what, options in (("shared", {"shared": shared}), ("patterns", {"groups": distclip.by_name(table) if table else None})):
+        for what, options in (
+            ("shared", {"shared": shared}),
+            ("patterns", {"groups": distclip.by_name(table) if table else None}),
+        ):
             start = time.process_time()
             distclip.GradClipper(named, 1.0, **options)
             entry[what] = time.process_time() - start
@@ -90,10 +116,18 @@ def declared(quick: bool) -> list[dict[str, Any]]:
 
 
 def units(layout: str, count: int, effort: Effort) -> dict[str, Any]:
-    """On each of two ranks: `clip_` by the norm and by AGC's units, and the words that their messages have."""
+    """On each of two ranks: `clip_` by the norm and by AGC's units, and the words that their
+    messages have."""
     model = LAYOUTS[layout].build(count, "").model
-    norm, agc = distclip.GradClipper(model, 1e9), distclip.GradClipper(model, policy=distclip.AGC(1e9))
+    norm, agc = (
+        distclip.GradClipper(model, 1e9),
+        distclip.GradClipper(model, policy=distclip.AGC(1e9)),
+    )
     times = in_turns({"norm": norm.clip_, "agc": agc.clip_}, effort)["wall"]
     rows = sum(p.shape[0] if p.ndim > 1 else 1 for p in model.parameters())
     words = {"norm_words": norm.plan.words, "agc_words": agc.plan.words}
-    return {"layout": layout, "parameters": count, "units": rows} | words | {k: Spread.of(t).median for k, t in times.items()}
+    return (
+        {"layout": layout, "parameters": count, "units": rows}
+        | words
+        | {k: Spread.of(t).median for k, t in times.items()}
+    )

@@ -28,10 +28,15 @@ BUILD, CLIP, DROP_IN, TORCH = (
 
 
 def setup(effort: Effort, kernels: str) -> list[Row]:
-    with_torch, alone = ((20, 40), (40, 80)) if effort.quick else ((500, 1000, 2000), (1000, 2000, 5000, 10_000, 20_000))
+    with_torch, alone = (
+        ((20, 40), (40, 80))
+        if effort.quick
+        else ((500, 1000, 2000), (1000, 2000, 5000, 10_000, 20_000))
+    )
     rows: list[Row] = []
     for count in with_torch:
-        with World(2) as world:  # a new one each: what torch cached for some tensors must not help it with more
+        # a new one each: what torch cached for some tensors must not help it with more
+        with World(2) as world:
             found = world.run(first_calls, count, True, timeout=500.0)[0]
         found[f"{BUILD} and first clip_"] = found[BUILD] + found[CLIP]
         for ours in (DROP_IN, CLIP, f"{BUILD} and first clip_"):
@@ -51,22 +56,45 @@ def setup(effort: Effort, kernels: str) -> list[Row]:
             each = 1e6 * seconds / count
             per_parameter.setdefault(ours, []).append(each)
             what = f"{count:,} DTensors, a parameter"
-            rows.append(Row("setup", what, Spread.of([each]), "us", ours, ours_s=Spread.of([seconds]), kernels=kernels, ranks=2))
+            rows.append(
+                Row(
+                    "setup",
+                    what,
+                    Spread.of([each]),
+                    "us",
+                    ours,
+                    ours_s=Spread.of([seconds]),
+                    kernels=kernels,
+                    ranks=2,
+                )
+            )
     for ours, each in per_parameter.items():
         what = f"time a parameter, {alone[-1]:,} to {alone[0]:,}"
         value = Spread.of([each[-1] / each[0]])
         rows.append(
-            Row("setup", what, value, "times", ours, kernels=kernels, ranks=2, **ceiling("time a parameter, 20,000 to 1,000", kernels))
+            Row(
+                "setup",
+                what,
+                value,
+                "times",
+                ours,
+                kernels=kernels,
+                ranks=2,
+                **ceiling("time a parameter, 20,000 to 1,000", kernels),
+            )
         )
     return rows
 
 
 def first_calls(count: int, with_torch: bool) -> dict[str, float]:
-    """Seconds of each, slowest rank; distclip first, so that torch finds at least the same caches warm."""
+    """Seconds of each, slowest rank; distclip first, so that torch finds at least the same caches
+    warm."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params: list[Any] = []
     for _ in range(count):
-        param = torch.nn.Parameter(DTensor.from_local(torch.zeros(8), mesh, [Shard(0)], run_check=False))
+        param = torch.nn.Parameter(
+            DTensor.from_local(torch.zeros(8), mesh, [Shard(0)], run_check=False)
+        )
         param.grad = DTensor.from_local(torch.ones(8), mesh, [Shard(0)], run_check=False)
         params.append(param)
     clippers: list[distclip.GradClipper] = []

@@ -14,13 +14,26 @@ from benchmarks.floors import ceiling, floor
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, interleaved, ratios, reader
 
-TORCH, FOREACH, RECIPE = "torch clip_grad_norm_", "torch clip_grad_norm_(foreach=True)", "torchtitan's recipe"
+TORCH, FOREACH, RECIPE = (
+    "torch clip_grad_norm_",
+    "torch clip_grad_norm_(foreach=True)",
+    "torchtitan's recipe",
+)
 CLIP, DROP_IN = "GradClipper.clip_", "distclip.clip_grad_norm_"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def rows_of(case: str, what: str, times: dict[str, list[float]], pairs: list[tuple[str, str]], kernels: str, key: str, **more) -> list[Row]:
-    """The first pair is the main one and has the floor `key`; the others may not be slower than their peers."""
+def rows_of(
+    case: str,
+    what: str,
+    times: dict[str, list[float]],
+    pairs: list[tuple[str, str]],
+    kernels: str,
+    key: str,
+    **more,
+) -> list[Row]:
+    """The first pair is the main one and has the floor `key`; the others may not be slower than
+    their peers."""
     return [
         Row(
             case, what, ratios(times, peer, ours), "x", ours, peer, Spread.of(times[peer]), Spread.of(times[ours]),
@@ -36,7 +49,9 @@ def recipe(params: list, max_norm: float) -> None:
     clip_grads_with_norm_(params, max_norm, get_total_norm(grads, 2.0), None)
 
 
-def contenders(params: list, max_norm: float, clipper: distclip.GradClipper) -> dict[str, Callable[[], object]]:
+def contenders(
+    params: list, max_norm: float, clipper: distclip.GradClipper
+) -> dict[str, Callable[[], object]]:
     return {
         TORCH: lambda: clip_grad_norm_(params, max_norm),
         FOREACH: lambda: clip_grad_norm_(params, max_norm, foreach=True),
@@ -46,7 +61,9 @@ def contenders(params: list, max_norm: float, clipper: distclip.GradClipper) -> 
     }
 
 
-def clipping(case: str, shapes: Callable[[bool], problems.Shapes], effort: Effort, kernels: str) -> list[Row]:
+def clipping(
+    case: str, shapes: Callable[[bool], problems.Shapes], effort: Effort, kernels: str
+) -> list[Row]:
     rows: list[Row] = []
     for dtype_name, dtype in DTYPES.items():
         params = problems.parameters(shapes(effort.quick), dtype)
@@ -55,7 +72,13 @@ def clipping(case: str, shapes: Callable[[bool], problems.Shapes], effort: Effor
         restore = problems.restorer(grads)
         for state, max_norm, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
             clipper = distclip.GradClipper(problems.named(params), max_norm)
-            times = interleaved([Contender(name, run, before) for name, run in contenders(params, max_norm, clipper).items()], effort)
+            times = interleaved(
+                [
+                    Contender(name, run, before)
+                    for name, run in contenders(params, max_norm, clipper).items()
+                ],
+                effort,
+            )
             what = f"{dtype_name} {state}"
             pairs = [(TORCH, CLIP), (FOREACH, CLIP), (RECIPE, CLIP), (TORCH, DROP_IN)]
             rows += rows_of(case, what, times, pairs, kernels, f"{case} {what}")
@@ -65,12 +88,16 @@ def clipping(case: str, shapes: Callable[[bool], problems.Shapes], effort: Effor
 
 
 def share_of_bandwidth(case: str, dtype: str, params: list, effort: Effort, kernels: str) -> Row:
-    """How close `measure` comes to one read of the gradients at the speed that this machine reads with."""
+    """How close `measure` comes to one read of the gradients at the speed that this machine reads
+    with."""
     clipper = distclip.GradClipper(problems.named(params), math.inf)
     read, size = reader(16 if effort.quick else 256)
     times = interleaved([Contender("read", read), Contender("measure", clipper.measure)], effort)
     wanted = sum(p.grad.numel() * p.grad.element_size() for p in params)
-    shares = [(wanted / ours) / (size / raw) for raw, ours in zip(times["read"], times["measure"], strict=True)]
+    shares = [
+        (wanted / ours) / (size / raw)
+        for raw, ours in zip(times["read"], times["measure"], strict=True)
+    ]
     bandwidth = Spread.of([size / raw / 1e9 for raw in times["read"]])
     limits = floor("share of read bandwidth" if (case, dtype) == ("gpt2", "fp32") else "", kernels)
     limits = limits if limits["issue"] else {}
@@ -121,11 +148,21 @@ def scaler(effort: Effort, kernels: str) -> list[Row]:
             Contender(ours, lambda c=clipper: c.clip_(optimizer, scaler), restore, update),
         ]
         times = interleaved(both, effort)
-        rows += rows_of("scaler", f"fp32 {state}, in place", times, [(peer, ours)], kernels, "unscale and clip")
-        peer, ours = "unscale_ + clip_grad_norm_ + scaler.step + update", "step(optimizer, scaler=scaler)"
-        both = [Contender(peer, step, restore), Contender(ours, lambda c=clipper: c.step(optimizer, scaler=scaler), restore)]
+        rows += rows_of(
+            "scaler", f"fp32 {state}, in place", times, [(peer, ours)], kernels, "unscale and clip"
+        )
+        peer, ours = (
+            "unscale_ + clip_grad_norm_ + scaler.step + update",
+            "step(optimizer, scaler=scaler)",
+        )
+        both = [
+            Contender(peer, step, restore),
+            Contender(ours, lambda c=clipper: c.step(optimizer, scaler=scaler), restore),
+        ]
         times = interleaved(both, effort)
-        rows += rows_of("scaler", f"fp32 {state}, with fused AdamW", times, [(peer, ours)], kernels, "")
+        rows += rows_of(
+            "scaler", f"fp32 {state}, with fused AdamW", times, [(peer, ours)], kernels, ""
+        )
     return rows
 
 
@@ -144,14 +181,25 @@ def step(effort: Effort, kernels: str) -> list[Row]:
             clip_grad_norm_(params, max_norm)
             optimizer.step()
 
-        peer, ours, unfolded = "clip_grad_norm_ + AdamW(fused).step", "step(optimizer)", 'step(optimizer), fold="never"'
+        peer, ours, unfolded = (
+            "clip_grad_norm_ + AdamW(fused).step",
+            "step(optimizer)",
+            'step(optimizer), fold="never"',
+        )
         three = [
             Contender(peer, both, before),
             Contender(ours, lambda c=folding: c.step(optimizer), before),
             Contender(unfolded, lambda c=in_place: c.step(optimizer), before),
         ]
         times = interleaved(three, effort)
-        rows += rows_of("step", f"fp32 {state}", times, [(peer, ours), (peer, unfolded)], kernels, f"clip and fused step, {state}")
+        rows += rows_of(
+            "step",
+            f"fp32 {state}",
+            times,
+            [(peer, ours), (peer, unfolded)],
+            kernels,
+            f"clip and fused step, {state}",
+        )
     return rows
 
 
@@ -166,4 +214,7 @@ def overhead(effort: Effort, kernels: str) -> list[Row]:
     rows = rows_of("overhead", what, times, [(TORCH, CLIP)], kernels, "")
     milliseconds = Spread.of([1e3 * seconds for seconds in times[CLIP]])
     limit = {} if effort.quick else ceiling("1,000 parameters", kernels)
-    return [*rows, Row("overhead", f"{what}, one call", milliseconds, "ms", CLIP, kernels=kernels, **limit)]
+    return [
+        *rows,
+        Row("overhead", f"{what}, one call", milliseconds, "ms", CLIP, kernels=kernels, **limit),
+    ]

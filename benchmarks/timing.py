@@ -59,7 +59,8 @@ def quiet():
 
 
 def interleaved(contenders: Sequence[Contender], effort: Effort) -> dict[str, list[float]]:
-    """Seconds by contender, round by round: A B C, C B A, A B C, … so that each follows each as often."""
+    """Seconds by contender, round by round: A B C, C B A, A B C, … so that each follows each as
+    often."""
     with quiet():
         for contender in contenders:
             one(contender)  # caches and lazily made state
@@ -81,7 +82,8 @@ def ratios(times: dict[str, list[float]], peer: str, ours: str) -> Spread:
 
 
 def reader(megabytes: int) -> tuple[Callable[[], object], int]:
-    """The fastest way found here to read a float32 buffer once with torch's threads, and the buffer's bytes."""
+    """The fastest way found here to read a float32 buffer once with torch's threads, and the
+    buffer's bytes."""
     buffer = torch.ones(megabytes << 18)
     candidates: list[Callable[[], object]] = [
         buffer.sum,
@@ -90,7 +92,9 @@ def reader(megabytes: int) -> tuple[Callable[[], object], int]:
         lambda: buffer.view(-1, 4096).sum(1),
         lambda: buffer.view(-1, 65536).amax(1),
     ]
-    times = interleaved([Contender(str(i), run) for i, run in enumerate(candidates)], Effort(seconds=0.3, least=3))
+    times = interleaved(
+        [Contender(str(i), run) for i, run in enumerate(candidates)], Effort(seconds=0.3, least=3)
+    )
     best = min(times, key=lambda name: Spread.of(times[name]).median)
     return candidates[int(best)], buffer.numel() * buffer.element_size()
 

@@ -23,7 +23,10 @@ def models(quick: bool) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tens
     tokens = torch.randint(256, (batch, 65))
     images, labels = torch.randn(4 * batch, 28, 28), torch.randint(10, (4 * batch,))
     return {
-        "small GPT": (problems.GPT(width, 4), lambda m: F.cross_entropy(m(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())),
+        "small GPT": (
+            problems.GPT(width, 4),
+            lambda m: F.cross_entropy(m(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()),
+        ),
         "LSTM": (problems.LSTM(width), lambda m: F.cross_entropy(m(images), labels)),
         "MLP": (problems.mlp(4 * width), lambda m: F.cross_entropy(m(images.flatten(1)), labels)),
     }
@@ -40,7 +43,9 @@ def training(effort: Effort, kernels: str) -> list[Row]:
             clipper = distclip.GradClipper(model, max_norm)
             held: list[Tensor] = []
 
-            def forward(held: list[Tensor] = held, loss_of: Callable = loss_of, model: nn.Module = model) -> None:
+            def forward(
+                held: list[Tensor] = held, loss_of: Callable = loss_of, model: nn.Module = model
+            ) -> None:
                 model.zero_grad()
                 held[:] = [loss_of(model)]
 
@@ -53,7 +58,9 @@ def training(effort: Effort, kernels: str) -> list[Row]:
 
             peer, ours, alone = f"backward + {TORCH}", f"backward + {CLIP}", "backward"
             contenders = [
-                Contender(peer, runner(lambda p=params, m=max_norm: clip_grad_norm_(p, m)), forward),
+                Contender(
+                    peer, runner(lambda p=params, m=max_norm: clip_grad_norm_(p, m)), forward
+                ),
                 Contender(ours, runner(clipper.clip_), forward),
                 Contender(alone, runner(lambda: None), forward),
             ]
@@ -62,5 +69,7 @@ def training(effort: Effort, kernels: str) -> list[Row]:
             note = "clipping is {:.1%} of torch's time, {:.1%} of distclip's".format(
                 *(max(0.0, 1 - median[alone] / median[n]) for n in (peer, ours))
             )
-            rows += rows_of("training", f"{name}, {state}", times, [(peer, ours)], kernels, "", note=note)
+            rows += rows_of(
+                "training", f"{name}, {state}", times, [(peer, ours)], kernels, "", note=note
+            )
     return rows

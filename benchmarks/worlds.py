@@ -1,4 +1,5 @@
-"""Set-up on threaded worlds: CPU time, messages, bytes and memory a rank; and the set-up's arithmetic alone for larger worlds."""
+"""Set-up on threaded worlds: CPU time, messages, bytes and memory a rank; and the set-up's
+arithmetic alone for larger worlds."""
 
 from __future__ import annotations
 
@@ -34,13 +35,20 @@ def sharded(rank: int, size: int, count: int) -> list[Piece]:
 def two_dimensional(rank: int, size: int, count: int) -> list[Piece]:
     """Copied over half of the ranks and sharded over the rest, with biases held by all."""
     part = Holding("Replicate, Shard(0)", f"{rank % (size // 2)}", ("mesh",))
-    weights = [Piece(f"p{i}", f"p{i}", part, (size // 2, 8), 4 * size, (1, 8), None) for i in range(count // 2)]
-    return weights + [Piece(f"b{i}", f"b{i}", WHOLE, (8,), 8, (8,), None) for i in range(count // 2)]
+    weights = [
+        Piece(f"p{i}", f"p{i}", part, (size // 2, 8), 4 * size, (1, 8), None)
+        for i in range(count // 2)
+    ]
+    return weights + [
+        Piece(f"b{i}", f"b{i}", WHOLE, (8,), 8, (8,), None) for i in range(count // 2)
+    ]
 
 
 def private(rank: int, size: int, count: int) -> list[Piece]:
     """Stages and experts: every rank names parameters of its own."""
-    return [Piece(f"r{rank}.p{i}", f"r{rank}.p{i}", WHOLE, (8,), 8, (8,), None) for i in range(count)]
+    return [
+        Piece(f"r{rank}.p{i}", f"r{rank}.p{i}", WHOLE, (8,), 8, (8,), None) for i in range(count)
+    ]
 
 
 LAYOUTS: dict[str, Callable[[int, int, int], list[Piece]]] = {
@@ -59,7 +67,9 @@ class Counting:
         counted = self.bytes
 
         def allreduce(group: ThreadGroup, tensors: list[Tensor], opts: Any = None) -> Any:
-            counted[group.rank()] = counted.get(group.rank(), 0) + sum(t.numel() * t.element_size() for t in tensors)
+            counted[group.rank()] = counted.get(group.rank(), 0) + sum(
+                t.numel() * t.element_size() for t in tensors
+            )
             return self.original(group, tensors, opts)
 
         ThreadGroup.allreduce = allreduce
@@ -99,7 +109,8 @@ def world(layout: str, ranks: int, count: int, grouped: bool) -> dict[str, Any]:
 
 
 def held_by(root: object) -> int:
-    """Bytes of all objects that `root` keeps alive, each once: what the process holds as a whole moves by more than that."""
+    """Bytes of all objects that `root` keeps alive, each once: what the process holds as a whole
+    moves by more than that."""
     seen: dict[int, object] = {}
     left = [root]
     while left:
@@ -107,7 +118,9 @@ def held_by(root: object) -> int:
         if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
             seen[id(one)] = one
             left += gc.get_referents(one)
-    return sum(one.nbytes if isinstance(one, Tensor) else sys.getsizeof(one) for one in seen.values())
+    return sum(
+        one.nbytes if isinstance(one, Tensor) else sys.getsizeof(one) for one in seen.values()
+    )
 
 
 def worlds(quick: bool) -> list[dict[str, Any]]:
@@ -126,10 +139,25 @@ def worlds(quick: bool) -> list[dict[str, Any]]:
 def tables_of(layout: str, ranks: int, count: int) -> Tables:
     """What `exchange_tables` would give on a world of that size, made here."""
     if layout.startswith("private"):
-        rows = [torch.tensor([(hash64(f"r{r}.p{i}"), 0, 0, 0) for i in range(count)]) for r in range(ranks)]
-        return Tables([[RemoteHolding("whole", 0, (1,), (), False)]] * ranks, [[r] for r in range(ranks)], rows, 0, [])
+        rows = [
+            torch.tensor([(hash64(f"r{r}.p{i}"), 0, 0, 0) for i in range(count)])
+            for r in range(ranks)
+        ]
+        return Tables(
+            [[RemoteHolding("whole", 0, (1,), (), False)]] * ranks,
+            [[r] for r in range(ranks)],
+            rows,
+            0,
+            [],
+        )
     holdings = [[RemoteHolding("Shard(0)", r, (1,), (1,), False)] for r in range(ranks)]
-    return Tables(holdings, [list(range(ranks))], [torch.tensor([(hash64(f"p{i}"), 0, 0, 0) for i in range(count)])], 0, [])
+    return Tables(
+        holdings,
+        [list(range(ranks))],
+        [torch.tensor([(hash64(f"p{i}"), 0, 0, 0) for i in range(count)])],
+        0,
+        [],
+    )
 
 
 def arithmetic(quick: bool) -> list[dict[str, Any]]:
@@ -147,6 +175,19 @@ def arithmetic(quick: bool) -> list[dict[str, Any]]:
             start = time.process_time()
             find_holders(tables, 0, pieces)
             seconds = time.process_time() - start
-            sent = 8 * (3 * ranks + 15 * ranks + 4 * sum(map(len, tables.rows)) + 2 * sum(map(len, tables.rows)))
-            out.append({"layout": layout, "ranks": ranks, "parameters": count, "seconds": seconds, "bytes": sent})
+            sent = 8 * (
+                3 * ranks
+                + 15 * ranks
+                + 4 * sum(map(len, tables.rows))
+                + 2 * sum(map(len, tables.rows))
+            )
+            out.append(
+                {
+                    "layout": layout,
+                    "ranks": ranks,
+                    "parameters": count,
+                    "seconds": seconds,
+                    "bytes": sent,
+                }
+            )
     return out

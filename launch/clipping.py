@@ -11,7 +11,12 @@ from config import Clip, Config
 from refusal import Refused
 
 FIXED = {"norm": distclip.FixedNorm, "value": distclip.FixedValue, "normalize": distclip.Normalize}
-ADAPTIVE = {"scheduled": distclip.Scheduled, "autoclip": distclip.AutoClip, "zclip": distclip.ZClip, "adagc": distclip.AdaGC}
+ADAPTIVE = {
+    "scheduled": distclip.Scheduled,
+    "autoclip": distclip.AutoClip,
+    "zclip": distclip.ZClip,
+    "adagc": distclip.AdaGC,
+}
 GROUPS = {
     "none": lambda: None,
     "per_layer": lambda: distclip.per_layer(2),  # of two components: blocks.0 and blocks.1 apart
@@ -20,21 +25,25 @@ GROUPS = {
 
 
 def rule(clip: Clip) -> distclip.Policy:
-    """The policy. Refused where `clip` says what its mode cannot honour, or what the policy refuses."""
+    """The policy. Refused where `clip` says what its mode cannot honour, or what the policy
+    refuses."""
     uses_threshold = clip.mode in FIXED or clip.warmup > 0
     if clip.threshold is not None and not uses_threshold:
         raise Refused(
-            f"clip.threshold={clip.threshold:g} has no part in clip.mode={clip.mode!r}; leave it out (over a file: "
+            f"clip.threshold={clip.threshold:g} has no part in clip.mode={clip.mode!r}; leave it "
+            f"out (over a file: "
             "--clip.threshold null), or set clip.warmup too"
         )
     if clip.options and clip.mode not in ADAPTIVE:
         raise Refused(
-            f"clip.options={clip.options} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)} "
+            f"clip.options={clip.options} has no part in clip.mode={clip.mode!r}; it is for "
+            f"{', '.join(ADAPTIVE)} "
             "(over a file: --clip.options {})"
         )
     if clip.warmup and clip.mode not in ADAPTIVE:
         raise Refused(
-            f"clip.warmup={clip.warmup} has no part in clip.mode={clip.mode!r}; it is for {', '.join(ADAPTIVE)} "
+            f"clip.warmup={clip.warmup} has no part in clip.mode={clip.mode!r}; it is for "
+            f"{', '.join(ADAPTIVE)} "
             "(over a file: --clip.warmup 0)"
         )
     threshold = 1.0 if clip.threshold is None else clip.threshold
@@ -51,7 +60,9 @@ def rule(clip: Clip) -> distclip.Policy:
     except distclip.ConfigError as error:
         raise Refused(f"clip: {error}") from None
     except (TypeError, ValueError) as error:
-        raise Refused(f"clip.options={clip.options} are not what {clip.mode} takes: {error}") from None
+        raise Refused(
+            f"clip.options={clip.options} are not what {clip.mode} takes: {error}"
+        ) from None
 
 
 def known_options(clip: Clip) -> dict[str, Any]:
@@ -66,11 +77,13 @@ def known_options(clip: Clip) -> dict[str, Any]:
 
 
 def options(config: Config) -> dict[str, Any]:
-    """GradClipper's other options; reports of rank 0 go to output.log, and what is skipped to the console."""
+    """GradClipper's other options; reports of rank 0 go to output.log, and what is skipped to the
+    console."""
     clip, sinks = config.clip, [distclip.LoggingSink()]
     if config.output.log:
         sinks.append(distclip.JSONLSink(config.output.log))
     on_nonfinite = clip.on_nonfinite
-    if clip.mode == "none" and not clip.skip_spikes and config.training.precision != "fp16":  # a scaler must skip what overflows
+    # a scaler must skip what overflows
+    if clip.mode == "none" and not clip.skip_spikes and config.training.precision != "fp16":
         on_nonfinite = "propagate"
     return {"groups": GROUPS[clip.groups](), "on_nonfinite": on_nonfinite, "sinks": sinks}

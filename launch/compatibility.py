@@ -1,7 +1,9 @@
-"""docs/compatibility.md, from what pytest wrote down under each release of torch: run by launch/matrix.sh.
+"""docs/compatibility.md, from what pytest wrote down under each release of torch: run by
+launch/matrix.sh.
 
 compatibility.py versions                        the releases on the page, one a line
-compatibility.py add VERSION RESULTS CODE [core] with the interpreter that ran the tests; RESULTS of --junitxml, CODE of pytest
+compatibility.py add VERSION RESULTS CODE [core] with the interpreter that ran the tests; RESULTS of
+--junitxml, CODE of pytest
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ series of torch the first clipper says so once, by the logger `distclip`. The re
 
 
 def outcomes(results: Path, code: int) -> dict[str, Any]:
-    """Of one run: how many tests passed, failed and were skipped, in all and by framework; which failed; why some were skipped.
+    """Of one run: how many tests passed, failed and were skipped, in all and by framework; which
+    failed; why some were skipped.
 
     A run that was ended before its end, or could not begin, has a word for it in `stopped`.
     """
@@ -43,7 +46,8 @@ def outcomes(results: Path, code: int) -> dict[str, Any]:
     reasons = Counter[str]()
     for case in cases:
         kind, where, name = _kind(case), case.get("classname", ""), case.get("name", "")
-        if where.startswith("tests.integrations.") or ("integrations" in name and not where):  # the latter: a file that was left out
+        # the latter: a file that was left out
+        if where.startswith("tests.integrations.") or ("integrations" in name and not where):
             framework = next((f for f in FRAMEWORKS if f"test_{f}" in where + name), None)
             if framework:
                 frameworks[framework][kind] += 1
@@ -53,7 +57,9 @@ def outcomes(results: Path, code: int) -> dict[str, Any]:
             failures.append(f"{where}::{name}")
         if kind == "skipped":
             reasons[str(case.find("skipped").get("message"))] += 1  # pyright: ignore[reportOptionalMemberAccess]
-    stopped = {0: "", 1: "", 124: "ended by the time limit"}.get(code, f"pytest ended with code {code}")
+    stopped = {0: "", 1: "", 124: "ended by the time limit"}.get(
+        code, f"pytest ended with code {code}"
+    )
     return {
         "counts": {kind: counts[kind] for kind in ("passed", "failed", "skipped")},
         "frameworks": {name: dict(found) for name, found in frameworks.items()},
@@ -90,7 +96,10 @@ def _version(package: str) -> str:
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: a table, then what failed and why tests were skipped."""
     columns = ["torch", "Python", "passed", "failed", "skipped", *FRAMEWORKS, "date"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|---:|---:|---:|" + "---|" * (len(FRAMEWORKS) + 1)]
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "|---|---|---:|---:|---:|" + "---|" * (len(FRAMEWORKS) + 1),
+    ]
     notes: list[str] = []
     for release in sorted(rows, key=_order):
         one = rows[release]
@@ -134,7 +143,11 @@ def main(arguments: list[str]) -> None:
     if arguments == ["versions"]:
         print("\n".join(sorted(rows_of(PAGE), key=_order)))
     elif arguments[:1] == ["add"] and (len(arguments) == 4 or arguments[4:] == ["core"]):
-        add(PAGE, arguments[1], row(Path(arguments[2]), int(arguments[3])) | {"core": arguments[4:] == ["core"]})
+        add(
+            PAGE,
+            arguments[1],
+            row(Path(arguments[2]), int(arguments[3])) | {"core": arguments[4:] == ["core"]},
+        )
     else:
         sys.exit(__doc__)
 

@@ -1,4 +1,5 @@
-"""What a training run can be told, in YAML and on the command line. An unknown key is an error that names the nearest known one."""
+"""What a training run can be told, in YAML and on the command line. An unknown key is an error that
+names the nearest known one."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from refusal import Refused
 
 
 def option(default: Any, text: str, *, least: int | None = None, above: float | None = None) -> Any:
-    """A field that --help explains; a number may have a least value, or one that it must be above."""
+    """A field that --help explains; a number may have a least value, or one that it must be
+    above."""
     return field(default=default, metadata={"help": text, "least": least, "above": above})
 
 
@@ -39,39 +41,52 @@ class Training:
     accumulate: int = option(1, "micro-steps a step", least=1)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "torch's")
     lr: float = option(0.03, "learning rate after warm-up", above=0)
-    warmup: int = option(0, "steps of linear learning-rate warm-up; cosine decay to 0 after it", least=0)
+    warmup: int = option(
+        0, "steps of linear learning-rate warm-up; cosine decay to 0 after it", least=0
+    )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "fp16 comes with a GradScaler")
     seed: int = option(0, "of the weights")
 
 
 @dataclass
 class Clip:
-    mode: Literal["none", "norm", "value", "normalize", "scheduled", "autoclip", "zclip", "adagc"] = option(
-        "norm", "how gradients are clipped; none still measures"
-    )
+    mode: Literal[
+        "none", "norm", "value", "normalize", "scheduled", "autoclip", "zclip", "adagc"
+    ] = option("norm", "how gradients are clipped; none still measures")
     threshold: float | None = option(
-        None, "of the norm, of each element (value), or of the norm during clip.warmup; 1 where none is given. null takes a file's away"
+        None,
+        "of the norm, of each element (value), or of the norm during clip.warmup; 1 where "
+        "none is given. null takes a file's away",
     )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "of scheduled, autoclip, zclip and adagc, by the policy's own names: --clip.options.alpha 0.9. {} takes a file's away"
+            "help": "of scheduled, autoclip, zclip and adagc, by the policy's own names: "
+            "--clip.options.alpha 0.9. {} takes a file's away"
         },
     )
     warmup: int = option(0, "steps at a fixed threshold before an adaptive mode decides", least=0)
     skip_spikes: bool = option(False, "leave out steps whose norm is far above the latest ones")
-    groups: Literal["none", "per_layer", "per_parameter"] = option("none", "what has a norm and a threshold of its own")
-    on_nonfinite: Literal["skip", "raise", "propagate"] = option("skip", "what becomes of a step whose norm is inf or NaN")
+    groups: Literal["none", "per_layer", "per_parameter"] = option(
+        "none", "what has a norm and a threshold of its own"
+    )
+    on_nonfinite: Literal["skip", "raise", "propagate"] = option(
+        "skip", "what becomes of a step whose norm is inf or NaN"
+    )
 
 
 @dataclass
 class Inject:
-    """A gradient element that goes wrong on one rank, to see that no rank steps, or what a finite spike does to the norm.
+    """A gradient element that goes wrong on one rank, to see that no rank steps, or what a finite
+    spike does to the norm.
 
-    One replica under DDP that has a spike of its own has drifted: that is an error. A spike belongs into a shard.
+    One replica under DDP that has a spike of its own has drifted: that is an error. A spike belongs
+    into a shard.
     """
 
-    kind: Literal["none", "overflow", "nan", "spike"] = option("none", "what one gradient element becomes, to see that no rank steps")
+    kind: Literal["none", "overflow", "nan", "spike"] = option(
+        "none", "what one gradient element becomes, to see that no rank steps"
+    )
     step: int = option(10, "at which step, from 0", least=0)
     rank: int = option(0, "on which rank", least=0)
 
@@ -85,9 +100,13 @@ class Output:
 
 @dataclass
 class Config:
-    model: Literal["recurrent", "lstm", "gpt"] = option("recurrent", "a ReLU network, an LSTM, or a small GPT on bytes")
+    model: Literal["recurrent", "lstm", "gpt"] = option(
+        "recurrent", "a ReLU network, an LSTM, or a small GPT on bytes"
+    )
     strategy: str = option(
-        "ddp", "how the model is spread over ranks: single, ddp, fsdp1, fsdp2, hsdp, tp, tp_fsdp2, pp, accelerate, deepspeed"
+        "ddp",
+        "how the model is spread over ranks: single, ddp, fsdp1, fsdp2, hsdp, tp, tp_fsdp2, "
+        "pp, accelerate, deepspeed",
     )
     deepspeed: str = option("", "DeepSpeed's own JSON, for strategy: deepspeed")
     data: Data = field(default_factory=Data)
@@ -101,7 +120,8 @@ def read(arguments: Sequence[str]) -> Config:
     """`--config FILE --training.lr 0.1 …` → Config.
 
     Raises:
-        Refused: an unknown key, with the nearest known one; a file that is no configuration; a value that makes no sense.
+        Refused: an unknown key, with the nearest known one; a file that is no configuration; a
+            value that makes no sense.
         SystemExit: 0, after --help.
     """
     leaves = dict(_leaves(Config))
@@ -110,7 +130,9 @@ def read(arguments: Sequence[str]) -> Config:
         if key not in known and not key.startswith("clip.options."):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise Refused(f"{where}: unknown key {key!r}{hint} The keys are: {', '.join(sorted(leaves))}")
+            raise Refused(
+                f"{where}: unknown key {key!r}{hint} The keys are: {', '.join(sorted(leaves))}"
+            )
     try:
         values = _parser(leaves).parse_args(_files_first(arguments))
     except ArgumentError as error:
@@ -124,18 +146,24 @@ def read(arguments: Sequence[str]) -> Config:
 def _parser(leaves: dict[str, tuple[Any, Any]]) -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py", exit_on_error=False, usage="train.py [--config FILE] [--KEY VALUE ...]",
-        description="One training program for all launchers. Keys stand in YAML files as training: {lr: 0.1}, and on the command line, "
+        description="One training program for all launchers. Keys stand in YAML files as training: "
+                    "{lr: 0.1}, and on the command line, "
         "which goes over the files, as --training.lr 0.1.",
-        epilog="exit codes: 0 trained, 1 failed, 2 the configuration cannot be honoured, 130 ended by Ctrl-C",
+        epilog="exit codes: 0 trained, 1 failed, 2 the configuration cannot be honoured, 130 ended "
+               "by Ctrl-C",
     )  # fmt: skip
-    parser.add_argument("--config", action="config", metavar="FILE", help="a YAML file; see configs/")
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="a YAML file; see configs/"
+    )
     groups = {"": parser}
     for key, (hint, leaf) in leaves.items():
         part = key.rpartition(".")[0]
         if part not in groups:
             groups[part] = parser.add_argument_group(part)
         default = leaf.default if leaf.default_factory is MISSING else leaf.default_factory()
-        groups[part].add_argument(f"--{key}", type=hint, default=default, help=leaf.metadata["help"])
+        groups[part].add_argument(
+            f"--{key}", type=hint, default=default, help=leaf.metadata["help"]
+        )
     return parser
 
 
@@ -148,36 +176,49 @@ def _check(config: Config, leaves: dict[str, tuple[Any, Any]]) -> None:
         if least is not None and value < least:
             raise Refused(f"{key}={value} must be at least {least}: {leaf.metadata['help']}")
         if above is not None and not above < value < math.inf:
-            raise Refused(f"{key}={value} must be finite and above {above}: {leaf.metadata['help']}")
+            raise Refused(
+                f"{key}={value} must be finite and above {above}: {leaf.metadata['help']}"
+            )
     if config.deepspeed and config.strategy != "deepspeed":
         raise Refused(
-            f'deepspeed={config.deepspeed!r} has no part in strategy={config.strategy!r}; leave it out (over a file: --deepspeed ""), or '
+            f"deepspeed={config.deepspeed!r} has no part in strategy={config.strategy!r}; leave it "
+            f'out (over a file: --deepspeed ""), or '
             "use strategy: deepspeed"
         )
     if config.output.log and Path(config.output.log).is_dir():
         raise Refused(f"output.log={config.output.log!r} is a folder; name a file in it")
-    if config.output.checkpoint and Path(config.output.checkpoint).exists() and not Path(config.output.checkpoint).is_dir():
+    if (
+        config.output.checkpoint
+        and Path(config.output.checkpoint).exists()
+        and not Path(config.output.checkpoint).is_dir()
+    ):
         raise Refused(f"output.checkpoint={config.output.checkpoint!r} is a file; name a folder")
 
 
 def _files_first(arguments: Sequence[str]) -> list[str]:
-    """The parser lets the later win; what is given on the command line goes over every file, wherever it stands."""
+    """The parser lets the later win; what is given on the command line goes over every file,
+    wherever it stands."""
     own = [
         a for i, a in enumerate(arguments)
         if a != "--config" and not a.startswith("--config=") and not (i and arguments[i - 1] == "--config")
     ]  # fmt: skip
     if "--config" in arguments[-1:]:
         raise Refused("--config: name a YAML file; configs/ holds some")
-    return [f"--config={file}" for file in _files(arguments) if _table(file)] + own  # the parser takes no file that holds nothing
+    # the parser takes no file that holds nothing
+    return [f"--config={file}" for file in _files(arguments) if _table(file)] + own
 
 
 def _files(arguments: Sequence[str]) -> list[str]:
-    return [b for a, b in pairwise(arguments) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
+    return [b for a, b in pairwise(arguments) if a == "--config"] + [
+        a[9:] for a in arguments if a.startswith("--config=")
+    ]
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
-    return kind(**{k: _build(hints[k], dict(v)) if is_dataclass(hints[k]) else v for k, v in values.items()})
+    return kind(
+        **{k: _build(hints[k], dict(v)) if is_dataclass(hints[k]) else v for k, v in values.items()}
+    )
 
 
 def _leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -210,10 +251,16 @@ def _table(file: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused(f"--config {file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict):
-        raise Refused(f"--config {file} holds a {type(table).__name__}, not keys with values such as training: {{lr: 0.1}}")
+        raise Refused(
+            f"--config {file} holds a {type(table).__name__}, not keys with values such "
+            f"as training: {{lr: 0.1}}"
+        )
     for key in (f.name for f in fields(Config) if is_dataclass(get_type_hints(Config)[f.name])):
         if not isinstance(table.get(key, {}), dict):
-            raise Refused(f"--config {file}: {key} is {table[key]!r}, not keys with values; leave it out, or write {key}: {{...}}")
+            raise Refused(
+                f"--config {file}: {key} is {table[key]!r}, not keys with values; leave "
+                f"it out, or write {key}: {{...}}"
+            )
     return table
 
 
@@ -228,4 +275,9 @@ def _flat(table: dict[Any, Any], prefix: str = "") -> Iterator[str]:
 def _shortened(text: str) -> str:
     """jsonargparse's errors in one line, without Python's way to write types."""
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(text.split())).replace("typing.", "")
-    return re.sub(r'^Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)$', r"\1: expected \2, got \3", text)
+    return re.sub(
+        r'^Parser key "(.*?)": Expected an? (.*)\. Got value: (.*)$',
+        r"\1: expected \2, "
+        r"got \3",
+        text,
+    )

@@ -1,6 +1,8 @@
-"""Three trainings on the same data and seed: no clipping, norm clipping, value clipping. Started by launch/demo.sh.
+"""Three trainings on the same data and seed: no clipping, norm clipping, value clipping. Started by
+launch/demo.sh.
 
-Temporal order with a plain recurrent network (Pascanu, Mikolov, Bengio 2013, section 4), at a learning rate at which gradients explode.
+Temporal order with a plain recurrent network (Pascanu, Mikolov, Bengio 2013, section 4), at a
+learning rate at which gradients explode.
 """
 
 import math
@@ -47,7 +49,9 @@ def train(title: str, log: str, **options: object) -> Run:
     path.unlink(missing_ok=True)
     clipper = distclip.GradClipper(model, sinks=[distclip.JSONLSink(path)], **options)
     batches, run = temporal_order(SEED), Run(title)
-    for step in tqdm(range(STEPS), desc=title, disable=rank != 0, file=sys.stdout, mininterval=0.5, ncols=80):
+    for step in tqdm(
+        range(STEPS), desc=title, disable=rank != 0, file=sys.stdout, mininterval=0.5, ncols=80
+    ):
         x, y = (t.chunk(world)[rank] for t in batches(step, BATCH))
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
@@ -64,9 +68,12 @@ def train(title: str, log: str, **options: object) -> Run:
 
 @torch.no_grad()
 def finish(run: Run, model: torch.nn.Module) -> None:
-    """Losses over all ranks, the test set, and whether all ranks had the same coefficient, bit for bit, at every step."""
+    """Losses over all ranks, the test set, and whether all ranks had the same coefficient, bit for
+    bit, at every step."""
     losses = torch.tensor(run.losses, dtype=torch.float64)
-    dist.all_reduce(losses, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+    dist.all_reduce(
+        losses, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM
+    )
     run.losses = (losses / dist.get_world_size()).tolist()
     bits = torch.tensor(run.bits)
     everyone = [torch.empty_like(bits) for _ in range(dist.get_world_size())]
@@ -77,8 +84,18 @@ def finish(run: Run, model: torch.nn.Module) -> None:
 
 
 def show(runs: list[Run]) -> None:
-    table = Table(title=f"temporal order, {STEPS} steps, learning rate {LR}, {dist.get_world_size()} ranks")
-    heads = ("", "success", "final loss", "largest norm", "median norm", "clipped steps", "coefficient's bits equal on all ranks")
+    table = Table(
+        title=f"temporal order, {STEPS} steps, learning rate {LR}, {dist.get_world_size()} ranks"
+    )
+    heads = (
+        "",
+        "success",
+        "final loss",
+        "largest norm",
+        "median norm",
+        "clipped steps",
+        "coefficient's bits equal on all ranks",
+    )
     for head in heads:
         table.add_column(head, justify="left" if not head else "right")
     for run in runs:
@@ -95,8 +112,10 @@ def show(runs: list[Run]) -> None:
     console = Console(width=120)
     console.print(table)
     console.print(
-        "Chance is 25 %. What this shows: clipping allows a far larger learning rate. Without it a smaller one also learns (1e-4).\n"
-        "The numbers differ between machines, whose CPUs sum in other orders; chance, about 100 % and equal bits do not."
+        "Chance is 25 %. What this shows: clipping allows a far larger learning rate. Without it a "
+        "smaller one also learns (1e-4).\n"
+        "The numbers differ between machines, whose CPUs sum in other orders; chance, about 100 % "
+        "and equal bits do not."
     )
 
 
@@ -110,7 +129,11 @@ def plot(runs: list[Run], path: Path) -> None:
     for run, color in zip(runs, ("#b2182b", "#2166ac", "#e08214")):
         axes[0].plot(run.losses, color=color, lw=1.2, label=run.title)
         axes[1].plot(run.norms, color=color, lw=0.8, label=run.title)
-    axes[0].set(yscale="log", ylabel="training loss (nats)", title="One data set, one seed, three ways to clip")
+    axes[0].set(
+        yscale="log",
+        ylabel="training loss (nats)",
+        title="One data set, one seed, three ways to clip",
+    )
     axes[1].set(yscale="log", ylabel="gradient norm before clipping", xlabel="step")
     axes[0].axhline(math.log(4), color="gray", lw=0.8, ls=":", label="chance, ln 4")
     axes[0].set_ylim(1e-4, 1e3)  # without clipping the loss leaves this range at step 2

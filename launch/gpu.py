@@ -1,4 +1,5 @@
-"""What `launch/gpu.sh` runs: one part after the other, each with its own time limit; then one table, and JSON, Markdown and a picture."""
+"""What `launch/gpu.sh` runs: one part after the other, each with its own time limit; then one
+table, and JSON, Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -51,7 +52,15 @@ def parts(folder: Path, ranks: int, dry: bool) -> list[Part]:
     """In the order in which they run; their limits add up to less than 8 minutes."""
     python, measured = sys.executable, str(folder / "benchmark.json")
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
-    start = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    start = [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+    ]
     benchmark = [python, "-m", "benchmarks", "--device", "cuda"]
     collected = Part("tests collected", [*tests, "--collect-only"], 60, last_line, device=False)
     return [
@@ -64,7 +73,12 @@ def parts(folder: Path, ranks: int, dry: bool) -> list[Part]:
             checks,
         ),
         Part("benchmark", [*benchmark, "--json", measured], 180, reached),
-        Part("picture", [*benchmark, "--read", measured, "--plot", str(folder / "gpu.png")], 30, lambda _: "gpu.png"),
+        Part(
+            "picture",
+            [*benchmark, "--read", measured, "--plot", str(folder / "gpu.png")],
+            30,
+            lambda _: "gpu.png",
+        ),
     ]
 
 
@@ -79,23 +93,43 @@ def checks(output: str) -> str:
 
 
 def reached(output: str) -> str:
-    found = re.findall(r"^\d+ of \d+ floors reached; of \d+ other comparisons \d+ slower", output, re.MULTILINE)
+    found = re.findall(
+        r"^\d+ of \d+ floors reached; of \d+ other comparisons \d+ slower", output, re.MULTILINE
+    )
     return found[-1] if found else last_line(output)
 
 
 def run(part: Part) -> Outcome:
     """In a session of its own, which is ended whole when its time is over."""
     start = time.monotonic()
-    process = subprocess.Popen(part.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        part.command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=part.limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        return Outcome(part.name, "failed", f"not done within {part.limit_s} s", time.monotonic() - start, output)
+        return Outcome(
+            part.name,
+            "failed",
+            f"not done within {part.limit_s} s",
+            time.monotonic() - start,
+            output,
+        )
     figure = part.figure(output)
     if process.returncode:
-        return Outcome(part.name, "failed", f"exit code {process.returncode}: {figure}", time.monotonic() - start, output)
+        return Outcome(
+            part.name,
+            "failed",
+            f"exit code {process.returncode}: {figure}",
+            time.monotonic() - start,
+            output,
+        )
     return Outcome(part.name, "passed", figure, time.monotonic() - start, output)
 
 
@@ -105,7 +139,9 @@ def versions() -> tuple[Outcome, list[str]]:
     def figure(output: str) -> str:
         found = json.loads(output.splitlines()[-1])
         devices = ", ".join(found.pop("devices")) or "no CUDA device"
-        return f"{devices}; " + ", ".join(f"{name} {value or 'none'}" for name, value in found.items())
+        return f"{devices}; " + ", ".join(
+            f"{name} {value or 'none'}" for name, value in found.items()
+        )
 
     def shown(output: str) -> str:
         try:
@@ -113,42 +149,72 @@ def versions() -> tuple[Outcome, list[str]]:
         except (ValueError, IndexError):
             return last_line(output)
 
-    outcome = run(Part("versions and device", [sys.executable, "-c", VERSIONS], 60, shown, device=False))
+    outcome = run(
+        Part("versions and device", [sys.executable, "-c", VERSIONS], 60, shown, device=False)
+    )
     if outcome.result != "passed":
         return outcome, []
     return outcome, list(json.loads(outcome.output.splitlines()[-1])["devices"])
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    rows = [("what", "result", "seconds", "figure"), *((o.name, o.result, f"{o.seconds:.0f}", o.figure) for o in outcomes)]
+    rows = [
+        ("what", "result", "seconds", "figure"),
+        *((o.name, o.result, f"{o.seconds:.0f}", o.figure) for o in outcomes),
+    ]
     width = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, width)), row[3]]) for row in rows)
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, width)), row[3]]) for row in rows
+    )
 
 
 def write(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """gpu.json and gpu.md; gpu.png was drawn by its part."""
     measured = folder / "benchmark.json"
     benchmark = json.loads(measured.read_text()) if measured.exists() else None
-    (folder / "gpu.json").write_text(json.dumps({"parts": [asdict(o) for o in outcomes], "benchmark": benchmark}, indent=1) + "\n")
-    lines = ["# distclip on this machine's GPUs\n", "| what | result | seconds | figure |", "|---|---|---:|---|"]
+    (folder / "gpu.json").write_text(
+        json.dumps({"parts": [asdict(o) for o in outcomes], "benchmark": benchmark}, indent=1)
+        + "\n"
+    )
+    lines = [
+        "# distclip on this machine's GPUs\n",
+        "| what | result | seconds | figure |",
+        "|---|---|---:|---|",
+    ]
     lines += [f"| {o.name} | {o.result} | {o.seconds:.0f} | {o.figure} |" for o in outcomes]
-    lines += [f"\n## {o.name}: what it said last\n\n```\n{o.output[-6000:].strip()}\n```" for o in outcomes if o.result == "failed"]
+    lines += [
+        f"\n## {o.name}: what it said last\n\n```\n{o.output[-6000:].strip()}\n```"
+        for o in outcomes
+        if o.result == "failed"
+    ]
     text = "\n".join(lines) + "\n"
     if benchmark is not None:
         from benchmarks.gpu_page import page
         from benchmarks.records import Row
 
         picture = "gpu.png" if (folder / "gpu.png").exists() else None
-        text += "\n" + page(benchmark, [Row.from_dict(record) for record in benchmark["rows"]], picture)
+        text += "\n" + page(
+            benchmark, [Row.from_dict(record) for record in benchmark["rows"]], picture
+        )
     (folder / "gpu.md").write_text(text)
 
 
 def main() -> int:
     """0 if all passed; with --dry, if all that needs no device did."""
-    parser = argparse.ArgumentParser(prog="launch/gpu.sh", description="distclip on this machine's GPUs: tests, doctor, benchmark.")
-    parser.add_argument("--dry", action="store_true", help="run what needs no device, and list the rest as not run")
+    parser = argparse.ArgumentParser(
+        prog="launch/gpu.sh",
+        description="distclip on this machine's GPUs: tests, doctor, benchmark.",
+    )
     parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("runs/gpu"), metavar="FOLDER", help="for the results (default: runs/gpu)"
+        "--dry", action="store_true", help="run what needs no device, and list the rest as not run"
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path("runs/gpu"),
+        metavar="FOLDER",
+        help="for the results (default: runs/gpu)",
     )
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -162,7 +228,11 @@ def main() -> int:
         if part.device and options.dry:
             outcome = Outcome(part.name, "not run", "needs a CUDA device")
         elif part.device and not devices:
-            outcome = Outcome(part.name, "failed", "torch sees no CUDA device; launch/gpu.sh --dry runs what needs none")
+            outcome = Outcome(
+                part.name,
+                "failed",
+                "torch sees no CUDA device; launch/gpu.sh --dry runs what needs none",
+            )
         else:
             outcome = run(part)
         print(f"{outcome.name}: {outcome.result}: {outcome.figure}", flush=True)
@@ -170,7 +240,10 @@ def main() -> int:
             print(outcome.output[-6000:], flush=True)
         outcomes.append(outcome)
     write(folder, outcomes)
-    print(f"\n{table(outcomes)}\n\nwritten to {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    print(
+        f"\n{table(outcomes)}\n\nwritten to {folder}: "
+        + ", ".join(sorted(path.name for path in folder.iterdir()))
+    )
     return int(any(outcome.result == "failed" for outcome in outcomes))
 
 

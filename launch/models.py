@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 
 class Recurrent(nn.Module):
-    """A plain ReLU network that starts as an integrator: sequences [batch, time, inputs] → logits [batch, classes]."""
+    """A plain ReLU network that starts as an integrator: sequences [batch, time, inputs] → logits
+    [batch, classes]."""
 
     def __init__(self, inputs: int = 6, hidden: int = 64, classes: int = 4) -> None:
         super().__init__()
@@ -43,11 +44,19 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        # rows of qkv are ordered by head: a tensor-parallel rank that holds a part of them holds whole heads
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (-1, 3, x.shape[-1] // self.heads)).transpose(1, 2).unbind(3)
+        # rows of qkv are ordered by head: a tensor-parallel rank that holds a part of them holds
+        # whole heads
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .unflatten(-1, (-1, 3, x.shape[-1] // self.heads))
+            .transpose(1, 2)
+            .unbind(3)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))

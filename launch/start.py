@@ -1,4 +1,5 @@
-"""Runs a launcher in this process and says in one line what it says in a page when ranks end: start.py MODULE ARGUMENTS...
+"""Runs a launcher in this process and says in one line what it says in a page when ranks end:
+start.py MODULE ARGUMENTS...
 
 The ranks' own words stand above that line. Used by the scripts of this folder.
 """
@@ -18,14 +19,20 @@ REFUSED = 2  # train.py's exit code where the configuration cannot be honoured: 
 
 def main(arguments: list[str]) -> int:
     sys.argv = arguments
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: False)  # how each process ended
+    # how each process ended
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(
+        lambda record: False
+    )
     try:
         runpy.run_module(arguments[0], run_name="__main__")
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode == REFUSED:
             return REFUSED
-        print(f"launch: rank {rank} ended first, {how(first)}; what it said stands above", file=sys.stderr)
+        print(
+            f"launch: rank {rank} ended first, {how(first)}; what it said stands above",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -37,7 +44,11 @@ def main(arguments: list[str]) -> int:
 def how(failure: ProcessFailure) -> str:
     if failure.exitcode >= 0:
         return f"with exit code {failure.exitcode}"
-    out_of_memory = ", which is what a machine without memory sends" if failure.signal_name() == "SIGKILL" else ""
+    out_of_memory = (
+        ", which is what a machine without memory sends"
+        if failure.signal_name() == "SIGKILL"
+        else ""
+    )
     return f"by {failure.signal_name()}{out_of_memory}"
 
 

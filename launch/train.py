@@ -50,7 +50,9 @@ def say_equal(what: str, mine: object) -> None:
     if dist.is_initialized():
         dist.all_gather_object(states, mine)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"{what}, {'equal on all ranks' if all(state == states[0] for state in states) else f'NOT EQUAL: {states}'}")
+        print(
+            f"{what}, {'equal on all ranks' if all(state == states[0] for state in states) else f'NOT EQUAL: {states}'}"
+        )
 
 
 def train(config: Config, device: str) -> None:
@@ -61,7 +63,10 @@ def train(config: Config, device: str) -> None:
     index, parts = job.part
     share = training.batch // parts
     if share * parts != training.batch or share % training.accumulate:
-        raise Refused(f"training.batch={training.batch} does not divide by {parts} parts of the batch x {training.accumulate} micro-steps")
+        raise Refused(
+            f"training.batch={training.batch} does not divide by {parts} parts of the "
+            f"batch x {training.accumulate} micro-steps"
+        )
     if rank == 0:
         print(job.clipper.plan)
     start = job.resume(output.checkpoint) if output.checkpoint else 0
@@ -73,17 +78,24 @@ def train(config: Config, device: str) -> None:
     bits = torch.zeros((), dtype=torch.int64, device=device)
     bar = tqdm(range(start, training.steps), disable=rank != 0, mininterval=0.5, ncols=80)
     for step in bar:
-        x, y = (t[index * share : (index + 1) * share].to(device) for t in batches(step, training.batch))
+        x, y = (
+            t[index * share : (index + 1) * share].to(device) for t in batches(step, training.batch)
+        )
         for group in job.optimizer.param_groups:
             group["lr"] = training.lr * rate(step, config)
         fault = FAULTS[inject.kind] if (step, rank) == (inject.step, inject.rank) else None
         loss, report = job.step(x, y, fault)
         bits = bits * 31 + report.coefs.float().view(torch.int32).long().sum()
         if step % 20 == 0 or step == training.steps - 1:
-            bar.set_postfix(loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}")
+            bar.set_postfix(
+                loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}"
+            )
         if output.checkpoint and ((step + 1) % output.every == 0 or step + 1 == training.steps):
             job.save(output.checkpoint, step + 1)
-    say_equal(f"bits of the coefficients of {training.steps - start} steps: {int(bits) & 0xFFFFFFFF:08x}", int(bits))
+    say_equal(
+        f"bits of the coefficients of {training.steps - start} steps: {int(bits) & 0xFFFFFFFF:08x}",
+        int(bits),
+    )
     if job.scaler.is_enabled():
         say_equal(f"scaler: scale {job.scaler.get_scale():g}", job.scaler.state_dict())
     if rank == 0:
@@ -94,17 +106,25 @@ def say_start(start: int, config: Config) -> None:
     output, steps = config.output, config.training.steps
     if start >= steps:
         print(
-            f"nothing to train: {output.checkpoint} holds a checkpoint of step {start}, and training.steps={steps} is reached; raise "
+            f"nothing to train: {output.checkpoint} holds a checkpoint of step {start}, and "
+            f"training.steps={steps} is reached; raise "
             "--training.steps to go on, or name another --output.checkpoint to start anew"
         )
     elif start:
-        print(f"resumed: {output.checkpoint} holds a checkpoint of step {start}; {steps - start} of {steps} steps are left")
+        print(
+            f"resumed: {output.checkpoint} holds a checkpoint of step {start}; {steps - start} "
+            f"of {steps} steps are left"
+        )
     elif output.log and Path(output.log).exists():
-        print(f"note: {output.log} is there already; the lines of this run come after those that it has")
+        print(
+            f"note: {output.log} is there already; the lines of this run come after those that "
+            f"it has"
+        )
     world, inject = dist.get_world_size() if dist.is_initialized() else 1, config.inject
     if inject.kind != "none" and not (start <= inject.step < steps and inject.rank < world):
         print(
-            f"note: nothing is injected: inject.step={inject.step} and inject.rank={inject.rank}, and steps {start} to {steps - 1} are "
+            f"note: nothing is injected: inject.step={inject.step} and inject.rank={inject.rank}, "
+            f"and steps {start} to {steps - 1} are "
             f"taken by ranks 0 to {world - 1}"
         )
 
@@ -154,7 +174,8 @@ def run(config: Config) -> None:
         train(config, device)
     finally:
         if dist.is_initialized():
-            # a model that outlives its process groups leaves work to gloo's threads, which abort when the interpreter ends under them
+            # a model that outlives its process groups leaves work to gloo's threads, which abort
+            # when the interpreter ends under them
             gc.collect()
             dist.destroy_process_group()
 

@@ -1,4 +1,5 @@
-"""Four gloo ranks for all tests; no test may leave a process group or an environment variable behind."""
+"""Four gloo ranks for all tests; no test may leave a process group or an environment variable
+behind."""
 
 import os
 
@@ -21,7 +22,9 @@ def ranks():
 def nothing_is_left_behind():
     def environment():
         return {
-            k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
         }  # set by pytest and torch
 
     before = environment()

@@ -1,13 +1,16 @@
-"""Steps that a test skips on purpose: without a sink the clipper warns of them, and warnings are errors."""
+"""Steps that a test skips on purpose: without a sink the clipper warns of them, and warnings are
+errors."""
 
 import warnings
 from contextlib import ContextDecorator
 
-IGNORED = "ignore:step [0-9]+ is skipped"  # for a mark, where some cases of a test skip and others do not
+# for a mark, where some cases of a test skip and others do not
+IGNORED = "ignore:step [0-9]+ is skipped"
 
 
 class told(ContextDecorator):
-    """Around a block or a function, on each rank: skipped steps are told, `least` at least; all other warnings stay what they were."""
+    """Around a block or a function, on each rank: skipped steps are told, `least` at least; all
+    other warnings stay what they were."""
 
     def __init__(self, least=1):
         self.least = least

@@ -48,7 +48,11 @@ def test_a_tiny_coefficient_is_not_rounded_to_the_gradients_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, weight_decay=0.1), lambda ps: torch.optim.AdamW(ps, 0.1)]
+    "make",
+    [
+        lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, weight_decay=0.1),
+        lambda ps: torch.optim.AdamW(ps, 0.1),
+    ],
 )
 @pytest.mark.parametrize("bad", [INF, NAN])
 @skips.told()
@@ -60,7 +64,10 @@ def test_a_skipped_step_moves_nothing(make, bad):
     optimizer.step()
     for act in (lambda: (clipper.clip_(), optimizer.step()), lambda: clipper.step(optimizer)):
         p.grad = torch.tensor([1.0, bad])
-        before = p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items() if v is not None}
+        before = (
+            p.detach().clone(),
+            {k: v.clone() for k, v in optimizer.state[p].items() if v is not None},
+        )
         act()
         assert torch.equal(p, before[0])
         assert all(torch.equal(optimizer.state[p][k], v) for k, v in before[1].items())
@@ -75,10 +82,14 @@ def test_the_streak_ends_in_an_error_and_names_culprits_first():
     for i in range(2):
         params[1][1].grad = torch.tensor([INF])
         report = clipper.clip_()
-        assert report.skipped and report.culprits == ((("layer1.weight", 0, "inf"),) if i == 0 else ())
+        assert report.skipped and report.culprits == (
+            (("layer1.weight", 0, "inf"),) if i == 0 else ()
+        )
     params[1][1].grad = torch.tensor([INF])
     with pytest.raises(
-        distclip.NonFiniteError, match=r"step 3: 1 gradient tensor is not finite in 3 steps in a row .*layer1.weight on rank 0: inf"
+        distclip.NonFiniteError,
+        match=r"step 3: 1 gradient tensor is not finite in 3 steps in a "
+        r"row .*layer1.weight on rank 0: inf",
     ):
         clipper.clip_()
 
@@ -96,7 +107,11 @@ def test_groups_have_norms_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "groups, names", [(distclip.per_parameter(), ("layer0.weight", "layer1.weight")), (distclip.per_layer(), ("layer0", "layer1"))]
+    "groups, names",
+    [
+        (distclip.per_parameter(), ("layer0.weight", "layer1.weight")),
+        (distclip.per_layer(), ("layer0", "layer1")),
+    ],
 )
 def test_per_parameter_and_per_layer(groups, names):
     report = distclip.GradClipper(named([3.0, 4.0], [6.0, 8.0]), 5.0, groups=groups).clip_()
@@ -115,11 +130,15 @@ def test_per_param_group():
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_value_clipping_reports_what_it_did(p, scale):
     params = named([1.0, -8.0, 2.0], [0.5])
-    report = distclip.GradClipper(params, policy=distclip.FixedValue(1.5), norm_type=p).clip_(grad_scale=scale)
+    report = distclip.GradClipper(params, policy=distclip.FixedValue(1.5), norm_type=p).clip_(
+        grad_scale=scale
+    )
     raw = torch.tensor([1.0, -8.0, 2.0, 0.5]).double() * scale
     want = raw.clamp(-1.5, 1.5)
     assert torch.cat([q.grad for _, q in params]).tolist() == want.tolist()
-    assert report.clipped and report.norm_after.item() == pytest.approx(want.norm(p).item(), rel=1e-6)
+    assert report.clipped and report.norm_after.item() == pytest.approx(
+        want.norm(p).item(), rel=1e-6
+    )
     assert report.total_norm.item() == pytest.approx(raw.norm(p).item(), rel=1e-6)
 
 
@@ -127,7 +146,9 @@ def test_normalize_lengthens_too_and_leaves_zero_alone():
     params = named([0.3, 0.4])
     distclip.GradClipper(params, policy=distclip.Normalize(10.0)).clip_()
     assert params[0][1].grad.tolist() == pytest.approx([6, 8])
-    assert distclip.GradClipper(named([0.0]), policy=distclip.Normalize(10.0)).clip_().clip_coef == 1
+    assert (
+        distclip.GradClipper(named([0.0]), policy=distclip.Normalize(10.0)).clip_().clip_coef == 1
+    )
 
 
 def test_grad_scale_is_one_factor_with_the_coefficient():
@@ -141,7 +162,10 @@ class Running:
     """A user's own policy: threshold = twice the mean norm so far."""
 
     def init(self, groups, device):
-        return (torch.zeros(groups, dtype=torch.float64, device=device), torch.zeros(groups, dtype=torch.float64, device=device))
+        return (
+            torch.zeros(groups, dtype=torch.float64, device=device),
+            torch.zeros(groups, dtype=torch.float64, device=device),
+        )
 
     def decide(self, norms, state):
         total, count = state
@@ -180,15 +204,25 @@ def test_sinks(tmp_path, caplog):
 
     params = named([3.0, 4.0])
     log = tmp_path / "runs" / "a.jsonl"
-    clipper = distclip.GradClipper(params, 2.5, sinks=[Full(), distclip.JSONLSink(log), distclip.LoggingSink()])
+    clipper = distclip.GradClipper(
+        params, 2.5, sinks=[Full(), distclip.JSONLSink(log), distclip.LoggingSink()]
+    )
     caplog.set_level("INFO", logger="distclip")
-    with pytest.warns(RuntimeWarning, match="Full failed at step 1 and is off from now on, training goes on: OSError: no space left"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="Full failed at step 1 and is off from now on, "
+        "training goes on: OSError: no space left",
+    ):
         clipper.clip_()
     params[0][1].grad = torch.tensor([NAN, 1.0])
     clipper.clip_()
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert rows[0]["total_norm"] == 5 and rows[0]["clip_coef"] == 0.5
-    assert rows[1]["skipped"] and rows[1]["total_norm"] is None and rows[1]["culprits"][0]["kind"] == "NaN"
+    assert (
+        rows[1]["skipped"]
+        and rows[1]["total_norm"] is None
+        and rows[1]["culprits"][0]["kind"] == "NaN"
+    )
     assert "norm 5" in caplog.text and "step 2 skipped" in caplog.text
 
 
@@ -200,13 +234,17 @@ def test_clipping_before_backward_is_told_once():
 
 
 REFUSED = {
-    "no threshold": (lambda: distclip.GradClipper(nn.Linear(2, 2)), "exactly one of max_norm and policy, not neither"),
-    "zero": (lambda: distclip.GradClipper(nn.Linear(2, 2), 0), "max_norm=0 sets every gradient to zero.*allow_zero=True"),
+    "no threshold": (lambda: distclip.GradClipper(nn.Linear(2, 2)), "exactly one of max_norm and "
+                                                                    "policy, not neither"),
+    "zero": (lambda: distclip.GradClipper(nn.Linear(2, 2), 0), "max_norm=0 sets every gradient to "
+                                                               "zero.*allow_zero=True"),
     "negative": (lambda: distclip.FixedValue(-1), "clip_value=-1.0 is not a threshold"),
     "nan": (lambda: distclip.Normalize(NAN), "norm=nan is not a threshold"),
     "nothing": (lambda: distclip.GradClipper([], 1.0), "params holds no parameters"),
-    "no policy": (lambda: distclip.GradClipper(nn.Linear(2, 2), policy="norm"), "policy='norm' has no init and decide"),
-    "p": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, norm_type=9), "norm_type=9: p must be above 0 and at most 8"),
+    "no policy": (lambda: distclip.GradClipper(nn.Linear(2, 2), policy="norm"), "policy='norm' has "
+                                                                                "no init and decide"),
+    "p": (lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, norm_type=9), "norm_type=9: p must be "
+                                                                           "above 0 and at most 8"),
     "mode": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, on_nonfinite="zero"),
         "on_nonfinite='zero'; it is one of 'skip', 'raise', 'propagate'",
@@ -216,7 +254,8 @@ REFUSED = {
     "names": (lambda: distclip.GradClipper([named([1.0])[0], named([1.0])[0]], 1.0), "two different parameters are named 'layer0.weight'"),
     "meta": (
         lambda: distclip.GradClipper(nn.Linear(2, 2, device="meta"), 1.0),
-        "weight is on the device meta; distclip clips on the CPU and on CUDA. A model on `meta` has no values yet",
+        "weight is on the device meta; distclip clips on the CPU and on CUDA. A model on `meta` "
+        "has no values yet",
     ),
     "by_name": (lambda: distclip.by_name({}), "give at least one pattern"),
 }  # fmt: skip
@@ -233,7 +272,9 @@ def test_complex_gradients_have_a_norm_and_no_order():
     p.grad = torch.tensor([3j, 4.0])
     assert distclip.GradClipper([("w", p)], 2.5).clip_().total_norm == 5
     assert p.grad.tolist() == [1.5j, 2.0]
-    with pytest.raises(distclip.GradientError, match="its elements cannot be clamped; clip its norm, or exempt it"):
+    with pytest.raises(
+        distclip.GradientError, match="its elements cannot be clamped; clip its norm, or exempt it"
+    ):
         distclip.GradClipper([("w", p)], policy=distclip.FixedValue(1.0)).clip_()
     assert p.grad.tolist() == [1.5j, 2.0]
 
@@ -241,7 +282,13 @@ def test_complex_gradients_have_a_norm_and_no_order():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sparse_gradients_that_are_not_coalesced(dtype):
     p = nn.Parameter(torch.zeros(6, 2, dtype=dtype))
-    p.grad = torch.sparse_coo_tensor([[4, 1, 4]], [[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]], (6, 2), dtype=dtype, check_invariants=True)
+    p.grad = torch.sparse_coo_tensor(
+        [[4, 1, 4]],
+        [[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]],
+        (6, 2),
+        dtype=dtype,
+        check_invariants=True,
+    )
     report = distclip.GradClipper([("w", p)], 2.5).clip_()
     assert report.total_norm == 5 and p.grad.to_dense()[4].tolist() == [1.5, 2.0]
     distclip.GradClipper([("w", p)], policy=distclip.FixedValue(1.75)).clip_()

@@ -1,6 +1,8 @@
-"""A default device, set by `torch.device(...)` as a context or for good, is for the user's tensors: distclip's lie where it computes.
+"""A default device, set by `torch.device(...)` as a context or for good, is for the user's tensors:
+distclip's lie where it computes.
 
-"meta" stands for any device that is not the gradients': whatever is made there holds no numbers, so that nothing can pass by luck.
+"meta" stands for any device that is not the gradients': whatever is made there holds no numbers, so
+that nothing can pass by luck.
 """
 
 import math
@@ -27,7 +29,8 @@ from policies.cases import CASES, decaying
 from policies.test_trace import GROUPS, at
 
 INF, CPU = math.inf, torch.device("cpu")
-SHAPES = ((5, 3), (2000,), (1100, 1000), (), (0,))  # small, middling and large for torch's operations; a scalar; nothing
+# small, middling and large for torch's operations; a scalar; nothing
+SHAPES = ((5, 3), (2000,), (1100, 1000), (), (0,))
 FEW = ((5, 3), (2000,), (), (0,))
 POLICIES = {
     "FixedNorm": lambda: distclip.FixedNorm(1.0),
@@ -58,7 +61,13 @@ under = pytest.mark.parametrize("elsewhere", UNDER.values(), ids=UNDER)
 
 
 @pytest.fixture(
-    params=[pytest.param("native", marks=pytest.mark.skipif(NO_LIBRARY, reason="the native kernels are not compiled here")), "torch"]
+    params=[
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(NO_LIBRARY, reason="the native kernels are not compiled here"),
+        ),
+        "torch",
+    ]
 )
 def kernels(request, monkeypatch):
     monkeypatch.setenv("DISTCLIP_KERNELS", request.param)
@@ -79,14 +88,20 @@ def draw(ps, seed):
 def same(a, b):
     """Bit for bit, of as many tensors, all with numbers."""
     assert len(a) == len(b) > 0 and all(t.device == CPU for t in (*a, *b))
-    return all(x.dtype == y.dtype and torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) for x, y in zip(a, b, strict=True))
+    return all(
+        x.dtype == y.dtype and torch.equal(x.nan_to_num(-1), y.nan_to_num(-1))
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @under
 def test_the_default_device_counts(elsewhere):
     with elsewhere():
         assert (
-            torch.zeros(1).device.type == torch.tensor(1).device.type == torch.as_tensor(torch.ones(1, device="cpu")).device.type == "meta"
+            torch.zeros(1).device.type
+            == torch.tensor(1).device.type
+            == torch.as_tensor(torch.ones(1, device="cpu")).device.type
+            == "meta"
         )
     assert torch.zeros(1).device == CPU
 
@@ -101,7 +116,10 @@ def test_drop_ins(kernels, elsewhere, p, dtype):
     def results(where):
         first, second = params(dtype), params(dtype)
         with where():
-            norms = [distclip.clip_grad_norm_(first, 1.0, p), distclip.get_total_norm([q.grad for q in second], p)]
+            norms = [
+                distclip.clip_grad_norm_(first, 1.0, p),
+                distclip.get_total_norm([q.grad for q in second], p),
+            ]
             distclip.clip_grads_with_norm_(second, 1.0, norms[1])
             distclip.clip_grad_value_(second, 1e-4)
         return [*norms, *(q.grad for q in (*first, *second))]
@@ -133,8 +151,14 @@ def test_drop_ins_on_shards(ranks):
 def agreed(group, elsewhere):
     """The mode of a default device is the thread's own."""
     channel = Channel(group, range(group.size()), group.rank())
-    part, whole = Holding("Shard(0)", f"{channel.rank}/{channel.size}", ("mesh",)), Holding("whole", "whole", ("all",))
-    pieces = [Piece("w", "w", part, (4, 3), 12, (1, 3), None), Piece("b", "b", whole, (5,), 5, (5,), None)]
+    part, whole = (
+        Holding("Shard(0)", f"{channel.rank}/{channel.size}", ("mesh",)),
+        Holding("whole", "whole", ("all",)),
+    )
+    pieces = [
+        Piece("w", "w", part, (4, 3), 12, (1, 3), None),
+        Piece("b", "b", whole, (5,), 5, (5,), None),
+    ]
     pieces.append(Piece(f"own{channel.rank}", f"own{channel.rank}", whole, (2,), 2, (2,), None))
     with elsewhere():
         agree_on_call(channel, {"a": "1"}, None, CPU)
@@ -147,7 +171,11 @@ def agreed(group, elsewhere):
 
 def test_set_up_on_four_ranks():
     got, want = run_threads(4, agreed, UNDER["context"]), run_threads(4, agreed, nullcontext)
-    assert got == want and [share.holders for share in want[0][0]] == [1, 4, 1] and want[0][4] == ["", "a", "aa", "aaa"]
+    assert (
+        got == want
+        and [share.holders for share in want[0][0]] == [1, 4, 1]
+        and want[0][4] == ["", "a", "aa", "aaa"]
+    )
 
 
 def wrong_set_up(group):
@@ -158,7 +186,10 @@ def wrong_set_up(group):
 
 
 def test_refusals_still_name_what_differs():
-    assert all("max_norm: '0' on rank 0-1; '1' on rank 2-3" in said for said in run_threads(4, wrong_set_up))
+    assert all(
+        "max_norm: '0' on rank 0-1; '1' on rank 2-3" in said
+        for said in run_threads(4, wrong_set_up)
+    )
 
 
 # Policies
@@ -215,7 +246,12 @@ def test_the_tables_of_the_gpu_kernels(elsewhere=UNDER["context"]):
         layout = triton_lists.Layout((5, 40000), dtypes, CPU)
         there = layout._there(array("Q", [3, 4]))
         reserve = triton_lists._Reserve()
-    assert [t.tolist() for t in layout._tables] == [[0, 1, 1], [0, 1, 3], [5, 40000], [triton_lists.CODES[d] for d in dtypes]]
+    assert [t.tolist() for t in layout._tables] == [
+        [0, 1, 1],
+        [0, 1, 3],
+        [5, 40000],
+        [triton_lists.CODES[d] for d in dtypes],
+    ]
     assert there.tolist() == [3, 4] and reserve._free.device == CPU
 
 
@@ -233,7 +269,14 @@ def steps(make, where, built_inside, **options):
         with where():
             report = clipper.measure() if seed == 3 else clipper.clip_()
             told = report.to_dict()
-        out += [report.total_norm, report.norm_after, report.coefs, report.threshold, report.group_norms, *(p.grad for p in ps)]
+        out += [
+            report.total_norm,
+            report.norm_after,
+            report.coefs,
+            report.threshold,
+            report.group_norms,
+            *(p.grad for p in ps),
+        ]
         out.append(torch.tensor(told["total_norm"]))
     with where():
         saved = clipper.state_dict()
@@ -246,7 +289,10 @@ def steps(make, where, built_inside, **options):
 @pytest.mark.parametrize("built_inside", [False, True], ids=["built outside", "built inside"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_clippers(kernels, elsewhere, name, built_inside):
-    got, want = steps(POLICIES[name], elsewhere, built_inside), steps(POLICIES[name], nullcontext, False)
+    got, want = (
+        steps(POLICIES[name], elsewhere, built_inside),
+        steps(POLICIES[name], nullcontext, False),
+    )
     assert same(got, want) and want[0] > 1
 
 
@@ -254,7 +300,10 @@ def test_clippers(kernels, elsewhere, name, built_inside):
 @pytest.mark.parametrize("p", [1.0, INF])
 def test_clippers_of_other_orders_and_groups(kernels, elsewhere, p):
     options = {"norm_type": p, "groups": distclip.per_parameter(), "on_nonfinite": "propagate"}
-    assert same(steps(POLICIES["FixedNorm"], elsewhere, True, **options), steps(POLICIES["FixedNorm"], nullcontext, False, **options))
+    assert same(
+        steps(POLICIES["FixedNorm"], elsewhere, True, **options),
+        steps(POLICIES["FixedNorm"], nullcontext, False, **options),
+    )
 
 
 @under
@@ -266,10 +315,19 @@ def test_steps_of_an_optimizer(kernels, elsewhere, fold):
         optimizer = torch.optim.AdamW(ps, lr=0.1, fused=True)
         for group in optimizer.param_groups:  # the optimizer's own counters are the user's affair
             optimizer.state.update(
-                {p: dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)) for p in group["params"]}
+                {
+                    p: dict(
+                        step=torch.zeros(()),
+                        exp_avg=torch.zeros_like(p),
+                        exp_avg_sq=torch.zeros_like(p),
+                    )
+                    for p in group["params"]
+                }
             )
         with where():
-            clipper = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(ps)], max_norm=1.0, fold=fold)
+            clipper = distclip.GradClipper(
+                [(f"p{i}", p) for i, p in enumerate(ps)], max_norm=1.0, fold=fold
+            )
             report = clipper.step(optimizer)
             bad = [p.grad.fill_(math.nan) for p in ps if p.grad is not None]
             skipped = clipper.step(optimizer)

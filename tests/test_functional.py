@@ -1,4 +1,5 @@
-"""The drop-ins: torch's behaviour on plain tensors, right in low precision, and the global norm on DTensors."""
+"""The drop-ins: torch's behaviour on plain tensors, right in low precision, and the global norm on
+DTensors."""
 
 import math
 import warnings
@@ -55,7 +56,9 @@ def test_as_torch_on_plain_tensors(p, max_norm, foreach):
 def test_orders_that_only_torch_knows(p):
     """Any order that torch's norm takes, as a number or as text."""
     ours, torchs = params((5, 3), (7,)), params((5, 3), (7,))
-    torch.testing.assert_close(OURS.clip_grad_norm_(ours, 0.5, p), TORCHS.clip_grad_norm_(torchs, 0.5, p))
+    torch.testing.assert_close(
+        OURS.clip_grad_norm_(ours, 0.5, p), TORCHS.clip_grad_norm_(torchs, 0.5, p)
+    )
     torch.testing.assert_close(grads(ours), grads(torchs))
 
 
@@ -72,7 +75,9 @@ def test_high_orders(p, size):
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_orders_beyond_those_of_the_clipper_on_plain_tensors(p, size):
     ours, torchs = params((5, 3), (7,), size=size), params((5, 3), (7,), size=size)
-    torch.testing.assert_close(OURS.get_total_norm(grads(ours), p), TORCHS.get_total_norm(grads(torchs), p), equal_nan=True)
+    torch.testing.assert_close(
+        OURS.get_total_norm(grads(ours), p), TORCHS.get_total_norm(grads(torchs), p), equal_nan=True
+    )
     OURS.clip_grad_norm_(ours, size / 2, p)
     TORCHS.clip_grad_norm_(torchs, size / 2, p)
     torch.testing.assert_close(grads(ours), grads(torchs), equal_nan=True)
@@ -81,7 +86,9 @@ def test_orders_beyond_those_of_the_clipper_on_plain_tensors(p, size):
 @pytest.mark.parametrize("how", [lambda ps: ps[0], lambda ps: (p for p in ps), tuple, list])
 def test_what_may_be_passed(how):
     ours, torchs = params((5, 3)), params((5, 3))
-    torch.testing.assert_close(OURS.clip_grad_norm_(how(ours), 0.5), TORCHS.clip_grad_norm_(how(torchs), 0.5))
+    torch.testing.assert_close(
+        OURS.clip_grad_norm_(how(ours), 0.5), TORCHS.clip_grad_norm_(how(torchs), 0.5)
+    )
     OURS.clip_grad_value_(how(ours), 0.01)
     TORCHS.clip_grad_value_(how(torchs), 0.01)
     torch.testing.assert_close(grads(ours), grads(torchs))
@@ -93,7 +100,10 @@ def test_what_may_be_passed(how):
 
 
 def test_nothing_to_clip():
-    assert OURS.clip_grad_norm_([], 1.0) == 0 and OURS.clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
+    assert (
+        OURS.clip_grad_norm_([], 1.0) == 0
+        and OURS.clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
+    )
     assert OURS.get_total_norm([]) == 0
     OURS.clip_grad_value_([nn.Parameter(torch.ones(2))], 1.0)
     said = []
@@ -101,7 +111,8 @@ def test_nothing_to_clip():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             functions.clip_grad_norm_((p for p in []), 1.0)
-            functions.clip_grad_norm_(filter(None, []), 1.0)  # of other iterables torch says nothing
+            # of other iterables torch says nothing
+            functions.clip_grad_norm_(filter(None, []), 1.0)
         said.append([str(w.message) for w in caught])
     assert said[0] == said[1] and len(said[0]) == 1
 
@@ -132,7 +143,10 @@ def test_float64_overflows_where_torchs_does():
 
 @pytest.mark.parametrize("max_norm", [-1.0, math.nan])
 def test_what_is_no_threshold(max_norm):
-    for call in (lambda ps: OURS.clip_grad_norm_(ps, max_norm), lambda ps: OURS.clip_grad_value_(ps, max_norm)):
+    for call in (
+        lambda ps: OURS.clip_grad_norm_(ps, max_norm),
+        lambda ps: OURS.clip_grad_value_(ps, max_norm),
+    ):
         ps = params((3,))
         before = grads(ps)
         with pytest.raises(ValueError, match=r"is not a (threshold|bound)"):
@@ -143,7 +157,8 @@ def test_what_is_no_threshold(max_norm):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 2e3])
 def test_low_precision_is_measured_in_float32(dtype, size):
-    """torch rounds each tensor's norm to its dtype: 65504 overflows, and three digits are all there are."""
+    """torch rounds each tensor's norm to its dtype: 65504 overflows, and three digits are all there
+    are."""
     ps = params((300, 4), (57,), dtype=dtype, size=size)
     want = total_norm(grads(ps))
     norm = OURS.clip_grad_norm_(ps, 0.5 * want)
@@ -164,7 +179,9 @@ def test_unusual_gradients():
     again.grad = shared.grad  # counts and is scaled once
     dense = torch.zeros(6, 2)
     dense[[1, 4]] = torch.tensor([[1.0, 2.0], [6.0, 8.0]])
-    sparse.grad = torch.sparse_coo_tensor([[4, 1, 4]], [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]], (6, 2), check_invariants=True)
+    sparse.grad = torch.sparse_coo_tensor(
+        [[4, 1, 4]], [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]], (6, 2), check_invariants=True
+    )
     turned.grad = turned.grad.t().contiguous().t()
     cplx = nn.Parameter(torch.zeros(5, dtype=torch.complex64))
     cplx.grad = torch.randn(5, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
@@ -183,7 +200,8 @@ def test_unusual_gradients():
 def shards(strategy):
     """(model, input) with gradients, held by four ranks, and the whole model's gradients."""
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Softplus())  # FSDP2 warns of an output that is a view
+    # FSDP2 warns of an output that is a view
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Softplus())
     x = torch.randn(7, 6, generator=torch.Generator().manual_seed(4))
     reference = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Softplus()).double()
     reference.load_state_dict({k: v.double() for k, v in net.state_dict().items()})
@@ -218,7 +236,11 @@ def on_dtensors(strategy, p):
     )
     OURS.clip_grad_value_(net.parameters(), 0.01)
     largest = max(param.grad.full_tensor().abs().max().item() for param in net.parameters())
-    kind = (isinstance(norm, DTensor), [isinstance(x, Replicate) for x in norm.placements], norm.device_mesh.shape)
+    kind = (
+        isinstance(norm, DTensor),
+        [isinstance(x, Replicate) for x in norm.placements],
+        norm.device_mesh.shape,
+    )
     return norm.full_tensor().item(), total_norm(truth, p), counts, error, largest, kind
 
 
@@ -240,9 +262,13 @@ def mixture(p):
     b = given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])
     c = given("c", 5)
     named = [a, b, c]
-    want = total_norm([x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for _, x in named], p)
+    want = total_norm(
+        [x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for _, x in named], p
+    )
     norm = OURS.clip_grad_norm_([x for _, x in named], want / 2, p)
-    after = total_norm([x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for _, x in named], p)
+    after = total_norm(
+        [x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for _, x in named], p
+    )
     return norm.item(), want, after, isinstance(norm, DTensor)
 
 
@@ -257,16 +283,22 @@ ODD = [0, 0.0, -1.0, -2, -INF, math.nan, "-inf", "nan"]
 
 
 def odd_orders(among):
-    """What is said, and what became of the gradients, for DTensors alone or with a plain tensor beside them."""
+    """What is said, and what became of the gradients, for DTensors alone or with a plain tensor
+    beside them."""
     _, a = given("a", 8, 3, on=mesh(4), place=[Shard(0)])
     _, b = given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])
     _, c = given("c", 5)
     ps = {"one": [a], "two meshes": [a, b], "plain beside": [c, a]}[among]
-    before = [p.grad.full_tensor().clone() if isinstance(p.grad, DTensor) else p.grad.clone() for p in ps]
+    before = [
+        p.grad.full_tensor().clone() if isinstance(p.grad, DTensor) else p.grad.clone() for p in ps
+    ]
     texts = []
     for p in ODD:
         with CommDebugMode() as seen:
-            for call, arguments in ((OURS.clip_grad_norm_, (ps, 0.5)), (OURS.get_total_norm, ([x.grad for x in ps],))):
+            for call, arguments in (
+                (OURS.clip_grad_norm_, (ps, 0.5)),
+                (OURS.get_total_norm, ([x.grad for x in ps],)),
+            ):
                 try:
                     texts.append(float(call(*arguments, norm_type=p)))
                 except ValueError as error:
@@ -280,7 +312,8 @@ def odd_orders(among):
 def test_orders_that_are_refused_on_dtensors(ranks, among):
     for texts, untouched in ranks.run(odd_orders, among):
         assert untouched and texts == [
-            f"norm_type={float(p)}: on DTensors the order of a norm must be positive, or math.inf; others are known on plain tensors "
+            f"norm_type={float(p)}: on DTensors the order of a norm must be positive, or math.inf; "
+            f"others are known on plain tensors "
             "alone (gather these by full_tensor())"
             for p in ODD
             for _ in range(2)
@@ -288,15 +321,22 @@ def test_orders_that_are_refused_on_dtensors(ranks, among):
 
 
 def high_orders(p, size):
-    """Norm and clipped gradients of DTensors with a plain tensor among them, beside torch's of whole tensors."""
-    ps = [given("a", 8, 3, on=mesh(4), place=[Shard(0)])[1], given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])[1]]
+    """Norm and clipped gradients of DTensors with a plain tensor among them, beside torch's of
+    whole tensors."""
+    ps = [
+        given("a", 8, 3, on=mesh(4), place=[Shard(0)])[1],
+        given("b", 9, on=mesh(2, 2), place=[Replicate(), Shard(0)])[1],
+    ]
     ps += [given("c", 5)[1]]
     for x in ps:
         x.grad = x.grad * size
     plain = [nn.Parameter(torch.zeros(x.shape)) for x in ps]
     for x, y in zip(ps, plain):
         y.grad = (x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad).clone()
-    rows = [float(OURS.clip_grad_norm_(ps, size / 2, p)), float(TORCHS.clip_grad_norm_(plain, size / 2, p))]
+    rows = [
+        float(OURS.clip_grad_norm_(ps, size / 2, p)),
+        float(TORCHS.clip_grad_norm_(plain, size / 2, p)),
+    ]
     after = [(x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad) / size for x in ps]
     return rows, max(float((x - y.grad / size).abs().max()) for x, y in zip(after, plain))
 
@@ -329,7 +369,9 @@ def refused():
     net = FSDP1(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True)
     net(torch.ones(1, 4)).sum().backward()
     texts = []
-    partial = nn.Parameter(distribute_tensor(torch.zeros(4), mesh(4), [Replicate()], src_data_rank=None))
+    partial = nn.Parameter(
+        distribute_tensor(torch.zeros(4), mesh(4), [Replicate()], src_data_rank=None)
+    )
     partial.grad = DTensor.from_local(torch.ones(4), mesh(4), [Partial()], run_check=False)
     for ps in (list(net.parameters()), [partial]):
         try:
@@ -342,9 +384,12 @@ def refused():
 def test_what_cannot_be_known_is_refused(ranks):
     for texts in ranks.run(refused):
         assert texts == [
-            "parameter 0 is a shard of an FSDP1 module: its norm on this rank is not the global one. Use distclip.GradClipper(model, "
-            "max_norm=...) on the outermost FullyShardedDataParallel module, or its own clip_grad_norm_",
-            "a gradient of shape (4,) has placements (Partial(sum),): Partial sums that are not reduced yet; before clipping: "
+            "parameter 0 is a shard of an FSDP1 module: its norm on this rank is not the global "
+            "one. Use distclip.GradClipper(model, "
+            "max_norm=...) on the outermost FullyShardedDataParallel module, or its own "
+            "clip_grad_norm_",
+            "a gradient of shape (4,) has placements (Partial(sum),): Partial sums that are not "
+            "reduced yet; before clipping: "
             "p.grad = p.grad.redistribute(placements=p.placements)",
         ]
 
@@ -352,14 +397,23 @@ def test_what_cannot_be_known_is_refused(ranks):
 # In torch's place
 
 CLIP_GRAD = torch.nn.utils.clip_grad
-HELD = {name: getattr(torch.nn.utils, name) for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")}
+HELD = {
+    name: getattr(torch.nn.utils, name)
+    for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")
+}
 PLACES = [(torch.nn.utils, name, name) for name in HELD]
 PLACES += [(CLIP_GRAD, name, name) for name in ("clip_grad_norm_", "clip_grad_value_")]
 # torch's clip_grad_norm_ calls the other two by these names
-PLACES += [(CLIP_GRAD, f"_{name}", name) for name in ("get_total_norm", "clip_grads_with_norm_") if hasattr(CLIP_GRAD, f"_{name}")]
+PLACES += [
+    (CLIP_GRAD, f"_{name}", name)
+    for name in ("get_total_norm", "clip_grads_with_norm_")
+    if hasattr(CLIP_GRAD, f"_{name}")
+]
 
 
-@pytest.fixture(params=[*range(len(PLACES)), "all"], ids=[*(f"{m.__name__}.{n}" for m, n, _ in PLACES), "all"])
+@pytest.fixture(
+    params=[*range(len(PLACES)), "all"], ids=[*(f"{m.__name__}.{n}" for m, n, _ in PLACES), "all"]
+)
 def in_torchs_place(request, monkeypatch):
     for module, name, ours in PLACES if request.param == "all" else [PLACES[request.param]]:
         monkeypatch.setattr(module, name, getattr(distclip, ours))
@@ -390,10 +444,14 @@ WAYS = {
     "meta, each": lambda f: f["clip_grad_norm_"](on_meta((5,)), 0.5, foreach=False).device,
     "meta, norm": lambda f: f["get_total_norm"]([p.grad for p in on_meta((5,))]).device,
     "meta, value": lambda f: f["clip_grad_value_"](on_meta((5,), (2, 2)), 0.5),
-    "meta, scale": lambda f: f["clip_grads_with_norm_"](on_meta((5,)), 0.5, torch.ones((), device="meta")),
+    "meta, scale": lambda f: f["clip_grads_with_norm_"](
+        on_meta((5,)), 0.5, torch.ones((), device="meta")
+    ),
     "value": lambda f: [f["clip_grad_value_"](ps := params((5,), (2, 2)), 0.5), *grads(ps)],
     "not finite": nonfinite,
-    "not finite, order -1": lambda f: f["get_total_norm"]([torch.tensor([math.nan, 1.0])], -1.0, True),
+    "not finite, order -1": lambda f: f["get_total_norm"](
+        [torch.tensor([math.nan, 1.0])], -1.0, True
+    ),
 }
 
 

@@ -8,8 +8,9 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 
-# What stands in a room (a folder, or a file beside the folders) imports from its own room and from those above it in this list.
-# What lies beside one another in src/distclip/README.md's picture lies one below the other here: later stages know earlier ones.
+# What stands in a room (a folder, or a file beside the folders) imports from its own room and from
+# those above it in this list. What lies beside one another in src/distclip/README.md's picture lies
+# one below the other here: later stages know earlier ones.
 ROOMS = [
     "versions",
     "errors",
@@ -42,7 +43,8 @@ ROOMS = [
 # Public as files: what stands below __init__ may use these too.
 PUBLIC_FILES = {"distclip.testing", "distclip.kernels", "distclip.versions"}
 
-# Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements alone.
+# Elsewhere the mathematics and the decisions know nothing of ranks. records: the type of placements
+# alone.
 DISTRIBUTED = {
     "torch_internals.dtensor",
     "torch_internals.fsdp1",
@@ -55,7 +57,8 @@ DISTRIBUTED = {
     "integrations.deepspeed_internals.sharded",
 }
 DISTRIBUTED |= {
-    f"cli.doctor.{part}" for part in ("command", "store", "watchdog", "facts", "layouts", "speed_checks")
+    f"cli.doctor.{part}"
+    for part in ("command", "store", "watchdog", "facts", "layouts", "speed_checks")
 }  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {
@@ -79,7 +82,8 @@ def imports(text):
 
 
 def own_imports(text):
-    """distclip's own files that a source text imports, by their names below `distclip`; "" for the package itself."""
+    """distclip's own files that a source text imports, by their names below `distclip`; "" for the
+    package itself."""
     for module, names in imports(text):
         if module == "distclip":
             files = [name for name in names if name in FILES]
@@ -104,7 +108,10 @@ def out_of_order(name, text):
     return [
         inner
         for inner in own_imports(text)
-        if inner and room_of(inner) != room and f"distclip.{inner}" not in PUBLIC_FILES and not (name == "__main__" and inner == "cli")
+        if inner
+        and room_of(inner) != room
+        and f"distclip.{inner}" not in PUBLIC_FILES
+        and not (name == "__main__" and inner == "cli")
     ]
 
 
@@ -112,7 +119,9 @@ FILES = {module_name(path): path for path in SOURCE.rglob("*.py")}
 
 
 def test_every_file_has_its_room():
-    assert {room_of(name) for name in FILES} == set(ROOMS), "put a new folder, or a file beside the folders, into ROOMS"
+    assert {room_of(name) for name in FILES} == set(ROOMS), (
+        "put a new folder, or a file beside the folders, into ROOMS"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -121,7 +130,10 @@ def test_imports_come_from_above(name):
 
 
 def test_no_files_import_one_another_in_a_circle():
-    graph = {name: {inner for inner in own_imports(path.read_text()) if inner in FILES} for name, path in FILES.items()}
+    graph = {
+        name: {inner for inner in own_imports(path.read_text()) if inner in FILES}
+        for name, path in FILES.items()
+    }
     assert sum(map(len, graph.values())) > 100, "vacuous"
     for name in ("__init__", "integrations", "cli"):  # look their files up when they are named
         graph[name] = set()
@@ -129,13 +141,21 @@ def test_no_files_import_one_another_in_a_circle():
 
 
 def test_the_check_catches_a_violation():
-    assert out_of_order("measure.collect", "def f():\n    from distclip.clipper import GradClipper\n") == ["clipper"]
+    assert out_of_order(
+        "measure.collect", "def f():\n    from distclip.clipper import GradClipper\n"
+    ) == ["clipper"]
     assert out_of_order("exchange.message", "from distclip import decide, errors") == ["decide"]
     assert out_of_order("measure.units", "from distclip.decide import audit") == ["decide.audit"]
     assert out_of_order("clipper", "import torch\nfrom distclip.apply import fused") == []
-    assert out_of_order("integrations.accelerate", "from distclip import GradClipper, stages") == ["stages"]
-    assert out_of_order("cli.doctor.command", "from distclip.testing import World\nimport distclip.kernels.native") == ["kernels.native"]
-    assert out_of_order("integrations.accelerate", "from distclip.clipper import GradClipper") == ["clipper"]
+    assert out_of_order("integrations.accelerate", "from distclip import GradClipper, stages") == [
+        "stages"
+    ]
+    assert out_of_order(
+        "cli.doctor.command", "from distclip.testing import World\nimport distclip.kernels.native"
+    ) == ["kernels.native"]
+    assert out_of_order("integrations.accelerate", "from distclip.clipper import GradClipper") == [
+        "clipper"
+    ]
 
 
 def of_distributed(text):
@@ -150,7 +170,9 @@ def of_distributed(text):
 
 
 def test_where_torch_distributed_appears():
-    found = {name: names for name, path in FILES.items() if (names := of_distributed(path.read_text()))}
+    found = {
+        name: names for name, path in FILES.items() if (names := of_distributed(path.read_text()))
+    }
     assert set(found) == DISTRIBUTED | set(TYPES_ONLY)
     assert {name: found[name] for name in TYPES_ONLY} == TYPES_ONLY
     assert of_distributed("from torch import distributed as d") == {"distributed"}

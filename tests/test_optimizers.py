@@ -1,4 +1,5 @@
-"""What is passed as an optimizer: wrappers and containers are stepped themselves, once; what is none is refused with what to write."""
+"""What is passed as an optimizer: wrappers and containers are stepped themselves, once; what is
+none is refused with what to write."""
 
 import gc
 import inspect
@@ -19,7 +20,8 @@ SCALE = 8.0
 
 
 class Noam:
-    """No `Optimizer`, and it does more than forward: the learning rate is zero until its own step sets it."""
+    """No `Optimizer`, and it does more than forward: the learning rate is zero until its own step
+    sets it."""
 
     def __init__(self, optimizer):
         self.optimizer, self.calls = optimizer, 0
@@ -115,7 +117,8 @@ def scaler_of(enabled=True):
 
 
 def trained(make, how, scaled, fused):
-    """Three steps at half of each gradient; the parameters after each, and how often the wrapper stepped."""
+    """Three steps at half of each gradient; the parameters after each, and how often the wrapper
+    stepped."""
     params, scaler = pairs([3.0], [4.0]), scaler_of(scaled)
     wrapper = make(torch.optim.SGD([p for _, p in params], 0.0, momentum=0.5, fused=fused))
     clipper, after = distclip.GradClipper(params, 2.5), []
@@ -154,7 +157,9 @@ def test_a_wrapper_is_never_folded():
     params = pairs([3.0], [4.0])
     inner = torch.optim.AdamW([p for _, p in params], 0.1, fused=True)
     seen = []
-    inner.register_step_pre_hook(lambda o, *_: seen.append(hasattr(o, "grad_scale") or hasattr(o, "found_inf")))
+    inner.register_step_pre_hook(
+        lambda o, *_: seen.append(hasattr(o, "grad_scale") or hasattr(o, "found_inf"))
+    )
     clipper = distclip.GradClipper(params, 2.5)
     clipper._steps.may_wait = True
     clipper.step(Noam(inner))
@@ -167,13 +172,18 @@ def test_what_is_inside_was_unscaled_and_the_wrapper_was_not(make):
     inner = torch.optim.SGD([params[0][1]], 1.0)
     wrapper, clipper = make(inner), distclip.GradClipper(params, 2.5)
     scaler.unscale_(inner)
-    for call in (lambda: clipper.step(wrapper, scaler=scaler), lambda: clipper.clip_(wrapper, scaler)):
+    for call in (
+        lambda: clipper.step(wrapper, scaler=scaler),
+        lambda: clipper.clip_(wrapper, scaler),
+    ):
         with pytest.raises(distclip.ConfigError) as error:
             call()
         name = make.__name__
         assert str(error.value) == (
-            f"the scaler has unscaled the SGD inside optimizer 0 ({name}), and knows nothing of the {name} that was passed here: gradients "
-            f"would be unscaled twice. Call scaler.unscale_() with the {name}, or leave unscaling to the clipper"
+            f"the scaler has unscaled the SGD inside optimizer 0 ({name}), and knows nothing of "
+            f"the {name} that was passed here: gradients "
+            f"would be unscaled twice. Call scaler.unscale_() with the {name}, or leave unscaling "
+            f"to the clipper"
         )
         assert params[0][1].grad.tolist() == [3, 4], "nothing was touched"
 
@@ -197,7 +207,9 @@ def test_an_overflow_under_a_wrapper_steps_nothing(how):
         assert clipper.clip_(wrapper, scaler).skipped
         scaler.step(wrapper)
         scaler.update()
-    assert wrapper.calls == 0 and params[0][1].tolist() == [1, 1] and scaler.get_scale() == SCALE / 2
+    assert (
+        wrapper.calls == 0 and params[0][1].tolist() == [1, 1] and scaler.get_scale() == SCALE / 2
+    )
 
 
 # Wrappers of frameworks forward and do nothing else: they are looked through
@@ -207,7 +219,9 @@ def accelerated(optimizer, scaler):
     pytest.importorskip("accelerate").Accelerator(cpu=True)
     from accelerate.optimizer import AcceleratedOptimizer
 
-    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler if scaler.is_enabled() else None)
+    return AcceleratedOptimizer(
+        optimizer, device_placement=False, scaler=scaler if scaler.is_enabled() else None
+    )
 
 
 def of_fabric(optimizer, scaler):
@@ -219,19 +233,29 @@ FRAMEWORKS = {"accelerate": accelerated, "fabric": of_fabric}
 
 
 @pytest.mark.usefixtures("of_frameworks")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize("inside", [Noam, None])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.parametrize("how", ["step", "clip_", "unscale_ the given", "unscale_ the inner"])
 def test_frameworks_wrappers_are_looked_through(name, scaled, inside, how):
     if name == "fabric" and (inside or (scaled and how == "clip_")):
-        pytest.skip("Fabric takes torch's own optimizers alone, and its step knows no scaler but its own")
+        pytest.skip(
+            "Fabric takes torch's own optimizers alone, and its step knows no scaler but its own"
+        )
     params, scaler = pairs([3.0], [4.0], scale=SCALE if scaled else 1.0), scaler_of(scaled)
     sgd = torch.optim.SGD([p for _, p in params], 0.25, fused=True)
     wrapped = inside(sgd) if inside else sgd
-    outer, clipper, folded = FRAMEWORKS[name](wrapped, scaler), distclip.GradClipper(params, 2.5), []
-    sgd.register_step_pre_hook(lambda o, *_: folded.append(getattr(o, "grad_scale", None) is not None))
+    outer, clipper, folded = (
+        FRAMEWORKS[name](wrapped, scaler),
+        distclip.GradClipper(params, 2.5),
+        [],
+    )
+    sgd.register_step_pre_hook(
+        lambda o, *_: folded.append(getattr(o, "grad_scale", None) is not None)
+    )
     if how.startswith("unscale_"):
         scaler.unscale_(outer if "given" in how else wrapped)
     if how == "clip_":
@@ -245,12 +269,16 @@ def test_frameworks_wrappers_are_looked_through(name, scaled, inside, how):
 
 
 @pytest.mark.usefixtures("of_frameworks")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_a_wrapper_that_counts_its_steps_counts_folded_ones_too():
     params = pairs([3.0], [4.0])
     counted = []
     outer = of_fabric(torch.optim.AdamW([p for _, p in params], 0.25, fused=True), None)
-    outer._callbacks = [type("Counter", (), {"on_after_optimizer_step": lambda *_, **__: counted.append(1)})()]
+    outer._callbacks = [
+        type("Counter", (), {"on_after_optimizer_step": lambda *_, **__: counted.append(1)})()
+    ]
     distclip.GradClipper(params, 2.5).step(outer)
     assert counted == [1]
 
@@ -319,7 +347,11 @@ def test_a_container_owns_what_its_optimizers_got_later():
 def test_a_container_and_one_of_its_optimizers():
     params = pairs([3.0], [4.0])
     container = Container([[p] for _, p in params])
-    with pytest.raises(distclip.ConfigError, match=r"^step\(\) was given one optimizer twice; it would step twice$"):
+    with pytest.raises(
+        distclip.ConfigError,
+        match=r"^step\(\) was given one optimizer twice; it "
+        r"would step twice$",
+    ):
         distclip.GradClipper(params, 2.5).step(container, container.optimizers[0])
 
 
@@ -337,7 +369,8 @@ def test_wrappers_are_not_kept_alive():
 # What is passed beside what is meant: refused, on all ranks, before anything is touched
 
 CLOSURE = (
-    "clip inside the closure instead: def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); clipper.clip_(); return loss, "
+    "clip inside the closure instead: def closure(): optimizer.zero_grad(); loss = ...; "
+    "loss.backward(); clipper.clip_(); return loss, "
     "and then optimizer.step(closure)"
 )
 
@@ -365,7 +398,8 @@ def loss():
 
 
 ON_STEP = {
-    "lbfgs": (lambda c, p: c.step(lbfgs(p)), f"LBFGS.step() needs closure, and the clipper calls it once, with nothing; {CLOSURE}"),
+    "lbfgs": (lambda c, p: c.step(lbfgs(p)), f"LBFGS.step() needs closure, and the clipper calls "
+                                             f"it once, with nothing; {CLOSURE}"),
     "lbfgs in a framework's wrapper": (
         lambda c, p: c.step(accelerated(lbfgs(p), scaler_of(False))),
         f"LBFGS.step() needs closure, and the clipper calls it once, with nothing; {CLOSURE}",
@@ -376,7 +410,8 @@ ON_STEP = {
     ),
     "sam": (
         lambda c, p: c.step(SAM([p], 1.0)),
-        f"SAM.step() takes two steps with a closure between them, and the clipper calls it once, with nothing; {CLOSURE}",
+        f"SAM.step() takes two steps with a closure between them, and the clipper calls it once, "
+        f"with nothing; {CLOSURE}",
     ),
     "a keyword": (
         lambda c, p: c.step(NeedsLoss([p], 1.0)),
@@ -388,37 +423,45 @@ ON_STEP = {
     ),
     "scaler": (
         lambda c, p: c.step(torch.optim.SGD([p], 1.0), scaler_of()),
-        "step() was given a GradScaler in an optimizer's place; write step(optimizer, scaler=scaler) or clip_(optimizer, scaler)",
+        "step() was given a GradScaler in an optimizer's place; write step(optimizer, "
+        "scaler=scaler) or clip_(optimizer, scaler)",
     ),
     "clip_(scaler)": (
         lambda c, p: c.clip_(scaler_of()),
-        "clip_() was given a GradScaler in an optimizer's place; write step(optimizer, scaler=scaler) or clip_(optimizer, scaler)",
+        "clip_() was given a GradScaler in an optimizer's place; write step(optimizer, "
+        "scaler=scaler) or clip_(optimizer, scaler)",
     ),
     "the other way round": (
         lambda c, p: c.clip_(torch.optim.SGD([p], 1.0), torch.optim.SGD([p], 1.0)),
-        "scaler= was given a SGD; it is a torch.amp.GradScaler, and optimizers stand before it: step(optimizer, scaler=scaler), "
+        "scaler= was given a SGD; it is a torch.amp.GradScaler, and optimizers stand before it: "
+        "step(optimizer, scaler=scaler), "
         "clip_(optimizer, scaler)",
     ),
     "scheduler": (
         lambda c, p: c.step(torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([p], 1.0))),
-        "step() was given a ConstantLR, which schedules learning rates; pass the optimizer, and call scheduler.step() afterwards",
+        "step() was given a ConstantLR, which schedules learning rates; pass the optimizer, and "
+        "call scheduler.step() afterwards",
     ),
     "a list": (
         lambda c, p: c.step([torch.optim.SGD([p], 1.0)]),
         "step() was given a list; pass optimizers one by one: step(*optimizers)",
     ),
-    "the class": (lambda c, p: c.step(torch.optim.SGD), "step() was given the class SGD; pass an optimizer that was built from it"),
+    "the class": (lambda c, p: c.step(torch.optim.SGD), "step() was given the class SGD; pass an "
+                                                        "optimizer that was built from it"),
     "the model": (
         lambda c, p: c.step(nn.Linear(2, 2)),
-        "step() was given a Linear, which is a module: the clipper knows its parameters already. Pass optimizers",
+        "step() was given a Linear, which is a module: the clipper knows its parameters already. "
+        "Pass optimizers",
     ),
     "parameters": (
         lambda c, p: c.clip_(iter([p])),
-        "clip_() was given a tensor; the clipper knows its parameters already. Pass optimizers, or nothing to clip_()",
+        "clip_() was given a tensor; the clipper knows its parameters already. Pass optimizers, or "
+        "nothing to clip_()",
     ),
     "a threshold": (
         lambda c, p: c.clip_(1.0),
-        "clip_() was given 1.0; the threshold is said once, GradClipper(model, max_norm=...). Pass optimizers, or nothing to clip_()",
+        "clip_() was given 1.0; the threshold is said once, GradClipper(model, max_norm=...). Pass "
+        "optimizers, or nothing to clip_()",
     ),
     "a table": (
         lambda c, p: c.clip_({"a": torch.optim.SGD([p], 1.0)}),
@@ -430,17 +473,23 @@ ON_STEP = {
     ),
     "none": (
         lambda c, p: c.step(None),
-        "step() was given None, which is no optimizer: it has no step(), or names no parameters to step",
+        "step() was given None, which is no optimizer: it has no step(), or names no parameters to "
+        "step",
     ),
     "something else": (
         lambda c, p: c.step(object()),
-        "step() was given a object, which is no optimizer: it has no step(), or names no parameters to step",
+        "step() was given a object, which is no optimizer: it has no step(), or names no "
+        "parameters to step",
     ),
-    "the same twice": (lambda c, p: c.clip_([o := torch.optim.SGD([p], 1.0), o]), "clip_() was given one optimizer twice"),
+    "the same twice": (lambda c, p: c.clip_([o := torch.optim.SGD([p], 1.0), o]), "clip_() was "
+                                                                                  "given one "
+                                                                                  "optimizer twice"),
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("call, text", ON_STEP.values(), ids=ON_STEP)
 def test_refused_before_a_gradient_is_touched(call, text, waits):
@@ -458,7 +507,10 @@ def passed_on_one_rank():
     name, p = given("w", 4)
     before, optimizer = p.grad.clone(), torch.optim.SGD([p], 1.0)
     clipper, said = distclip.GradClipper([(name, p)], 0.01), []
-    for odd in (lambda: clipper.step(optimizer, loss), lambda: clipper.step(torch.optim.LBFGS([p]))):
+    for odd in (
+        lambda: clipper.step(optimizer, loss),
+        lambda: clipper.step(torch.optim.LBFGS([p])),
+    ):
         usual = lambda: clipper.step(optimizer)  # noqa: E731
         with count_collectives() as seen:
             try:
@@ -472,7 +524,10 @@ def test_a_wrong_argument_on_one_rank_is_told_on_all(ranks):
     rows = ranks.run(passed_on_one_rank)
     for said, stood in rows:
         assert stood and [name for _, name in said] == ["allreduce_"] * 2
-        assert "rank 2: at step 1: step [step() was given a function in an optimizer's place" in said[0][0]
+        assert (
+            "rank 2: at step 1: step [step() was given a function in an optimizer's place"
+            in said[0][0]
+        )
         assert "rank 2: at step 2: step with 1 optimizer [LBFGS.step() needs closure" in said[1][0]
     assert all(row == rows[0] for row in rows)
 
@@ -493,7 +548,9 @@ def test_clipping_inside_the_closure_is_what_a_clip_by_hand_is():
             if ours:
                 clipped.append(bool(clipper.clip_().clipped))
             else:
-                norm = torch.cat([p.grad.double().flatten() for p in net.parameters()]).norm().item()
+                norm = (
+                    torch.cat([p.grad.double().flatten() for p in net.parameters()]).norm().item()
+                )
                 for p in net.parameters():
                     p.grad.copy_(p.grad.double() * min(1.0, 0.5 / norm))
             return value
@@ -505,7 +562,8 @@ def test_clipping_inside_the_closure_is_what_a_clip_by_hand_is():
 
 
 def test_schedulers_and_patched_steps_are_no_reason_to_refuse():
-    """A scheduler puts a function of another signature on the optimizer; a step of the user's own is his affair."""
+    """A scheduler puts a function of another signature on the optimizer; a step of the user's own
+    is his affair."""
     params = pairs([3.0, 4.0])
     optimizer = torch.optim.SGD([params[0][1]], 1.0)
     torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)
@@ -522,11 +580,13 @@ def test_schedulers_and_patched_steps_are_no_reason_to_refuse():
 ON_BUILDING = {
     "optimizer": (
         lambda: distclip.GradClipper(torch.optim.SGD(nn.Linear(2, 2).parameters(), 1.0), max_norm=1.0),
-        "params is a SGD, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and the optimizer to clipper.step(optimizer)",
+        "params is a SGD, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and "
+        "the optimizer to clipper.step(optimizer)",
     ),
     "container": (
         lambda: distclip.GradClipper(Container([list(nn.Linear(2, 2).parameters())]), max_norm=1.0),
-        "params is a Container, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and the optimizer to "
+        "params is a Container, an optimizer; pass what it steps, GradClipper(model, "
+        "max_norm=...), and the optimizer to "
         "clipper.step(optimizer)",
     ),
     "no order": (
@@ -539,11 +599,13 @@ ON_BUILDING = {
     ),
     "a number": (
         lambda: distclip.GradClipper(1.0, max_norm=1.0),
-        "params is a float; pass an nn.Module, a list of modules, (name, parameter) pairs or parameters",
+        "params is a float; pass an nn.Module, a list of modules, (name, parameter) pairs or "
+        "parameters",
     ),
     "max_norm": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), torch.optim.SGD(nn.Linear(2, 2).parameters(), 1.0)),
-        "max_norm is a SGD; it is a number, the threshold of the norm: GradClipper(model, max_norm=1.0)",
+        "max_norm is a SGD; it is a number, the threshold of the norm: GradClipper(model, "
+        "max_norm=1.0)",
     ),
     "the class of a policy": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), policy=distclip.ZClip),
@@ -559,7 +621,8 @@ ON_BUILDING = {
     ),
     "a table": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, groups={"weight": 1.0}),
-        "groups is a dict; pass distclip.by_name({pattern: threshold or policy}), per_parameter(), per_layer() or "
+        "groups is a dict; pass distclip.by_name({pattern: threshold or policy}), per_parameter(), "
+        "per_layer() or "
         "per_param_group(optimizer)",
     ),
 }  # fmt: skip
@@ -574,7 +637,11 @@ def test_refused_when_built(make, text):
 
 def built_on_one_rank(what):
     try:
-        make = ON_BUILDING[what][0] if dist.get_rank() == 1 else lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0)
+        make = (
+            ON_BUILDING[what][0]
+            if dist.get_rank() == 1
+            else lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0)
+        )
         make()
     except distclip.DistclipError as error:
         return f"{type(error).__name__}: {error}"
@@ -583,5 +650,10 @@ def built_on_one_rank(what):
 @pytest.mark.parametrize("what", ["optimizer", "max_norm", "the class of a policy", "a number"])
 def test_wrong_on_one_rank_is_told_on_all(ranks, what):
     for rank, text in enumerate(ranks.run(built_on_one_rank, what)):
-        start = "ConfigError: " if rank == 1 else "AgreementError: another rank could not build its GradClipper:\nrank 1: ConfigError: "
+        start = (
+            "ConfigError: "
+            if rank == 1
+            else "AgreementError: another rank could not build its GradClipper:\nrank 1: "
+            "ConfigError: "
+        )
         assert text == start + ON_BUILDING[what][1]

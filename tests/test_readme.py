@@ -1,4 +1,5 @@
-"""The README claims what tests show: its table of layouts is that of the parity tests, and all it links or names is there."""
+"""The README claims what tests show: its table of layouts is that of the parity tests, and all it
+links or names is there."""
 
 import ast
 import re
@@ -26,7 +27,9 @@ def test_every_layout_is_in_the_table_and_the_table_names_no_other():
     cells = [line.strip("|").split("|")[-1] for line in table("Layouts")]
     patterns = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
     assert [name for name in LAYOUTS if not any(fnmatchcase(name, p) for p in patterns)] == []
-    assert [p for p in patterns if not any(fnmatchcase(name, p) for name in {*LAYOUTS, *TESTS})] == []
+    assert [
+        p for p in patterns if not any(fnmatchcase(name, p) for name in {*LAYOUTS, *TESTS})
+    ] == []
 
 
 def test_all_links_lead_somewhere():

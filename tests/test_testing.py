@@ -1,4 +1,5 @@
-"""What distclip.testing promises its users: failures are told with their rank, hangs end, and collectives are counted."""
+"""What distclip.testing promises its users: failures are told with their rank, hangs end, and
+collectives are counted."""
 
 import os
 import threading
@@ -75,13 +76,16 @@ def of_its_own():
 
 
 def test_ranks_are_as_forked_ones_and_may_start_after_a_backward_pass(monkeypatch, tmp_path):
-    """torch refuses to run one in a child that was forked after it: CUDA builds do so without a device too."""
+    """torch refuses to run one in a child that was forked after it: CUDA builds do so without a
+    device too."""
     torch.ones(3, requires_grad=True).sum().backward()
     monkeypatch.setenv("DISTCLIP_TEST", "set late")
     monkeypatch.chdir(tmp_path)
     with World(2) as world:
         rows = world.run(of_its_own)
-    assert rows == [([r + 2.0] * 3, "set late", str(tmp_path), "told") for r in range(2)], "warnings are errors here"
+    assert rows == [([r + 2.0] * 3, "set late", str(tmp_path), "told") for r in range(2)], (
+        "warnings are errors here"
+    )
 
 
 def not_to_be_found():
@@ -91,7 +95,9 @@ def not_to_be_found():
 def test_a_function_that_ranks_cannot_import_is_told(pair, monkeypatch):
     monkeypatch.setattr(not_to_be_found, "__qualname__", "other")
     monkeypatch.setitem(globals(), "other", not_to_be_found)
-    with pytest.raises(AssertionError, match=r"(?s)ranks \[0, 1\]: Traceback.*AttributeError.*other"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)ranks \[0, 1\]: Traceback.*AttributeError.*other"
+    ):
         pair.run(not_to_be_found)
 
 
@@ -143,7 +149,9 @@ def counted():
         t = torch.ones(2)
         dist.all_reduce(t)
         all_reduce(t, "sum", mesh(4)).wait()
-        DTensor.from_local(t, mesh(4), [Partial()]).redistribute(placements=[Replicate()]).to_local()
+        DTensor.from_local(t, mesh(4), [Partial()]).redistribute(
+            placements=[Replicate()]
+        ).to_local()
         dist.barrier()
     return seen.names
 

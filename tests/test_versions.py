@@ -14,22 +14,34 @@ from distclip import versions
 RUN = ", ".join(release.rpartition(".")[0] for release in versions.RUN)
 
 
-@pytest.mark.parametrize("release", [*versions.RUN, "2.13.1", "2.13.0a0+git1234567", f"{versions.RUN[0]}+cu128", torch.__version__])
+@pytest.mark.parametrize(
+    "release",
+    [*versions.RUN, "2.13.1", "2.13.0a0+git1234567", f"{versions.RUN[0]}+cu128", torch.__version__],
+)
 def test_a_series_that_was_run(release):
     assert versions.note(release) == ""
 
 
-@pytest.mark.parametrize("release", ["2.1.0", "2.7.1", "2.10.0+cu128", "2.99.0.dev20270101", "3.0.0"])
+@pytest.mark.parametrize(
+    "release", ["2.1.0", "2.7.1", "2.10.0+cu128", "2.99.0.dev20270101", "3.0.0"]
+)
 def test_a_series_that_was_not_run(release):
     assert versions.note(release) == (
-        f"distclip's tests were run with torch {RUN}, and not with {release}. It is likely to work: `distclip doctor` checks it on this "
+        f"distclip's tests were run with torch {RUN}, and not with {release}. It is likely to "
+        f"work: `distclip doctor` checks it on this "
         "machine, launch/matrix.sh runs the tests"
     )
 
 
 def test_older_than(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
-    assert [versions.before(*series) for series in ((2, 9), (2, 10), (2, 11), (3, 0), (1, 13))] == [False, False, True, True, False]
+    assert [versions.before(*series) for series in ((2, 9), (2, 10), (2, 11), (3, 0), (1, 13))] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_the_first_clipper_says_it_once(monkeypatch, caplog):
@@ -42,15 +54,24 @@ def test_the_first_clipper_says_it_once(monkeypatch, caplog):
                 distclip.GradClipper([("p", p)], 1.0).rebuild()
     finally:
         versions.tell.cache_clear()
-    assert [(r.name, r.levelname, r.message) for r in caplog.records] == [("distclip", "WARNING", versions.note("9.9.0"))]
+    assert [(r.name, r.levelname, r.message) for r in caplog.records] == [
+        ("distclip", "WARNING", versions.note("9.9.0"))
+    ]
 
 
 def test_it_ends_no_program_that_turns_warnings_into_errors_and_is_seen_without_a_set_up_of_logging():
     script = (
-        "import torch, distclip; torch.__version__ = '9.9.0'; p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)\n"
+        "import torch, distclip; torch.__version__ = '9.9.0'; p = "
+        "torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)\n"
         "print(distclip.GradClipper([('p', p)], 1.0).clip_().total_norm.item())"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0 and done.stdout.startswith("1.414"), done.stderr
     assert done.stderr.count("and not with 9.9.0") == 1
 

@@ -1,4 +1,5 @@
-"""Accelerate: its loop, with distclip behind `accelerator.clip_grad_norm_`. How the model is spread is Accelerate's own configuration."""
+"""Accelerate: its loop, with distclip behind `accelerator.clip_grad_norm_`. How the model is spread
+is Accelerate's own configuration."""
 
 from __future__ import annotations
 
@@ -32,26 +33,35 @@ class Accelerated(Job):
         agree(self.accelerator, config)
         if self.by_deepspeed:
             table = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            table["train_micro_batch_size_per_gpu"] = training.batch // self.part[1] // training.accumulate
+            table["train_micro_batch_size_per_gpu"] = (
+                training.batch // self.part[1] // training.accumulate
+            )
         model = make_model(config.model, training.seed)
         self.model, self.prepared = self.accelerator.prepare(model, make_optimizer(model, config))
         try:
-            self.clipper = prepare(self.accelerator, self.model, policy=rule(config.clip), **options(config))
+            self.clipper = prepare(
+                self.accelerator, self.model, policy=rule(config.clip), **options(config)
+            )
         except distclip.ConfigError as error:
             raise Refused(f"strategy: 'accelerate': {error}") from None
         self.optimizer = self.prepared.optimizer
         self.scaler = self.accelerator.scaler or torch.amp.GradScaler(device, enabled=False)
 
-    def step(self, x: Tensor, y: Tensor, fault: float | None) -> tuple[Tensor | None, distclip.ClipReport]:
+    def step(
+        self, x: Tensor, y: Tensor, fault: float | None
+    ) -> tuple[Tensor | None, distclip.ClipReport]:
         total, steps = torch.zeros((), device=x.device), self.config.training.accumulate
-        spoilt = spoil_backward(self.model, fault) if fault is not None and self.by_deepspeed else None
+        spoilt = (
+            spoil_backward(self.model, fault) if fault is not None and self.by_deepspeed else None
+        )
         for part, target in zip(x.chunk(steps), y.chunk(steps), strict=True):
             with self.accelerator.accumulate(self.model):
                 loss = loss_of(self.model(part), target)
                 self.accelerator.backward(loss)
                 if fault is not None and spoilt is None and self.accelerator.sync_gradients:
                     spoil(self.model, fault)
-                self.accelerator.clip_grad_norm_(self.model.parameters(), None)  # None: the policy given to `prepare` decides
+                # None: the policy given to `prepare` decides
+                self.accelerator.clip_grad_norm_(self.model.parameters(), None)
                 self.prepared.step()
                 self.prepared.zero_grad()
             total += loss.detach() / steps
@@ -78,13 +88,20 @@ class Accelerated(Job):
 
 
 def stay_on_the_cpu(precision: str) -> None:
-    """For trying out on a machine without GPUs what will run on some: Accelerate shards on accelerators only, so it is told that these
-    ranks are such; it would otherwise ignore the FSDP part of its configuration in silence."""
+    """For trying out on a machine without GPUs what will run on some: Accelerate shards on
+    accelerators only, so it is told that these ranks are such; it would otherwise ignore the FSDP
+    part of its configuration in silence."""
     if precision == "fp16":
-        raise Refused("training.precision=fp16: Accelerate runs it on GPUs only; use bf16 or fp32 here, or strategy ddp or fsdp2")
+        raise Refused(
+            "training.precision=fp16: Accelerate runs it on GPUs only; use bf16 or fp32 "
+            "here, or strategy ddp or fsdp2"
+        )
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import jobs.engine  # noqa: F401 - it tells DeepSpeed the same
-    PartialState(backend="gloo", cpu=not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys())
+    PartialState(
+        backend="gloo",
+        cpu=not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys(),
+    )
     if "ACCELERATE_USE_FSDP" in os.environ:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -96,11 +113,13 @@ def agree(accelerator: Accelerator, config: Config) -> None:
     asked = {"fp32": "no"}.get(training.precision, training.precision)
     if accelerator.mixed_precision != asked:
         raise Refused(
-            f"Accelerate's mixed_precision is {accelerator.mixed_precision}, and training.precision is {training.precision}; change one of "
+            f"Accelerate's mixed_precision is {accelerator.mixed_precision}, and "
+            f"training.precision is {training.precision}; change one of "
             "them (the file after launch/accelerate.sh, or --training.precision)"
         )
     if accelerator.gradient_accumulation_steps != training.accumulate:
         raise Refused(
-            f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}, and training.accumulate is "
+            f"Accelerate's gradient_accumulation_steps is "
+            f"{accelerator.gradient_accumulation_steps}, and training.accumulate is "
             f"{training.accumulate}; change one of them"
         )

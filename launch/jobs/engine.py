@@ -27,7 +27,8 @@ from deepspeed.accelerator import get_accelerator
 from distclip.integrations.deepspeed import attach
 
 if not torch.cuda.is_available():
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
+    # its C++ build takes minutes, and gloo does
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine(Job):
@@ -36,15 +37,23 @@ class Engine(Job):
         table = engine_table(config, self.part[1])
         model = make_model(config.model, config.training.seed).to(device)
         try:
-            self.model, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=table)
+            self.model, *_ = deepspeed.initialize(
+                model=model, optimizer=make_optimizer(model, config), config=table
+            )
             self.clipper = attach(self.model, policy=rule(config.clip), **options(config))
         except distclip.ConfigError as error:
             raise Refused(f"deepspeed={config.deepspeed!r}: {error}") from None
         self.optimizer = self.model.optimizer
         self.scaler = torch.amp.GradScaler(device, enabled=False)  # the engine scales by itself
 
-    def step(self, x: Tensor, y: Tensor, fault: float | None) -> tuple[Tensor | None, distclip.ClipReport]:
-        total, steps, low = torch.zeros((), device=x.device), self.config.training.accumulate, LOW.get(self.config.training.precision)
+    def step(
+        self, x: Tensor, y: Tensor, fault: float | None
+    ) -> tuple[Tensor | None, distclip.ClipReport]:
+        total, steps, low = (
+            torch.zeros((), device=x.device),
+            self.config.training.accumulate,
+            LOW.get(self.config.training.precision),
+        )
         x = x.to(low) if x.is_floating_point() else x
         spoilt = None if fault is None else spoil_backward(self.model, fault)
         for part, target in zip(x.chunk(steps), y.chunk(steps), strict=True):
@@ -66,12 +75,14 @@ class Engine(Job):
 
 
 def engine_table(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's own JSON. Refused where it and `training` say different things: neither is preferred in silence."""
+    """DeepSpeed's own JSON. Refused where it and `training` say different things: neither is
+    preferred in silence."""
     try:
         table: dict[str, Any] = json.loads(Path(config.deepspeed).read_text())
     except OSError:
         raise Refused(
-            f"deepspeed={config.deepspeed!r} is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds some"
+            f"deepspeed={config.deepspeed!r} is no file; strategy: deepspeed needs DeepSpeed's "
+            f"JSON, and configs/deepspeed/ holds some"
         ) from None
     except ValueError as error:
         raise Refused(f"deepspeed={config.deepspeed!r} is no JSON: {error}") from None
@@ -84,18 +95,27 @@ def engine_table(config: Config, world: int) -> dict[str, Any]:
     for name, wanted in told.items():
         if table.get(name) != wanted:
             raise Refused(
-                f"{config.deepspeed}: {name} is {table.get(name)}, but training.batch={training.batch} on {world} ranks in "
-                f"training.accumulate={training.accumulate} micro-steps makes it {wanted}; change one of them"
+                f"{config.deepspeed}: {name} is {table.get(name)}, but "
+                f"training.batch={training.batch} on {world} ranks in "
+                f"training.accumulate={training.accumulate} micro-steps makes it {wanted}; change "
+                f"one of them"
             )
     if low != training.precision:
-        raise Refused(f"{config.deepspeed} is for {low}, and training.precision is {training.precision}; change one of them")
+        raise Refused(
+            f"{config.deepspeed} is for {low}, and training.precision is "
+            f"{training.precision}; change one of them"
+        )
     if low == "fp16" and not get_accelerator().is_fp16_supported():
-        raise Refused("training.precision=fp16: DeepSpeed runs it on GPUs only; use bf16 or fp32 here")
+        raise Refused(
+            "training.precision=fp16: DeepSpeed runs it on GPUs only; use bf16 or fp32 here"
+        )
     return table
 
 
 def save_engine(engine: Any, clipper: distclip.GradClipper, folder: str, step: int) -> None:
-    engine.save_checkpoint(folder, tag=f"step{step}", client_state={"step": step, "clipper": clipper.state_dict()})
+    engine.save_checkpoint(
+        folder, tag=f"step{step}", client_state={"step": step, "clipper": clipper.state_dict()}
+    )
 
 
 def resume_engine(engine: Any, clipper: distclip.GradClipper, folder: str) -> int:

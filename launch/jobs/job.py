@@ -19,20 +19,31 @@ from strategies import spread_model
 class Job:
     """The loop of torch alone; frameworks replace what they own.
 
-    After `__init__`: `optimizer`, `clipper`, `scaler` (disabled but in fp16), and `part`: which part of the batch this rank reads, (index,
-    of how many).
+    After `__init__`: `optimizer`, `clipper`, `scaler` (disabled but in fp16), and `part`: which
+    part of the batch this rank reads, (index, of how many).
     """
 
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
         self.config = config
-        self.spread = spread_model(config.strategy, make_model(config.model, training.seed).to(device), training.precision, device)
+        self.spread = spread_model(
+            config.strategy,
+            make_model(config.model, training.seed).to(device),
+            training.precision,
+            device,
+        )
         self.model, self.part = self.spread.model, self.spread.part
-        self.clipper = distclip.GradClipper(self.model, policy=rule(config.clip), **options(config), **self.spread.clipper)
+        self.clipper = distclip.GradClipper(
+            self.model, policy=rule(config.clip), **options(config), **self.spread.clipper
+        )
         self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(device, enabled=training.precision == "fp16", growth_interval=200)
+        self.scaler = torch.amp.GradScaler(
+            device, enabled=training.precision == "fp16", growth_interval=200
+        )
 
-    def step(self, x: Tensor, y: Tensor, fault: float | None) -> tuple[Tensor | None, distclip.ClipReport]:
+    def step(
+        self, x: Tensor, y: Tensor, fault: float | None
+    ) -> tuple[Tensor | None, distclip.ClipReport]:
         """The mean loss over this rank's part (None where it sees none), and what was clipped.
 
         Args:
@@ -67,7 +78,8 @@ def spoil(model: nn.Module, fault: float) -> None:
 
 
 def spoil_backward(model: nn.Module, fault: float) -> torch.utils.hooks.RemovableHandle:
-    """Before the reduction, for frameworks that keep gradients to themselves: it spreads to all ranks."""
+    """Before the reduction, for frameworks that keep gradients to themselves: it spreads to all
+    ranks."""
     param = next(p for p in model.parameters() if p.requires_grad)
 
     def spoilt(grad: Tensor) -> Tensor:

@@ -16,4 +16,8 @@ def single(model: nn.Module, precision: str, device: str) -> Spread:
 
 def ddp(model: nn.Module, precision: str, device: str) -> Spread:
     wrapped = DistributedDataParallel(model)
-    return Spread(wrapped, autocast(precision, device), lambda last: nullcontext() if last else wrapped.no_sync())
+    return Spread(
+        wrapped,
+        autocast(precision, device),
+        lambda last: nullcontext() if last else wrapped.no_sync(),
+    )

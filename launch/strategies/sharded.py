@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from models import Block
@@ -36,11 +42,21 @@ def fsdp2(model: nn.Module, precision: str, device: str) -> Spread:
 
 
 def hsdp(model: nn.Module, precision: str, device: str) -> Spread:
-    """Shards within a replica, copies over replicas: on several nodes one replica a node keeps most messages inside it."""
+    """Shards within a replica, copies over replicas: on several nodes one replica a node keeps most
+    messages inside it."""
     world = dist.get_world_size()
     if world % REPLICAS:
-        raise Refused(f"strategy: 'hsdp' makes {REPLICAS} replicas, and {world} ranks do not divide by it; start an even number")
-    return sharded_over(init_device_mesh(device, (REPLICAS, world // REPLICAS), mesh_dim_names=("replica", "shard")), model, precision)
+        raise Refused(
+            f"strategy: 'hsdp' makes {REPLICAS} replicas, and {world} ranks do not "
+            f"divide by it; start an even number"
+        )
+    return sharded_over(
+        init_device_mesh(
+            device, (REPLICAS, world // REPLICAS), mesh_dim_names=("replica", "shard")
+        ),
+        model,
+        precision,
+    )
 
 
 def sharded_over(mesh: DeviceMesh | None, model: nn.Module, precision: str) -> Spread:
@@ -49,7 +65,8 @@ def sharded_over(mesh: DeviceMesh | None, model: nn.Module, precision: str) -> S
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32)
     for child in model.children():
         for unit in child if isinstance(child, nn.ModuleList) else [child]:
-            if any(True for _ in unit.parameters()) and not isinstance(unit, nn.RNNBase):  # recurrent kernels keep flat copies of weights
+            # recurrent kernels keep flat copies of weights
+            if any(True for _ in unit.parameters()) and not isinstance(unit, nn.RNNBase):
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     assert isinstance(model, FSDPModule)

@@ -27,14 +27,22 @@ class Spread:
 
     model: nn.Module  # what optimizer, clipper and checkpoint see
     precision: Callable[[], Context]  # around the forward pass
-    micro_step: Callable[[bool], Context] = field(default=lambda last: nullcontext())  # told whether it is the last of its step
-    part: tuple[int, int] = field(default_factory=every_rank)  # which part of the batch this rank reads: (index, of how many)
-    clipper: dict[str, Any] = field(default_factory=dict)  # options that GradClipper needs for this layout
+    # told whether it is the last of its step
+    micro_step: Callable[[bool], Context] = field(default=lambda last: nullcontext())
+    # which part of the batch this rank reads: (index, of how many)
+    part: tuple[int, int] = field(default_factory=every_rank)
+    # options that GradClipper needs for this layout
+    clipper: dict[str, Any] = field(default_factory=dict)
 
-    def gradients(self, x: Tensor, y: Tensor, accumulate: int, scaler: torch.amp.GradScaler) -> Tensor | None:
-        """Of the mean loss over this rank's part, in micro-steps, times the scaler's scale. That loss; None on ranks that see none."""
+    def gradients(
+        self, x: Tensor, y: Tensor, accumulate: int, scaler: torch.amp.GradScaler
+    ) -> Tensor | None:
+        """Of the mean loss over this rank's part, in micro-steps, times the scaler's scale. That
+        loss; None on ranks that see none."""
         total = torch.zeros((), device=x.device)
-        for i, (part, target) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate), strict=True)):
+        for i, (part, target) in enumerate(
+            zip(x.chunk(accumulate), y.chunk(accumulate), strict=True)
+        ):
             with self.micro_step(i == accumulate - 1):
                 with self.precision():
                     logits = self.model(part)

@@ -1,4 +1,5 @@
-"""The matrices of each block split over the ranks, by heads and by hidden units; alone, or inside FSDP2."""
+"""The matrices of each block split over the ranks, by heads and by hidden units; alone, or inside
+FSDP2."""
 
 from __future__ import annotations
 
@@ -29,19 +30,33 @@ def tp_fsdp2(model: nn.Module, precision: str, device: str) -> Spread:
     """Neighbours share matrices, FSDP2 shards over the rest."""
     world = dist.get_world_size()
     if world % WIDTH:
-        raise Refused(f"strategy: 'tp_fsdp2' shares matrices by {WIDTH} ranks, and {world} do not divide by it; start an even number")
+        raise Refused(
+            f"strategy: 'tp_fsdp2' shares matrices by {WIDTH} ranks, and {world} do not "
+            f"divide by it; start an even number"
+        )
     mesh = init_device_mesh(device, (world // WIDTH, WIDTH), mesh_dim_names=("shard", "tensor"))
     split(model, mesh["tensor"])
     # the outputs of tensor-parallel modules are views; this model changes none of them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return replace(sharded_over(mesh["shard"], model, precision), part=(mesh["shard"].get_local_rank(), world // WIDTH))
+    return replace(
+        sharded_over(mesh["shard"], model, precision),
+        part=(mesh["shard"].get_local_rank(), world // WIDTH),
+    )
 
 
 def split(model: nn.Module, mesh: DeviceMesh) -> None:
     assert isinstance(model, GPT)
     if model.blocks[0].heads % mesh.size():
-        raise Refused(f"strategy: {model.blocks[0].heads} heads do not divide by {mesh.size()} tensor-parallel ranks; start 2 or 4")
-    plan = {"qkv": ColwiseParallel(), "out": RowwiseParallel(), "mlp.0": ColwiseParallel(), "mlp.2": RowwiseParallel()}
+        raise Refused(
+            f"strategy: {model.blocks[0].heads} heads do not divide by {mesh.size()} "
+            f"tensor-parallel ranks; start 2 or 4"
+        )
+    plan = {
+        "qkv": ColwiseParallel(),
+        "out": RowwiseParallel(),
+        "mlp.0": ColwiseParallel(),
+        "mlp.2": RowwiseParallel(),
+    }
     for block in model.blocks:
         parallelize_module(block, mesh, plan)
         keep_whole(block.norm1, mesh)
@@ -51,10 +66,13 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def keep_whole(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Parameters that are not split become DTensors all the same: so FSDP2, checkpoints and distclip know them as copies."""
+    """Parameters that are not split become DTensors all the same: so FSDP2, checkpoints and
+    distclip know them as copies."""
     distribute_module(
         module,
         mesh,
-        input_fn=lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in inputs),
+        input_fn=lambda _, inputs, mesh: tuple(
+            DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in inputs
+        ),
         output_fn=lambda _, output, mesh: output.to_local(),
     )

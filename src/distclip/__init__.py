@@ -9,9 +9,11 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """Files beside this one by their names; the first public name that is asked for imports them all, and torch.
+        """Files beside this one by their names; the first public name that is asked for imports
+        them all, and torch.
 
-        So `distclip --help` waits for nothing. Type checkers read the imports above and go on reporting misspelt names.
+        So `distclip --help` waits for nothing. Type checkers read the imports above and go on
+        reporting misspelt names.
         """
         import sys
         from importlib import import_module
@@ -21,10 +23,14 @@ else:
             if find_spec(f"{__name__}.{name}") is not None:
                 return import_module(f"{__name__}.{name}")
             api = import_module(f"{__name__}.api")
-            globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+            globals().update(
+                {public: getattr(api, public) for public in api.__all__}, __all__=api.__all__
+            )
             if name in globals():
                 return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
 
     def __dir__():
         return sorted({*__getattr__("__all__"), *globals(), "integrations"} - {"TYPE_CHECKING"})

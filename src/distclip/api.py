@@ -11,7 +11,12 @@ from distclip.errors import (
     PlacementError,
 )
 from distclip.exchange.channel import LOCAL
-from distclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from distclip.functional import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
 from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
 from distclip.policies import (
     AGC,

@@ -16,7 +16,8 @@ class PlacementError(DistclipError, ValueError):
 
 
 class GradientError(DistclipError, RuntimeError):
-    """A gradient that does not fit the plan: unreduced, unsharded, missing everywhere, or of a replaced parameter."""
+    """A gradient that does not fit the plan: unreduced, unsharded, missing everywhere, or of a
+    replaced parameter."""
 
 
 class AgreementError(DistclipError, RuntimeError):

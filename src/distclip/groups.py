@@ -75,7 +75,11 @@ class _PerParamGroup(_One):
         return f"per_param_group({len(self.optimizer.param_groups)} groups)"
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
-        groups = {id(p): f"param_group {i}" for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        groups = {
+            id(p): f"param_group {i}"
+            for i, group in enumerate(self.optimizer.param_groups)
+            for p in group["params"]
+        }
         return [groups.get(id(param), "rest") for param in params]
 
 
@@ -95,10 +99,12 @@ class _ByName:
 
 @dataclass(frozen=True)
 class Watch:
-    """Norms of more than what is clipped by: they travel in the same message, and stand in the report of each `every`-th step.
+    """Norms of more than what is clipped by: they travel in the same message, and stand in the
+    report of each `every`-th step.
 
     Args:
-        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds play no part).
+        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds
+            play no part).
         every: steps from one report of them to the next; `measure()` always reports them.
 
     Raises:
@@ -138,11 +144,15 @@ def per_param_group(optimizer: Optimizer) -> Grouping:
 
 
 def by_name(table: Mapping[str, Rule]) -> Grouping:
-    """Shell-style pattern → threshold, policy or `Exempt`. The first match wins; what none matches is the group `rest`.
+    """Shell-style pattern → threshold, policy or `Exempt`. The first match wins; what none matches
+    is the group `rest`.
 
     Raises:
         ConfigError: the table is empty, or names a group `rest`.
     """
     if not table or "rest" in table:
-        raise ConfigError(f"by_name({dict(table)!r}): give at least one pattern; `rest` is the group of what no pattern matches")
+        raise ConfigError(
+            f"by_name({dict(table)!r}): give at least one pattern; `rest` is the "
+            f"group of what no pattern matches"
+        )
     return _ByName(dict(table))

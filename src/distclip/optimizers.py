@@ -1,4 +1,5 @@
-"""Stage 3b: which optimizer steps which pieces. Worked out once for each optimizer, and anew when its param groups change."""
+"""Stage 3b: which optimizer steps which pieces. Worked out once for each optimizer, and anew when
+its param groups change."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ class Owned:
     optimizer: Any  # what is stepped: a wrapper that does more than forward is stepped itself
     pieces: frozenset[int]  # that it steps
     others: tuple[Tensor, ...]  # parameters that it steps and the clipper does not know
-    joined: tuple[tuple[str, Tensor], ...]  # those of `others` that it was given after the clipper first saw it
+    # those of `others` that it was given after the clipper first saw it
+    joined: tuple[tuple[str, Tensor], ...]
     group: int | None  # the one group of all its pieces
     needs: str | None  # what its `step` cannot do without
-    hidden: tuple[Tensor, ...] = ()  # those of its pieces that have a gradient and, as `grad_of` says, none for the clipper
+    # those of its pieces that have a gradient and, as `grad_of` says, none for the clipper
+    hidden: tuple[Tensor, ...] = ()
 
     @property
     def unclipped(self) -> tuple[Tensor, ...]:
@@ -43,7 +46,9 @@ class Share(NamedTuple):
     optimizer: Callable[[], Any]
     lists: tuple[
         tuple[Any, int], ...
-    ]  # of its param groups, with their lengths: the objects, since a list's identity may be another's next
+        # of its param groups, with their lengths: the objects, since a list's identity may be
+        # another's next
+    ]
     params: tuple[Tensor, ...]  # empty where they are not compared one by one
     pieces: frozenset[int]
     others: tuple[Tensor, ...]
@@ -57,7 +62,8 @@ class Owners:
 
     Args:
         members: [pieces] the parameters; group_of: [pieces] their groups.
-        by_tensor: no module tells of a parameter that takes another's place, so optimizers' parameters are compared at each call.
+        by_tensor: no module tells of a parameter that takes another's place, so optimizers'
+            parameters are compared at each call.
     """
 
     def __init__(self, members: Sequence[Tensor], group_of: Sequence[int], by_tensor: bool) -> None:
@@ -72,19 +78,33 @@ class Owners:
         known = self._known.get(id(optimizer))
         if known is not None and known.optimizer() is not optimizer:
             known = None
-        if known is None or not _as_before(known.lists, groups) or (self._by_tensor and not _same(known.params, groups)):
+        if (
+            known is None
+            or not _as_before(known.lists, groups)
+            or (self._by_tensor and not _same(known.params, groups))
+        ):
             known = self._known[id(optimizer)] = self._share(optimizer, groups, known)
-        return Owned(given, optimizer, known.pieces, known.others, known.joined, known.group, known.needs)
+        return Owned(
+            given, optimizer, known.pieces, known.others, known.joined, known.group, known.needs
+        )
 
-    def _share(self, optimizer: Any, groups: Sequence[dict[str, Any]], before: Share | None) -> Share:
+    def _share(
+        self, optimizer: Any, groups: Sequence[dict[str, Any]], before: Share | None
+    ) -> Share:
         params = {id(param): param for group in groups for param in group["params"]}
         pieces = frozenset(i for key in params if (i := self._piece.get(key)) is not None)
         others = {key: param for key, param in params.items() if key not in self._piece}
         joined: list[tuple[str, Tensor]] = []
         if before is not None:
-            accepted = {id(param) for param in before.others}.difference(id(param) for _, param in before.joined)
+            accepted = {id(param) for param in before.others}.difference(
+                id(param) for _, param in before.joined
+            )
             names = _names(groups)
-            joined = [(names.get(key, f"shape {tuple(p.shape)}"), p) for key, p in others.items() if key not in accepted]
+            joined = [
+                (names.get(key, f"shape {tuple(p.shape)}"), p)
+                for key, p in others.items()
+                if key not in accepted
+            ]
         of = {self._group_of[i] for i in pieces}
         forget = _Forget(self._known, id(optimizer))
         return Share(
@@ -95,7 +115,9 @@ class Owners:
             others=tuple(others.values()),
             joined=tuple(joined),
             group=of.pop() if len(of) == 1 else None,
-            needs=next((needs for o in (optimizer, *inside(optimizer)) if (needs := _needs(o))), None),
+            needs=next(
+                (needs for o in (optimizer, *inside(optimizer)) if (needs := _needs(o))), None
+            ),
         )
 
 
@@ -118,8 +140,13 @@ def _reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[], Any]
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Its own param groups, and those of the optimizers inside it, which may have got more since."""
-    holders = [optimizer, *inside(optimizer)] if type(optimizer).__module__.partition(".")[0] != "torch" else [optimizer]
+    """Its own param groups, and those of the optimizers inside it, which may have got more
+    since."""
+    holders = (
+        [optimizer, *inside(optimizer)]
+        if type(optimizer).__module__.partition(".")[0] != "torch"
+        else [optimizer]
+    )
     groups = chain.from_iterable(getattr(holder, "param_groups", ()) for holder in holders)
     return list({id(group): group for group in groups}.values())
 
@@ -131,7 +158,8 @@ def _params(groups: Sequence[dict[str, Any]]) -> Iterable[Tensor]:
 def _as_before(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]]) -> bool:
     """Whether param groups hold the same lists, of the same lengths."""
     return len(lists) == len(groups) and all(
-        params is group["params"] and length == len(params) for (params, length), group in zip(lists, groups, strict=True)
+        params is group["params"] and length == len(params)
+        for (params, length), group in zip(lists, groups, strict=True)
     )
 
 
@@ -142,13 +170,18 @@ def _same(before: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> bool:
 
 def _names(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
     """Parameter → its name, where the optimizer was given names."""
-    return {id(param): name for group in groups for param, name in zip(group["params"], group.get("param_names") or (), strict=False)}
+    return {
+        id(param): name
+        for group in groups
+        for param, name in zip(group["params"], group.get("param_names") or (), strict=False)
+    }
 
 
 def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:
     """A text for each optimizer that holds none of the clipper's parameters."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters (the first of which is {pieces[0].name}); "
+        f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters "
+        f"(the first of which is {pieces[0].name}); "
         "build optimizers after the model was wrapped and sharded, and pass those that step it"
         for i, o in enumerate(owned)
         if not o.pieces and pieces
@@ -156,10 +189,13 @@ def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:
 
 
 def joined_later(owned: Sequence[Owned]) -> list[str]:
-    """A text for each optimizer that was given parameters, after the clipper first saw it, that the clipper does not know."""
+    """A text for each optimizer that was given parameters, after the clipper first saw it, that the
+    clipper does not know."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) was given {_count(len(new), 'parameter')} later that this clipper does not know "
-        f"(the first: {new[0]}); call clipper.rebuild() on all ranks, with the parameters as they are now where pairs or a list were "
+        f"optimizer {i} ({type(o.optimizer).__name__}) was given {_count(len(new), 'parameter')} "
+        f"later that this clipper does not know "
+        f"(the first: {new[0]}); call clipper.rebuild() on all ranks, with the parameters as they "
+        f"are now where pairs or a list were "
         "passed: clipper.rebuild(params)"
         for i, o in enumerate(owned)
         if (new := [name for name, param in o.joined if param.requires_grad])
@@ -169,8 +205,10 @@ def joined_later(owned: Sequence[Owned]) -> list[str]:
 def steps_more(owned: Sequence[Owned]) -> list[str]:
     """A text for each optimizer that steps more than the clipper knows, by intent or not."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count(len(more), 'parameter')} that this clipper does not know (the first "
-        f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the clipper with them if that is not meant"
+        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count(len(more), 'parameter')} that "
+        f"this clipper does not know (the first "
+        f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the "
+        f"clipper with them if that is not meant"
         for i, o in enumerate(owned)
         if (more := [param for param in o.others if param.requires_grad and param.grad is not None])
     ]
@@ -184,19 +222,29 @@ def _count(n: int, noun: str) -> str:
 
 
 def listed(given: Any) -> tuple[Any, ...]:
-    """`clip_` takes one optimizer, several, or none. A container that steps is one, even if its optimizers can be listed."""
+    """`clip_` takes one optimizer, several, or none. A container that steps is one, even if its
+    optimizers can be listed."""
     if given is None:
         return ()
-    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str, Mapping)) or not isinstance(given, Iterable):
+    if (
+        is_optimizer(given)
+        or isinstance(given, (Tensor, nn.Module, str, Mapping))
+        or not isinstance(given, Iterable)
+    ):
         return (given,)
     return tuple(given)
 
 
 def is_optimizer(thing: Any) -> bool:
-    """Whether it steps parameters that it names: torch's optimizers, wrappers of them, containers of several."""
-    if isinstance(thing, (type, nn.Module, LRScheduler)) or not callable(getattr(thing, "step", None)):
+    """Whether it steps parameters that it names: torch's optimizers, wrappers of them, containers
+    of several."""
+    if isinstance(thing, (type, nn.Module, LRScheduler)) or not callable(
+        getattr(thing, "step", None)
+    ):
         return False
-    return hasattr(thing, "param_groups") or (bool(inside(thing)) and not hasattr(thing, "get_last_lr"))
+    return hasattr(thing, "param_groups") or (
+        bool(inside(thing)) and not hasattr(thing, "get_last_lr")
+    )
 
 
 def check_given(operation: str, optimizers: Sequence[Any]) -> None:
@@ -216,17 +264,22 @@ def check_arguments(owned: Sequence[Owned]) -> None:
     """ConfigError if `step()` without arguments is not what an optimizer can do."""
     for o in owned:
         if o.needs:
-            raise ConfigError(f"{type(o.optimizer).__name__}.{o.needs}, and the clipper calls it once, with nothing; {_IN_THE_CLOSURE}")
+            raise ConfigError(
+                f"{type(o.optimizer).__name__}.{o.needs}, and the clipper calls it "
+                f"once, with nothing; {_IN_THE_CLOSURE}"
+            )
 
 
 _IN_THE_CLOSURE = (
-    "clip inside the closure instead: def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); clipper.clip_(); return loss, "
+    "clip inside the closure instead: def closure(): optimizer.zero_grad(); loss = ...; "
+    "loss.backward(); clipper.clip_(); return loss, "
     "and then optimizer.step(closure)"
 )
 
 
 def _needs(optimizer: Any) -> str | None:
-    """What its `step` cannot do without, as a text. Read off the class: schedulers put wrappers of another signature on the object."""
+    """What its `step` cannot do without, as a text. Read off the class: schedulers put wrappers of
+    another signature on the object."""
     kind = type(optimizer)
     if hasattr(kind, "first_step") and hasattr(kind, "second_step"):
         return "step() takes two steps with a closure between them"
@@ -237,7 +290,11 @@ def _needs(optimizer: Any) -> str | None:
         _, *arguments = inspect.signature(kind.step).parameters.values()
     except (AttributeError, TypeError, ValueError):
         return None
-    required = [a.name for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    required = [
+        a.name
+        for a in arguments
+        if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)
+    ]
     return f"step() needs {', '.join(required)}" if required else None
 
 
@@ -245,19 +302,38 @@ def _what(thing: Any) -> str:
     """What it is, and what to write instead."""
     name = type(thing).__name__
     if hasattr(thing, "unscale_"):
-        return f"a {name} in an optimizer's place; write step(optimizer, scaler=scaler) or clip_(optimizer, scaler)"
+        return (
+            f"a {name} in an optimizer's place; write step(optimizer, scaler=scaler) or "
+            f"clip_(optimizer, scaler)"
+        )
     if isinstance(thing, LRScheduler) or hasattr(thing, "get_last_lr"):
-        return f"a {name}, which schedules learning rates; pass the optimizer, and call scheduler.step() afterwards"
+        return (
+            f"a {name}, which schedules learning rates; pass the optimizer, and call "
+            f"scheduler.step() afterwards"
+        )
     if isinstance(thing, type):
         return f"the class {thing.__name__}; pass an optimizer that was built from it"
     if isinstance(thing, nn.Module):
-        return f"a {name}, which is a module: the clipper knows its parameters already. Pass optimizers"
+        return (
+            f"a {name}, which is a module: the clipper knows its parameters already. Pass "
+            f"optimizers"
+        )
     if isinstance(thing, Tensor):
-        return "a tensor; the clipper knows its parameters already. Pass optimizers, or nothing to clip_()"
+        return (
+            "a tensor; the clipper knows its parameters already. Pass optimizers, or nothing "
+            "to "
+            "clip_()"
+        )
     if isinstance(thing, (int, float)):
-        return f"{thing!r}; the threshold is said once, GradClipper(model, max_norm=...). Pass optimizers, or nothing to clip_()"
+        return (
+            f"{thing!r}; the threshold is said once, GradClipper(model, max_norm=...). Pass "
+            f"optimizers, or nothing to clip_()"
+        )
     if isinstance(thing, (list, tuple, dict)):
         return f"a {name}; pass optimizers one by one: step(*optimizers)"
     if callable(thing):
         return f"a function in an optimizer's place, and takes no closure; {_IN_THE_CLOSURE}"
-    return f"{'None' if thing is None else f'a {name}'}, which is no optimizer: it has no step(), or names no parameters to step"
+    return (
+        f"{'None' if thing is None else f'a {name}'}, which is no optimizer: it has no step(), "
+        f"or names no parameters to step"
+    )

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """How this rank holds a part of a parameter. Pieces of one parameter are copies if their regions are equal and their scopes meet."""
+    """How this rank holds a part of a parameter. Pieces of one parameter are copies if their
+    regions are equal and their scopes meet."""
 
     how: str  # as the plan prints it
     region: str  # which part: equal if and only if the data is the same
-    scopes: tuple[str, ...]  # identities of the sets of ranks that hold copies or sibling parts; a set that two ranks share joins them
-    rank_sets: tuple[str, ...] = ()  # the meshes and wrappers' groups among the scopes: their ranks work on one set of modules
-    declared: bool = False  # `replicated_over` says what the scopes are: they are not widened to other ranks with the same modules
+    # identities of the sets of ranks that hold copies or sibling parts; a set that two ranks share
+    # joins them
+    scopes: tuple[str, ...]
+    # the meshes and wrappers' groups among the scopes: their ranks work on one set of modules
+    rank_sets: tuple[str, ...] = ()
+    # `replicated_over` says what the scopes are: they are not widened to other ranks with the same
+    # modules
+    declared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +73,17 @@ class Row:
 class Norms:
     """The reduced value: equal on every rank, bit for bit, and whichever way the model is sharded.
 
-    That is why norms and stats are rounded to float32's precision (24 bits, in float64's range): the order in which a norm is added up
-    changes the bits behind. To 48 bits where some parameter is float64; a sum's own error then reaches the last one now and then.
+    That is why norms and stats are rounded to float32's precision (24 bits, in float64's range):
+    the order in which a norm is added up changes the bits behind. To 48 bits where some parameter
+    is float64; a sum's own error then reaches the last one now and then.
     """
 
     per_group: Tensor  # [groups] float64: norm of each group, before clipping
     total: Tensor  # [] float64: norm over the groups that count in the total
     finite: Tensor  # [] bool: total, every group and every gradient tensor are finite
-    nonfinite: Tensor  # [] int64: gradient tensors with inf or NaN over all ranks (with p = inf: the largest count of a rank)
+    # [] int64: gradient tensors with inf or NaN over all ranks (with p = inf: the largest count of
+    # a rank)
+    nonfinite: Tensor
     stats: Tensor  # [stats] float64: what the policy's `local_stats` added, group by group
     norm_type: float  # p
 
@@ -85,7 +94,8 @@ class Scale:
 
     coef: Tensor  # [groups] float64
     threshold: Tensor  # [groups] float64, for the report
-    skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+    # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +106,20 @@ class Clamp:
     clipped: Tensor  # [groups] bool: some element on some rank was beyond its value
     norm_after: Tensor  # [groups] float64
     cosine: Tensor  # [groups] float64: between raw and clamped gradient; NaN where it is not known
-    skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+    # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnitScale:
-    """Multiply each unit (the weights into one output) by a coefficient of its own, which the ranks that hold the unit know."""
+    """Multiply each unit (the weights into one output) by a coefficient of its own, which the ranks
+    that hold the unit know."""
 
     threshold: Tensor  # [groups] float64, for the report
     clipped: Tensor  # [groups] bool: some unit on some rank has a coefficient below 1
     norm_after: Tensor  # [groups] float64
-    skip: Tensor | None = None  # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+    # [] or [groups] bool: where any is true, the step is left out like one that is not finite
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +130,8 @@ class Decision:
     threshold: Tensor  # [groups] float64
     clipped: Tensor  # [groups] bool
     norms_after: Tensor  # [groups] float64
-    cosine: Tensor  # [groups] float64: between raw and clipped gradient; 1 where the direction is kept
+    # [groups] float64: between raw and clipped gradient; 1 where the direction is kept
+    cosine: Tensor
     clamped: frozenset[int]  # groups whose elements are clamped to the threshold
     unitwise: frozenset[int]  # groups that are scaled by units
     skip: Tensor | None  # [] bool: a policy leaves this step out; None where no policy answered so
@@ -139,7 +153,8 @@ _TENSORS = (
 
 @dataclass(frozen=True, slots=True)
 class ClipReport:
-    """What one call saw and did. All tensors are on the compute device and equal on every rank; reading one there is a host sync.
+    """What one call saw and did. All tensors are on the compute device and equal on every rank;
+    reading one there is a host sync.
 
     Norms are those after unscaling and `grad_scale`.
     """
@@ -148,15 +163,20 @@ class ClipReport:
     total_norm: Tensor  # [] float32 (float64 for float64 parameters): before clipping
     norm_after: Tensor  # []: after it
     clipped: Tensor  # [] bool: some group was scaled or clamped
-    skipped: Tensor  # [] bool: the step is not taken: gradients were not finite, or (with nonfinite 0) the policy left it out
+    # [] bool: the step is not taken: gradients were not finite, or (with nonfinite 0) the policy
+    # left it out
+    skipped: Tensor
     nonfinite: Tensor  # [] int64
     coefs: Tensor  # [groups]
     threshold: Tensor  # [groups]
     group_norms: Tensor  # [groups]: before clipping
-    cosine: Tensor  # [groups]: between raw and clamped gradient (1 where none is clamped; NaN with p = inf, where it is not measured)
+    # [groups]: between raw and clamped gradient (1 where none is clamped; NaN with p = inf, where
+    # it is not measured)
+    cosine: Tensor
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
-    layer_norms: Tensor  # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
+    # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
+    layer_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
@@ -164,14 +184,19 @@ class ClipReport:
 
     @property
     def clip_coef(self) -> Tensor:
-        """[]: the coefficient, where there is one group. ValueError where there are several: read `coefs`."""
+        """[]: the coefficient, where there is one group. ValueError where there are several: read
+        `coefs`."""
         if len(self.groups) != 1:
-            raise ValueError(f"clip_coef: this clipper has {len(self.groups)} groups; read report.coefs and report.groups")
+            raise ValueError(
+                f"clip_coef: this clipper has {len(self.groups)} groups; read "
+                f"report.coefs and report.groups"
+            )
         return self.coefs[0]
 
     @property
     def group_shares(self) -> Tensor:
-        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative to the largest): which one dominates."""
+        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
+        to the largest): which one dominates."""
         relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
         if math.isinf(self.norm_type):
             return relative
@@ -187,15 +212,24 @@ class ClipReport:
         tensors, start = dict[str, Tensor](), 0
         for name in _TENSORS:
             own: Tensor = getattr(self, name)
-            part = torch.tensor(numbers[start : start + own.numel()], dtype=torch.float64, device="cpu")
+            part = torch.tensor(
+                numbers[start : start + own.numel()], dtype=torch.float64, device="cpu"
+            )
             tensors[name], start = part.to(own.dtype).reshape(own.shape), start + own.numel()
         return replace(self, **tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python numbers, lists and strings. This is the host read: it waits for the device."""
-        out: dict[str, Any] = {"step": self.step} | {name: getattr(self, name).tolist() for name in _TENSORS}
+        """Plain Python numbers, lists and strings. This is the host read: it waits for the
+        device."""
+        out: dict[str, Any] = {"step": self.step} | {
+            name: getattr(self, name).tolist() for name in _TENSORS
+        }
         if len(self.groups) == 1:
             out["clip_coef"] = out["coefs"][0]
-        out |= {"groups": list(self.groups), "layers": list(self.layers), "norm_type": self.norm_type}
+        out |= {
+            "groups": list(self.groups),
+            "layers": list(self.layers),
+            "norm_type": self.norm_type,
+        }
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out

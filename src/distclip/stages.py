@@ -28,7 +28,8 @@ from distclip.setup.options import Options
 from distclip.setup.plan import Plan
 from distclip.torch_internals.join import UnevenInputs
 
-# Policies see norms of so many bits: what the parameters' precision warrants, less those that depend on the order of a sum.
+# Policies see norms of so many bits: what the parameters' precision warrants, less those that
+# depend on the order of a sum.
 SINGLE, DOUBLE = 24, 48
 
 
@@ -68,10 +69,14 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
     options, device, plan, members = reading.options, reading.device, reading.plan, reading.members
     p, rules = options.norm_type, options.grouping.rules()
     parts = split(plan.groups, rules, options.policy, device)
-    by_units = {g: part.policy for part in parts if hasattr(part.policy, "unit_coefs") for g in part.groups}
+    by_units = {
+        g: part.policy for part in parts if hasattr(part.policy, "unit_coefs") for g in part.groups
+    }
     wide, heard = _agreed(members, sinks, channel, device)
     dtype, bits = (torch.float64, DOUBLE) if wide else (torch.float32, SINGLE)
-    units = Units(channel, plan, members, reading.ranges, by_units, bits, device) if by_units else None  # pyright: ignore[reportArgumentType]
+    units = None
+    if by_units:
+        units = Units(channel, plan, members, reading.ranges, by_units, bits, device)  # pyright: ignore[reportArgumentType]
     stats = sum(part.words * len(part.groups) for part in parts) + 2 * (units.cut if units else 0)
     plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
     wire = _wire(plan, stats, channel, device)
@@ -79,7 +84,19 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
     counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
     collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
     newcomers = Newcomers(reading.found.modules, reading.found.slots, collector.grad_of)
-    sensor = Sensor(plan, collector, wire, parts, units, counted, device, reading.config, bits, newcomers, reading.wrappers)
+    sensor = Sensor(
+        plan,
+        collector,
+        wire,
+        parts,
+        units,
+        counted,
+        device,
+        reading.config,
+        bits,
+        newcomers,
+        reading.wrappers,
+    )
     first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
     check_answers(parts, idle, first)
@@ -97,7 +114,8 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
         [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
         decision.clamped,
         reading.uneven,
-        # a step that a policy may leave out is decided on the host at once, unless all optimizers fold
+        # a step that a policy may leave out is decided on the host at once, unless all optimizers
+        # fold
         options.on_nonfinite == "propagate" and not may_skip(parts, idle, first),
         torch.randint(1 << 62, (2, wire.groups), generator=draw, device="cpu").bitwise_or(1).to(device),
     )  # fmt: skip
@@ -116,11 +134,21 @@ def _wire(plan: Plan, stats: int, channel: Channel, device: torch.device) -> Wir
 def _idle(groups: int, words: int, p: float, device: torch.device) -> Norms:
     """Norms of nothing, to hear how policies answer."""
     nothing = torch.zeros(groups, dtype=torch.float64, device=device)
-    return Norms(nothing, nothing.sum(), nothing.sum() == 0, nothing.sum().long(), nothing.new_zeros(words), p)
+    return Norms(
+        nothing,
+        nothing.sum(),
+        nothing.sum() == 0,
+        nothing.sum().long(),
+        nothing.new_zeros(words),
+        p,
+    )
 
 
-def _agreed(members: list[Tensor], sinks: int, channel: Channel, device: torch.device) -> tuple[bool, bool]:
-    """Whether some rank has float64 parameters, and whether the first rank has sinks. Set-up's last message."""
+def _agreed(
+    members: list[Tensor], sinks: int, channel: Channel, device: torch.device
+) -> tuple[bool, bool]:
+    """Whether some rank has float64 parameters, and whether the first rank has sinks. Set-up's last
+    message."""
     wide = any(param.dtype in (torch.float64, torch.complex128) for param in members)
     if channel.size == 1:
         return wide, bool(sinks)

@@ -1,4 +1,5 @@
-"""Stages 3 to 6 in a row: collect → measure → exchange → decide → guard, all of a call before a gradient is touched."""
+"""Stages 3 to 6 in a row: collect → measure → exchange → decide → guard, all of a call before a
+gradient is touched."""
 
 from __future__ import annotations
 
@@ -37,14 +38,16 @@ class Stepper:
         self.may_wait = now.device.type == "cuda"  # elsewhere reading a number costs nothing
 
     def capturing(self) -> bool:
-        """Whether a CUDA graph is captured: then nothing is read on the host, at this call or later."""
+        """Whether a CUDA graph is captured: then nothing is read on the host, at this call or
+        later."""
         return self._now.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def run(self, call: Call, may_wait: bool) -> Outcome:
         """A collective: one all-reduce.
 
         Args:
-            may_wait: what the message says may be judged at the next call, since no optimizer moves on a bad step anyway.
+            may_wait: what the message says may be judged at the next call, since no optimizer moves
+                on a bad step anyway.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
@@ -52,13 +55,16 @@ class Stepper:
         memory, capturing = self._memory, self.capturing()
         if capturing and not may_wait:
             raise ConfigError(
-                f"{call.operation}() reads a number on the host, which a CUDA graph cannot capture; use step() with fused optimizers that "
+                f"{call.operation}() reads a number on the host, which a CUDA graph cannot "
+                f"capture; use step() with fused optimizers that "
                 "fold, or on_nonfinite='propagate'"
             )
         if not capturing:
             self._settle()
         memory.step += 1
-        seen, message = self._now.sensor.sense(memory.step, call, memory.last(reads=not self.may_wait))
+        seen, message = self._now.sensor.sense(
+            memory.step, call, memory.last(reads=not self.may_wait)
+        )
         if capturing and (seen.faults or call.problem):  # nobody would read them from the message
             raise call.problem or GradientError("; ".join(seen.faults))
         message = self._exchanged(message, call)
@@ -85,14 +91,28 @@ class Stepper:
             memory.step, reduced, decision, will, memory.rate, memory.history.skips.clone(), culprits, memory.taken, call.passive,
             fine=bool(fine),
         )  # fmt: skip
-        return Outcome(decision, grads, finite, will.skipped, will.overflow, reduced.cut, seen.units, known, report)
+        return Outcome(
+            decision,
+            grads,
+            finite,
+            will.skipped,
+            will.overflow,
+            reduced.cut,
+            seen.units,
+            known,
+            report,
+        )
 
     def _exchanged(self, message: Tensor, call: Call) -> Tensor:
         there = message.to(self._channel.device_for(self._now.device))
         op = "sum" if math.isfinite(self._now.options.norm_type) else "max"
-        return self._channel.reduce_(there, op, f"{call.operation} at step {self._memory.step}").to(self._now.device)
+        return self._channel.reduce_(there, op, f"{call.operation} at step {self._memory.step}").to(
+            self._now.device
+        )
 
-    def _told(self, seen: Seen, message: Tensor, reduced: Reduced, decision: Decision, will: Fate) -> tuple[Known, tuple[Culprit, ...]]:
+    def _told(
+        self, seen: Seen, message: Tensor, reduced: Reduced, decision: Decision, will: Fate
+    ) -> tuple[Known, tuple[Culprit, ...]]:
         """Reads on the host, in one go, what all ranks agreed on, and judges it."""
         call, none = seen.call, reduced.power  # a stand-in for what there is not
         cosine = decision.cosine.amin() if decision.clamped else none
@@ -100,17 +120,24 @@ class Stepper:
             reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._memory.rate,
             none if decision.skip is None else decision.skip, none if call.hands.inverse is None else call.hands.inverse, cosine,
         )  # fmt: skip
-        flags, left_out = self._now.wire.flags(power, rest), decision.skip is not None and bool(left)
+        flags, left_out = (
+            self._now.wire.flags(power, rest),
+            decision.skip is not None and bool(left),
+        )
         watched = Watched(left_out, rate, least if decision.clamped else 1.0)
         culprits = self._now.judge.judge(seen, flags, watched, self._memory.taken)
         finite = flags.finite
         skip = not call.passive and (left_out if finite else not self._propagates)
         scale = 1.0 if call.hands.inverse is None else inverse
-        return Known(coefs if finite else [1.0] * len(coefs), scale, bool(acts), skip, finite and not skip), culprits
+        return Known(
+            coefs if finite else [1.0] * len(coefs), scale, bool(acts), skip, finite and not skip
+        ), culprits
 
     def _told_late(self, message: Tensor, reduced: Reduced, decision: Decision) -> Tensor:
         """The same for the next call, which judges it: float64, read by `_settle`."""
-        left_out = torch.zeros_like(reduced.power) if decision.skip is None else decision.skip.double()
+        left_out = (
+            torch.zeros_like(reduced.power) if decision.skip is None else decision.skip.double()
+        )
         watched = (left_out, self._memory.rate, decision.cosine.amin())
         return torch.cat([self._now.wire.rest(message), torch.stack([reduced.power, *watched])])
 
@@ -120,7 +147,11 @@ class Stepper:
         if late is not None:
             *rest, power, left_out, rate, cosine = late.numbers
             watched = Watched(bool(left_out), rate, cosine)
-            self._writer.amend(self._now.judge.judge(late.what, self._now.wire.flags(power, rest), watched, self._memory.taken))
+            self._writer.amend(
+                self._now.judge.judge(
+                    late.what, self._now.wire.flags(power, rest), watched, self._memory.taken
+                )
+            )
 
 
 def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:

@@ -1,4 +1,5 @@
-"""Runs a function on several gloo ranks, and counts collectives. For distclip's own tests and its users'."""
+"""Runs a function on several gloo ranks, and counts collectives. For distclip's own tests and its
+users'."""
 
 from __future__ import annotations
 
@@ -27,16 +28,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip import versions
 
-STARTING_S = 300.0  # until all ranks of a pool have met: on a busy machine the imports alone take long
+# until all ranks of a pool have met: on a busy machine the imports alone take long
+STARTING_S = 300.0
 
 
 class World:
     """A pool of gloo ranks on this machine that stays up between calls.
 
-    Ranks do not descend from this process, which may have run a backward pass: torch's engine cannot be forked after that. They are forked
-    from one that has imported torch and computed nothing, and take over this process's environment, folder and filters of warnings as they
-    are when the ranks start. As with every process that `multiprocessing` does not fork from its caller, a script needs
-    `if __name__ == "__main__":` around what it does.
+    Ranks do not descend from this process, which may have run a backward pass: torch's engine
+    cannot be forked after that. They are forked from one that has imported torch and computed
+    nothing, and take over this process's environment, folder and filters of warnings as they are
+    when the ranks start. As with every process that `multiprocessing` does not fork from its
+    caller, a script needs `if __name__ == "__main__":` around what it does.
 
     Args:
         size: number of ranks; each uses one thread.
@@ -45,14 +48,17 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self._ranks: list[tuple[Any, Any, Path]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' store and stacks
+        # of the ranks' store and stacks
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
-        """`fn(*args)` on every rank, a function of a module that can be imported; the answers by rank.
+        """`fn(*args)` on every rank, a function of a module that can be imported; the answers by
+        rank.
 
         Raises:
-            AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout` seconds (their stacks), which begin when
-                all ranks are up. The pool is then ended, and starts anew at the next call.
+            AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout`
+                seconds (their stacks), which begin when all ranks are up. The pool is then ended,
+                and starts anew at the next call.
         """
         if not self._ranks:
             self._start()
@@ -85,7 +91,9 @@ class World:
                 wrong.setdefault(said, []).append(rank)
         if wrong:
             self.close()
-            raise AssertionError("\n".join(f"ranks {ranks}: {text}" for text, ranks in wrong.items()))
+            raise AssertionError(
+                "\n".join(f"ranks {ranks}: {text}" for text, ranks in wrong.items())
+            )
         return [answers[rank][1] for rank in range(self.size)]
 
     def close(self) -> None:
@@ -102,7 +110,12 @@ class World:
     def __enter__(self) -> World:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _start(self) -> None:
@@ -121,25 +134,40 @@ class World:
         process, _, log = self._ranks[rank]
         os.kill(process.pid, signal.SIGUSR1)
         end = time.monotonic() + 10  # for ever where the process is stopped
-        while " in _serve" not in (said := log.read_text() if log.exists() else "") and time.monotonic() < end:
+        while (
+            " in _serve" not in (said := log.read_text() if log.exists() else "")
+            and time.monotonic() < end
+        ):
             time.sleep(0.05)
         return said.partition(" in _serve")[0].rpartition("\n")[0]
 
 
 def fresh_process(target: Callable[..., object], *args: Any) -> Any:
-    """A process, not yet started, that is to call `target(*args)`. It descends from one that imported torch and computed nothing, and has
-    this process's environment and filters of warnings, as a forked one would."""
+    """A process, not yet started, that is to call `target(*args)`. It descends from one that
+    imported torch and computed nothing, and has this process's environment and filters of warnings,
+    as a forked one would."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter by the first optimizer or DTensor, and not quickly
-    return server.Process(target=_as_here, args=(dict(os.environ), list(warnings.filters), target, args), daemon=True)
+    # the latter by the first optimizer or DTensor, and not quickly
+    server.set_forkserver_preload([__name__, "torch._dynamo"])
+    return server.Process(
+        target=_as_here, args=(dict(os.environ), list(warnings.filters), target, args), daemon=True
+    )
 
 
-def _as_here(environment: dict[str, str], filters: list[Any], target: Callable[..., object], args: tuple[Any, ...]) -> None:
+def _as_here(
+    environment: dict[str, str],
+    filters: list[Any],
+    target: Callable[..., object],
+    args: tuple[Any, ...],
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     warnings.resetwarnings()
     for action, message, category, module, line in reversed(filters):
-        patterns = [text if text is None or isinstance(text, str) else text.pattern for text in (message, module)]
+        patterns = [
+            text if text is None or isinstance(text, str) else text.pattern
+            for text in (message, module)
+        ]
         warnings.filterwarnings(action, patterns[0] or "", category, patterns[1] or "", line)
     target(*args)
 
@@ -149,7 +177,9 @@ def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         torch.set_num_threads(1)
         file_store = dist.FileStore(str(store), size)
-        dist.init_process_group("gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=300))
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=size, store=file_store, timeout=timedelta(seconds=300)
+        )
         answer: tuple[bool, Any] = (True, None)
         while True:
             pipe.send(answer)
@@ -165,7 +195,8 @@ def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
 
 
 def fully_shard(module: nn.Module, **options: Any) -> Any:
-    """torch's, whose gradients are means in torch 2.8 too: there gloo's reduce-scatter sums where FSDP2 asks it for the mean."""
+    """torch's, whose gradients are means in torch 2.8 too: there gloo's reduce-scatter sums where
+    FSDP2 asks it for the mean."""
     sharded: Any = torch_fully_shard(module, **options)
     if versions.before(2, 9):
         sharded.set_force_sum_reduction_for_comms(True)  # FSDP2 divides by itself
@@ -173,7 +204,8 @@ def fully_shard(module: nn.Module, **options: Any) -> Any:
 
 
 class ThreadGroup(dist.ProcessGroup):
-    """A process group whose ranks are threads: all-reduces are real, ordered by rank, and end in an error after a time-out."""
+    """A process group whose ranks are threads: all-reduces are real, ordered by rank, and end in an
+    error after a time-out."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]: torch's stub knows another constructor
@@ -205,7 +237,9 @@ class _Meeting:
         self._wait()
         if rank == 0:
             stacked = torch.stack([t for t in self.tensors if t is not None])
-            self.result = stacked.sum(0, dtype=tensor.dtype) if op == dist.ReduceOp.SUM else stacked.amax(0)
+            self.result = (
+                stacked.sum(0, dtype=tensor.dtype) if op == dist.ReduceOp.SUM else stacked.amax(0)
+            )
         self._wait()
         assert self.result is not None
         tensor.copy_(self.result)
@@ -222,11 +256,15 @@ class _Meeting:
             raise self.missed() from None
 
 
-def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """`fn(group, *args)` on `size` threads as ranks; the answers by rank. A rank that raises ends the others' waiting.
+def run_threads(
+    size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300.0
+) -> list[Any]:
+    """`fn(group, *args)` on `size` threads as ranks; the answers by rank. A rank that raises ends
+    the others' waiting.
 
     Raises:
-        RuntimeError: some rank waits for others, or makes no further collective and does not end, for `timeout_s`.
+        RuntimeError: some rank waits for others, or makes no further collective and does not end,
+            for `timeout_s`.
     """
     meeting = _Meeting(size, timeout_s)
     answers: list[Any] = [None] * size
@@ -256,14 +294,19 @@ def run_threads(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float 
 
 
 class Counted(TorchDispatchMode):
-    """Names of the collectives issued inside the block: native, functional, and those that DTensor makes by itself."""
+    """Names of the collectives issued inside the block: native, functional, and those that DTensor
+    makes by itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional") and "wait" not in str(func) and "_wrap" not in str(func):
+        if (
+            func.namespace in ("c10d", "_c10d_functional", "c10d_functional")
+            and "wait" not in str(func)
+            and "_wrap" not in str(func)
+        ):
             self.names.append(func._opname)
         return func(*args, **(kwargs or {}))
 

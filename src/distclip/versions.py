@@ -1,4 +1,5 @@
-"""The releases of torch that distclip's tests were run with: the pinned one, and those whose counts `docs/compatibility.md` has.
+"""The releases of torch that distclip's tests were run with: the pinned one, and those whose counts
+`docs/compatibility.md` has.
 
 `launch/matrix.sh` writes that page; a release is listed here together with its row there.
 """
@@ -14,19 +15,22 @@ RUN = ("2.13.0",)
 
 
 def note(release: str) -> str:
-    """What there is to say of a torch of which no release of the same series (2.13 of 2.13.1+cu130) was run; else an empty text."""
+    """What there is to say of a torch of which no release of the same series (2.13 of 2.13.1+cu130)
+    was run; else an empty text."""
     series = [_series(run) for run in RUN]
     if _series(release) in series:
         return ""
     return (
-        f"distclip's tests were run with torch {', '.join(series)}, and not with {release}. It is likely to work: `distclip doctor` checks "
+        f"distclip's tests were run with torch {', '.join(series)}, and not with {release}. It is "
+        f"likely to work: `distclip doctor` checks "
         "it on this machine, launch/matrix.sh runs the tests"
     )
 
 
 @lru_cache(maxsize=1)
 def tell() -> None:
-    """Once a process, by the logger `distclip`: a warning of Python's would end programs that turn those into errors."""
+    """Once a process, by the logger `distclip`: a warning of Python's would end programs that turn
+    those into errors."""
     said = note(torch.__version__)
     if said:
         logging.getLogger("distclip").warning(said)

@@ -1,4 +1,5 @@
-"""Folded and in-place steps are the same; what cannot fold goes in place; nothing is left on the optimizer."""
+"""Folded and in-place steps are the same; what cannot fold goes in place; nothing is left on the
+optimizer."""
 
 import math
 from copy import deepcopy
@@ -48,9 +49,13 @@ def run(make, fold, waits=False, bad=(), steps=6, max_norm=0.5, grad_scale=1.0):
 @pytest.mark.parametrize("grad_scale", [1.0, 0.125])
 @pytest.mark.parametrize("name", MAKE)
 def test_folded_equals_in_place(name, grad_scale):
-    (folded, _), (in_place, _) = (run(MAKE[name], fold, grad_scale=grad_scale) for fold in ("auto", "never"))
+    (folded, _), (in_place, _) = (
+        run(MAKE[name], fold, grad_scale=grad_scale) for fold in ("auto", "never")
+    )
     torch.testing.assert_close(folded, in_place, rtol=1e-7, atol=1e-7)
-    assert not torch.equal(folded, run(MAKE[name], "auto", max_norm=math.inf, grad_scale=grad_scale)[0]), "vacuous"
+    assert not torch.equal(
+        folded, run(MAKE[name], "auto", max_norm=math.inf, grad_scale=grad_scale)[0]
+    ), "vacuous"
 
 
 @pytest.mark.parametrize("bad", [(0,), (0, 1), (2,), (0, 3)])
@@ -65,15 +70,23 @@ def test_a_bad_step_never_happened_where_the_host_does_not_look(name, bad):
         if step not in bad:
             give_grads(net, step)
             clipper.step(reference)
-    torch.testing.assert_close(folded, torch.cat([p.detach().flatten() for p in net.parameters()]), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        folded, torch.cat([p.detach().flatten() for p in net.parameters()]), rtol=1e-6, atol=1e-7
+    )
     for mine, other in zip(optimizer.state.values(), reference.state.values()):
-        assert all(torch.allclose(mine[k], other[k], rtol=1e-6, atol=1e-7) for k in other if other[k] is not None)
+        assert all(
+            torch.allclose(mine[k], other[k], rtol=1e-6, atol=1e-7)
+            for k in other
+            if other[k] is not None
+        )
 
 
 def folds(optimizer, clipper):
     """Whether the step reads `grad_scale`, seen by a hook of the optimizer."""
     seen = []
-    handle = optimizer.register_step_pre_hook(lambda o, *_: seen.append(getattr(o, "grad_scale", None) is not None))
+    handle = optimizer.register_step_pre_hook(
+        lambda o, *_: seen.append(getattr(o, "grad_scale", None) is not None)
+    )
     assert clipper.step(optimizer).clipped
     handle.remove()
     return seen == [True]
@@ -125,7 +138,9 @@ def test_an_optimizer_with_parameters_of_its_own_goes_in_place():
     other.grad = torch.ones(2)
     optimizer = torch.optim.SGD([*net.parameters(), other], 1.0, fused=True)
     with pytest.warns(
-        RuntimeWarning, match=r"^optimizer 0 \(SGD\) steps 1 parameter that this clipper does not know \(the first has shape \(2,\)\): they"
+        RuntimeWarning,
+        match=r"^optimizer 0 \(SGD\) steps 1 parameter that this clipper does not "
+        r"know \(the first has shape \(2,\)\): they",
     ):
         assert not folds(optimizer, distclip.GradClipper(net, 0.1))
     assert other.tolist() == [-1, -1], "what the clipper does not know is stepped unclipped"

@@ -12,11 +12,16 @@ import distclip
 SPIKES, BAD = {90: 20.0, 91: 45.0, 250: 30.0}, (40, 41, 180)  # positions count from 0, steps from 1
 
 
-def write_log(path, norms, policy=None, names=("w",), every=1, direction=(0.5, 0.5, 0.5, 0.5), **options):
+def write_log(
+    path, norms, policy=None, names=("w",), every=1, direction=(0.5, 0.5, 0.5, 0.5), **options
+):
     """One step for each norm; each parameter gets norm / sqrt(parameters) times a unit vector."""
     params = [(name, nn.Parameter(torch.zeros(4))) for name in names]
     clipper = distclip.GradClipper(
-        params, policy=policy or distclip.FixedNorm(1.0), sinks=[distclip.JSONLSink(path, groups_every=every)], **options
+        params,
+        policy=policy or distclip.FixedNorm(1.0),
+        sinks=[distclip.JSONLSink(path, groups_every=every)],
+        **options,
     )
     unit = torch.tensor(direction) / math.sqrt(len(params))
     for norm in norms:

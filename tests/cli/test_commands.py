@@ -1,4 +1,5 @@
-"""The command itself: exit codes, closed pipes, and who speaks among ranks. What it imports: tests/test_import.py."""
+"""The command itself: exit codes, closed pipes, and who speaks among ranks. What it imports:
+tests/test_import.py."""
 
 import os
 import signal
@@ -34,15 +35,26 @@ def piped(*arguments, **environment):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["suggest", "LOG"], ["suggest", "--json", "LOG"], ["report", "LOG"], ["doctor", "--list"]]
+    "arguments",
+    [
+        ["--help"],
+        ["suggest", "LOG"],
+        ["suggest", "--json", "LOG"],
+        ["report", "LOG"],
+        ["doctor", "--list"],
+    ],
 )
 def test_a_closed_pipe_is_no_error_text(arguments, log, tmp_path):
     arguments = [str(log) if word == "LOG" else word for word in arguments]
     arguments += ["--output", str(tmp_path / "page.html")] if arguments[0] == "report" else []
     code, said = piped(*arguments)
     assert said == ""
-    assert code == 141 or (code == 0 and arguments == ["--help"]), "as of a program that SIGPIPE ended; argparse overlooks it unbuffered"
-    assert arguments[0] != "report" or (tmp_path / "page.html").stat().st_size > 10_000, "it was written before"
+    assert code == 141 or (code == 0 and arguments == ["--help"]), (
+        "as of a program that SIGPIPE ended; argparse overlooks it unbuffered"
+    )
+    assert arguments[0] != "report" or (tmp_path / "page.html").stat().st_size > 10_000, (
+        "it was written before"
+    )
 
 
 def test_the_doctor_goes_on_when_nobody_reads():
@@ -60,7 +72,10 @@ def test_many_lines_into_a_pipe_that_closes_after_the_first(log):
 
 def test_a_wrong_option_is_told_by_one_rank_of_a_node(capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    for rank, said in (("0", "distclip doctor: error: argument --timeout: abc is not a number of seconds above 0"), ("3", "")):
+    for rank, said in (
+        ("0", "distclip doctor: error: argument --timeout: abc is not a number of seconds above 0"),
+        ("3", ""),
+    ):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             main(["doctor", "--timeout", "abc"])
@@ -71,14 +86,20 @@ def test_a_wrong_option_is_told_by_one_rank_of_a_node(capsys, monkeypatch):
 def test_seconds_that_are_none(value, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", f"--timeout={value}"])
-    assert f"argument --timeout: {value} is not a number of seconds above 0" in capsys.readouterr().err
+    assert (
+        f"argument --timeout: {value} is not a number of seconds above 0" in capsys.readouterr().err
+    )
 
 
 def test_ctrl_c_has_no_traceback(log, tmp_path):
     pipe = tmp_path / "run.jsonl"
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        [*COMMAND, "suggest", str(pipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=interruptible
+        [*COMMAND, "suggest", str(pipe)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=interruptible,
     )
     with pipe.open("wb"):  # opens once the command reads, which then waits
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,5 @@
-"""The doctor as users run it: under torchrun, with a rank that is killed, stopped, stuck or absent, and with a clip that is wrong."""
+"""The doctor as users run it: under torchrun, with a rank that is killed, stopped, stuck or absent,
+and with a clip that is wrong."""
 
 import json
 import os
@@ -48,14 +49,23 @@ def one_rank(environment, before, arguments, out):
 
 
 class Job:
-    """Ranks started by hand, without a launcher. `before[rank]` runs first in that rank, `environment[rank]` is added to its own."""
+    """Ranks started by hand, without a launcher. `before[rank]` runs first in that rank,
+    `environment[rank]` is added to its own."""
 
     def __init__(self, tmp_path, *arguments, size=4, before=None, environment=None, absent=()):
         self.processes, self.folder, port = {}, tmp_path, free_port()
         for rank in set(range(size)) - set(absent):
-            own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            own = {
+                "RANK": rank,
+                "WORLD_SIZE": size,
+                "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             own = {k: str(v) for k, v in own.items()} | (environment or {}).get(rank, {})
-            self.processes[rank] = fresh_process(one_rank, own, (before or {}).get(rank), arguments, str(tmp_path / str(rank)))
+            self.processes[rank] = fresh_process(
+                one_rank, own, (before or {}).get(rank), arguments, str(tmp_path / str(rank))
+            )
         for process in self.processes.values():
             process.start()
 
@@ -75,24 +85,47 @@ class Job:
 
 
 def test_under_torchrun_all_layouts_pass():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(free_port())]
-    done = subprocess.run([*command, "-m", "distclip", "doctor"], capture_output=True, text=True, timeout=900)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "4",
+        "--master-port",
+        str(free_port()),
+    ]
+    done = subprocess.run(
+        [*command, "-m", "distclip", "doctor"], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100 and "\x1b" not in done.stdout
-    rows = {line.split()[0]: line.split()[1] for line in lines[lines.index("-" * 100) + 1 :] if line and line[0] != " "}
+    rows = {
+        line.split()[0]: line.split()[1]
+        for line in lines[lines.index("-" * 100) + 1 :]
+        if line and line[0] != " "
+    }
     measured = {"latency": "measured", "speed": "measured"}
-    assert rows == {"alike": "pass", **{check.name: "pass" for check in CHECKS}, "12": "pass,"} | measured
+    assert (
+        rows
+        == {"alike": "pass", **{check.name: "pass" for check in CHECKS}, "12": "pass,"} | measured
+    )
     assert {layout.name for layout in LAYOUTS} <= set(rows)
     facts = {line[:20].strip(): line[20:] for line in lines[: lines.index("")]}
     assert facts["ranks"] == "4" and facts["nodes"] == f"{socket.gethostname()}: ranks 0-3"
     assert facts["kernel"] == distclip.kernels.active()
-    assert facts["torch"] == torch.__version__ and facts["backend"] == "gloo" and "AdamW" in facts["fused"]
+    assert (
+        facts["torch"] == torch.__version__
+        and facts["backend"] == "gloo"
+        and "AdamW" in facts["fused"]
+    )
     assert done.stdout.count("equal bits on 4 ranks, 1 all_reduce") == len(LAYOUTS)
 
 
 def test_one_process(capsys):
-    assert main(["doctor", "--json", "--only", "copies", "--only", "ddp", "--only", "overflow"]) == 0
+    assert (
+        main(["doctor", "--json", "--only", "copies", "--only", "ddp", "--only", "overflow"]) == 0
+    )
     document = json.loads(capsys.readouterr().out)
     assert [(c["name"], c["result"]) for c in document["checks"]] == [
         ("alike", "pass"),
@@ -102,14 +135,24 @@ def test_one_process(capsys):
     ]
     assert document["checks"][2]["seen"] == "needs at least 2 ranks; there is 1"
     assert document["exit_code"] == 0 and document["world"] == 1
-    assert document["hint"] == "1 check needs more ranks than 1: torchrun --nproc-per-node 2 -m distclip doctor"
+    assert document["hint"] == (
+        "1 check needs more ranks than 1: torchrun --nproc-per-node 2 -m distclip doctor"
+    )
 
 
 def test_how_more_checks_are_run_is_told():
-    assert more_ranks(CHECKS, 1) == "10 checks need more ranks than 1: torchrun --nproc-per-node 4 -m distclip doctor"
-    assert more_ranks(CHECKS, 3) == "2 checks need more ranks than 3: torchrun --nproc-per-node 4 -m distclip doctor"
+    assert more_ranks(CHECKS, 1) == (
+        "10 checks need more ranks than 1: torchrun --nproc-per-node 4 -m distclip doctor"
+    )
+    assert more_ranks(CHECKS, 3) == (
+        "2 checks need more ranks than 3: torchrun --nproc-per-node 4 -m distclip doctor"
+    )
     assert more_ranks(CHECKS, 4) == ""
-    findings = Findings([{"host": "n1"}], [Result("ddp", "not run", "needs at least 2 ranks; there is 1")], hint=more_ranks(CHECKS, 1))
+    findings = Findings(
+        [{"host": "n1"}],
+        [Result("ddp", "not run", "needs at least 2 ranks; there is 1")],
+        hint=more_ranks(CHECKS, 1),
+    )
     assert as_table(findings).splitlines()[-2:] == ["1 not run", findings.hint]
 
 
@@ -125,19 +168,27 @@ def test_the_speed_line_compares_work_with_work():
     alike = "50 MB on each rank: nothing to clip 4.0 ms, torch 4.1 ms; clipped 9.0 ms, torch 8.5 ms"
     assert Speed().judge([one]).seen == alike
     assert Speed().judge([one, seen((0.009, 0.003, 0.004), (0.011, 0.008, 0.008))]).seen == (
-        f"{alike}. This is the work on one rank: torch's function sends nothing here. With the all_reduce of a clip 9.0 ms and 12.0 ms"
+        f"{alike}. This is the work on one rank: torch's function sends nothing here. With the "
+        f"all_reduce of a clip 9.0 ms and 12.0 ms"
     )
 
 
 def test_the_json_has_what_the_table_has():
     one = {"host": "n1", "device id": "", "torch": "2.13.0", "threads": 1}
-    findings = Findings([one, one | {"host": "n2", "threads": 8}], [Result("ddp", "fail", "seen " * 40, "remedy " * 30)], "a rank is lost")
+    findings = Findings(
+        [one, one | {"host": "n2", "threads": 8}],
+        [Result("ddp", "fail", "seen " * 40, "remedy " * 30)],
+        "a rank is lost",
+    )
     document, table = json.loads(as_json(findings)), as_table(findings)
     words = table.split()
     for row in document["checks"]:
         assert row["name"] in words and row["result"] in words
         assert words.count("seen") == 41 and words.count("remedy") == 30
-    assert document["facts"]["threads"] == {"1": "rank 0", "8": "rank 1"} and "1 (rank 0), 8 (rank 1)" in table
+    assert (
+        document["facts"]["threads"] == {"1": "rank 0", "8": "rank 1"}
+        and "1 (rank 0), 8 (rank 1)" in table
+    )
     assert document["nodes"] == "n1: rank 0, n2: rank 1" and document["nodes"] in table
     assert document["stopped"] in table and document["exit_code"] == 2
     assert max(map(len, table.splitlines())) <= 100
@@ -154,9 +205,16 @@ def test_a_rank_with_another_environment_is_named(tmp_path):
 
 
 def test_other_differences_are_named():
-    one = dict.fromkeys(doctor_facts.SAME, "x") | {"host": "n1", "device": "cuda:0 A", "device id": "", "backend": "nccl"}
+    one = dict.fromkeys(doctor_facts.SAME, "x") | {
+        "host": "n1",
+        "device": "cuda:0 A",
+        "device id": "",
+        "backend": "nccl",
+    }
     other = one | {"host": "n2", "torch": "2.12.1"}
-    assert doctor_facts.judge_facts([one, one, other]).seen == "torch: x on ranks 0-1 (n1), 2.12.1 on rank 2 (n2)"
+    assert doctor_facts.judge_facts([one, one, other]).seen == (
+        "torch: x on ranks 0-1 (n1), 2.12.1 on rank 2 (n2)"
+    )
     gpu = one | {"device id": "GPU-1"}
     assert doctor_facts.judge_facts([gpu, gpu]).seen == "ranks 0-1 share one GPU (cuda:0 A on n1)"
     assert doctor_facts.judge_facts([gpu, gpu | {"device id": "GPU-2"}]).result == "pass"
@@ -193,17 +251,37 @@ def lost(tmp_path_factory):
     """All jobs that wait for a rank, at once: name → (job, exit codes)."""
 
     def job(name, *arguments, **options):
-        return Job(tmp_path_factory.mktemp(name), *arguments, "--timeout", str(TIMEOUT_S), **options)
+        return Job(
+            tmp_path_factory.mktemp(name), *arguments, "--timeout", str(TIMEOUT_S), **options
+        )
 
     jobs = {
-        name: job(name, "--json", "--only", "copies", "--only", "fsdp2", before={LOST: partial(patch_clip, does)})
+        name: job(
+            name,
+            "--json",
+            "--only",
+            "copies",
+            "--only",
+            "fsdp2",
+            before={LOST: partial(patch_clip, does)},
+        )
         for name, (does, _) in FAULTS.items()
     }
     waits, stops = partial(patch_clip, STUCK), partial(patch_clip, FAULTS["stopped"][0])
-    jobs["waiting"] = job("waiting", "--only", "copies", size=3, before={0: waits, 1: waits, 2: stops})
+    jobs["waiting"] = job(
+        "waiting", "--only", "copies", size=3, before={0: waits, 1: waits, 2: stops}
+    )
     jobs["holder stopped"] = job("holder", "--only", "copies", size=3, before={0: stops})
-    jobs |= {f"without {rank}": job(f"without{rank}", "--only", "copies", size=3, absent=[rank]) for rank in (0, 2)}
-    survivors = {"waiting": [0, 1], "holder stopped": [1, 2], "without 0": [1, 2], "without 2": [0, 1]}
+    jobs |= {
+        f"without {rank}": job(f"without{rank}", "--only", "copies", size=3, absent=[rank])
+        for rank in (0, 2)
+    }
+    survivors = {
+        "waiting": [0, 1],
+        "holder stopped": [1, 2],
+        "without 0": [1, 2],
+        "without 2": [0, 1],
+    }
     return {name: (job, job.codes(*survivors.get(name, (0, 1, 3)))) for name, job in jobs.items()}
 
 
@@ -212,12 +290,20 @@ def test_a_lost_rank_is_named_with_the_collective(lost, fault):
     job, codes = lost[fault]
     assert codes == [2, 2, 2], job.said(0, "err")
     texts = [job.said(rank, "err") for rank in (0, 1, 3)]
-    named = [text for text in texts if f"Did not answer: rank {LOST} on {socket.gethostname()} ({FAULTS[fault][1]}" in text]
+    named = [
+        text
+        for text in texts
+        if f"Did not answer: rank {LOST} on {socket.gethostname()} ({FAULTS[fault][1]}" in text
+    ]
     assert texts[0] in named and len(named) >= 2, texts
     assert "copies: clip_ with p = 2 (all_reduce of" in texts[0]
     document = json.loads(job.said(0))
     assert document["exit_code"] == 2 and f"rank {LOST}" in document["stopped"]
-    assert [(c["name"], c["result"]) for c in document["checks"]] == [("alike", "pass"), ("copies", "not run"), ("fsdp2", "not run")]
+    assert [(c["name"], c["result"]) for c in document["checks"]] == [
+        ("alike", "pass"),
+        ("copies", "not run"),
+        ("fsdp2", "not run"),
+    ]
 
 
 def test_a_collective_without_a_timeout_is_ended_by_the_watch(lost):
@@ -227,7 +313,10 @@ def test_a_collective_without_a_timeout_is_ended_by_the_watch(lost):
     for rank in (0, 1):
         said = job.said(rank, "err")
         assert "'copies: clip_ with p = 2 (all_reduce of" in said
-        assert f"did not end within {TIMEOUT_S} s. Did not answer: rank 2 on {socket.gethostname()} (no sign of life; last in" in said
+        assert (
+            f"did not end within {TIMEOUT_S} s. Did not answer: rank 2 on {socket.gethostname()} "
+            f"(no sign of life; last in" in said
+        )
         assert said.count("no sign of life") == 1, "the other survivor is alive, also while it asks"
     assert "stopped: rank 0 on" in job.said(0)
 
@@ -235,7 +324,9 @@ def test_a_collective_without_a_timeout_is_ended_by_the_watch(lost):
 def test_a_rank_that_never_starts_is_named(lost):
     job, codes = lost["without 2"]
     assert codes == [2, 2]
-    assert "Did not answer: rank 2 (it never started, or cannot reach 127.0.0.1:" in job.said(0, "err")
+    assert "Did not answer: rank 2 (it never started, or cannot reach 127.0.0.1:" in job.said(
+        0, "err"
+    )
 
 
 def test_a_stopped_rank_that_holds_the_store_is_named(lost):
@@ -244,14 +335,21 @@ def test_a_stopped_rank_that_holds_the_store_is_named(lost):
     assert codes == [2, 2]
     for rank in (1, 2):
         said = job.said(rank, "err")
-        assert "does not answer, and rank 0 holds it: did not answer: rank 0" in said and "copies: clip_ with p = 2 (all_reduce of" in said
+        assert (
+            "does not answer, and rank 0 holds it: did not answer: rank 0" in said
+            and "copies: clip_ with p = 2 (all_reduce of" in said
+        )
 
 
 def test_without_the_rank_that_holds_the_store(lost):
     job, codes = lost["without 0"]
     assert codes == [2, 2]
     said = job.said(1, "err")
-    assert said.startswith("distclip doctor: rank 1 on") and "did not reach the store at 127.0.0.1:" in said and "rank 0 opens it" in said
+    assert (
+        said.startswith("distclip doctor: rank 1 on")
+        and "did not reach the store at 127.0.0.1:" in said
+        and "rank 0 opens it" in said
+    )
 
 
 def test_a_rank_killed_under_torchrun_is_named(tmp_path):
@@ -262,10 +360,20 @@ def test_a_rank_killed_under_torchrun_is_named(tmp_path):
         "if os.environ['RANK'] == '1': distclip.GradClipper.clip_ = clip_\n"
         "sys.exit(main(['doctor', '--only', 'copies']))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
-    assert "Did not answer: rank 1 on" in done.stderr and "Did not answer: rank 1 on" in " ".join(done.stdout.split())
+    assert "Did not answer: rank 1 on" in done.stderr and "Did not answer: rank 1 on" in " ".join(
+        done.stdout.split()
+    )
 
 
 def wrong_norm():
@@ -324,16 +432,31 @@ def test_a_broken_clip_fails(tmp_path):
     def checks(name, ranks, broken, *only):
         folder = tmp_path / name
         folder.mkdir()
-        job = Job(folder, "--json", *(word for check in only for word in ("--only", check)), size=2, before=dict.fromkeys(ranks, broken))
+        job = Job(
+            folder,
+            "--json",
+            *(word for check in only for word in ("--only", check)),
+            size=2,
+            before=dict.fromkeys(ranks, broken),
+        )
         assert job.codes(0, 1) == [1, 1], job.said(0, "err") + job.said(0)
         return {check["name"]: check for check in json.loads(job.said(0))["checks"]}
 
     found = checks("norm", [1], wrong_norm, "ddp", "stages")
-    assert found["ddp"]["result"] == found["stages"]["result"] == "fail" and found["alike"]["result"] == "pass"
-    assert "on rank 1, the oracle's" in found["ddp"]["seen"] and "norm bits with p = 2: 0x" in found["ddp"]["seen"]
+    assert (
+        found["ddp"]["result"] == found["stages"]["result"] == "fail"
+        and found["alike"]["result"] == "pass"
+    )
+    assert (
+        "on rank 1, the oracle's" in found["ddp"]["seen"]
+        and "norm bits with p = 2: 0x" in found["ddp"]["seen"]
+    )
     assert "report it" in found["ddp"]["do"]
     found = checks("collective", [0, 1], second_collective, "fsdp2")
-    assert "ranks 0-1 sent ['allreduce_', 'allreduce_'] with p = 2, not ['allreduce_']" in found["fsdp2"]["seen"]
+    assert (
+        "ranks 0-1 sent ['allreduce_', 'allreduce_'] with p = 2, not ['allreduce_']"
+        in found["fsdp2"]["seen"]
+    )
     found = checks("scale", [0, 1], never_scales, "tp")
     assert "gradients on ranks 0-1 are not coefficient × before" in found["tp"]["seen"]
     found = checks("skip", [0, 1], never_skips, "overflow")
@@ -341,32 +464,45 @@ def test_a_broken_clip_fails(tmp_path):
     assert "parameters or optimizer state changed on" in found["overflow"]["seen"]
     found = checks("raise", [0, 1], raises, "copies", "overflow")
     assert "ConfigError: one rank alone refuses" in found["copies"]["seen"]
-    assert found["overflow"]["result"] == "pass", "all ranks raised alike: the group is still of use"
+    assert found["overflow"]["result"] == "pass", (
+        "all ranks raised alike: the group is still of use"
+    )
 
 
 def test_the_options(capsys, monkeypatch):
     assert main(["doctor", "--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [check.name for check in CHECKS]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        check.name for check in CHECKS
+    ]
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--only", "nothing"])
-    assert "'nothing' is no check; the checks are copies, ddp, fsdp1, fsdp2," in capsys.readouterr().err
+    assert (
+        "'nothing' is no check; the checks are copies, ddp, fsdp1, fsdp2,"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--timeout", "0"])
     assert "0 is not a number of seconds above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["doctor", "--help"])
-    assert "exit codes:  0  all checks passed    1  a check failed    2  it could not run to the end" in capsys.readouterr().out
+    assert (
+        "exit codes:  0  all checks passed    1  a check failed    2  it could not run to the end"
+        in capsys.readouterr().out
+    )
     monkeypatch.setenv("RANK", "0")
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == (
-        "distclip doctor: RANK are set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE; start with torchrun, or set all four on every rank\n"
+        "distclip doctor: RANK are set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE; start with "
+        "torchrun, or set all four on every rank\n"
     )
 
 
 def test_a_kernel_that_is_not_here_is_told(capsys, monkeypatch):
     monkeypatch.setenv("DISTCLIP_KERNELS", "other")
     assert main(["doctor"]) == 2
-    assert "DISTCLIP_KERNELS='other' is neither 'native' nor 'torch'" in " ".join(capsys.readouterr().out.split())
+    assert "DISTCLIP_KERNELS='other' is neither 'native' nor 'torch'" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_backend_that_is_not_here_is_told(capsys):

@@ -30,30 +30,65 @@ def test_shares_are_those_of_numpy(tmp_path, capsys):
     assert [c["percentile"] for c in run["candidates"]] == PERCENTILES
     for candidate in run["candidates"]:
         exact, bound = np.percentile(norms, candidate["percentile"]), candidate["max_norm"]
-        assert bound == pytest.approx(exact, rel=1e-3) and float(f"{bound:.4g}") == bound, "4 digits, as printed"
+        assert bound == pytest.approx(exact, rel=1e-3) and float(f"{bound:.4g}") == bound, (
+            "4 digits, as printed"
+        )
         assert candidate["share"] == (norms > bound).mean(), "the share of the number as printed"
-    assert run["candidates"][-1]["share"] == 0 < run["candidates"][-2]["share"] <= run["candidates"][0]["share"]
+    assert (
+        run["candidates"][-1]["share"]
+        == 0
+        < run["candidates"][-2]["share"]
+        <= run["candidates"][0]["share"]
+    )
 
 
 def test_the_command_prints_a_table_a_recommendation_and_warnings(tmp_path):
-    logs = [write_log(tmp_path / f"{name}.jsonl", spiky_norms(seed=seed)) for seed, name in enumerate("ab")]
+    logs = [
+        write_log(tmp_path / f"{name}.jsonl", spiky_norms(seed=seed))
+        for seed, name in enumerate("ab")
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "distclip", "suggest", *map(str, logs)], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "distclip", "suggest", *map(str, logs)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0 and done.stderr == ""
     first, second = done.stdout.split("\n\n" + str(logs[1]))
     for text, log in ((first, logs[0]), (str(logs[1]) + second, logs[1])):
         lines = text.splitlines()
-        assert lines[0].startswith(f"{log}: 300 steps, ") and lines[0].endswith(" clipped; norms before clipping")
+        assert lines[0].startswith(f"{log}: 300 steps, ") and lines[0].endswith(
+            " clipped; norms before clipping"
+        )
         assert lines[2].split() == ["percentile", "max_norm", "would", "have", "clipped"]
-        assert [line.split()[0] for line in lines[3:10]] == ["50", "75", "90", "95", "99", "99.9", "max"]
+        assert [line.split()[0] for line in lines[3:10]] == [
+            "50",
+            "75",
+            "90",
+            "95",
+            "99",
+            "99.9",
+            "max",
+        ]
         norms = np.array([row["total_norm"] or math.nan for row in rows_of(log)])
         for line in lines[3:10]:
             _, bound, share = line.split()
             assert share == f"{(norms[np.isfinite(norms)] > float(bound)).mean():.1%}"
-        assert lines[11].startswith("recommendation: max_norm=1.") and "the 95th percentile: ordinary steps pass" in lines[11]
-        assert "warning: 3 of 300 steps had norms that are not finite; they are left out of all percentiles" in lines
-        assert any(line.startswith("warning: 3 steps have norms above 10 times the running median (step 91, 92, 251;") for line in lines)
+        assert (
+            lines[11].startswith("recommendation: max_norm=1.")
+            and "the 95th percentile: ordinary steps pass" in lines[11]
+        )
+        assert (
+            "warning: 3 of 300 steps had norms that are not finite; they are left out of all "
+            "percentiles" in lines
+        )
+        assert any(
+            line.startswith(
+                "warning: 3 steps have norms above 10 times the running median (step 91, 92, 251;"
+            )
+            for line in lines
+        )
         assert sum(line.endswith("clipping hides that, look at their data") for line in lines) == 1
 
 
@@ -65,7 +100,11 @@ SPIKED = np.where(np.arange(200) == 120, 50, steady())
 RISING = steady() * np.linspace(1, 5, 200)
 
 
-DRIFTS = "from the first to the last third of the run: one fixed threshold does not fit both; look at AutoClip, ZClip or Scheduled"
+DRIFTS = (
+    "from the first to the last third of the run: one fixed threshold does not fit both; "
+    "look "
+    "at AutoClip, ZClip or Scheduled"
+)
 
 
 def cosines(row):
@@ -76,11 +115,13 @@ def cosines(row):
 WARNED = {
     "always": (
         steady(), {"policy": distclip.FixedNorm(0.5)}, None,
-        "the run was clipped at 100.0% of the steps: the threshold sets the length of nearly every step and is no safety net",
+        "the run was clipped at 100.0% of the steps: the threshold sets the length of nearly every "
+        "step and is no safety net",
     ),
     "always clamped": (
         steady(), {"policy": distclip.FixedValue(0.01)}, None,
-        "value clipping acted at 100.0% of the steps: the threshold sets the length of nearly every step and is no safety net",
+        "value clipping acted at 100.0% of the steps: the threshold sets the length of nearly "
+        "every step and is no safety net",
     ),
     "never": (
         steady(), {"policy": distclip.FixedNorm(5.0)}, None,
@@ -94,7 +135,8 @@ WARNED = {
     ),
     "bent": (
         steady(), {"policy": distclip.FixedNorm(1.05)}, cosines,
-        "value clipping bends the direction: at 25.0% of the steps the cosine between raw and clipped gradient is below 0.9, "
+        "value clipping bends the direction: at 25.0% of the steps the cosine between raw and "
+        "clipped gradient is below 0.9, "
         "down to 0.4; a norm threshold keeps the direction",
     ),
     "falls": (
@@ -111,13 +153,16 @@ WARNED = {
     ),
     "groups": (
         steady(), {"policy": distclip.FixedNorm(0.74), "names": ("a", "b"), "groups": distclip.per_parameter()}, None,
-        "this run clipped 2 groups by norms of their own; what is said here is of the norm over all of them",
+        "this run clipped 2 groups by norms of their own; what is said here is of the norm over "
+        "all of them",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("norms, options, change, text", WARNED.values(), ids=WARNED)
-def test_what_deserves_a_warning_gets_that_one_alone(norms, options, change, text, tmp_path, capsys):
+def test_what_deserves_a_warning_gets_that_one_alone(
+    norms, options, change, text, tmp_path, capsys
+):
     log = write_log(tmp_path / "run.jsonl", norms, **options)
     if change is not None:
         rewritten(log, change)
@@ -126,12 +171,16 @@ def test_what_deserves_a_warning_gets_that_one_alone(norms, options, change, tex
 
 
 def test_an_ordinary_run_gets_none(tmp_path, capsys):
-    (run,) = suggested(capsys, write_log(tmp_path / "run.jsonl", steady(), distclip.FixedNorm(1.05)))
+    (run,) = suggested(
+        capsys, write_log(tmp_path / "run.jsonl", steady(), distclip.FixedNorm(1.05))
+    )
     assert run["warnings"] == run["notes"] == [] and 0 < run["clipped_share"] < 0.95
 
 
 def test_measuring_alone_is_not_called_never_clipped(tmp_path, capsys):
-    (run,) = suggested(capsys, write_log(tmp_path / "run.jsonl", steady(), distclip.FixedNorm(math.inf)))
+    (run,) = suggested(
+        capsys, write_log(tmp_path / "run.jsonl", steady(), distclip.FixedNorm(math.inf))
+    )
     assert run["warnings"] == [] and run["clipped_share"] == 0
 
 
@@ -152,10 +201,13 @@ ADVICE = {
     "below frequent spikes": (spoiled(8), distclip.FixedNorm(1.05), np.percentile(spoiled(8), 75), "spikes are so frequent"),
     "the length it had": (
         steady() * 20, distclip.FixedNorm(0.5), 0.5,
-        "the length of this run's clipped steps; norms were 40 times that, so anything higher lengthens nearly every step: "
+        "the length of this run's clipped steps; norms were 40 times that, so anything higher "
+        "lengthens nearly every step: "
         "lower the learning rate by as much",
     ),
-    "the length of clamped steps": (steady() * 20, distclip.FixedValue(0.01), 0.02, "the length of this run's clipped steps"),
+    "the length of clamped steps": (steady() * 20, distclip.FixedValue(0.01), 0.02, "the length of "
+                                                                                    "this run's "
+                                                                                    "clipped steps"),
     "none after a blow-up": (
         np.where(np.arange(200) == 1, 1e12, steady()), distclip.FixedNorm(math.inf), None,
         "the run blew up at step 2 and its norms tell nothing; log one that is clipped, say at 1",
@@ -179,4 +231,7 @@ def test_the_recommendation_and_its_reason(norms, policy, bound, reason, tmp_pat
 def test_a_run_without_norms_is_refused(tmp_path, capsys):
     log = write_log(tmp_path / "run.jsonl", [math.nan] * 3)
     assert main(["suggest", str(log)]) == 2
-    assert capsys.readouterr().err == (f"distclip suggest: {log}: none of its 3 steps has a finite norm above 0; log a run that trains\n")
+    assert capsys.readouterr().err == (
+        f"distclip suggest: {log}: none of its 3 steps has a finite "
+        f"norm above 0; log a run that trains\n"
+    )

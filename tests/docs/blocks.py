@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-FENCED = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(
+    r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 class Block(NamedTuple):
     where: str  # page:line
-    mark: str  # "before", "runs: FIXTURE" or "runs in a framework: FIXTURE"; empty where there is none
+    # "before", "runs: FIXTURE" or "runs in a framework: FIXTURE"; empty where there is none
+    mark: str
     code: str
 
     @property
@@ -26,7 +30,11 @@ class Block(NamedTuple):
 def blocks(page):
     text = (DOCS / page).read_text()
     return [
-        Block(f"docs/{page}:{text[: found.start('code')].count(chr(10)) + 1}", found["mark"] or "", found["code"])
+        Block(
+            f"docs/{page}:{text[: found.start('code')].count(chr(10)) + 1}",
+            found["mark"] or "",
+            found["code"],
+        )
         for found in FENCED.finditer(text)
         if found["language"] == "python"
     ]

@@ -1,4 +1,5 @@
-"""Runs the migration guide's blocks that need a framework, each in its own setting, and the README's lines. Prints one JSON line."""
+"""Runs the migration guide's blocks that need a framework, each in its own setting, and the
+README's lines. Prints one JSON line."""
 
 import gc
 import json
@@ -50,22 +51,57 @@ class WithLoss(nn.Module):
 
 def settings(model, optimizer):
     """By fixture: the model that moves, what the block finds, where its clipper is afterwards."""
-    zero = {"train_batch_size": ROWS, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    zero = {
+        "train_batch_size": ROWS,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
     yield "deepspeed", model, lambda: {"rest": zero}, lambda n: n["clipper"]
-    yield "accelerate", model, lambda: {"accelerator": Accelerator(cpu=True)}, lambda n: n["clipper"]
-    yield "fabric", model, lambda: {"fabric": Fabric(accelerator="cpu", devices=1)}, lambda n: n["clipper"]
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    yield (
+        "accelerate",
+        model,
+        lambda: {"accelerator": Accelerator(cpu=True)},
+        lambda n: n["clipper"],
+    )
+    yield (
+        "fabric",
+        model,
+        lambda: {"fabric": Fabric(accelerator="cpu", devices=1)},
+        lambda n: n["clipper"],
+    )
+    quiet = {
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+    }
     module = Regression()
-    found = {"module": module, "rest": {"accelerator": "cpu", "devices": 1, "max_steps": 1, **quiet}}
+    found = {
+        "module": module,
+        "rest": {"accelerator": "cpu", "devices": 1, "max_steps": 1, **quiet},
+    }
     found["batches"] = DataLoader(TensorDataset(*batch()), batch_size=ROWS)
     yield "lightning", module, lambda: found, lambda n: n["clipping"].clippers[0]
-    arguments = {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0}
-    arguments |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": ROWS, "save_strategy": "no", "report_to": []}
+    arguments = {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+    }
+    arguments |= {
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": ROWS,
+        "save_strategy": "no",
+        "report_to": [],
+    }
     arguments |= {"disable_tqdm": True, "dataloader_pin_memory": False}
     records = [{"x": x, "labels": y} for x, y in zip(*batch())]
     regression = WithLoss()
     found2 = {"rest": arguments, "records": records, "model": regression}
-    callback = lambda n: next(c for c in n["trainer"].callback_handler.callbacks if hasattr(c, "clipper")).clipper  # noqa: E731
+    callback = lambda n: (  # noqa: E731
+        next(c for c in n["trainer"].callback_handler.callbacks if hasattr(c, "clipper")).clipper
+    )
     yield "trainer", regression, lambda: found2, callback
 
 
@@ -73,10 +109,24 @@ def lines_of_the_readme():
     """Each runs after `import distclip` and no other import of distclip's."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     model, inside = net(), net()
-    zero = {"train_batch_size": ROWS, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
-    engine, *_ = deepspeed.initialize(model=inside, optimizer=torch.optim.SGD(inside.parameters(), 1.0), config=zero)
-    arguments = transformers.TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[])
-    given = {"accelerator": Accelerator(cpu=True), "model": model, "engine": engine, "fabric": Fabric(accelerator="cpu", devices=1)}
+    zero = {
+        "train_batch_size": ROWS,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=inside, optimizer=torch.optim.SGD(inside.parameters(), 1.0), config=zero
+    )
+    arguments = transformers.TrainingArguments(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[]
+    )
+    given = {
+        "accelerator": Accelerator(cpu=True),
+        "model": model,
+        "engine": engine,
+        "fabric": Fabric(accelerator="cpu", devices=1),
+    }
     given |= {"trainer": transformers.Trainer(WithLoss(), arguments), "Trainer": LightningTrainer}
     found = re.findall(r"`([^`]*distclip\.integrations\.[^`]*\([^`]*)`", readme)
     for line in found:
@@ -87,9 +137,12 @@ def lines_of_the_readme():
 def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
+    # its C++ build takes minutes, and gloo does
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    assert "distclip.integrations" not in sys.modules, "vacuous: the blocks are to find it by themselves"
+    assert "distclip.integrations" not in sys.modules, (
+        "vacuous: the blocks are to find it by themselves"
+    )
     page = {block.fixture: block for block in marked("migrating.md", "runs in a framework: ")}
     out = {}
     for name in page:
@@ -97,7 +150,9 @@ def main():
             state._reset_state()
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
-        _, moving, make, clipper_of = next(setting for setting in settings(model, optimizer) if setting[0] == name)
+        _, moving, make, clipper_of = next(
+            setting for setting in settings(model, optimizer) if setting[0] == name
+        )
         names = {"model": model, "optimizer": optimizer, "loss_of": loss_of} | make()
         before = whole(moving.parameters())
         page[name].run(names)

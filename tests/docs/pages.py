@@ -1,4 +1,5 @@
-"""The fixtures that the pages' blocks name. Each runs a block on one of four ranks, and compares with the float64 oracle."""
+"""The fixtures that the pages' blocks name. Each runs a block on one of four ranks, and compares
+with the float64 oracle."""
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,8 @@ def near(seen, wanted, tolerance=1e-5):
 
 
 def run(name, block):
-    """On one rank: run the block; answers the norm that it was told, for the comparison over ranks."""
+    """On one rank: run the block; answers the norm that it was told, for the comparison over
+    ranks."""
     if name in ERRORS:
         try:
             FIXTURES[name](block)
@@ -39,7 +41,8 @@ def run(name, block):
 
 
 def checked(block, model, **more):
-    """Run it, and see that a step of lr 1 is as long as the clipped gradient and the norm is that of the whole."""
+    """Run it, and see that a step of lr 1 is as long as the clipped gradient and the norm is that
+    of the whole."""
     params = list(model.parameters())
     before = whole(params)
     names = {"model": model, "loss_of": loss_of}
@@ -67,7 +70,11 @@ def on_ddp_with_scaler(block):
 @fixture
 def autoclip(block):
     model = DistributedDataParallel(net())
-    names = {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1e-6)}
+    names = {
+        "model": model,
+        "loss_of": loss_of,
+        "optimizer": torch.optim.SGD(model.parameters(), 1e-6),
+    }
     block.run(names)
     norm = total_norm(gradients().values())
     near(names["report"].total_norm, 3 * norm, 1e-3)
@@ -80,7 +87,11 @@ def on_fsdp1(block):
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
     with FullyShardedDataParallel.summon_full_params(model):
         before = whole(model.parameters())
-    names = {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)}
+    names = {
+        "model": model,
+        "loss_of": loss_of,
+        "optimizer": torch.optim.SGD(model.parameters(), 1.0),
+    }
     block.run(names)
     near(names["report"].total_norm, total_norm(gradients().values()))
     with FullyShardedDataParallel.summon_full_params(model):
@@ -123,7 +134,11 @@ class MegatronLike(nn.Module):
 
     def __init__(self, stage):
         super().__init__()
-        self.column, self.expert, self.norm = nn.Linear(3, 5, bias=False), nn.Linear(2, 4, bias=False), nn.LayerNorm(3)
+        self.column, self.expert, self.norm = (
+            nn.Linear(3, 5, bias=False),
+            nn.Linear(2, 4, bias=False),
+            nn.LayerNorm(3),
+        )
         tied = nn.Linear(3, 7, bias=False)
         self.embed, self.head = (tied, None) if stage == 0 else (None, tied)
 
@@ -131,18 +146,31 @@ class MegatronLike(nn.Module):
 @fixture
 def megatron(block):
     rank = dist.get_rank()
-    stage_group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "tensor"))["tensor"].get_group()
+    stage_group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "tensor"))[
+        "tensor"
+    ].get_group()
     alone = init_device_mesh("cpu", (4, 1), mesh_dim_names=("all", "alone"))["alone"].get_group()
     model = MegatronLike(rank // 2)
     for name, p in model.named_parameters():
-        owner = {"column": rank, "expert": 4 + rank, "norm": 8 + rank // 2}.get(name.partition(".")[0], 16)
+        owner = {"column": rank, "expert": 4 + rank, "norm": 8 + rank // 2}.get(
+            name.partition(".")[0], 16
+        )
         p.main_grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(owner))
     shapes = {"column": (5, 3), "expert": (4, 2), "norm": (3,)}
     draw = lambda owner, shape: torch.randn(shape, generator=torch.Generator().manual_seed(owner))  # noqa: E731
-    parts = [draw(r, shapes["column"]) for r in range(4)] + [draw(4 + r, shapes["expert"]) for r in range(4)]
-    parts += [draw(8 + s, shapes["norm"]) for s in range(2) for _ in ("weight", "bias")] + [draw(16, (7, 3))]
+    parts = [draw(r, shapes["column"]) for r in range(4)] + [
+        draw(4 + r, shapes["expert"]) for r in range(4)
+    ]
+    parts += [draw(8 + s, shapes["norm"]) for s in range(2) for _ in ("weight", "bias")] + [
+        draw(16, (7, 3))
+    ]
     wanted = total_norm(parts)
-    names = {"model": model, "stage_group": stage_group, "data_group": alone, "expert_data_group": alone}
+    names = {
+        "model": model,
+        "stage_group": stage_group,
+        "data_group": alone,
+        "expert_data_group": alone,
+    }
     block.run(names)
     report = names["clipper"].measure()
     near(report.total_norm, wanted)
@@ -153,7 +181,9 @@ def megatron(block):
 def keras_clipnorm(block):
     model = DistributedDataParallel(net())
     before = whole(model.parameters())
-    block.run({"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)})
+    block.run(
+        {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)}
+    )
     norms = [float(g.norm()) for g in gradients().values()]
     assert max(norms) > 1, "vacuous"
     for b, a, norm in zip(before, whole(model.parameters()), norms, strict=True):
@@ -164,7 +194,9 @@ def keras_clipnorm(block):
 def keras_clipvalue(block):
     model = DistributedDataParallel(net())
     before = whole(model.parameters())
-    block.run({"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)})
+    block.run(
+        {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(model.parameters(), 1.0)}
+    )
     grads = gradients().values()
     assert max(float(g.abs().max()) for g in grads) > 0.5, "vacuous"
     for b, a, g in zip(before, whole(model.parameters()), grads, strict=True):
@@ -214,7 +246,12 @@ def whole_pipeline(tied):
     first, last = (stage.double() for stage in stages_of(tied))
     pipeline_loss(last(first(x.double())), y.double()).backward()
     embed, head = first.embed.weight, last.head.weight
-    own = [p.grad for stage in (first, last) for p in stage.parameters() if p is not embed and p is not head]
+    own = [
+        p.grad
+        for stage in (first, last)
+        for p in stage.parameters()
+        if p is not embed and p is not head
+    ]
     return x, y, [*own, embed.grad + head.grad] if tied else [*own, embed.grad, head.grad]
 
 
@@ -248,8 +285,13 @@ def pipelined(block, tied=False, ddp=True):
     near(report.total_norm, norm)
     # the step of the whole model: each stage is on two ranks, a tied pair on four
     moved = [b - a for b, a in zip(before, whole(params), strict=True)]
-    holders = [4 if tied and ("embed" in n or "head" in n) else 2 for n, _ in module.named_parameters()]
-    square = torch.tensor([sum(float(m.norm()) ** 2 / h for m, h in zip(moved, holders, strict=True))], dtype=torch.float64)
+    holders = [
+        4 if tied and ("embed" in n or "head" in n) else 2 for n, _ in module.named_parameters()
+    ]
+    square = torch.tensor(
+        [sum(float(m.norm()) ** 2 / h for m, h in zip(moved, holders, strict=True))],
+        dtype=torch.float64,
+    )
     dist.all_reduce(square)
     near(square.sqrt(), 1.0)
     return float(report.total_norm).hex()
@@ -273,13 +315,17 @@ def pipeline_tied(block):
 def undeclared_stages(block):
     """The same without what the page says has to be said."""
     try:
-        pipelined(block._replace(code=block.code.replace(', replicated_over={"*": stage_group}', "")), ddp=False)
+        pipelined(
+            block._replace(code=block.code.replace(', replicated_over={"*": stage_group}', "")),
+            ddp=False,
+        )
     except distclip.AgreementError as error:
         return str(error)
     return ""
 
 
-# Context parallelism: ranks 0 and 1 hold the two parts of the first sequence, 2 and 3 those of the second
+# Context parallelism: ranks 0 and 1 hold the two parts of the first sequence, 2 and 3 those of the
+# second
 
 
 class Attention(nn.Module):
@@ -307,7 +353,9 @@ def in_context(block):
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     x, y = (t[rank // 2, rank % 2 * 3 : rank % 2 * 3 + 3] for t in sequences())
     oracle = Attention().double()
-    sum((oracle(a.double()) - b.double()).square().mean() for a, b in zip(*sequences(), strict=True)).div(2).backward()
+    sum(
+        (oracle(a.double()) - b.double()).square().mean() for a, b in zip(*sequences(), strict=True)
+    ).div(2).backward()
     norm = total_norm([p.grad for p in oracle.parameters()])
     model = Attention(grid["context"].get_group())
     names = {
@@ -336,7 +384,8 @@ ERRORS["context_forgotten"] = distclip.AgreementError
 
 
 def replica_groups(story):
-    """The page's blocks in order: a step of both, one of the first group alone, the second is back, one group of all four."""
+    """The page's blocks in order: a step of both, one of the first group alone, the second is back,
+    one group of all four."""
     rank = dist.get_rank()
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inside"))
     inside, both = grid["inside"].get_group(), grid["replica"].get_group()
@@ -367,7 +416,13 @@ def replica_groups(story):
         assert norm > 1, "vacuous"
         return norm
 
-    names = {"model": model, "optimizer": optimizer, "loss_of": loss_of, "average": average, "healed": healed}
+    names = {
+        "model": model,
+        "optimizer": optimizer,
+        "loss_of": loss_of,
+        "average": average,
+        "healed": healed,
+    }
     names |= {"replica_group": inside, "new_replica_group": dist.group.WORLD, "quorum": both}
     first, change, other = story
     told = [norm_now(slice(None))]

@@ -1,4 +1,5 @@
-"""What every fixture's page assumes: a model, its data on four ranks, and how far a step of lr 1 moved it."""
+"""What every fixture's page assumes: a model, its data on four ranks, and how far a step of lr 1
+moved it."""
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,10 @@ def gradients(model=None):
 
 
 def whole(params):
-    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().clone() for p in params]
+    return [
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().double().clone()
+        for p in params
+    ]
 
 
 def length(before, after):

@@ -28,7 +28,11 @@ def drawn(model):
     """The model, with gradients."""
     for i, p in enumerate(model.parameters()):
         grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.dtype)
-        p.grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else grad
+        p.grad = (
+            distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+            if isinstance(p, DTensor)
+            else grad
+        )
     return model
 
 

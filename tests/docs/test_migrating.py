@@ -1,4 +1,5 @@
-"""Each *After* of the migration guide, taken out of the page and run: in four gloo ranks, or with its framework in a job of its own."""
+"""Each *After* of the migration guide, taken out of the page and run: in four gloo ranks, or with
+its framework in a job of its own."""
 
 import ast
 from importlib.util import find_spec
@@ -25,9 +26,15 @@ def test_the_blocks_inside_frameworks_and_the_readmes_lines():
         if find_spec(name) is None:  # importing them changes the environment
             pytest.skip(f"{name} is not installed")
     (seen,) = launched("../docs/in_frameworks.py", ranks=1)
-    assert len(seen["lines"]) == 5 and all("distclip.integrations." in line for line in seen["lines"])
+    assert len(seen["lines"]) == 5 and all(
+        "distclip.integrations." in line for line in seen["lines"]
+    )
     seen = seen["blocks"]
-    assert set(seen) == FRAMEWORKS == {block.fixture for block in marked(PAGE, "runs in a framework: ")}
+    assert (
+        set(seen)
+        == FRAMEWORKS
+        == {block.fixture for block in marked(PAGE, "runs in a framework: ")}
+    )
     for step in seen.values():
         assert step["wanted"] > 1, "vacuous"
         assert step["norm"] == pytest.approx(step["wanted"], rel=1e-6)

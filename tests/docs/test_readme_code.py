@@ -1,4 +1,5 @@
-"""The README's code, taken from the README and run; what its comments say of Keras is checked against Keras' own rules written out."""
+"""The README's code, taken from the README and run; what its comments say of Keras is checked
+against Keras' own rules written out."""
 
 import copy
 import re
@@ -44,14 +45,21 @@ IMPORTED, _, *LINES = BLOCKS["groups"].splitlines()
 RULES = {
     "clipnorm": lambda g: {n: clip_by_norm(x, 1.0) for n, x in g.items()},
     "clipvalue": lambda g: {n: x.clamp(-0.5, 0.5) for n, x in g.items()},
-    "global_clipnorm": lambda g: {n: x * min(1.0, 1 / float(total(g.values()))) for n, x in g.items()},
+    "global_clipnorm": lambda g: {
+        n: x * min(1.0, 1 / float(total(g.values()))) for n, x in g.items()
+    },
     "output layer": lambda g: {
-        n: x * min(1.0, c / float(total([y for m, y in g.items() if m.split(".")[0] == n.split(".")[0]])))
+        n: x
+        * min(
+            1.0, c / float(total([y for m, y in g.items() if m.split(".")[0] == n.split(".")[0]]))
+        )
         for n, x in g.items()
         for c in [5.0 if n.startswith("head") else 1.0]
     },
     "Muon's": lambda g: {
-        n: x if n.startswith("hidden") else x * min(1.0, 1 / float(total([y for m, y in g.items() if m.startswith("head")])))
+        n: x
+        if n.startswith("hidden")
+        else x * min(1.0, 1 / float(total([y for m, y in g.items() if m.startswith("head")])))
         for n, x in g.items()
     },
 }
@@ -111,7 +119,8 @@ def test_sinks_and_watched_layers(tmp_path, monkeypatch):
 
 
 def start():
-    """The first block, on a rank of four: what it reports beside a float64 oracle of the whole batch in one process."""
+    """The first block, on a rank of four: what it reports beside a float64 oracle of the whole
+    batch in one process."""
     rows = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(5)) * 4
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -132,11 +141,26 @@ def test_the_first_block(ranks):
 
 def test_the_block_with_a_scaler():
     model = nn.Linear(3, 2)
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=8.0), torch.optim.SGD(model.parameters(), 1.0)
-    names = {"clipper": distclip.GradClipper(model, max_norm=0.5), "scaler": scaler, "optimizer": optimizer}
-    names |= {"loss": model(torch.ones(4, 3)).square().sum(), "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+    scaler, optimizer = (
+        torch.amp.GradScaler("cpu", init_scale=8.0),
+        torch.optim.SGD(model.parameters(), 1.0),
+    )
+    names = {
+        "clipper": distclip.GradClipper(model, max_norm=0.5),
+        "scaler": scaler,
+        "optimizer": optimizer,
+    }
+    names |= {
+        "loss": model(torch.ones(4, 3)).square().sum(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
+    }
     exact = float(
-        torch.stack([g.double().norm() for g in torch.autograd.grad(names["loss"], model.parameters(), retain_graph=True)]).norm()
+        torch.stack(
+            [
+                g.double().norm()
+                for g in torch.autograd.grad(names["loss"], model.parameters(), retain_graph=True)
+            ]
+        ).norm()
     )
     exec(BLOCKS["scaler"], names)
     assert exact > 0.5, "vacuous"

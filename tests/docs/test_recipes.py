@@ -22,7 +22,10 @@ def test_replica_groups_that_go_and_come_back(ranks):
 
 def test_what_a_forgotten_reduction_says(ranks):
     block = next(block for block in BLOCKS if block.fixture == "context_forgotten")
-    assert all("rank" in text and "qkv.weight" in text for text in ranks.run(pages.run, block.fixture, block))
+    assert all(
+        "rank" in text and "qkv.weight" in text
+        for text in ranks.run(pages.run, block.fixture, block)
+    )
 
 
 def test_what_undeclared_stages_of_equal_names_say(ranks):

@@ -1,4 +1,5 @@
-"""Replicas that differ, gradients that only some holders have, ranks that do something else: named and refused on all, word by word."""
+"""Replicas that differ, gradients that only some holders have, ranks that do something else: named
+and refused on all, word by word."""
 
 import re
 
@@ -12,13 +13,21 @@ from parity.layouts import given
 from precision.jobs import Job, local, mlp
 
 ADVICE = (
-    "\nIf these are different parameters under one name (pipeline stages, experts), declare replicated_over={pattern: process group | "
-    "distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip after the reduction. Parameters that were added or "
-    "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, and call clipper.rebuild(). An optimizer "
-    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they should be equal, one replica has "
+    "\nIf these are different parameters under one name (pipeline stages, experts), declare "
+    "replicated_over={pattern: process group | "
+    "distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip after the "
+    "reduction. Parameters that were added or "
+    "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, "
+    "and call clipper.rebuild(). An optimizer "
+    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they "
+    "should be equal, one replica has "
     "diverged: restore it from a checkpoint or another rank"
 )
-SAME_CALLS = "ranks did not do the same; every rank must make the same calls of the clipper in the same order, and decide alike:"
+SAME_CALLS = (
+    "ranks did not do the same; every rank must make the same calls of the clipper in "
+    "the "
+    "same order, and decide alike:"
+)
 
 
 def refusal(call):
@@ -43,7 +52,9 @@ class Moody:
         return ()
 
     def decide(self, norms, state):
-        return distclip.Scale(torch.full_like(norms.per_group, 0.25 if odd() else 0.5), norms.per_group), state
+        return distclip.Scale(
+            torch.full_like(norms.per_group, 0.25 if odd() else 0.5), norms.per_group
+        ), state
 
 
 def other_decision():
@@ -123,27 +134,39 @@ def calls(usual, other):
 
 
 REFUSED = {
-    other_decision: lambda: calls("at step 2: clip_, after decision A", "at step 2: clip_, after decision B"),
-    other_step: lambda: calls("at step 1: clip_, after decision A", "at step 7: clip_, after decision A"),
+    other_decision: lambda: calls("at step 2: clip_, after decision A", "at step 2: clip_, after "
+                                                                        "decision B"),
+    other_step: lambda: calls("at step 1: clip_, after decision A", "at step 7: clip_, after "
+                                                                    "decision A"),
     other_grad_scale: lambda: calls(
-        "at step 1: clip_ with grad_scale 0.25, after decision A", "at step 1: clip_ with grad_scale 0.125, after decision A"
+        "at step 1: clip_ with grad_scale 0.25, after decision A", "at step 1: clip_ with "
+                                                                   "grad_scale 0.125, after "
+                                                                   "decision A"
     ),
     no_optimizer: lambda: calls(
         "at step 1: step with 1 optimizer, after decision A",
-        "at step 1: step [step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()], after decision A",
+        "at step 1: step [step() was given no optimizer; pass those that hold the clipped "
+        "parameters, or use clip_()], after decision A",
     ),
     unscaled_on_one_rank: lambda: calls(
         "at step 1: step with 1 optimizer, a scaler, after decision A",
-        "at step 1: step with 1 optimizer, a scaler that unscaled optimizer 0 before, after decision A",
+        "at step 1: step with 1 optimizer, a scaler that unscaled optimizer 0 before, after "
+        "decision A",
     ),
-    a_gradient_on_some: lambda: "AgreementError: step 1: gradients that should be copies are not equal:\nlayer7.weight: norm "
+    a_gradient_on_some: lambda: "AgreementError: step 1: gradients that should be copies are not "
+                                "equal:\nlayer7.weight: norm "
     f"{norm('layer7.weight')} on rank 0-2, no gradient on rank 3" + ADVICE,
-    one_replica: lambda: "AgreementError: step 1: gradients that should be copies are not equal:\nlayer7.weight: norm "
-    f"{norm('layer7.weight')} on rank 0-2, norm {(given('layer7.weight', 4)[1].grad + torch.tensor([100.0, 0, 0, 0])).double().norm():.9g} "
+    one_replica: lambda: "AgreementError: step 1: gradients that should be copies are not "
+                         "equal:\nlayer7.weight: norm "
+    f"{norm('layer7.weight')} on rank 0-2, norm "
+    f"{(given('layer7.weight', 4)[1].grad + torch.tensor([100.0, 0, 0, 0])).double().norm():.9g} "
     "on rank 3" + ADVICE,
-    steps_in_backward: lambda: "GradientError: step 1: rank 0-3: no parameter has a gradient, and the hook "
-    "steps_in_backward.<locals>.step_at_once of 0.weight (4 parameters have such hooks) runs as soon as a gradient is accumulated: an "
-    "optimizer that steps inside backward leaves nothing to clip, and the global norm is not known yet there; step after the clip, "
+    steps_in_backward: lambda: "GradientError: step 1: rank 0-3: no parameter has a gradient, and "
+                               "the hook "
+    "steps_in_backward.<locals>.step_at_once of 0.weight (4 parameters have such hooks) runs as "
+    "soon as a gradient is accumulated: an "
+    "optimizer that steps inside backward leaves nothing to clip, and the global norm is not known "
+    "yet there; step after the clip, "
     "without this hook",
 }  # fmt: skip
 
@@ -154,7 +177,9 @@ def test_refused_on_all_ranks_word_by_word(ranks, wrong):
         hashes = dict.fromkeys(re.findall("after decision ([0-9a-f]{4})", text))
         for letter, found in zip("AB", hashes):
             text = text.replace(f"after decision {found}", f"after decision {letter}")
-        assert re.sub("options [0-9a-f]{4}(, scale 65536)?", "options O", text) == REFUSED[wrong](), text
+        assert (
+            re.sub("options [0-9a-f]{4}(, scale 65536)?", "options O", text) == REFUSED[wrong]()
+        ), text
 
 
 def refusing(wrong):
@@ -164,7 +189,9 @@ def refusing(wrong):
 def test_ddp_gradients_before_the_reduction_are_refused(ranks):
     said = ranks.run(refusing, no_sync)
     assert len(set(said)) == 1 and said[0].endswith(ADVICE)
-    assert said[0].startswith("AgreementError: step 1: gradients that should be copies are not equal:\n0.bias: norm ")
+    assert said[0].startswith(
+        "AgreementError: step 1: gradients that should be copies are not equal:\n0.bias: norm "
+    )
     assert said[0].count("on rank") == 4 * 4, "four parameters, four ranks"
 
 
@@ -187,12 +214,26 @@ def flipped(p, bit, at):
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, 8.0])
 def test_a_flipped_bit(ranks, p):
     seen = 0
-    for bit, at in ((30, 999), (29, 400), (28, 5), (27, 3), (23, 0), (23, 900), (22, 1), (20, 0), (26, 600)):
+    for bit, at in (
+        (30, 999),
+        (29, 400),
+        (28, 5),
+        (27, 3),
+        (23, 0),
+        (23, 900),
+        (22, 1),
+        (20, 0),
+        (26, 600),
+    ):
         rows = ranks.run(flipped, p, bit, at)
         change = rows[0][0]
         if change >= 1e-4:  # a flip that leaves no number is a bad step, not drift
             seen += 1
-            assert all(text and "w: norm" in text and "on rank 2" in text for _, text in rows), (bit, at, rows)
+            assert all(text and "w: norm" in text and "on rank 2" in text for _, text in rows), (
+                bit,
+                at,
+                rows,
+            )
     assert seen >= 3, "vacuous"
 
 
@@ -228,7 +269,11 @@ def accumulated(strategy, precision, micro_steps):
             part = slice(8 // micro_steps * i, 8 // micro_steps * (i + 1))
             if strategy == "fsdp2":
                 job.model.set_requires_gradient_sync(i == micro_steps - 1)
-            hold = job.model.no_sync() if strategy == "ddp" and i < micro_steps - 1 else torch.enable_grad()
+            hold = (
+                job.model.no_sync()
+                if strategy == "ddp" and i < micro_steps - 1
+                else torch.enable_grad()
+            )
             with hold:
                 loss = (job.model(x[part]) - y[part]).square().mean()
                 (job.scaler.scale(loss) if job.scaler else loss).backward()
@@ -241,6 +286,9 @@ def accumulated(strategy, precision, micro_steps):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_accumulation_changes_nothing(ranks, strategy, precision):
-    for (norms, end), (norms4, end4) in zip(ranks.run(accumulated, strategy, precision, 1), ranks.run(accumulated, strategy, precision, 4)):
+    for (norms, end), (norms4, end4) in zip(
+        ranks.run(accumulated, strategy, precision, 1),
+        ranks.run(accumulated, strategy, precision, 4),
+    ):
         assert norms4 == pytest.approx(norms, rel=1e-5)
         torch.testing.assert_close(end4, end, rtol=1e-4, atol=1e-5)

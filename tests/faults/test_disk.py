@@ -18,7 +18,9 @@ def clipper_of(*sinks, **options):
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -27,10 +29,14 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path):
     with pytest.warns(RuntimeWarning) as warned:
         clipper.clip_()
     assert str(warned[0].message) == (
-        "JSONLSink failed at step 1 and is off from now on, training goes on: OSError: [Errno 28] No space left on device"
+        "JSONLSink failed at step 1 and is off from now on, training goes on: OSError: [Errno 28] "
+        "No space left on device"
     )
     clipper.clip_()
-    assert [json.loads(line)["step"] for line in (tmp_path / "log").read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log").read_text().splitlines()] == [
+        1,
+        2,
+    ]
 
 
 def test_the_state_goes_through_a_file_with_weights_only(tmp_path):
@@ -44,12 +50,14 @@ def test_the_state_goes_through_a_file_with_weights_only(tmp_path):
 WRONG = {
     "cut short": (
         lambda s: {"step": s["step"]},
-        "the checkpoint of the clipper lacks bad_in_a_row, groups, history.calls, history.clipped, history.skips, norm_type, policy, "
+        "the checkpoint of the clipper lacks bad_in_a_row, groups, history.calls, history.clipped, "
+        "history.skips, norm_type, policy, "
         "rules; it was cut short, or saved by something else",
     ),
     "another policy": (
         lambda s: s | {"policy": "Normalize(norm=1.0)"},
-        "the checkpoint's policy is 'Normalize(norm=1.0)', this clipper's 'FixedNorm(max_norm=1.0)'; build it as the saved one was",
+        "the checkpoint's policy is 'Normalize(norm=1.0)', this clipper's "
+        "'FixedNorm(max_norm=1.0)'; build it as the saved one was",
     ),
     "other groups": (
         lambda s: s | {"groups": "a\nb"},
@@ -61,19 +69,23 @@ WRONG = {
     ),
     "no norm": (
         lambda s: {name: value for name, value in s.items() if name != "norm_type"},
-        "the checkpoint of the clipper lacks norm_type; it was cut short, or saved by something else",
+        "the checkpoint of the clipper lacks norm_type; it was cut short, or saved by something "
+        "else",
     ),
     "other rules": (
         lambda s: s | {"rules": "ZClip: all"},
-        "the checkpoint's rules is 'ZClip: all', this clipper's 'FixedNorm(max_norm=1.0): all'; build it as the saved one was",
+        "the checkpoint's rules is 'ZClip: all', this clipper's 'FixedNorm(max_norm=1.0): all'; "
+        "build it as the saved one was",
     ),
     "more than this has": (
         lambda s: s | {"0.1": torch.zeros(1), "0.0": torch.zeros(1)},
-        "the checkpoint of the clipper has 0.0, 0.1, this clipper has not; build it as the saved one was",
+        "the checkpoint of the clipper has 0.0, 0.1, this clipper has not; build it as the saved "
+        "one was",
     ),
     "a text that is none": (
         lambda s: s | {"norm_type": torch.tensor(2.0)},
-        "the checkpoint's norm_type is tensor(2.), this clipper's '2.0'; build it as the saved one was",
+        "the checkpoint's norm_type is tensor(2.), this clipper's '2.0'; build it as the saved one "
+        "was",
     ),
     "spoilt": (
         lambda s: s | {"step": torch.zeros(3)},
@@ -97,7 +109,9 @@ def of_two(rules, **options):
     params = [(name, nn.Parameter(torch.zeros(2))) for name in ("p0", "p1")]
     for _, p in params:
         p.grad = torch.tensor([3.0, 4.0])
-    clipper = distclip.GradClipper(params, **{"max_norm": 1.0, "groups": distclip.by_name(rules)} | options)
+    clipper = distclip.GradClipper(
+        params, **{"max_norm": 1.0, "groups": distclip.by_name(rules)} | options
+    )
     clipper.clip_()
     return clipper
 
@@ -107,7 +121,8 @@ OTHERS = {  # what is saved, into what it is loaded, and both as the text shows 
     "another policy": (
         lambda: of_two({"p0": distclip.ZClip()}),
         lambda: of_two({"p0": distclip.AdaGC()}),
-        f"rules is 'ZClip(z_threshold=2.5, alpha=0.97, warmup=25, max_norm=inf): p0\\n{NORM(1.0)}: rest'",
+        f"rules is 'ZClip(z_threshold=2.5, alpha=0.97, warmup=25, max_norm=inf): p0\\n{NORM(1.0)}: "
+        f"rest'",
         f"'AdaGC(lambda_rel=1.04, lambda_abs=1.0, beta=0.99, warmup=100): p0\\n{NORM(1.0)}: rest'",
     ),
     "one policy for both": (
@@ -134,7 +149,9 @@ OTHERS = {  # what is saved, into what it is loaded, and both as the text shows 
 @pytest.mark.parametrize("through", ["memory", "a file", "torch.distributed.checkpoint"])
 @pytest.mark.parametrize("one, other, there, here", OTHERS.values(), ids=OTHERS)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_state_of_other_rules_is_refused_and_one_of_these_is_not(one, other, there, here, through, tmp_path):
+def test_a_state_of_other_rules_is_refused_and_one_of_these_is_not(
+    one, other, there, here, through, tmp_path
+):
     def load(clipper):
         if through == "memory":
             clipper.load_state_dict(first.state_dict())
@@ -152,7 +169,9 @@ def test_a_state_of_other_rules_is_refused_and_one_of_these_is_not(one, other, t
     before = second.state_dict()
     with pytest.raises(distclip.ConfigError) as error:
         load(second)
-    assert str(error.value) == f"the checkpoint's {there}, this clipper's {here}; build it as the saved one was"
+    assert str(error.value) == (
+        f"the checkpoint's {there}, this clipper's {here}; build it as the saved one was"
+    )
     assert equal(second.state_dict(), before)
     load(same)
     assert equal(same.state_dict(), first.state_dict()) and same.clip_().step == 3

@@ -1,4 +1,5 @@
-"""A rank that is killed, stuck, or never calls: the survivors end with an error within the time-out, and nothing is half clipped."""
+"""A rank that is killed, stuck, or never calls: the survivors end with an error within the
+time-out, and nothing is half clipped."""
 
 import multiprocessing
 import os
@@ -20,7 +21,13 @@ PATIENCE_S = 600  # the group's time-out until all have met: on a busy machine t
 
 def survivor(rank, store, fault, pipe):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=4, store=dist.FileStore(store, 4), timeout=timedelta(seconds=PATIENCE_S))
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=4,
+        store=dist.FileStore(store, 4),
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
     p = nn.Parameter(torch.zeros(4))
     clipper, optimizer = distclip.GradClipper([("w", p)], 1.0), torch.optim.SGD([p], 1.0)
     p.grad = torch.full((4,), 3.0)
@@ -59,10 +66,14 @@ def test_survivors_are_told(tmp_path, fault):
                 assert pipes[rank].poll(PATIENCE_S), f"rank {rank} hangs"
                 said, seconds, untouched = pipes[rank].recv()
                 assert untouched and seconds < PATIENCE_S / 2
-                assert said.startswith(f"distclip: step at step 2 failed on rank {rank}: all_reduce(SUM) of 12 float64 over ranks 0-3: "), (
-                    said
+                assert said.startswith(
+                    f"distclip: step at step 2 failed on rank {rank}: "
+                    f"all_reduce(SUM) of 12 float64 over ranks 0-3: "
+                ), said
+                assert said.endswith(
+                    "A rank was lost, is stuck, or did not make this call: look "
+                    "at the logs of the others"
                 )
-                assert said.endswith("A rank was lost, is stuck, or did not make this call: look at the logs of the others")
     finally:
         for process in processes:
             process.kill()

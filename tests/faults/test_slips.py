@@ -11,7 +11,8 @@ import distclip
 import skips
 
 LEFT = (
-    "step 1: rank 0: b has a scaled gradient and is in none of the optimizers that were passed (1 parameter in all); pass all of the "
+    "step 1: rank 0: b has a scaled gradient and is in none of the optimizers that were passed (1 "
+    "parameter in all); pass all of the "
     "scaler's optimizers in one call"
 )
 
@@ -50,7 +51,11 @@ def scales_that_differ():
 
 def test_scales_that_differ_between_ranks(ranks):
     for text, now in ranks.run(scales_that_differ):
-        assert "rank 0: at step 1: step with 1 optimizer, a scaler" in text and "scale 16" in text and "scale 8" in text
+        assert (
+            "rank 0: at step 1: step with 1 optimizer, a scaler" in text
+            and "scale 16" in text
+            and "scale 8" in text
+        )
         assert now == [1, 1]
 
 
@@ -84,7 +89,11 @@ def test_apply_clips_once():
     clipper.decide()
     clipper.apply_([a, b])
     assert a.grad.norm().item() == pytest.approx(1.0), "a gradient that two parameters share"
-    with pytest.raises(distclip.ConfigError, match=r"apply_\(\) got a twice since decide\(\) \(2 in all\); it would be clipped twice"):
+    with pytest.raises(
+        distclip.ConfigError,
+        match=r"apply_\(\) got a twice since decide\(\) \(2 "
+        r"in all\); it would be clipped twice",
+    ):
         clipper.apply_([a, b])
 
 
@@ -159,7 +168,10 @@ def out_of_reach():
 
 def test_a_skip_that_some_ranks_cannot_do_is_an_error_on_all(ranks):
     for text in ranks.run(out_of_reach):
-        assert text.startswith("step 1 is to be skipped, and clip_ cannot take away gradients that grad_of finds elsewhere")
+        assert text.startswith(
+            "step 1 is to be skipped, and clip_ cannot take away gradients that "
+            "grad_of finds elsewhere"
+        )
 
 
 def test_built_in_inference_mode_it_works_outside():

@@ -1,4 +1,5 @@
-"""A step that is skipped is never silent: without a sink it is told at the first of a streak, on all ranks alike."""
+"""A step that is skipped is never silent: without a sink it is told at the first of a streak, on
+all ranks alike."""
 
 import math
 import re
@@ -13,24 +14,32 @@ import distclip
 from parity.layouts import given
 
 BAD = (
-    "step 2 is skipped: 1 gradient tensor is not finite: w on rank 0: NaN. Nothing was changed by it and training goes on; more than "
-    "skip_limit=20 such steps in a row are an error. Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
+    "step 2 is skipped: 1 gradient tensor is not finite: w on rank 0: NaN. Nothing was changed by "
+    "it and training goes on; more than "
+    "skip_limit=20 such steps in a row are an error. Told once a streak; "
+    "sinks=[distclip.LoggingSink()] reports every step"
 )
 OVERFLOW = (
-    "step 2 is skipped: 1 gradient tensor is not finite: w on rank 0: inf. Nothing was changed by it and training goes on; more than "
-    "skip_limit=20 such steps in a row are an error. The loss scale is lowered; it finds its height by such steps, and further ones are "
+    "step 2 is skipped: 1 gradient tensor is not finite: w on rank 0: inf. Nothing was changed by "
+    "it and training goes on; more than "
+    "skip_limit=20 such steps in a row are an error. The loss scale is lowered; it finds its "
+    "height by such steps, and further ones are "
     "not told (report.skips counts them)"
 )
 SPIKE = (
-    "step 6 is skipped: its norm is so far from those before that the policy leaves it out. Nothing was changed by it and training goes "
-    "on; more than skip_limit=20 such steps in a row are an error. Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
+    "step 6 is skipped: its norm is so far from those before that the policy leaves it out. "
+    "Nothing was changed by it and training goes "
+    "on; more than skip_limit=20 such steps in a row are an error. Told once a streak; "
+    "sinks=[distclip.LoggingSink()] reports every step"
 )
 
 
 def told(values, waits=False, scaled=False, how="step", **options):
     """The warnings of these steps, one list a call."""
     p = nn.Parameter(torch.zeros(1))
-    clipper = distclip.GradClipper([("w", p)], **({} if "policy" in options else {"max_norm": 1.0}) | options)
+    clipper = distclip.GradClipper(
+        [("w", p)], **({} if "policy" in options else {"max_norm": 1.0}) | options
+    )
     clipper._steps.may_wait = waits
     optimizer = torch.optim.SGD([p], 0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
@@ -49,7 +58,9 @@ def told(values, waits=False, scaled=False, how="step", **options):
             else:
                 clipper.step(optimizer, scaler=scaler)
         rows.append([str(w.message) for w in caught])
-        assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught), "it points at the caller's line"
+        assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught), (
+            "it points at the caller's line"
+        )
     return rows
 
 
@@ -62,7 +73,14 @@ def test_once_a_streak(how):
 
 
 def test_one_call_late_where_the_host_waits_for_nothing():
-    assert told((*STREAKS, 1.0), waits=True) == [[], [], [BAD], [], [], [BAD.replace("step 2", "step 5")]]
+    assert told((*STREAKS, 1.0), waits=True) == [
+        [],
+        [],
+        [BAD],
+        [],
+        [],
+        [BAD.replace("step 2", "step 5")],
+    ]
 
 
 @pytest.mark.parametrize("mode", ["skip", "raise"])
@@ -77,7 +95,12 @@ SPIKES = (1.0, 1.1, 0.9, 1.0, 1.0, 100.0, 100.0, 1.0, 100.0)
 @pytest.mark.parametrize("mode", ["skip", "propagate"])
 def test_what_a_policy_leaves_out(mode):
     policy = distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=4, window=8)
-    assert told(SPIKES, policy=policy, on_nonfinite=mode) == [[]] * 5 + [[SPIKE], [], [], [SPIKE.replace("step 6", "step 9")]]
+    assert told(SPIKES, policy=policy, on_nonfinite=mode) == [[]] * 5 + [
+        [SPIKE],
+        [],
+        [],
+        [SPIKE.replace("step 6", "step 9")],
+    ]
 
 
 def test_what_is_let_through_is_not_told():
@@ -94,13 +117,23 @@ class Kept:
 
 def test_a_sink_tells_it():
     sink = Kept()
-    assert told(STREAKS, sinks=[sink]) == [[]] * 5 and sink.skipped == [False, True, True, False, True]
+    assert told(STREAKS, sinks=[sink]) == [[]] * 5 and sink.skipped == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def on_ranks(sinks):
     name, p = given("w", 4)
     first = dist.get_rank() == 0
-    clipper = distclip.GradClipper([(name, p)], 1.0, sinks=[Kept()] if sinks == "on all" or (sinks == "on the first" and first) else ())
+    clipper = distclip.GradClipper(
+        [(name, p)],
+        1.0,
+        sinks=[Kept()] if sinks == "on all" or (sinks == "on the first" and first) else (),
+    )
     p.grad[1] = math.inf if dist.get_rank() == 2 else p.grad[1]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -113,7 +146,14 @@ def test_ranks_tell_alike(ranks, sinks):
     """Reports go to the first rank's sinks alone, so it is these that count."""
     for skipped, texts in ranks.run(on_ranks, sinks):
         assert skipped and len(texts) == (sinks == "nowhere")
-        assert all(re.match(r"step 1 is skipped: 1 gradient tensor is not finite: w on rank 2: inf\. ", text) for text in texts)
+        assert all(
+            re.match(
+                r"step 1 is skipped: 1 gradient tensor is not finite: w on rank 2: "
+                r"inf\. ",
+                text,
+            )
+            for text in texts
+        )
 
 
 def as_errors():

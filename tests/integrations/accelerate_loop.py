@@ -1,4 +1,5 @@
-"""A loop of Accelerate's own style, with distclip's one line: torchrun ... accelerate_loop.py STRATEGY. Prints one JSON line a rank.
+"""A loop of Accelerate's own style, with distclip's one line: torchrun ... accelerate_loop.py
+STRATEGY. Prints one JSON line a rank.
 
 `accelerate_loop.py STRATEGY FOLDER` resumes from what another run saved there.
 """
@@ -16,7 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
@@ -34,7 +41,8 @@ if STRATEGY == "deepspeed":
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
+    # its C++ build takes minutes, and gloo does
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def as_on_gpus():
@@ -51,22 +59,33 @@ def make_accelerator(steps=1, fp16=False):
     if STRATEGY == "deepspeed":
         PartialState._reset_state()
         config = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
-        plugin = DeepSpeedPlugin(hf_ds_config=config | {"train_micro_batch_size_per_gpu": 8 // steps, "gradient_accumulation_steps": steps})
+        plugin = DeepSpeedPlugin(
+            hf_ds_config=config
+            | {"train_micro_batch_size_per_gpu": 8 // steps, "gradient_accumulation_steps": steps}
+        )
         gloo = InitProcessGroupKwargs(backend="gloo")
-        return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo], gradient_accumulation_steps=steps)
+        return Accelerator(
+            deepspeed_plugin=plugin, kwargs_handlers=[gloo], gradient_accumulation_steps=steps
+        )
     if STRATEGY == "tp":
         as_on_gpus()
-        return Accelerator(parallelism_config=ParallelismConfig(tp_size=2), gradient_accumulation_steps=steps)
+        return Accelerator(
+            parallelism_config=ParallelismConfig(tp_size=2), gradient_accumulation_steps=steps
+        )
     if not STRATEGY.startswith("fsdp"):
         frozen_later = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps, kwargs_handlers=[frozen_later])
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=steps, kwargs_handlers=[frozen_later]
+        )
         if fp16:  # which Accelerate offers on GPUs only
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
     as_on_gpus()
     version = int(STRATEGY[-1])
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version, use_orig_params=True, reshard_after_forward="FULL_SHARD" if version == 1 else True
+        fsdp_version=version,
+        use_orig_params=True,
+        reshard_after_forward="FULL_SHARD" if version == 1 else True,
     )
     return Accelerator(fsdp_plugin=plugin, gradient_accumulation_steps=steps)
 
@@ -74,7 +93,11 @@ def make_accelerator(steps=1, fp16=False):
 def spread(accelerator, model):
     """What Accelerate wants done before `prepare`."""
     if STRATEGY == "tp":
-        parallelize_module(model, accelerator.torch_device_mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        parallelize_module(
+            model,
+            accelerator.torch_device_mesh["tp"],
+            {"0": ColwiseParallel(), "2": RowwiseParallel()},
+        )
         model.tp_size = 2
     return model
 
@@ -93,7 +116,10 @@ def one_step(max_norm=0.1, rule="norm", micro=1, part=None, fp16=False, groups=F
     plain = spread(accelerator, plain)
     params = list(plain.parameters())
     if groups:
-        params = [{"params": plain[0].parameters()}, {"params": plain[2].parameters(), "momentum": 0.0}]
+        params = [
+            {"params": plain[0].parameters()},
+            {"params": plain[2].parameters(), "momentum": 0.0},
+        ]
     optimizer = torch.optim.SGD(params, 1.0)
     model, optimizer = accelerator.prepare(plain, optimizer)
     prepare(accelerator, model, max_norm=HUGE if part or rule == "value" else max_norm)
@@ -111,7 +137,9 @@ def one_step(max_norm=0.1, rule="norm", micro=1, part=None, fp16=False, groups=F
     now = whole(model)
     if rule == "norm":
         coef = min(1.0, max_norm / float(norm))
-        change = {n: g * (coef if part is None or n.startswith(part) else 1.0) for n, g in grads.items()}
+        change = {
+            n: g * (coef if part is None or n.startswith(part) else 1.0) for n, g in grads.items()
+        }
     else:
         change = {n: g.clamp(-max_norm, max_norm) for n, g in grads.items()}
     plain_tensor = all(type(t) is torch.Tensor and t.ndim == 0 for t in notes)
@@ -138,11 +166,16 @@ def two_models():
         accelerator.backward(loss_of(m, mine(accelerator, x), mine(accelerator, y)))
     apart = [float(accelerator.clip_grad_norm_(m.parameters(), 0.1)) for m in models]
     after = float(accelerator.clip_grad_norm_([p for m in models for p in m.parameters()], HUGE))
-    return {"apart": [a / float(n) - 1 for a, (_, n) in zip(apart, wanted)], "after": after, "norm": min(float(n) for _, n in wanted)}
+    return {
+        "apart": [a / float(n) - 1 for a, (_, n) in zip(apart, wanted)],
+        "after": after,
+        "norm": min(float(n) for _, n in wanted),
+    }
 
 
 def two_optimizers_in_fp16(order):
-    """Accelerate updates the scaler after each optimizer's step: none may be unscaled twice by it, nor by another loss's scale."""
+    """Accelerate updates the scaler after each optimizer's step: none may be unscaled twice by it,
+    nor by another loss's scale."""
     accelerator = make_accelerator(fp16=True)
     plain = [net(0), net(5)]
     x, y = data(1)
@@ -154,7 +187,9 @@ def two_optimizers_in_fp16(order):
     for m, _ in pairs:
         accelerator.backward(loss_of(m, mine(accelerator, x), mine(accelerator, y)))
     if order == "together":
-        norms = [float(accelerator.clip_grad_norm_((p for m, _ in pairs for p in m.parameters()), HUGE))]
+        norms = [
+            float(accelerator.clip_grad_norm_((p for m, _ in pairs for p in m.parameters()), HUGE))
+        ]
         exact = [math.hypot(*(float(n) for _, n in wanted))]
     else:
         if order == "overflow" and accelerator.process_index == 0:
@@ -172,7 +207,8 @@ def two_optimizers_in_fp16(order):
     first = 1 if order == "overflow" else 0
     return {
         "off": max(
-            off(n, b, {k: g * c for k, g in grads.items()}) for n, b, c, (grads, _) in list(zip(now, before, coefs, wanted))[first:]
+            off(n, b, {k: g * c for k, g in grads.items()})
+            for n, b, c, (grads, _) in list(zip(now, before, coefs, wanted))[first:]
         ),
         "norm_off": max(abs(a / b - 1) for a, b in list(zip(norms, exact))[first:]),
         "scale": accelerator.scaler.get_scale(),
@@ -206,7 +242,10 @@ def unfrozen():
     x, y = data(1)
     accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
     norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
-    return {"norm_off": abs(float(norm) / float(oracle(net(0), x, y)[1]) - 1), "calls": clipper.last_report.step}
+    return {
+        "norm_off": abs(float(norm) / float(oracle(net(0), x, y)[1]) - 1),
+        "calls": clipper.last_report.step,
+    }
 
 
 def local(t):
@@ -215,7 +254,8 @@ def local(t):
 
 
 def two_turns(part, max_norm=0.7):
-    """A GAN's generator and discriminator: whose turn it is not is frozen, and its gradients of its own turn are still there."""
+    """A GAN's generator and discriminator: whose turn it is not is frozen, and its gradients of its
+    own turn are still there."""
     accelerator = make_accelerator()
     plain = spread(accelerator, net(0))
     named = dict(plain.named_parameters())
@@ -234,7 +274,9 @@ def two_turns(part, max_norm=0.7):
             p.requires_grad_(n in names[turn])
         for p in asked:
             p.grad = None
-        stale = {n: local(p.grad) for n, p in now.items() if n not in names[turn] and p.grad is not None}
+        stale = {
+            n: local(p.grad) for n, p in now.items() if n not in names[turn] and p.grad is not None
+        }
         x, y = data(seed)
         grads, norm = oracle(net(0), x, y, lambda n, turn=turn: n.startswith(turn))
         accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)) * 10)
@@ -243,16 +285,28 @@ def two_turns(part, max_norm=0.7):
                 accelerator.clip_grad_value_(asked, 0.5)
                 wanted = {n: (g * 10).clamp(-0.5, 0.5) for n, g in grads.items()}
             else:  # as a generator, with one of them twice
-                told = accelerator.clip_grad_norm_(iter([*asked, asked[0]]), max_norm if part == "whole" else 0.3)
+                told = accelerator.clip_grad_norm_(
+                    iter([*asked, asked[0]]), max_norm if part == "whole" else 0.3
+                )
                 coef = min(1.0, (max_norm if part == "whole" else 0.3) / float(norm * 10))
                 wanted = {n: g * 10 * coef for n, g in grads.items()}
-        after = {n.replace("module.", "").replace("_fsdp_wrapped_module.", ""): p.grad for n, p in now.items() if n in names[turn]}
-        after = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).double() for n, g in after.items()}
+        after = {
+            n.replace("module.", "").replace("_fsdp_wrapped_module.", ""): p.grad
+            for n, p in now.items()
+            if n in names[turn]
+        }
+        after = {
+            n: (g.full_tensor() if hasattr(g, "full_tensor") else g).double()
+            for n, g in after.items()
+        }
         out.append(
             {
                 "norm": float(norm) * 10,
                 "norm_off": 0.0 if part == "value" else abs(float(told) / float(norm * 10) - 1),
-                "grad_off": max(float((g - wanted[n]).abs().max() / wanted[n].abs().max()) for n, g in after.items()),
+                "grad_off": max(
+                    float((g - wanted[n]).abs().max() / wanted[n].abs().max())
+                    for n, g in after.items()
+                ),
                 "stale": len(stale),
                 "stale_kept": all(torch.equal(local(now[n].grad), g) for n, g in stale.items()),
                 "collectives": len(seen.names),
@@ -282,7 +336,11 @@ def passed_as_they_are():
     # one part is not finite: what the frozen one's optimizer holds is not stepped either
     every[1].grad[0] = math.inf
     accelerator.clip_grad_norm_(every[1:], HUGE)
-    return out | {"none": none, "said": str(seen[0].message)[:47], "left": sum(p.grad is not None for p in every)}
+    return out | {
+        "none": none,
+        "said": str(seen[0].message)[:47],
+        "left": sum(p.grad is not None for p in every),
+    }
 
 
 def in_no_optimizer():
@@ -305,7 +363,8 @@ def in_no_optimizer():
 
 
 def a_part_in_fp16():
-    """A scaler knows an optimizer as a whole: what is not clipped is unscaled all the same, once."""
+    """A scaler knows an optimizer as a whole: what is not clipped is unscaled all the same,
+    once."""
     accelerator = make_accelerator(fp16=True)
     plain = net(0)
     model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
@@ -317,12 +376,21 @@ def a_part_in_fp16():
     norms = {}
     for part in ("0.", "2."):
         asked = [p for n, p in model.named_parameters() if part in n]
-        exact = math.sqrt(sum(float(g.square().sum()) for n, g in grads.items() if n.startswith(part)))
-        norms[part] = [exact, float(accelerator.clip_grad_norm_(asked, 0.1 if part == "0." else HUGE))]
+        exact = math.sqrt(
+            sum(float(g.square().sum()) for n, g in grads.items() if n.startswith(part))
+        )
+        norms[part] = [
+            exact,
+            float(accelerator.clip_grad_norm_(asked, 0.1 if part == "0." else HUGE)),
+        ]
     optimizer.step()
     first = min(1.0, 0.1 / norms["0."][0])
     wanted = {n: g * (first if n.startswith("0.") else 1.0) for n, g in grads.items()}
-    return {"norms": norms, "off": off(whole(model), before, wanted), "scale": accelerator.scaler.get_scale()}
+    return {
+        "norms": norms,
+        "off": off(whole(model), before, wanted),
+        "scale": accelerator.scaler.get_scale(),
+    }
 
 
 def prepared_again():
@@ -338,8 +406,14 @@ def prepared_again():
     grads, norm = oracle(net(0), x, y)
     told, before = float(accelerator.clip_grad_norm_(model.parameters(), 0.1)), whole(model)
     optimizer.step()
-    out = {"norm": float(norm), "norm_off": abs(told / float(norm) - 1), "saved": len(accelerator._custom_objects)}
-    out["off"] = off(whole(model), before, {n: g * min(1.0, 0.1 / float(norm)) for n, g in grads.items()})
+    out = {
+        "norm": float(norm),
+        "norm_off": abs(told / float(norm) - 1),
+        "saved": len(accelerator._custom_objects),
+    }
+    out["off"] = off(
+        whole(model), before, {n: g * min(1.0, 0.1 / float(norm)) for n, g in grads.items()}
+    )
     kept = weakref.ref(plain[0].weight)
     accelerator.free_memory()
     try:
@@ -356,7 +430,8 @@ def prepared_again():
 
 
 def joined():
-    """Inside torch's Join, which `join_uneven_inputs` opens on GPUs: refused, for a whole model before anything is sent."""
+    """Inside torch's Join, which `join_uneven_inputs` opens on GPUs: refused, for a whole model
+    before anything is sent."""
     accelerator = make_accelerator()
     plain = net(0)
     model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
@@ -380,7 +455,8 @@ def joined():
 
 
 def overflow():
-    """fp16 with a scaler: an overflow of one optimizer leaves the other's scale and step alone until its own clip."""
+    """fp16 with a scaler: an overflow of one optimizer leaves the other's scale and step alone
+    until its own clip."""
     accelerator = make_accelerator(fp16=True)
     plain = [net(0), net(5)]
     pairs = [accelerator.prepare(m, torch.optim.SGD(m.parameters(), 1.0)) for m in plain]
@@ -398,7 +474,12 @@ def overflow():
         for m, o in pairs:
             accelerator.clip_grad_norm_(m.parameters(), 0.1)
             o.step()
-        moved.append([any(not torch.equal(b[n], now[n]) for n in b) for b, now in zip(before, [whole(m) for m, _ in pairs])])
+        moved.append(
+            [
+                any(not torch.equal(b[n], now[n]) for n in b)
+                for b, now in zip(before, [whole(m) for m, _ in pairs])
+            ]
+        )
     return {"moved": moved, "scale": accelerator.scaler.get_scale()}
 
 
@@ -454,7 +535,12 @@ def checkpoints():
             clips(accelerator, model, clipper, range(3))
             accelerator.save_state(folder[0])
         states.append(clips(accelerator, model, clipper, range(3, 6)))
-    return {"equal": states[0] == states[-1], "step": states[-1][0], "folder": folder[0], "state": states[-1]}
+    return {
+        "equal": states[0] == states[-1],
+        "step": states[-1][0],
+        "folder": folder[0],
+        "state": states[-1],
+    }
 
 
 def deepspeed_refusals():
@@ -492,18 +578,38 @@ def main():
     if STRATEGY == "deepspeed":
         cases |= {"refusals": deepspeed_refusals}
     else:
-        cases |= {"value": lambda: one_step(0.05, rule="value"), "part": lambda: one_step(part="0."), "part_bad": part_is_not_finite}
+        cases |= {
+            "value": lambda: one_step(0.05, rule="value"),
+            "part": lambda: one_step(part="0."),
+            "part_bad": part_is_not_finite,
+        }
     if STRATEGY not in ("deepspeed", "fsdp1"):
-        cases |= {f"turns {part}": lambda part=part: two_turns(part) for part in ("whole", "part", "value")}
+        cases |= {
+            f"turns {part}": lambda part=part: two_turns(part)
+            for part in ("whole", "part", "value")
+        }
     if STRATEGY in ("single", "ddp"):
-        cases |= {"passed": passed_as_they_are, "in_no_optimizer": in_no_optimizer, "part_fp16": a_part_in_fp16, "again": prepared_again}
+        cases |= {
+            "passed": passed_as_they_are,
+            "in_no_optimizer": in_no_optimizer,
+            "part_fp16": a_part_in_fp16,
+            "again": prepared_again,
+        }
     if STRATEGY == "ddp" and find_spec("distclip.torch_internals.join"):
         cases |= {"joined": joined}
     if STRATEGY not in ("deepspeed", "tp"):
         cases |= {"two_models": two_models, "refusals": refusals}
     if STRATEGY in ("single", "ddp"):
-        cases |= {"fp16": lambda: one_step(fp16=True), "overflow": overflow, "checkpoints": checkpoints, "unfrozen": unfrozen}
-        cases |= {f"fp16 {order}": lambda order=order: two_optimizers_in_fp16(order) for order in ("apart", "together", "overflow")}
+        cases |= {
+            "fp16": lambda: one_step(fp16=True),
+            "overflow": overflow,
+            "checkpoints": checkpoints,
+            "unfrozen": unfrozen,
+        }
+        cases |= {
+            f"fp16 {order}": lambda order=order: two_optimizers_in_fp16(order)
+            for order in ("apart", "together", "overflow")
+        }
     print("RESULT " + json.dumps({name: run() for name, run in cases.items()}), flush=True)
     gc.collect()
     if dist.is_initialized():

@@ -1,4 +1,5 @@
-"""A DeepSpeed loop with distclip's one line: `deepspeed_loop.py "STAGE DTYPE" ...` on every rank; prints what each case found."""
+"""A DeepSpeed loop with distclip's one line: `deepspeed_loop.py "STAGE DTYPE" ...` on every rank;
+prints what each case found."""
 
 import gc
 import json
@@ -18,13 +19,18 @@ from distclip.integrations.deepspeed import attach
 from distclip.integrations.deepspeed_internals import kind_of
 from problem import HUGE, TINY, data, loss_of, net, off, oracle
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
+# its C++ build takes minutes, and gloo does
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGE, DTYPE, LOW = "", "", torch.float32  # of the engine that is tried now
 
 
 def config(micro=1, scale=None, clipping=0.0, **more):
-    zero = {"stage": int(STAGE[0]), "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 8}
+    zero = {
+        "stage": int(STAGE[0]),
+        "reduce_bucket_size": 1000,
+        "stage3_param_persistence_threshold": 8,
+    }
     if "small" in STAGE:  # several sub-groups
         zero["sub_group_size"] = 40
     if "loose" in STAGE:
@@ -61,7 +67,9 @@ def masters(engine):
             groups = getattr(wrapped, "fp32_groups", None)
             if groups is not None:
                 pairs = zip(wrapped.fp16_groups, groups)
-                param = next(m for lows, highs in pairs for low, m in zip(lows, highs) if low is param)
+                param = next(
+                    m for lows, highs in pairs for low, m in zip(lows, highs) if low is param
+                )
             elif hasattr(wrapped, "fp32_groups_flat"):
                 for lows, flat in zip(wrapped.fp16_groups, wrapped.fp32_groups_flat):
                     sizes = [low.numel() for low in lows]
@@ -85,9 +93,15 @@ def batch():
     return data(1, 4 * dist.get_world_size(), LOW)
 
 
-def started(max_norm=None, micro=1, split=False, momentum=0.0, scale=None, by_param_group=False, **options):
+def started(
+    max_norm=None, micro=1, split=False, momentum=0.0, scale=None, by_param_group=False, **options
+):
     model = net()
-    params = [{"params": model[0].parameters()}, {"params": model[2].parameters()}] if split else list(model.parameters())
+    params = (
+        [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+        if split
+        else list(model.parameters())
+    )
     optimizer = torch.optim.SGD(params, 1.0, momentum=momentum)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(micro, scale))
     if by_param_group:
@@ -129,15 +143,20 @@ def one_step(max_norm, micro=1, reference=None, **options):
         "collectives": len(seen.names),
         "moved": max(float(m.abs().max()) for m in moved.values()),
     }
-    if reference is not None:  # the same step without clipping, scaled: exact whatever the gradients were rounded to
-        out["scaled_off"] = off(after, before, {n: g * float(report.coefs[0]) for n, g in reference.items()})
+    # the same step without clipping, scaled: exact whatever the gradients were rounded to
+    if reference is not None:
+        out["scaled_off"] = off(
+            after, before, {n: g * float(report.coefs[0]) for n, g in reference.items()}
+        )
     return out, moved
 
 
 def without_distclip():
     """How many collectives DeepSpeed's own clipping takes."""
     model = net()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config(clipping=0.1))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config(clipping=0.1)
+    )
     x, y = batch()
     with distclip.testing.count_collectives() as seen:
         train(engine, x, y)
@@ -152,8 +171,13 @@ def by_groups():
     train(engine, x, y)
     after = masters(engine)
     grads, _ = expected(x, y)
-    norms = [math.sqrt(sum(float(g.norm()) ** 2 for n, g in grads.items() if n.startswith(part))) for part in ("0.", "2.")]
-    wanted = {n: g * min(1.0, 0.2 / norms[0 if n.startswith("0.") else 1]) for n, g in grads.items()}
+    norms = [
+        math.sqrt(sum(float(g.norm()) ** 2 for n, g in grads.items() if n.startswith(part)))
+        for part in ("0.", "2.")
+    ]
+    wanted = {
+        n: g * min(1.0, 0.2 / norms[0 if n.startswith("0.") else 1]) for n, g in grads.items()
+    }
     return {"groups": list(clipper.plan.groups), "off": off(after, before, wanted), "norms": norms}
 
 
@@ -171,17 +195,29 @@ def by_patterns():
     x, y = batch()
     grads, _ = expected(x, y)
     out = {}
-    for name, groups in {"part": distclip.by_name({"0.*": 0.1, "*": distclip.Exempt()}), "each": distclip.per_parameter()}.items():
+    for name, groups in {
+        "part": distclip.by_name({"0.*": 0.1, "*": distclip.Exempt()}),
+        "each": distclip.per_parameter(),
+    }.items():
         engine, clipper = started(0.1, groups=groups)
         before = masters(engine)
         train(engine, x, y)
         after = masters(engine)
         own = {n: float(g.norm()) for n, g in grads.items()}
         first = math.hypot(own["0.weight"], own["0.bias"])
-        coefs = {n: min(1.0, 0.1 / (own[n] if name == "each" else first)) if name == "each" or n.startswith("0.") else 1.0 for n in own}
+        coefs = {
+            n: min(1.0, 0.1 / (own[n] if name == "each" else first))
+            if name == "each" or n.startswith("0.")
+            else 1.0
+            for n in own
+        }
         out[name] = {
             "off": off(after, before, {n: g * coefs[n] for n, g in grads.items()}),
-            "norm_off": abs(float(clipper.last_report.total_norm) / (first if name == "part" else expected(x, y)[1]) - 1),
+            "norm_off": abs(
+                float(clipper.last_report.total_norm)
+                / (first if name == "part" else expected(x, y)[1])
+                - 1
+            ),
             "clips": max(coefs.values()) < 1 if name == "each" else first > 0.1,
         }
     return out
@@ -193,7 +229,11 @@ class Odd(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.unused, self.b = torch.nn.Linear(6, 7), torch.nn.Linear(3, 5), torch.nn.Linear(7, 3, bias=False)
+        self.a, self.unused, self.b = (
+            torch.nn.Linear(6, 7),
+            torch.nn.Linear(3, 5),
+            torch.nn.Linear(7, 3, bias=False),
+        )
         self.gain = torch.nn.Parameter(torch.tensor([1.5]))
 
     def forward(self, x):
@@ -202,7 +242,9 @@ class Odd(torch.nn.Module):
 
 def odd_sizes():
     model = Odd()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config()
+    )
     clipper = attach(engine, 0.1)
     x, y = batch()
     _, norm = oracle_of_odd(x, y[:, :3])
@@ -225,7 +267,8 @@ FACTORS = (1.0, 1.3, 0.8, 1.1, 9.0, 1.0)
 
 
 def followed(policy, groups, reports):
-    """The coefficients of a clipper in one process that sees the same norms, as gradients of one element each."""
+    """The coefficients of a clipper in one process that sees the same norms, as gradients of one
+    element each."""
     names = reports[0].groups
     params = [(name, torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))) for name in names]
     own = distclip.GradClipper(params, policy=policy, groups=groups, process_group=distclip.LOCAL)
@@ -254,7 +297,9 @@ def adaptive():
         wanted = followed(*make(), reports)
         after = [float(r.norm_after) for r in reports]
         out[name] = {
-            "coef_off": max(float((r.coefs.double() - w).abs().max()) for r, w in zip(reports, wanted)),
+            "coef_off": max(
+                float((r.coefs.double() - w).abs().max()) for r, w in zip(reports, wanted)
+            ),
             "length_off": max(abs(seen / told - 1) for seen, told in zip(lengths, after)),
             "smallest": min(float(r.coefs.min()) for r in reports),
         }
@@ -275,7 +320,9 @@ def checkpointed():
         else:
             for factor in FACTORS[:3]:
                 train(engine, x, y, factor=factor)
-            engine.save_checkpoint(folder[0], tag="a", client_state={"clipper": clipper.state_dict()})
+            engine.save_checkpoint(
+                folder[0], tag="a", client_state={"clipper": clipper.state_dict()}
+            )
         seen = []
         for factor in FACTORS[3:]:
             train(engine, x, y, factor=factor)
@@ -285,7 +332,8 @@ def checkpointed():
 
 
 def scheduled():
-    """A scheduler that is built after `attach`: only at stage 0 in float32 is the engine's optimizer one of torch's."""
+    """A scheduler that is built after `attach`: only at stage 0 in float32 is the engine's
+    optimizer one of torch's."""
     engine, clipper = started(0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(engine.basic_optimizer, 1, gamma=0.5)
     x, y = batch()
@@ -293,11 +341,19 @@ def scheduled():
     train(engine, x, y)
     scheduler.step()
     length = math.sqrt(sum(float(m.norm()) ** 2 for m in change(before, masters(engine)).values()))
-    return {"length": length, "lr": engine.basic_optimizer.param_groups[0]["lr"], "calls": clipper.last_report.step}
+    return {
+        "length": length,
+        "lr": engine.basic_optimizer.param_groups[0]["lr"],
+        "calls": clipper.last_report.step,
+    }
 
 
 def loss_scale(engine):
-    return float(engine.optimizer.loss_scale if STAGE[0] != "0" else engine.optimizer.loss_scale_config.cur_scale)
+    return float(
+        engine.optimizer.loss_scale
+        if STAGE[0] != "0"
+        else engine.optimizer.loss_scale_config.cur_scale
+    )
 
 
 def growth():
@@ -324,7 +380,9 @@ def skipping():
     for factor in (1.0, 1.0, 1.0, 300.0, 1.0, math.inf, 1.0):
         before = masters(engine)
         train(engine, x, y, factor=factor)
-        out["moved"].append(any(bool((m != 0).any()) for m in change(before, masters(engine)).values()))
+        out["moved"].append(
+            any(bool((m != 0).any()) for m in change(before, masters(engine)).values())
+        )
         out["skipped"].append(bool(clipper.last_report.skipped))
         out["nonfinite"].append(int(clipper.last_report.nonfinite) > 0)
         out["engine"].append(engine.skipped_steps)
@@ -336,7 +394,9 @@ def skipping():
 
 def refusals():
     model = net()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config(clipping=1.0))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config(clipping=1.0)
+    )
     texts = []
     for options in ({}, {"take_over": True, "fold": "never"}, {"take_over": True}, {}):
         try:
@@ -352,7 +412,9 @@ def missing():
     texts = []
     for at_engine in (False, True):
         model = net()
-        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config()
+        )
         needs = kind_of(engine).needs
         if at_engine:
             del engine.torch_autocast_z0_gradscaler
@@ -370,17 +432,22 @@ def missing():
 def unsupported():
     texts, cases = [], []
     model = net()
-    experts, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config())
+    experts, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config()
+    )
     experts.has_moe_layers = True  # what DeepSpeed notes where it finds its MoE layers
     cases.append(lambda: attach(experts, 0.1))
     model, extra = net(), torch.nn.Parameter(torch.zeros(3))
-    if STAGE[0] == "0":  # from stage 1 on DeepSpeed itself cannot take a parameter that is not in the model
+    # from stage 1 on DeepSpeed itself cannot take a parameter that is not in the model
+    if STAGE[0] == "0":
         optimizer = torch.optim.SGD([*model.parameters(), extra], 1.0)
         strange, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config())
         cases.append(lambda: attach(strange, 0.1))
     if STAGE[0] in "12" and "fp32acc" not in STAGE and "offload" not in STAGE:
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
-        unmeasured, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(compute_grad_norm=False))
+        unmeasured, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config(compute_grad_norm=False)
+        )
         cases.append(lambda: attach(unmeasured, 0.1))
     for case in cases:
         try:
@@ -421,7 +488,8 @@ def tried():
 def main():
     global STAGE, DTYPE, LOW
     torch.set_num_threads(1)
-    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can
+    # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can
+    get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     fused, out = deepspeed.runtime.engine.FusedAdam, {}
     for engine in sys.argv[1:]:

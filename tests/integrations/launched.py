@@ -11,12 +11,26 @@ SOURCE = HERE.parents[1] / "src"
 
 
 def launched(script, *args, ranks=2, timeout=900):
-    """What each rank printed behind `RESULT `; an AssertionError with the output's end where the job failed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    """What each rank printed behind `RESULT `; an AssertionError with the output's end where the
+    job failed."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks
+        else []
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(SOURCE),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     command = [sys.executable, *launcher, str((HERE / script).resolve()), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
-    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(command)} ended with "
+        f"{done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     rows = [json.JSONDecoder().raw_decode(part)[0] for part in done.stdout.split("RESULT ")[1:]]
     assert len(rows) == max(1, ranks), done.stdout[-3000:]
     return rows

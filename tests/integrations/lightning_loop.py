@@ -1,4 +1,5 @@
-"""A LightningModule with distclip's callback, and a Fabric loop: torchrun ... lightning_loop.py STRATEGY. One JSON line a rank."""
+"""A LightningModule with distclip's callback, and a Fabric loop: torchrun ... lightning_loop.py
+STRATEGY. One JSON line a rank."""
 
 import gc
 import json
@@ -53,14 +54,19 @@ class Regression(LightningModule):
     def configure_optimizers(self):
         params = {
             "all": lambda: list(self.parameters()),
-            "groups": lambda: [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "weight_decay": 0.0}],
+            "groups": lambda: [
+                {"params": self.net[0].parameters()},
+                {"params": self.net[2].parameters(), "weight_decay": 0.0},
+            ],
             "part": lambda: list(self.net[2].parameters()),
         }[self.steps]()
         return torch.optim.SGD(params, 1.0, fused=self.fused)
 
 
 class ClipsToo(Regression):
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
         self.clip_gradients(optimizer, gradient_clip_val=0.5)
 
 
@@ -73,7 +79,9 @@ class Searched(Regression):
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), self.lr)
-        norm = lambda: float(torch.stack([p.grad.double().norm() for p in self.parameters()]).norm())  # noqa: E731
+        norm = lambda: float(  # noqa: E731
+            torch.stack([p.grad.double().norm() for p in self.parameters()]).norm()
+        )
         optimizer.register_step_post_hook(lambda *_: self.stepped.append(norm()))
         return optimizer
 
@@ -125,7 +133,8 @@ class ClipsByHand(Regression):
 
 
 class Unfreezing(BaseFinetuning):
-    """The first layer begins to train at the third step, its bias alone is given to the optimizer: nobody steps its weight."""
+    """The first layer begins to train at the third step, its bias alone is given to the optimizer:
+    nobody steps its weight."""
 
     def freeze_before_training(self, pl_module):
         self.freeze(pl_module.net[0])
@@ -138,7 +147,8 @@ class Unfreezing(BaseFinetuning):
 
 
 class FineTuned(Regression):
-    """Notes the norm of all gradients that are there, and of those that its optimizer holds, in float64."""
+    """Notes the norm of all gradients that are there, and of those that its optimizer holds, in
+    float64."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +159,9 @@ class FineTuned(Regression):
 
     def on_after_backward(self):
         held = [p for group in self.optimizers().param_groups for p in group["params"]]
-        norm = lambda params: float(torch.stack([p.grad.double().norm() for p in params if p.grad is not None]).norm())  # noqa: E731
+        norm = lambda params: float(  # noqa: E731
+            torch.stack([p.grad.double().norm() for p in params if p.grad is not None]).norm()
+        )
         self.norms.append([norm(held), norm(self.parameters())])
 
 
@@ -175,9 +187,19 @@ def strategy(kind):
     if STRATEGY == "single":
         return "auto"
     if STRATEGY == "ddp":
-        return (DDPStrategy if kind == "trainer" else FabricDDP)(process_group_backend="gloo", find_unused_parameters=True)
-    sizes = {"data_parallel_size": WORLD, "tensor_parallel_size": 1, "process_group_backend": "gloo"}
-    return ModelParallelStrategy(**sizes) if kind == "trainer" else FabricModelParallel(parallelize_fn=shards, **sizes)
+        return (DDPStrategy if kind == "trainer" else FabricDDP)(
+            process_group_backend="gloo", find_unused_parameters=True
+        )
+    sizes = {
+        "data_parallel_size": WORLD,
+        "tensor_parallel_size": 1,
+        "process_group_backend": "gloo",
+    }
+    return (
+        ModelParallelStrategy(**sizes)
+        if kind == "trainer"
+        else FabricModelParallel(parallelize_fn=shards, **sizes)
+    )
 
 
 def trainer(*callbacks, **more):
@@ -194,17 +216,23 @@ def loader(micro=1):
 
 def one_step(max_norm, micro=1, steps="all"):
     module, callback = Regression(steps), GradientClipping(max_norm=max_norm)
-    before = {n.removeprefix("net."): p.detach().double().clone() for n, p in module.named_parameters()}
+    before = {
+        n.removeprefix("net."): p.detach().double().clone() for n, p in module.named_parameters()
+    }
     run = trainer(callback, max_steps=1, accumulate_grad_batches=micro)
     run.fit(module, loader(micro))
     now = {n.removeprefix("net."): p for n, p in whole(module).items()}
     logged = {key: float(value) for key, value in run.logged_metrics.items()}
-    return found(now, before, max_norm, callback.clippers[0].last_report, "2." if steps == "part" else "") | {"logged": logged}
+    return found(
+        now, before, max_norm, callback.clippers[0].last_report, "2." if steps == "part" else ""
+    ) | {"logged": logged}
 
 
 def found(now, before, max_norm, report, part=""):
     grads, norm = oracle(net(), *data(1, ROWS), lambda n: n.startswith(part))
-    now, before, grads = ({n: t for n, t in all.items() if n.startswith(part)} for all in (now, before, grads))
+    now, before, grads = (
+        {n: t for n, t in all.items() if n.startswith(part)} for all in (now, before, grads)
+    )
     return {
         "off": off(now, before, clipped(grads, norm, max_norm)),
         "norm": float(norm),
@@ -224,19 +252,28 @@ def two_optimizers():
     for part, seed in (("a", 0), ("b", 5)):
         grads, norm = oracle(net(seed), *data(1, ROWS))
         wanted = clipped(grads, norm, 0.1)
-        select = lambda all, p=part + ".": {n.removeprefix(p): t for n, t in all.items() if n.startswith(p)}  # noqa: E731
+        select = lambda all, p=part + ".": {  # noqa: E731
+            n.removeprefix(p): t for n, t in all.items() if n.startswith(p)
+        }
         out[part] = {"off": off(select(now), select(before), wanted), "norm": float(norm)}
     return out
 
 
 def in_fp16(max_norm, factor=1.0, fused=False):
-    """Lightning takes bf16 for 16-mixed on a CPU; given as a plugin, fp16 and its scaler run there as on a GPU."""
+    """Lightning takes bf16 for 16-mixed on a CPU; given as a plugin, fp16 and its scaler run there
+    as on a GPU."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     module, callback = Regression(fused=fused, factor=factor), GradientClipping(max_norm=max_norm)
-    before = {n.removeprefix("net."): p.detach().double().clone() for n, p in module.named_parameters()}
-    trainer(callback, max_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).fit(module, loader())
+    before = {
+        n.removeprefix("net."): p.detach().double().clone() for n, p in module.named_parameters()
+    }
+    trainer(callback, max_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]).fit(
+        module, loader()
+    )
     now = {n.removeprefix("net."): p for n, p in whole(module).items()}
-    return found(now, before, max_norm, callback.clippers[0].last_report) | {"scale": scaler.get_scale()}
+    return found(now, before, max_norm, callback.clippers[0].last_report) | {
+        "scale": scaler.get_scale()
+    }
 
 
 def both_clip():
@@ -272,8 +309,13 @@ def resumed():
     run.save_checkpoint(f"{folder[0]}/a.ckpt")
     run.strategy.barrier()
     second = GradientClipping(policy=policy)
-    trainer(second, max_steps=3).fit(Regression(), loader(), ckpt_path=f"{folder[0]}/a.ckpt", weights_only=False)
-    return {"before": int(first.clippers[0].state_dict()["step"]), "after": int(second.clippers[0].state_dict()["step"])}
+    trainer(second, max_steps=3).fit(
+        Regression(), loader(), ckpt_path=f"{folder[0]}/a.ckpt", weights_only=False
+    )
+    return {
+        "before": int(first.clippers[0].state_dict()["step"]),
+        "after": int(second.clippers[0].state_dict()["step"]),
+    }
 
 
 def searches():
@@ -282,7 +324,13 @@ def searches():
     if WORLD > 1:
         dist.broadcast_object_list(folder)
     more = {"default_root_dir": folder[0]}
-    settings = {"num_training": 6, "min_lr": 1e-4, "max_lr": 1e-2, "early_stop_threshold": None, "update_attr": False}
+    settings = {
+        "num_training": 6,
+        "min_lr": 1e-4,
+        "max_lr": 1e-2,
+        "early_stop_threshold": None,
+        "update_attr": False,
+    }
 
     def lr_find(run, module):
         Tuner(run).lr_find(module, loader(), **settings)
@@ -290,36 +338,69 @@ def searches():
     def scale_batch_size(run, module):
         Tuner(run).scale_batch_size(module, steps_per_trial=2, max_trials=2, init_val=2)
 
-    for search in (lr_find, scale_batch_size) if WORLD == 1 else (lr_find,):  # Lightning scales batches in one process alone
-        for name, how in {"lightning": {"gradient_clip_val": 0.5}, "distclip": {}, "neither": {}}.items():
+    # Lightning scales batches in one process alone
+    for search in (lr_find, scale_batch_size) if WORLD == 1 else (lr_find,):
+        for name, how in {
+            "lightning": {"gradient_clip_val": 0.5},
+            "distclip": {},
+            "neither": {},
+        }.items():
             module = Searched()
-            search(trainer(*([GradientClipping(max_norm=0.5)] if name == "distclip" else []), max_steps=20, **how, **more), module)
+            search(
+                trainer(
+                    *([GradientClipping(max_norm=0.5)] if name == "distclip" else []),
+                    max_steps=20,
+                    **how,
+                    **more,
+                ),
+                module,
+            )
             out.setdefault(search.__name__, {})[name] = module.stepped
     settings["num_training_steps"] = settings.pop("num_training")
-    finders = {"none": None, "at its start": LearningRateFinder(**settings), "inside": InsideTheFit(**settings)}
+    finders = {
+        "none": None,
+        "at its start": LearningRateFinder(**settings),
+        "inside": InsideTheFit(**settings),
+    }
     if WORLD == 1:
         finders["after a search of batch sizes"] = LearningRateFinder(**settings)
     for name, finder in finders.items():
         sink = Counting()
-        callback, module = GradientClipping(policy=distclip.AutoClip(percentile=50, window=8), sinks=[sink]), Searched()
+        callback, module = (
+            GradientClipping(policy=distclip.AutoClip(percentile=50, window=8), sinks=[sink]),
+            Searched(),
+        )
         callbacks = [callback] if finder is None else [finder, callback]
         if "batch" in name:
-            callbacks = [BatchSizeFinder(steps_per_trial=1, max_trials=1, init_val=ROWS // WORLD), *callbacks]
+            callbacks = [
+                BatchSizeFinder(steps_per_trial=1, max_trials=1, init_val=ROWS // WORLD),
+                *callbacks,
+            ]
         run = trainer(*callbacks, max_steps=3, **more)
         run.fit(module)
         run.save_checkpoint(f"{folder[0]}/{name.replace(' ', '-')}.ckpt")
         state = callback.clippers[0].state_dict()
-        out[name] = {"state": numbers(state), "sink": sink.reports if RANK == 0 else 3, "steps": len(module.stepped)}
+        out[name] = {
+            "state": numbers(state),
+            "sink": sink.reports if RANK == 0 else 3,
+            "steps": len(module.stepped),
+        }
     for name, finder in {"none": [], "with a finder": [LearningRateFinder(**settings)]}.items():
         callback = GradientClipping(policy=distclip.AutoClip(percentile=50, window=8))
-        trainer(*finder, callback, max_steps=5, **more).fit(Searched(), ckpt_path=f"{folder[0]}/none.ckpt", weights_only=False)
+        trainer(*finder, callback, max_steps=5, **more).fit(
+            Searched(), ckpt_path=f"{folder[0]}/none.ckpt", weights_only=False
+        )
         out[f"resumed {name}"] = numbers(callback.clippers[0].state_dict())
     return out
 
 
 def numbers(state):
     """Counters and thresholds, without the 500 flags of the clip rate."""
-    return {name: t.tolist() for name, t in state.items() if isinstance(t, torch.Tensor) and t.numel() < 100}
+    return {
+        name: t.tolist()
+        for name, t in state.items()
+        if isinstance(t, torch.Tensor) and t.numel() < 100
+    }
 
 
 def fine_tuning():
@@ -332,11 +413,16 @@ def fine_tuning():
 
     trainer(Unfreezing(), callback, Listening(), max_steps=6).fit(module, loader())
     told.append(float(callback.clippers[0].last_report.total_norm))
-    return {"held": [a for a, _ in module.norms], "all": [b for _, b in module.norms], "told": told[-6:]}
+    return {
+        "held": [a for a, _ in module.norms],
+        "all": [b for _, b in module.norms],
+        "told": told[-6:],
+    }
 
 
 def fits_twice():
-    """With one callback, and a third time without it; the precision plugin is Lightning's own again."""
+    """With one callback, and a third time without it; the precision plugin is Lightning's own
+    again."""
     callback, seen = GradientClipping(max_norm=0.1), []
     run = trainer(callback, max_steps=1)
     for steps in (1, 2, 3):
@@ -346,33 +432,51 @@ def fits_twice():
             run.callbacks.remove(callback)
         run.fit_loop.epoch_loop.max_steps = steps
         run.fit(module, loader())
-        length = math.sqrt(sum(float((p - before[n]).square().sum()) for n, p in whole(module).items()))
-        seen.append([length, callback.clippers[0].last_report.step, sorted(vars(run.precision_plugin))])
+        length = math.sqrt(
+            sum(float((p - before[n]).square().sum()) for n, p in whole(module).items())
+        )
+        seen.append(
+            [length, callback.clippers[0].last_report.step, sorted(vars(run.precision_plugin))]
+        )
     return {"seen": seen, "norm": float(oracle(net(), *data(1, ROWS))[1])}
 
 
 def by_parts():
-    """Two optimizers of one module under fp16: each part by its own norm, each unscaled once, one update of the scaler."""
+    """Two optimizers of one module under fp16: each part by its own norm, each unscaled once, one
+    update of the scaler."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     precision = FabricMixedPrecision("16-mixed", "cpu", scaler)
-    fabric = Fabric(accelerator="cpu", devices=WORLD, strategy=strategy("fabric"), plugins=[precision])
+    fabric = Fabric(
+        accelerator="cpu", devices=WORLD, strategy=strategy("fabric"), plugins=[precision]
+    )
     fabric.launch()
     plain = net()
     before = whole(plain)
-    model, *optimizers = fabric.setup(plain, *(torch.optim.SGD(part.parameters(), 1.0) for part in (plain[0], plain[2])))
+    model, *optimizers = fabric.setup(
+        plain, *(torch.optim.SGD(part.parameters(), 1.0) for part in (plain[0], plain[2]))
+    )
     prepare(fabric, model, max_norm=0.1)
     x, y = (t[RANK::WORLD] for t in data(1, ROWS))
     fabric.backward(loss_of(model, x, y))
-    norms = [float(fabric.clip_gradients(model, optimizer, max_norm=0.1)) for optimizer in optimizers]
+    norms = [
+        float(fabric.clip_gradients(model, optimizer, max_norm=0.1)) for optimizer in optimizers
+    ]
     for optimizer in optimizers:
         optimizer.step()
-    now = {n.removeprefix("_forward_module.").removeprefix("module."): p for n, p in whole(model).items()}
+    now = {
+        n.removeprefix("_forward_module.").removeprefix("module."): p
+        for n, p in whole(model).items()
+    }
     out = {"scale": scaler.get_scale()}
     for part, seen in zip(("0.", "2."), norms):
         grads, norm = oracle(net(), *data(1, ROWS), lambda n, part=part: n.startswith(part))
         wanted = clipped({n: g for n, g in grads.items() if n.startswith(part)}, norm, 0.1)
         select = lambda all, part=part: {n: t for n, t in all.items() if n.startswith(part)}  # noqa: E731
-        out[part] = {"off": off(select(now), select(before), wanted), "norm": float(norm), "norm_off": abs(seen / float(norm) - 1)}
+        out[part] = {
+            "off": off(select(now), select(before), wanted),
+            "norm": float(norm),
+            "norm_off": abs(seen / float(norm) - 1),
+        }
     return out
 
 
@@ -399,7 +503,9 @@ def fabric_holds():
             optimizer.add_param_group({"params": [first.bias]})
             held.append("0.bias")
     texts = []
-    strange = fabric.setup_optimizers(torch.optim.SGD([*second.parameters(), torch.nn.Parameter(torch.ones(2))], 1.0))
+    strange = fabric.setup_optimizers(
+        torch.optim.SGD([*second.parameters(), torch.nn.Parameter(torch.ones(2))], 1.0)
+    )
     other = fabric.setup_optimizers(torch.optim.SGD([first.weight], 1.0))
     for optimizer in (strange, other):
         try:
@@ -408,7 +514,11 @@ def fabric_holds():
             texts.append(str(error))
     again = prepare(fabric, model, max_norm=0.1)
     fabric.clip_gradients(model.module, other, max_norm=0.1)
-    return {"seen": seen, "texts": texts, "calls": [clipper.last_report.step, again.last_report.step]}
+    return {
+        "seen": seen,
+        "texts": texts,
+        "calls": [clipper.last_report.step, again.last_report.step],
+    }
 
 
 def fabric_steps():
@@ -429,14 +539,24 @@ def fabric_steps():
         if max_norm is None:
             fabric.clip_gradients(model, optimizer, clip_val=0.03)
             optimizer.step()
-            now = {n.removeprefix("_forward_module.").removeprefix("module."): p for n, p in whole(model).items()}
+            now = {
+                n.removeprefix("_forward_module.").removeprefix("module."): p
+                for n, p in whole(model).items()
+            }
             grads, _ = oracle(net(), *data(1, ROWS))
-            out[name] = {"off": off(now, before, {n: g.clamp(-0.03, 0.03) for n, g in grads.items()})}
+            out[name] = {
+                "off": off(now, before, {n: g.clamp(-0.03, 0.03) for n, g in grads.items()})
+            }
             continue
         norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm)
         optimizer.step()
-        now = {n.removeprefix("_forward_module.").removeprefix("module."): p for n, p in whole(model).items()}
-        out[name] = found(now, before, max_norm, clipper.last_report) | {"returned": float(norm) == float(clipper.last_report.total_norm)}
+        now = {
+            n.removeprefix("_forward_module.").removeprefix("module."): p
+            for n, p in whole(model).items()
+        }
+        out[name] = found(now, before, max_norm, clipper.last_report) | {
+            "returned": float(norm) == float(clipper.last_report.total_norm)
+        }
     texts = []
     for call in (
         lambda: fabric.clip_gradients(model, optimizer, max_norm=0.5),
@@ -461,12 +581,25 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    cases = {"clip": one_step(0.1), "tiny": one_step(TINY), "huge": one_step(HUGE), "accumulate": one_step(0.1, micro=2)}
-    cases |= {"groups": one_step(0.1, steps="groups"), "part": one_step(0.1, steps="part"), "both": both_clip()}
+    cases = {
+        "clip": one_step(0.1),
+        "tiny": one_step(TINY),
+        "huge": one_step(HUGE),
+        "accumulate": one_step(0.1, micro=2),
+    }
+    cases |= {
+        "groups": one_step(0.1, steps="groups"),
+        "part": one_step(0.1, steps="part"),
+        "both": both_clip(),
+    }
     if STRATEGY != "fsdp2":
         cases |= {"searches": searches(), "fits": fits_twice(), "fabric_holds": fabric_holds()}
         cases |= {"two": two_optimizers(), "resumed": resumed(), "by_parts": by_parts()}
-        cases |= {"fp16": in_fp16(0.1), "fp16 fused": in_fp16(0.1, fused=True), "fp16 bad": in_fp16(0.1, factor=math.inf)}
+        cases |= {
+            "fp16": in_fp16(0.1),
+            "fp16 fused": in_fp16(0.1, fused=True),
+            "fp16 bad": in_fp16(0.1, factor=math.inf),
+        }
     if STRATEGY == "single":  # DDP does not reduce what is unfrozen after it was built
         cases["fine_tuning"] = fine_tuning()
     cases["fabric"] = fabric_steps()

@@ -1,4 +1,5 @@
-"""Accelerate: its loop with distclip's one line, against a float64 oracle in one process, under every layout that a CPU runs."""
+"""Accelerate: its loop with distclip's one line, against a float64 oracle in one process, under
+every layout that a CPU runs."""
 
 from functools import cache
 
@@ -51,13 +52,18 @@ def test_refusals_read_well(rows):
         pytest.skip("the same code as under the other layouts")
     for row in rows:
         assert row["refusals"]["texts"] == [
-            "clip_grad_norm_ was called with max_norm=0.5, norm_type=2, but distclip was prepared with max_norm=1.0, norm_type=2 for this "
+            "clip_grad_norm_ was called with max_norm=0.5, norm_type=2, but distclip was prepared "
+            "with max_norm=1.0, norm_type=2 for this "
             "model; make them equal",
-            "4 of 4 parameters are of no model that distclip knows; call distclip.integrations.accelerate.prepare(accelerator, model, "
+            "4 of 4 parameters are of no model that distclip knows; call "
+            "distclip.integrations.accelerate.prepare(accelerator, model, "
             "max_norm=...) for that model too",
-            "max_norm=None: parts of a model, and several together, have no policy of their own; pass a number",
-            "prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned",
-            "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use GradClipper itself for other gradients",
+            "max_norm=None: parts of a model, and several together, have no policy of their own; "
+            "pass a number",
+            "prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare "
+            "returned",
+            "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use "
+            "GradClipper itself for other gradients",
         ]
 
 
@@ -78,7 +84,9 @@ def test_an_adaptive_policy_is_checkpointed(rows):
 def test_it_resumes_on_another_world_size():
     saved = rows_of("ddp")[0]["checkpoints"]
     (resumed,) = launched("accelerate_loop.py", "single", saved["folder"], ranks=0)
-    before, after = ([np.ravel(part) for part in row["state"]] for row in (saved, resumed["checkpoints"]))
+    before, after = (
+        [np.ravel(part) for part in row["state"]] for row in (saved, resumed["checkpoints"])
+    )
     assert resumed["checkpoints"]["step"] == 6 and len(before) == len(after) > 2
     for one, other in zip(before, after):
         assert one == pytest.approx(other, rel=1e-6)
@@ -103,16 +111,22 @@ def test_a_part_that_is_not_finite_stops_the_whole_step(rows):
 def test_parameters_that_begin_to_train_later(rows):
     if "unfrozen" not in rows[0]:
         pytest.skip("shown under one process and DDP")
-    assert all(row["unfrozen"]["norm_off"] <= 1e-6 and row["unfrozen"]["calls"] == 1 for row in rows)
+    assert all(
+        row["unfrozen"]["norm_off"] <= 1e-6 and row["unfrozen"]["calls"] == 1 for row in rows
+    )
 
 
 @pytest.mark.parametrize("part", ["whole", "part", "value"])
 def test_exactly_the_parameters_passed_count_whose_turn_ever_it_is(rows, part):
     if f"turns {part}" not in rows[0]:
-        pytest.skip("parts are refused under DeepSpeed; FSDP1 shards frozen and trained parameters together")
+        pytest.skip(
+            "parts are refused under DeepSpeed; FSDP1 shards frozen and trained parameters together"
+        )
     for row in rows:
         turns = row[f"turns {part}"]
-        assert [turn["stale"] for turn in turns] == [0, 2, 2, 2], "vacuous: no gradients of another turn are left"
+        assert [turn["stale"] for turn in turns] == [0, 2, 2, 2], (
+            "vacuous: no gradients of another turn are left"
+        )
         for turn in turns:
             assert turn["norm"] > 0.7, "vacuous"
             assert turn["norm_off"] <= 1e-6 and turn["grad_off"] <= 3e-6
@@ -134,7 +148,9 @@ def test_frozen_ones_single_ones_and_none(rows):
         for exact, told in (seen[what] for what in ("frozen", "trainable", "one")):
             assert exact > 0.1 and told == pytest.approx(exact, rel=1e-6)
         assert seen["frozen"][0] > seen["trainable"][0] + 0.1, "vacuous"
-        assert seen["none"] == 0 and seen["said"] == "no parameter has a gradient on any rank: nothin"
+        assert seen["none"] == 0 and seen["said"] == (
+            "no parameter has a gradient on any rank: nothin"
+        )
         assert seen["left"] == 0, "a step that is left out is left out whole"
 
 
@@ -146,8 +162,10 @@ def test_what_no_optimizer_holds_is_told(rows):
         (text,), nothing = row["in_no_optimizer"]["said"]
         assert nothing == []
         assert text.removeprefix("module.") == (
-            "0.weight has a gradient and was passed to be clipped, but is in no optimizer of this accelerator (2 such parameters): it "
-            "counts in the norm, and optimizer.zero_grad() does not clear it. Give it to an optimizer, or freeze it and set its .grad to "
+            "0.weight has a gradient and was passed to be clipped, but is in no optimizer of this "
+            "accelerator (2 such parameters): it "
+            "counts in the norm, and optimizer.zero_grad() does not clear it. Give it to an "
+            "optimizer, or freeze it and set its .grad to "
             "None, or pass the other parameters alone"
         )
 
@@ -168,8 +186,16 @@ def test_prepared_again_forgotten_and_given_back(rows):
         seen = row["again"]
         assert seen["norm"] > 0.1, "vacuous"
         assert seen["norm_off"] <= 1e-6 and seen["off"] <= 1e-6
-        assert (seen["saved"], seen["saved after"], seen["alive"], seen["own again"]) == (1, 0, False, True)
-        assert seen["forgotten"].startswith("4 of 4 parameters are of no model that distclip knows; call distclip.integrations.accelerate.")
+        assert (seen["saved"], seen["saved after"], seen["alive"], seen["own again"]) == (
+            1,
+            0,
+            False,
+            True,
+        )
+        assert seen["forgotten"].startswith(
+            "4 of 4 parameters are of no model that distclip "
+            "knows; call distclip.integrations.accelerate."
+        )
 
 
 def test_inside_join_a_clip_is_refused(rows):
@@ -185,11 +211,24 @@ def test_inside_join_a_clip_is_refused(rows):
 def test_deepspeed_refuses_what_it_cannot_do(rows):
     if "value" in rows[0]:
         pytest.skip("for DeepSpeed")
-    advice = "prepare(accelerator, model, policy=distclip.FixedValue(...)), or groups=distclip.by_name({...})"
+    advice = (
+        "prepare(accelerator, model, policy=distclip.FixedValue(...)), or "
+        "groups=distclip.by_name({...})"
+    )
     for row in rows:
         other, part, value, early = row["refusals"]["texts"]
-        assert other.startswith("clip_grad_norm_ was called with max_norm=0.5, norm_type=2, but distclip was prepared with max_norm=1.0")
+        assert other.startswith(
+            "clip_grad_norm_ was called with max_norm=0.5, norm_type=2, but "
+            "distclip was prepared with max_norm=1.0"
+        )
         already = "under DeepSpeed accelerator.backward() already takes the step, so"
-        assert part == f"{already} parts of a model cannot be clipped after it; tell prepare: {advice}"
-        assert value == f"{already} elements, by value, cannot be clipped after it; tell prepare: {advice}"
-        assert early == "no step was taken yet; under DeepSpeed accelerator.backward() clips and steps: call it first"
+        assert part == (
+            f"{already} parts of a model cannot be clipped after it; tell prepare: {advice}"
+        )
+        assert value == (
+            f"{already} elements, by value, cannot be clipped after it; tell prepare: {advice}"
+        )
+        assert early == (
+            "no step was taken yet; under DeepSpeed accelerator.backward() clips and "
+            "steps: call it first"
+        )

@@ -1,4 +1,5 @@
-"""DeepSpeed: every stage and precision, with and without offload, with distclip's one line, against a float64 oracle in one process."""
+"""DeepSpeed: every stage and precision, with and without offload, with distclip's one line, against
+a float64 oracle in one process."""
 
 import math
 from functools import cache
@@ -9,7 +10,8 @@ from integrations.launched import launched
 
 pytest.importorskip("deepspeed")
 
-# stage and precision; the bound is the rounding of gradients in it. One launch for each line: engines of a line run one after another
+# stage and precision; the bound is the rounding of gradients in it. One launch for each line:
+# engines of a line run one after another
 LAUNCHES = [
     {"0 fp32": 1e-6, "0 bf16": 1e-2, "0 fp16": 2e-3, "0fused fp16": 2e-3, "0fused bf16": 1e-2},
     {"1 fp32": 1e-6, "1 bf16": 1e-2, "1 fp16": 2e-3, "1fp32acc bf16": 1e-2, "1offload fp32": 1e-6},
@@ -42,7 +44,8 @@ def test_the_update_is_the_oracles(engine, case):
         assert seen["off"] <= bound and seen["norm_off"] <= bound
         assert seen["engine_norm"], "get_global_grad_norm() is not the report's"
         assert seen["calls"] == 1, "one call a step, whatever the micro-steps"
-        if "scaled_off" in seen:  # whatever the rounding: the step without clipping, times the coefficient
+        # whatever the rounding: the step without clipping, times the coefficient
+        if "scaled_off" in seen:
             assert seen["scaled_off"] <= 1e-6
     assert len({row[case]["bits"] for row in rows}) == 1
 
@@ -120,9 +123,13 @@ def test_skipped_steps_move_nothing_and_a_spike_does_not_lower_the_scale(engine)
         assert seen["nonfinite"] == [False, False, False, False, False, True, False]
         assert seen["engine"] == [0, 0, 0, 1, 1, 2, 2]
         assert all(told == theirs for told, theirs in seen["norms"][:5] + seen["norms"][6:])
-        assert seen["norms"][3][1] > 10 * seen["norms"][0][1], "a step that a policy leaves out has a norm"
+        assert seen["norms"][3][1] > 10 * seen["norms"][0][1], (
+            "a step that a policy leaves out has a norm"
+        )
         told, theirs = seen["norms"][5]
-        assert not math.isfinite(told) and theirs == math.inf, "as DeepSpeed's own where a step is not finite"
+        assert not math.isfinite(told) and theirs == math.inf, (
+            "as DeepSpeed's own where a step is not finite"
+        )
         assert seen["scale"] == ([16, 16, 16, 16, 16, 8, 8] if "fp16" in name else [])
 
 
@@ -138,9 +145,11 @@ def test_the_growth_of_the_loss_scale_does_not_change_the_clip(engine):
 def test_refusals_read_well(engine):
     for row in engine[0]:
         assert row["refusals"] == [
-            'this engine also clips: its "gradient_clipping" is 1 (DeepSpeed sets it where a config does not). Write "gradient_clipping": '
+            'this engine also clips: its "gradient_clipping" is 1 (DeepSpeed sets it where a '
+            'config does not). Write "gradient_clipping": '
             "0.0 into the DeepSpeed config, or attach(engine, ..., take_over=True)",
-            "attach(engine, ..., fold=): DeepSpeed decides that; the options are norm_type, groups, on_nonfinite, drift_tolerance, "
+            "attach(engine, ..., fold=): DeepSpeed decides that; the options are norm_type, "
+            "groups, on_nonfinite, drift_tolerance, "
             "skip_limit, sinks",
             "0.0",
             "this engine has a clipper already; attach one only",
@@ -149,16 +158,25 @@ def test_refusals_read_well(engine):
 
 def test_another_version_of_deepspeed_is_told_by_name(engine):
     rows, _, name = engine
-    at_zero = "FP16_Optimizer.fp16_groups" if "fused" in name else "FP16_UnfusedOptimizer.fp16_groups" if "fp32" not in name else ""
+    at_zero = (
+        "FP16_Optimizer.fp16_groups"
+        if "fused" in name
+        else "FP16_UnfusedOptimizer.fp16_groups"
+        if "fp32" not in name
+        else ""
+    )
     lost = {
         "0": at_zero,
-        "1": "BF16_Optimizer.bf16_groups" if "fp32acc" in name else "DeepSpeedZeroOptimizer.averaged_gradients",
+        "1": "BF16_Optimizer.bf16_groups"
+        if "fp32acc" in name
+        else "DeepSpeedZeroOptimizer.averaged_gradients",
         "2": "DeepSpeedZeroOptimizer.averaged_gradients",
         "3": "DeepSpeedZeroOptimizer_Stage3.averaged_gradients",
     }[name[0]]
     for row in rows:
         assert row["missing"] == [
-            f"DeepSpeed X has no {what}, which distclip needs; it was written against DeepSpeed 0.19"
+            f"DeepSpeed X has no {what}, which distclip needs; it was written against DeepSpeed "
+            f"0.19"
             for what in (lost, "DeepSpeedEngine.torch_autocast_z0_gradscaler")
             if what
         ]
@@ -167,18 +185,24 @@ def test_another_version_of_deepspeed_is_told_by_name(engine):
 def test_what_cannot_be_clipped_is_refused(engine):
     rows, _, name = engine
     stranger = (
-        "the engine's optimizer steps a parameter of shape (3,) that is not in the model; put it into the model that "
+        "the engine's optimizer steps a parameter of shape (3,) that is not in the model; put it "
+        "into the model that "
         "deepspeed.initialize gets"
     )
     unmeasured = (
-        'attach: this engine has "zero_optimization": {"compute_grad_norm": false}, which distclip does not support under DeepSpeed: '
+        'attach: this engine has "zero_optimization": {"compute_grad_norm": false}, which distclip '
+        "does not support under DeepSpeed: "
         "leave that out"
     )
     experts = (
-        "attach: this engine has DeepSpeed's mixture-of-experts layers, which distclip does not support under DeepSpeed: leave attach out "
-        'and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train such a model under FSDP2 with its experts, stages or '
+        "attach: this engine has DeepSpeed's mixture-of-experts layers, which distclip does not "
+        "support under DeepSpeed: leave attach out "
+        'and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train such a model '
+        "under FSDP2 with its experts, stages or "
         "tensor-parallel parts as torch has them, where GradClipper(model, ...) knows them"
     )
     sharded = name[0] in "12" and "fp32acc" not in name and "offload" not in name
     for row in rows:
-        assert row["unsupported"] == [experts] + ([stranger] if name[0] == "0" else [unmeasured] if sharded else [])
+        assert row["unsupported"] == [experts] + (
+            [stranger] if name[0] == "0" else [unmeasured] if sharded else []
+        )

@@ -14,7 +14,20 @@ def rows(request):
     return launched("lightning_loop.py", request.param, ranks=LAYOUTS[request.param])
 
 
-@pytest.mark.parametrize("case", ["clip", "tiny", "huge", "accumulate", "groups", "part", "fabric clip", "fabric tiny", "fabric huge"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "clip",
+        "tiny",
+        "huge",
+        "accumulate",
+        "groups",
+        "part",
+        "fabric clip",
+        "fabric tiny",
+        "fabric huge",
+    ],
+)
 def test_the_update_is_the_oracles(rows, case):
     *fabric, case = case.split()
     for row in rows:
@@ -34,7 +47,9 @@ def test_elements_are_bounded_by_fabric(rows):
 def test_norm_and_coefficient_are_logged(rows):
     for row in rows:
         assert row["clip"]["logged"]["grad_norm"] == pytest.approx(row["clip"]["norm"], rel=1e-6)
-        assert row["clip"]["logged"]["clip_coef"] == pytest.approx(0.1 / row["clip"]["norm"], rel=1e-6)
+        assert row["clip"]["logged"]["clip_coef"] == pytest.approx(
+            0.1 / row["clip"]["norm"], rel=1e-6
+        )
 
 
 def test_two_optimizers_are_clipped_by_norms_of_their_own(rows):
@@ -57,7 +72,11 @@ def test_fp16_is_unscaled_once(rows):
         pytest.skip("Lightning's fp16 with FSDP2 is for GPUs")
     for row in rows:
         for case in ("fp16", "fp16 fused"):
-            assert row[case]["off"] <= 5e-3 and row[case]["norm_off"] <= 5e-3 and row[case]["scale"] == 1024
+            assert (
+                row[case]["off"] <= 5e-3
+                and row[case]["norm_off"] <= 5e-3
+                and row[case]["scale"] == 1024
+            )
         assert row["fp16 bad"]["moved"] == 0 and row["fp16 bad"]["scale"] == 512
 
 
@@ -74,7 +93,9 @@ def test_fabric_clips_what_each_optimizer_steps(rows):
 @pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
 def test_a_search_is_clipped_as_lightning_clips_it(rows, search):
     if search not in rows[0].get("searches", {}):
-        pytest.skip("shown under one process and DDP; Lightning scales batches in one process alone")
+        pytest.skip(
+            "shown under one process and DDP; Lightning scales batches in one process alone"
+        )
     for row in rows:
         seen = row["searches"][search]
         assert len(seen["distclip"]) >= 2 and min(seen["neither"]) > 1, "vacuous"
@@ -92,7 +113,8 @@ def test_a_search_leaves_the_fits_clipper_as_it_was(rows):
             assert seen[name]["steps"] > seen["none"]["steps"] == 3, "vacuous"
             assert seen[name]["state"] == seen["none"]["state"], name
             assert seen[name]["sink"] == 3
-        # a LearningRateFinder makes Lightning count its steps from 0 again, and reads the checkpoint's callbacks anew
+        # a LearningRateFinder makes Lightning count its steps from 0 again, and reads the
+        # checkpoint's callbacks anew
         saved = seen["none"]["state"]
         for resumed, steps in ((seen["resumed none"], 2), (seen["resumed with a finder"], 5)):
             assert resumed["step"] == saved["step"] + steps
@@ -105,8 +127,12 @@ def test_what_the_optimizer_holds_at_the_step_counts(rows):
     for row in rows:
         seen = row["fine_tuning"]
         assert seen["told"] == pytest.approx(seen["held"], rel=1e-6)
-        assert seen["held"][2] > seen["held"][1] + 0.003, "vacuous: nothing was given to the optimizer"
-        assert seen["all"][-1] > 4 * seen["held"][-1], "vacuous: no gradient was left that nobody steps"
+        assert seen["held"][2] > seen["held"][1] + 0.003, (
+            "vacuous: nothing was given to the optimizer"
+        )
+        assert seen["all"][-1] > 4 * seen["held"][-1], (
+            "vacuous: no gradient was left that nobody steps"
+        )
 
 
 def test_fabric_counts_what_the_optimizer_holds(rows):
@@ -119,9 +145,11 @@ def test_fabric_counts_what_the_optimizer_holds(rows):
         assert seen["seen"][2][0] > seen["seen"][1][0] > 0.1, "vacuous"
         assert seen["calls"] == [3, 1]
         assert seen["texts"] == [
-            "clip_gradients: the optimizer holds 1 parameters of other modules, which Fabric would clip with these; prepare all its "
+            "clip_gradients: the optimizer holds 1 parameters of other modules, which Fabric would "
+            "clip with these; prepare all its "
             "modules together: prepare(fabric, module, other, max_norm=...)",
-            "clip_gradients: a second optimizer steps another part of the module, which has no policy of its own; prepare the module with "
+            "clip_gradients: a second optimizer steps another part of the module, which has no "
+            "policy of its own; prepare the module with "
             "max_norm=, or each part as a module",
         ]
 
@@ -132,30 +160,39 @@ def test_each_fit_is_clipped_once_and_none_without_the_callback(rows):
     for row in rows:
         norm = row["fits"]["norm"]
         assert norm > 0.1, "vacuous"
-        for (length, calls, left), wanted in zip(row["fits"]["seen"], (0.1, 0.1, norm), strict=True):
+        for (length, calls, left), wanted in zip(
+            row["fits"]["seen"], (0.1, 0.1, norm), strict=True
+        ):
             assert length == pytest.approx(wanted, rel=1e-6)
             assert calls == 1 and left == []
 
 
 def test_refusals_read_well(rows):
     twice = (
-        "ClipsByHand calls self.clip_gradients(gradient_clip_val={}) and GradientClipping clips too: the norm that is measured second is "
-        "that of clipped gradients. Take the call out, and give GradientClipping(max_norm=...) its threshold "
+        "ClipsByHand calls self.clip_gradients(gradient_clip_val={}) and GradientClipping clips "
+        "too: the norm that is measured second is "
+        "that of clipped gradients. Take the call out, and give GradientClipping(max_norm=...) its "
+        "threshold "
         "(policy=distclip.FixedValue(...) for gradient_clip_algorithm='value')"
     )
     for row in rows:
         assert row["both"] == [
-            "Trainer(gradient_clip_val=0.5) clips too; leave it out, GradientClipping(max_norm=...) is enough",
-            "ClipsToo.configure_gradient_clipping may clip too; take it out: GradientClipping is enough",
+            "Trainer(gradient_clip_val=0.5) clips too; leave it out, "
+            "GradientClipping(max_norm=...) is enough",
+            "ClipsToo.configure_gradient_clipping may clip too; take it out: GradientClipping is "
+            "enough",
             twice.format(0.25),
             twice.format(0.5),
             "this Trainer has two GradientClipping callbacks; pass one, it clips every optimizer",
-            "grad_of=: Lightning steps what is in .grad; use GradClipper itself for gradients that are elsewhere",
+            "grad_of=: Lightning steps what is in .grad; use GradClipper itself for gradients that "
+            "are elsewhere",
         ]
         assert row["fabric"]["texts"] == [
-            "clip_gradients was called with max_norm=0.5, norm_type=2, but distclip was prepared with max_norm=1000000000.0, norm_type=2; "
+            "clip_gradients was called with max_norm=0.5, norm_type=2, but distclip was prepared "
+            "with max_norm=1000000000.0, norm_type=2; "
             "make them equal",
-            "clip_gradients: distclip does not know this module; call prepare(fabric, module, max_norm=...) for it",
+            "clip_gradients: distclip does not know this module; call prepare(fabric, module, "
+            "max_norm=...) for it",
             "clip_gradients: pass exactly one of clip_val and max_norm",
             "prepare(fabric, module, max_norm=...) needs the module that fabric.setup returned",
             "the norm of the gradients is nan; nothing was stepped (error_if_nonfinite=True)",

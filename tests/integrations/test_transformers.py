@@ -61,7 +61,8 @@ def test_a_checkpoint_without_a_state_is_told(rows):
     if "without" not in rows[0]:
         pytest.skip("the same code")
     said = (
-        "the checkpoint of step 2 that training resumes from should hold the state of distclip's clipper in its trainer_state.json, and "
+        "the checkpoint of step 2 that training resumes from should hold the state of distclip's "
+        "clipper in its trainer_state.json, and "
         "holds {}: adaptive thresholds and counters begin anew"
     )
     for row in rows:
@@ -76,7 +77,8 @@ def test_each_training_is_clipped_once(rows):
         for exact, told in seen["norms"]:
             assert exact > 0.1, "vacuous"
             assert told == pytest.approx(exact, rel=1e-6)
-        assert max(seen["off"]) <= 2e-5  # the last training is clipped by Accelerate, whose coefficient is c / (n + 1e-6)
+        # the last training is clipped by Accelerate, whose coefficient is c / (n + 1e-6)
+        assert max(seen["off"]) <= 2e-5
         assert seen["calls"] == [1, 1] and seen["own"] == [False] * 3 and seen["objects"] == [0, 0]
 
 

@@ -1,4 +1,5 @@
-"""A Trainer script with distclip's one line: torchrun ... trainer_loop.py STRATEGY. Prints one JSON line a rank."""
+"""A Trainer script with distclip's one line: torchrun ... trainer_loop.py STRATEGY. Prints one JSON
+line a rank."""
 
 import gc
 import json
@@ -43,19 +44,27 @@ def reset(micro=1):
         PartialState._reset_state()
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState(backend="gloo")
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate shards on accelerators only
+        # Accelerate shards on accelerators only
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if STRATEGY == "deepspeed":
         PartialState._reset_state()
         import deepspeed
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes minutes, and gloo does
+        # its C++ build takes minutes, and gloo does
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
         own = {"gradient_clipping": "auto"}  # what Trainer wants: its max_grad_norm
-        own |= {"train_micro_batch_size_per_gpu": ROWS // WORLD // micro, "gradient_accumulation_steps": micro}
+        own |= {
+            "train_micro_batch_size_per_gpu": ROWS // WORLD // micro,
+            "gradient_accumulation_steps": micro,
+        }
         plugin = DeepSpeedPlugin(hf_ds_config=config | own)
-        Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # by which TrainingArguments would make a second plugin
+        Accelerator(
+            deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+        )
+        # by which TrainingArguments would make a second plugin
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def arguments(folder, **more):
@@ -63,14 +72,23 @@ def arguments(folder, **more):
         version = int(STRATEGY[-1])
         config = {"version": version, "fsdp_transformer_layer_cls_to_wrap": ["Linear"]}
         if version == 1:
-            config |= {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True}
+            config |= {
+                "sync_module_states": False,
+                "cpu_ram_efficient_loading": False,
+                "use_orig_params": True,
+            }
         more |= {"fsdp": "full_shard", "fsdp_config": config}
         more |= {"accelerator_config": {"use_configured_state": True}}
     elif STRATEGY == "deepspeed":
         more |= {"accelerator_config": {"use_configured_state": True}}
     else:
         more |= {"use_cpu": True}
-    more = {"per_device_train_batch_size": ROWS // WORLD, "max_steps": 1, "save_strategy": "no", "learning_rate": 1.0} | more
+    more = {
+        "per_device_train_batch_size": ROWS // WORLD,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1.0,
+    } | more
     return TrainingArguments(
         output_dir=folder, optim="sgd", lr_scheduler_type="constant", logging_steps=1, report_to=[],
         disable_tqdm=True, dataloader_pin_memory=False, **more,
@@ -86,18 +104,39 @@ def trained(folder, resume=None, policy=None, rows=ROWS, frozen="none", kind=Tra
     records = [{"x": a, "labels": b} for a, b in zip(x, y)]
     trainer = kind(model, arguments(folder, **more), train_dataset=records)
     callback = clip_with_distclip(trainer, policy=policy)
-    before = {n.removeprefix("net."): p.detach().double().clone() for n, p in model.named_parameters()}
+    before = {
+        n.removeprefix("net."): p.detach().double().clone() for n, p in model.named_parameters()
+    }
     trainer.train(resume_from_checkpoint=resume)
     now = {n.removeprefix("net."): p for n, p in whole(trainer.model_wrapped).items()}
     return trainer, callback, before, now
 
 
 def one_step(folder, max_norm, micro=1, frozen="none"):
-    more = {"per_device_train_batch_size": ROWS // WORLD // micro, "gradient_accumulation_steps": micro} if micro > 1 else {}
+    more = (
+        {
+            "per_device_train_batch_size": ROWS // WORLD // micro,
+            "gradient_accumulation_steps": micro,
+        }
+        if micro > 1
+        else {}
+    )
     trainer, callback, before, now = trained(folder, max_grad_norm=max_norm, frozen=frozen, **more)
     grads, norm = oracle(net(), *data(1, ROWS), lambda n: not f"net.{n}".startswith(frozen))
-    still = max([0.0, *(float((now[n] - before[n]).abs().max()) for n in now if f"net.{n}".startswith(frozen))])
-    grads, now, before = ({n: t for n, t in all.items() if not f"net.{n}".startswith(frozen)} for all in (grads, now, before))
+    still = max(
+        [
+            0.0,
+            *(
+                float((now[n] - before[n]).abs().max())
+                for n in now
+                if f"net.{n}".startswith(frozen)
+            ),
+        ]
+    )
+    grads, now, before = (
+        {n: t for n, t in all.items() if not f"net.{n}".startswith(frozen)}
+        for all in (grads, now, before)
+    )
     logs = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
     report = callback.clipper.last_report
     return {
@@ -108,7 +147,9 @@ def one_step(folder, max_norm, micro=1, frozen="none"):
         "calls": report.step,
         "moved": largest_move(now, before),
         "still": still,
-        "logs": {key: logs.get(key) for key in ("grad_norm", "clip_coef", "clip_rate", "clip_skipped")},
+        "logs": {
+            key: logs.get(key) for key in ("grad_norm", "clip_coef", "clip_rate", "clip_skipped")
+        },
     }
 
 
@@ -120,7 +161,9 @@ def resumed(folder):
     first, second = straight.clipper.state_dict(), again.clipper.state_dict()
     return {
         "step": int(second["step"]),
-        "equal": all(torch.equal(first[k], second[k]) for k in first if isinstance(first[k], torch.Tensor)),
+        "equal": all(
+            torch.equal(first[k], second[k]) for k in first if isinstance(first[k], torch.Tensor)
+        ),
     }
 
 
@@ -144,7 +187,11 @@ class OwnFormat(Elsewhere):
 def state_of(callback):
     """Counters and thresholds, without the 500 flags of the clip rate."""
     state = callback.clipper.state_dict()
-    return {name: t.tolist() for name, t in state.items() if isinstance(t, torch.Tensor) and t.numel() < 100}
+    return {
+        name: t.tolist()
+        for name, t in state.items()
+        if isinstance(t, torch.Tensor) and t.numel() < 100
+    }
 
 
 def on_rank_0(action):
@@ -155,7 +202,8 @@ def on_rank_0(action):
 
 
 def wherever_trainer_writes(folder):
-    """Thresholds are those of the checkpoint that is named, though another run's lies where it might be guessed."""
+    """Thresholds are those of the checkpoint that is named, though another run's lies where it
+    might be guessed."""
     more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     policy = distclip.AutoClip(window=16)
     _, other, _, _ = trained(f"{folder}/a", policy=policy, learning_rate=0.01, **more)
@@ -164,12 +212,19 @@ def wherever_trainer_writes(folder):
     out["straight"] = state_of(straight)
 
     def goes_on(name, resume, **more):
-        _, callback, _, _ = trained(f"{folder}/a", resume=f"{folder}/{resume}", policy=policy, **more)
+        _, callback, _, _ = trained(
+            f"{folder}/a", resume=f"{folder}/{resume}", policy=policy, **more
+        )
         out[name] = state_of(callback)
 
     on_rank_0(lambda: os.rename(f"{folder}/b/checkpoint-2", f"{folder}/b/best"))
     goes_on("renamed, and another output_dir", "b/best", **more)
-    goes_on("with Trainer's own way to restore callbacks", "b/best", restore_callback_states_from_checkpoint=True, **more)
+    goes_on(
+        "with Trainer's own way to restore callbacks",
+        "b/best",
+        restore_callback_states_from_checkpoint=True,
+        **more,
+    )
     for kind, name in ((Elsewhere, "elsewhere/checkpoint-2"), (OwnFormat, "elsewhere/own-2")):
         trained(f"{folder}/c", policy=policy, kind=kind, **more)
         # an own format has no optimizer: momentum is none here, so that the steps are the same
@@ -181,7 +236,8 @@ def wherever_trainer_writes(folder):
 
 
 def without_a_state(folder):
-    """What is said where the checkpoint was written without distclip, or its state is of another step."""
+    """What is said where the checkpoint was written without distclip, or its state is of another
+    step."""
     texts, more = [], {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     trained(f"{folder}/e", policy=distclip.AutoClip(window=16), **more)
 
@@ -198,16 +254,28 @@ def without_a_state(folder):
         on_rank_0(lambda change=change: edit(change))
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            _, callback, _, _ = trained(f"{folder}/e", resume=f"{folder}/e/checkpoint-2", policy=distclip.AutoClip(window=16), **more)
+            _, callback, _, _ = trained(
+                f"{folder}/e",
+                resume=f"{folder}/e/checkpoint-2",
+                policy=distclip.AutoClip(window=16),
+                **more,
+            )
         texts += [str(w.message) for w in seen if "distclip" in str(w.message)]
         texts.append(int(callback.clipper.state_dict()["step"]))
     return texts
 
 
 def again(folder):
-    """Two `train()` of one Trainer, and a third without the callback: each clipped once, by whom it should be."""
+    """Two `train()` of one Trainer, and a third without the callback: each clipped once, by whom it
+    should be."""
     trainer, callback, _, _ = trained(folder, max_grad_norm=0.1)
-    out = {"own": ["clip_grad_norm_" in vars(trainer.accelerator)], "norms": [], "calls": [], "objects": [], "off": []}
+    out = {
+        "own": ["clip_grad_norm_" in vars(trainer.accelerator)],
+        "norms": [],
+        "calls": [],
+        "objects": [],
+        "off": [],
+    }
 
     def once_more():
         before = whole(trainer.model_wrapped)
@@ -218,7 +286,12 @@ def again(folder):
         trainer.train()
         wanted = {f"net.{n}": g for n, g in clipped(grads, norm, 0.1).items()}
         out["off"].append(off(whole(trainer.model_wrapped), before, wanted))
-        out["norms"].append([float(norm), next(e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e)])
+        out["norms"].append(
+            [
+                float(norm),
+                next(e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e),
+            ]
+        )
         out["own"].append("clip_grad_norm_" in vars(trainer.accelerator))
         out["objects"].append(len(trainer.accelerator._custom_objects))
 
@@ -257,9 +330,16 @@ def main():
         "huge": one_step(folder, HUGE),
         "zero": one_step(folder, 0.0),
     }
-    cases |= {"accumulate": one_step(folder, 0.1, micro=2), "part": one_step(folder, 0.1, frozen="net.0")}
+    cases |= {
+        "accumulate": one_step(folder, 0.1, micro=2),
+        "part": one_step(folder, 0.1, frozen="net.0"),
+    }
     if STRATEGY in ("single", "ddp"):
-        cases |= {"resumed": resumed(folder), "refused": refused(folder), "wherever": wherever_trainer_writes(folder)}
+        cases |= {
+            "resumed": resumed(folder),
+            "refused": refused(folder),
+            "wherever": wherever_trainer_writes(folder),
+        }
         cases |= {"without": without_a_state(folder), "again": again(folder)}
     print("RESULT " + json.dumps(cases), flush=True)
     gc.collect()

@@ -1,4 +1,5 @@
-"""Built where a C compiler is, pure Python where none is; a stale library is never loaded; the reader is told which one serves."""
+"""Built where a C compiler is, pure Python where none is; a stale library is never loaded; the
+reader is told which one serves."""
 
 import os
 import shutil
@@ -48,7 +49,9 @@ def library_is(monkeypatch):
 
 
 def environment(path=None):
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", kernels.CHOICE)}
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", kernels.CHOICE)
+    }
     return env if path is None else {**env, "PATH": path}
 
 
@@ -69,7 +72,11 @@ def test_torch_can_be_forced(choose):
 
 def test_other_choices_are_refused(choose):
     choose("fast")
-    with pytest.raises(ConfigError, match="DISTCLIP_KERNELS='fast' is neither 'native' nor 'torch'; unset it to have distclip choose"):
+    with pytest.raises(
+        ConfigError,
+        match="DISTCLIP_KERNELS='fast' is neither 'native' nor "
+        "'torch'; unset it to have distclip choose",
+    ):
         kernels.active()
 
 
@@ -78,7 +85,10 @@ def test_no_library(choose, library_is):
     assert kernels.active() == "torch (no compiled library)"
     assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is None
     choose("native")
-    with pytest.raises(ConfigError, match="DISTCLIP_KERNELS=native, but there are no native kernels: no compiled library"):
+    with pytest.raises(
+        ConfigError,
+        match="DISTCLIP_KERNELS=native, but there are no native kernels: no compiled library",
+    ):
         kernels.active()
 
 
@@ -104,12 +114,17 @@ def test_a_stale_or_broken_library_is_not_loaded(tmp_path, monkeypatch):
     assert found_in(tmp_path, monkeypatch).startswith("the compiled library cannot be loaded: ")
     (tmp_path / "clip.c").write_text((tmp_path / "clip.c").read_text() + "/* changed */\n")
     stale = found_in(tmp_path, monkeypatch)
-    assert stale == "the compiled library is of other sources than these: run python -m distclip.kernels.build"
+    assert stale == (
+        "the compiled library is of other sources than these: run python -m distclip.kernels.build"
+    )
 
 
 def test_compiling_replaces_the_old(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", FAKE)
-    old, other = tmp_path / f"libdistclip-{build.PLATFORM}-0.so", tmp_path / "libdistclip-plan9-z80-0.so"
+    old, other = (
+        tmp_path / f"libdistclip-{build.PLATFORM}-0.so",
+        tmp_path / "libdistclip-plan9-z80-0.so",
+    )
     old.touch()
     other.touch()
     made = build.compile_into(tmp_path)
@@ -132,18 +147,46 @@ def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (folder / "src/distclip/kernels" / f"libdistclip-{build.PLATFORM}-0.so").touch()  # a stale one must not get into a wheel
+    shutil.copytree(
+        ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    # a stale one must not get into a wheel
+    (folder / "src/distclip/kernels" / f"libdistclip-{build.PLATFORM}-0.so").touch()
     return folder
 
 
 def wheel_of(tree, folder, env):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(tree)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+        str(tree),
+    ]
     subprocess.run(command, env=env, check=True, timeout=900, capture_output=True)
     (wheel,) = folder.glob("*.whl")
-    libraries = [Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    libraries = [
+        Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")
+    ]
     target = folder / "installed"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
     subprocess.run(command, env=env, check=True, timeout=900, capture_output=True)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CLIP],
@@ -170,7 +213,9 @@ def test_wheel_with_a_compiler(tree, tmp_path):
 
 def test_wheel_without_a_compiler(tree, tmp_path):
     (tmp_path / "bin").mkdir()
-    name, libraries, active = wheel_of(tree, tmp_path, environment(str(tmp_path / "bin")) | {"CC": ""})
+    name, libraries, active = wheel_of(
+        tree, tmp_path, environment(str(tmp_path / "bin")) | {"CC": ""}
+    )
     assert name.endswith("-py3-none-any.whl")
     assert libraries == []
     assert active == "torch (no compiled library)"
@@ -179,8 +224,14 @@ def test_wheel_without_a_compiler(tree, tmp_path):
 def test_an_editable_install_builds_beside_the_sources(tree, tmp_path):
     build_editable = "import sys, hatchling.build as b; b.build_editable(sys.argv[1])"
     subprocess.run(
-        [sys.executable, "-c", build_editable, str(tmp_path)], cwd=tree, env=environment() | {"CC": FAKE}, check=True, timeout=900
+        [sys.executable, "-c", build_editable, str(tmp_path)],
+        cwd=tree,
+        env=environment() | {"CC": FAKE},
+        check=True,
+        timeout=900,
     )
-    assert [path.name for path in (tree / "src/distclip/kernels").glob("*.so")] == [build.library_name()]
+    assert [path.name for path in (tree / "src/distclip/kernels").glob("*.so")] == [
+        build.library_name()
+    ]
     (wheel,) = tmp_path.glob("*.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]

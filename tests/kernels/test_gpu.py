@@ -1,4 +1,5 @@
-"""On a CUDA device: the kernels as they are, steps that wait for nothing, captured graphs, NCCL. `pytest -m gpu` runs these alone."""
+"""On a CUDA device: the kernels as they are, steps that wait for nothing, captured graphs, NCCL.
+`pytest -m gpu` runs these alone."""
 
 import math
 import os
@@ -19,7 +20,10 @@ from distclip.kernels import triton_lists
 from distclip.kernels.reference import power_sums
 from distclip.kernels.tensor_list import GradList
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 KERNELS = pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COUNTS = (0, 1, 7, 2047, 2049, 32768, 32769, 1_000_003)
@@ -29,7 +33,8 @@ COUNTS = (0, 1, 7, 2047, 2049, 32768, 32769, 1_000_003)
 def nothing_waits():
     """Any operation of torch that makes the host wait for the device is an error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once that it does not know of all such operations
+        # torch says once that it does not know of all such operations
+        warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -42,12 +47,22 @@ def numbers(count, dtype, seed=0):
 
 
 def lists():
-    """Mixed dtypes and sizes, aligned and not: on the CPU, and on the device with the same distance from 16 bytes."""
-    here = [numbers(count + 1, dtype, count)[offset : count + offset] for count in COUNTS for dtype in DTYPES for offset in (0, 1)]
+    """Mixed dtypes and sizes, aligned and not: on the CPU, and on the device with the same distance
+    from 16 bytes."""
+    here = [
+        numbers(count + 1, dtype, count)[offset : count + offset]
+        for count in COUNTS
+        for dtype in DTYPES
+        for offset in (0, 1)
+    ]
     there = []
     for tensor in here:
         offset = tensor.storage_offset()
-        there.append(torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[offset : tensor.numel() + offset].copy_(tensor))
+        there.append(
+            torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[
+                offset : tensor.numel() + offset
+            ].copy_(tensor)
+        )
     return here, there
 
 
@@ -61,8 +76,12 @@ def test_the_guard_catches_a_wait():
 def test_power_sums_are_those_of_the_cpu(p):
     here, there = lists()
     found = GradList.of(there).power_sums(p)
-    assert found.device.type == "cuda" and torch.equal(found, GradList.of(there).power_sums(p)), "the same bits each time"
-    torch.testing.assert_close(found.cpu(), power_sums([t.double() for t in here], p), rtol=1e-12, atol=0)
+    assert found.device.type == "cuda" and torch.equal(found, GradList.of(there).power_sums(p)), (
+        "the same bits each time"
+    )
+    torch.testing.assert_close(
+        found.cpu(), power_sums([t.double() for t in here], p), rtol=1e-12, atol=0
+    )
 
 
 @KERNELS
@@ -70,12 +89,15 @@ def test_power_sums_are_those_of_the_cpu(p):
 def test_extreme_sizes_inf_and_nan(p):
     values = ([1e20] * 5, [1e-25] * 5, [math.inf, 1.0], [math.nan, math.inf], [1e-45])
     found = GradList.of([torch.tensor(v, device="cuda") for v in values]).power_sums(p).tolist()
-    expected = power_sums([torch.tensor(v, dtype=torch.float32).double() for v in values], p).tolist()
+    expected = power_sums(
+        [torch.tensor(v, dtype=torch.float32).double() for v in values], p
+    ).tolist()
     assert found == pytest.approx(expected, rel=1e-13, nan_ok=True)
 
 
 def multiplied(tensor, factor):
-    """In float32 (float64), then rounded. A 0-dim factor on the device would be rounded to bfloat16 by torch before the multiply."""
+    """In float32 (float64), then rounded. A 0-dim factor on the device would be rounded to bfloat16
+    by torch before the multiply."""
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return (tensor.to(wide) * torch.tensor(factor, dtype=wide, device="cuda")).to(tensor.dtype)
 
@@ -97,26 +119,40 @@ def test_both_ways_of_squaring(monkeypatch, double):
     monkeypatch.setattr(triton_lists, "doubles", lambda device: double)
     triton_lists.layout.cache_clear()
     here, there = lists()
-    shifted = [t * 2.0**-70 for t in there if t.dtype != torch.float16] + [torch.zeros(100_000, device="cuda")]
+    shifted = [t * 2.0**-70 for t in there if t.dtype != torch.float16] + [
+        torch.zeros(100_000, device="cuda")
+    ]
     try:
         found, tiny = GradList.of(there).power_sums(2.0), GradList.of(shifted).power_sums(2.0)
     finally:
         triton_lists.layout.cache_clear()
-    torch.testing.assert_close(found.cpu(), power_sums([t.double() for t in here], 2.0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(tiny.cpu(), power_sums([t.double().cpu() for t in shifted], 2.0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        found.cpu(), power_sums([t.double() for t in here], 2.0), rtol=1e-13, atol=0
+    )
+    torch.testing.assert_close(
+        tiny.cpu(), power_sums([t.double().cpu() for t in shifted], 2.0), rtol=1e-13, atol=0
+    )
 
 
 @KERNELS
 def test_later_launches_are_those_of_other_arguments_too():
-    """What was compiled once is launched with whatever comes: other lengths of a list, other strides, other orders."""
+    """What was compiled once is launched with whatever comes: other lengths of a list, other
+    strides, other orders."""
     for count in (1, 5, 3):
         tensors = [torch.full((1000 + i,), 2.0, device="cuda") for i in range(count)]
         many = torch.tensor([[0.5, 9.0]] * count, dtype=torch.float64, device="cuda")
-        for factors, left in ((many[:, 0], 1.0), (many[0, 0], 0.5), (many[:1, 0].expand(count), 0.25), (many[:, 0].float(), 0.125)):
+        for factors, left in (
+            (many[:, 0], 1.0),
+            (many[0, 0], 0.5),
+            (many[:1, 0].expand(count), 0.25),
+            (many[:, 0].float(), 0.125),
+        ):
             GradList.of(tensors).scale_(factors)
             assert all(bool((t == left).all()) for t in tensors)
         for p, each in ((1.0, 0.125), (2.0, 0.125**2), (1.0, 0.125)):
-            assert GradList.of(tensors).power_sums(p).tolist() == [each * (1000 + i) for i in range(count)]
+            assert GradList.of(tensors).power_sums(p).tolist() == [
+                each * (1000 + i) for i in range(count)
+            ]
 
 
 @KERNELS
@@ -150,7 +186,10 @@ def test_more_than_2_to_the_31_elements():
     tensor[-100:] = 2.0
     assert GradList.of([tensor]).power_sums(2.0).item() == 400
     GradList.of([tensor]).scale_(0.5)
-    assert GradList.of([tensor]).power_sums(2.0).item() == 100 and tensor[-100:].tolist() == [1.0] * 100
+    assert (
+        GradList.of([tensor]).power_sums(2.0).item() == 100
+        and tensor[-100:].tolist() == [1.0] * 100
+    )
 
 
 def model(device, dtype=torch.float32):
@@ -180,7 +219,9 @@ def optimizer_of(layers, capturable=False):
 
 POLICIES = {
     "autoclip": lambda: distclip.AutoClip(60.0, window=4),
-    "spikes": lambda: distclip.SkipSpikes(distclip.FixedNorm(1.0), sigma=1.0, window=4, warmup=2, factor=1.0),
+    "spikes": lambda: distclip.SkipSpikes(
+        distclip.FixedNorm(1.0), sigma=1.0, window=4, warmup=2, factor=1.0
+    ),
     "warmup": lambda: distclip.Warmup(distclip.FixedNorm(1.0), 4, 3.0),
     "fixed": lambda: distclip.FixedNorm(1.0),
     "zclip": lambda: distclip.ZClip(warmup=2),
@@ -189,14 +230,24 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("policy", ["fixed", "zclip", "value"])
-@pytest.mark.parametrize("mode", [{"on_nonfinite": "skip"}, {"on_nonfinite": "propagate"}, {"on_nonfinite": "propagate", "fold": "never"}])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"on_nonfinite": "skip"},
+        {"on_nonfinite": "propagate"},
+        {"on_nonfinite": "propagate", "fold": "never"},
+    ],
+)
 def test_steps_wait_for_nothing_and_do_what_they_do_on_the_cpu(policy, mode):
     if policy == "value" and mode["on_nonfinite"] == "skip":
         pytest.skip("a clamp does not fold, so one flag is read")
     runs = []
     for device in ("cpu", "cuda"):
         layers = model(device)
-        clipper, optimizer = distclip.GradClipper(layers, policy=POLICIES[policy](), **mode), optimizer_of(layers)
+        clipper, optimizer = (
+            distclip.GradClipper(layers, policy=POLICIES[policy](), **mode),
+            optimizer_of(layers),
+        )
         reports = []
         for step in range(6):
             give(layers, step)
@@ -206,16 +257,30 @@ def test_steps_wait_for_nothing_and_do_what_they_do_on_the_cpu(policy, mode):
                     reports.append(clipper.step(optimizer))
             else:
                 reports.append(clipper.step(optimizer))
-        runs.append(([float(r.total_norm) for r in reports], [bool(r.clipped) for r in reports], [p.cpu() for p in layers.parameters()]))
+        runs.append(
+            (
+                [float(r.total_norm) for r in reports],
+                [bool(r.clipped) for r in reports],
+                [p.cpu() for p in layers.parameters()],
+            )
+        )
     (norms, clipped, params), (norms_there, clipped_there, params_there) = runs
-    assert norms == pytest.approx(norms_there, rel=1e-6) and clipped == clipped_there and len(set(clipped)) == 2
+    assert (
+        norms == pytest.approx(norms_there, rel=1e-6)
+        and clipped == clipped_there
+        and len(set(clipped)) == 2
+    )
     for a, b in zip(params, params_there, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_with_a_scaler_waits_for_nothing():
     layers = model("cuda")
-    clipper, optimizer, scaler = distclip.GradClipper(layers, 1.0), optimizer_of(layers), torch.amp.GradScaler("cuda", init_scale=4.0)
+    clipper, optimizer, scaler = (
+        distclip.GradClipper(layers, 1.0),
+        optimizer_of(layers),
+        torch.amp.GradScaler("cuda", init_scale=4.0),
+    )
     start = deepcopy(layers.state_dict())
     for step in range(4):
         give(layers, step, bad=step == 3)
@@ -226,17 +291,26 @@ def test_a_step_with_a_scaler_waits_for_nothing():
         with nothing_waits() if step else warnings.catch_warnings():
             report = clipper.step(optimizer, scaler=scaler)
     assert report.skipped and scaler.get_scale() == 2.0
-    assert all(torch.equal(a, b) for a, b in zip(start.values(), layers.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(start.values(), layers.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.filterwarnings(skips.IGNORED)
 @pytest.mark.parametrize("policy", ["fixed", "zclip", "autoclip", "spikes", "warmup"])
 def test_a_captured_graph_does_what_the_steps_do(policy):
-    """Replays with other gradients in the same tensors, one of them not finite; the policy's state goes on from replay to replay."""
+    """Replays with other gradients in the same tensors, one of them not finite; the policy's state
+    goes on from replay to replay."""
     warm_up, bad = 3, 5
     layers, reference = model("cuda"), model("cpu")
-    clipper, optimizer = distclip.GradClipper(layers, policy=POLICIES[policy]()), optimizer_of(layers, capturable=True)
-    other, steps = distclip.GradClipper(reference, policy=POLICIES[policy]()), optimizer_of(reference)
+    clipper, optimizer = (
+        distclip.GradClipper(layers, policy=POLICIES[policy]()),
+        optimizer_of(layers, capturable=True),
+    )
+    other, steps = (
+        distclip.GradClipper(reference, policy=POLICIES[policy]()),
+        optimizer_of(reference),
+    )
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -256,11 +330,15 @@ def test_a_captured_graph_does_what_the_steps_do(policy):
             give(layers, step, bad=step == bad)
             graph.replay()
             torch.cuda.synchronize()
-            assert float(report.total_norm) == pytest.approx(float(expected.total_norm), rel=1e-6, nan_ok=True)
+            assert float(report.total_norm) == pytest.approx(
+                float(expected.total_norm), rel=1e-6, nan_ok=True
+            )
             assert bool(report.clipped) == bool(expected.clipped)
             skipped.append(bool(report.skipped))
             assert skipped[-1] == bool(expected.skipped)
-    assert skipped[bad - warm_up] and (policy == "spikes" or skipped == [step == bad for step in range(warm_up, 8)])
+    assert skipped[bad - warm_up] and (
+        policy == "spikes" or skipped == [step == bad for step in range(warm_up, 8)]
+    )
     for a, b in zip(layers.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
     give(layers, 0)
@@ -268,7 +346,10 @@ def test_a_captured_graph_does_what_the_steps_do(policy):
 
 
 def inputs(step, bad=False):
-    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(100 + step)) * SIZES[step % len(SIZES)]
+    x = (
+        torch.randn(8, 20, generator=torch.Generator().manual_seed(100 + step))
+        * SIZES[step % len(SIZES)]
+    )
     if bad:
         x[1, 2] = math.inf
     return x
@@ -283,11 +364,18 @@ def trained(layers, clipper, optimizer, x):
 @pytest.mark.filterwarnings(skips.IGNORED)
 @pytest.mark.parametrize("policy", ["fixed", "zclip"])
 def test_a_whole_training_step_is_captured(policy):
-    """Forward, backward and step in one graph: the gradients lie where the capture made them. A bad input among the replays."""
+    """Forward, backward and step in one graph: the gradients lie where the capture made them. A bad
+    input among the replays."""
     warm_up, bad = 3, 5
     layers, reference = model("cuda"), model("cpu")
-    clipper, optimizer = distclip.GradClipper(layers, policy=POLICIES[policy]()), optimizer_of(layers, capturable=True)
-    other, steps = distclip.GradClipper(reference, policy=POLICIES[policy]()), optimizer_of(reference)
+    clipper, optimizer = (
+        distclip.GradClipper(layers, policy=POLICIES[policy]()),
+        optimizer_of(layers, capturable=True),
+    )
+    other, steps = (
+        distclip.GradClipper(reference, policy=POLICIES[policy]()),
+        optimizer_of(reference),
+    )
     x = inputs(0).cuda()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -342,10 +430,13 @@ dist.destroy_process_group()
 
 
 def test_the_first_clip_opens_no_communicator(tmp_path):
-    """All are opened when the clipper is built, before the step of the largest memory. One rank: as far as that shows it."""
+    """All are opened when the clipper is built, before the step of the largest memory. One rank: as
+    far as that shows it."""
     environment = os.environ | {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(tmp_path / "nccl.txt")}
     command = [sys.executable, "-c", COMMUNICATORS, str(tmp_path / "store")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     built, after, groups = map(int, done.stdout.split())
     assert built == after == 1 and groups == 1, "NCCL's log counts what was opened"
@@ -353,7 +444,13 @@ def test_the_first_clip_opens_no_communicator(tmp_path):
 
 @pytest.fixture
 def nccl(tmp_path):
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    dist.init_process_group(
+        "nccl",
+        init_method=f"file://{tmp_path}/store",
+        rank=0,
+        world_size=1,
+        device_id=torch.device("cuda", 0),
+    )
     yield
     dist.destroy_process_group()
 
@@ -376,19 +473,28 @@ def test_nccl_on_one_gpu(nccl, device):
 
 def test_the_scale_of_offloaded_gradients_is_read_when_it_is_there():
     layers = model("cpu")
-    clipper, optimizer, scaler = distclip.GradClipper(layers, 1000.0), optimizer_of(layers), torch.amp.GradScaler("cuda", init_scale=8.0)
+    clipper, optimizer, scaler = (
+        distclip.GradClipper(layers, 1000.0),
+        optimizer_of(layers),
+        torch.amp.GradScaler("cuda", init_scale=8.0),
+    )
     scaler.scale(torch.ones((), device="cuda"))
     give(layers, 1)
     norm = float(power_sums([p.grad for p in layers.parameters()], 2.0).sum().sqrt())
     torch.cuda._sleep(200_000_000)
     scaler._scale.mul_(2)
-    assert float(clipper.step(optimizer, scaler=scaler).total_norm) == pytest.approx(norm / 16, rel=1e-6)
+    assert float(clipper.step(optimizer, scaler=scaler).total_norm) == pytest.approx(
+        norm / 16, rel=1e-6
+    )
 
 
 @KERNELS
 def test_what_a_capture_needs_is_prepared_before():
     tensors = [torch.ones(3, device="cuda"), torch.ones(12_345, device="cuda")]
-    with pytest.raises(distclip.ConfigError, match="run the step without capture first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(distclip.ConfigError, match="run the step without capture first"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         torch.zeros(1, device="cuda")  # torch warns of a graph that is empty
         GradList.of(tensors).power_sums(2.0)
 
@@ -402,12 +508,17 @@ def test_captured_kernels_find_their_tensors():
     GradList.of(old).power_sums(1.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        new = [torch.full((40_000,), 8.0, device="cuda"), torch.full((3,), 8.0, dtype=torch.bfloat16, device="cuda")]
+        new = [
+            torch.full((40_000,), 8.0, device="cuda"),
+            torch.full((3,), 8.0, dtype=torch.bfloat16, device="cuda"),
+        ]
         GradList.of(new).scale_(half)
         GradList.of(old).scale_(half)
         sums = GradList.of(new).power_sums(1.0), GradList.of(old).power_sums(1.0)
     for other in range(3):  # eager calls between the replays do not disturb them
-        GradList.of([torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")]).scale_(half)
+        GradList.of(
+            [torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")]
+        ).scale_(half)
         graph.replay()
         torch.cuda.synchronize()
         assert sums[0].tolist() == [160_000.0, 12.0]

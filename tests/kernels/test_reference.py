@@ -52,12 +52,18 @@ def test_norm(kind, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_many_small_ones_of_some_sizes(dtype, p):
     """More than are computed at a time, in no order, some empty, some 0-dim, one not finite."""
-    grads = [randn(*shape).to(dtype) for _ in range(120) for shape in ((1000,), (), (3, 5), (2048,), (0,), (64,), (2, 1001))]
+    grads = [
+        randn(*shape).to(dtype)
+        for _ in range(120)
+        for shape in ((1000,), (), (3, 5), (2048,), (0,), (64,), (2, 1001))
+    ]
     grads[7 * 50] = torch.full((1000,), math.inf, dtype=dtype)
     got = norm_of(power_sums(grads, p), p).tolist()
     assert got.pop(7 * 50) == math.inf
     del grads[7 * 50]
-    assert got == pytest.approx([total_norm([grad], p) if grad.numel() else 0.0 for grad in grads], rel=1e-6, abs=0)
+    assert got == pytest.approx(
+        [total_norm([grad], p) if grad.numel() else 0.0 for grad in grads], rel=1e-6, abs=0
+    )
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -72,15 +78,33 @@ def test_what_is_not_finite_stays_so(bad, p):
 
 @pytest.mark.parametrize("p", NORMS)
 def test_empty_and_sparse(p):
-    rows = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), randn(3, 2), (5, 2), check_invariants=True)
+    rows = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1, 3]]), randn(3, 2), (5, 2), check_invariants=True
+    )
     sums = power_sums([torch.empty(0, 4), rows], p)
-    assert sums[0] == 0 and norm_of(sums, p)[1].item() == pytest.approx(total_norm([rows], p), rel=1e-6)
+    assert sums[0] == 0 and norm_of(sums, p)[1].item() == pytest.approx(
+        total_norm([rows], p), rel=1e-6
+    )
     assert power_sums([], p).shape == (0,)
 
 
 # Rounding to a precision
 
-AWKWARD = [0.0, 1.0, 1e300, 5e-324, 1e-320, 2.5e-308, 1e20, 1e-25, 0.1, 16777215.0, 16777217.5, -0.3, -1e300]
+AWKWARD = [
+    0.0,
+    1.0,
+    1e300,
+    5e-324,
+    1e-320,
+    2.5e-308,
+    1e20,
+    1e-25,
+    0.1,
+    16777215.0,
+    16777217.5,
+    -0.3,
+    -1e300,
+]
 AWKWARD += [16777217.0, 16777219.0, -16777217.0, 33554431.0, 2.0**48 + 1, 2.0**48 + 3]  # ties
 
 
@@ -90,7 +114,10 @@ TIE = {24: 2.0**-20, 48: 2.0**-4}  # how near to half a place counts as half a p
 @pytest.mark.parametrize("bits", [24, 48])
 def test_rounded_to_so_many_bits(bits):
     given = torch.cat(
-        [torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.tensor(AWKWARD, dtype=torch.float64)]
+        [
+            torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+            torch.tensor(AWKWARD, dtype=torch.float64),
+        ]
     )
     given = torch.cat([given, given * 2.0**20, given * 2.0**-300])
     for value, near in zip(given.tolist(), rounded(given, bits).tolist(), strict=True):
@@ -98,7 +125,9 @@ def test_rounded_to_so_many_bits(bits):
         if exponent > -1021:  # a normal number
             whole, part = divmod(math.ldexp(mantissa, bits), 1)
             tie = -TIE[bits] <= part - 0.5 < TIE[bits]
-            assert abs(near) == math.ldexp(whole + (whole % 2 if tie else part > 0.5), exponent - bits)
+            assert abs(near) == math.ldexp(
+                whole + (whole % 2 if tie else part > 0.5), exponent - bits
+            )
     assert torch.equal(rounded(rounded(given, bits), bits), rounded(given, bits))
     assert torch.equal(rounded(-given, bits), -rounded(given, bits))
 
@@ -112,8 +141,11 @@ def test_rounded_as_float32_in_its_range():
 
 
 def test_the_last_bits_do_not_matter_on_a_tie():
-    """A gradient of 81 equal elements has 9 times their size as its norm, often half-way between two float32 numbers."""
-    sizes = torch.randint(1 << 23, 1 << 24, (1000,), generator=torch.Generator().manual_seed(3)).double()
+    """A gradient of 81 equal elements has 9 times their size as its norm, often half-way between
+    two float32 numbers."""
+    sizes = torch.randint(
+        1 << 23, 1 << 24, (1000,), generator=torch.Generator().manual_seed(3)
+    ).double()
     norms = 9 * sizes
     ties = norms[(norms.view(torch.int64) & (1 << 29) - 1) == 1 << 28]
     assert len(ties) > 50, "vacuous"
@@ -125,7 +157,9 @@ def test_the_last_bits_do_not_matter_on_a_tie():
 @pytest.mark.parametrize("bits", [24, 48])
 def test_what_rounding_leaves(bits):
     """NaN whatever its bits, inf, and what would round up to inf."""
-    nans = torch.tensor([-1, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001, 0x7FF8000000000000, -(1 << 51)]).view(torch.float64)
+    nans = torch.tensor(
+        [-1, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001, 0x7FF8000000000000, -(1 << 51)]
+    ).view(torch.float64)
     assert nans.isnan().all() and rounded(nans, bits).isnan().all()
     largest = torch.finfo(torch.float64).max
     kept = torch.tensor([math.inf, largest, 0.0], dtype=torch.float64)

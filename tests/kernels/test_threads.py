@@ -10,8 +10,7 @@ import warnings
 import pytest
 import torch
 
-from distclip import gradlist
-from distclip.kernels import pool
+from distclip.kernels import pool, tensor_list
 from distclip.kernels.pool import POOL
 from kernels.native_cases import BLOCK, DTYPES, NO_LIBRARY, NORMS, addresses, layout_of, randn
 
@@ -33,11 +32,15 @@ def asked(request, monkeypatch):
     if request.param == "own pool":
         monkeypatch.setattr(pool, "torchs_threads", lambda: None)
         start = POOL.ask
-        monkeypatch.setattr(POOL, "ask", lambda helpers, work: (calls.append(helpers + 1), start(helpers, work)))
+        monkeypatch.setattr(
+            POOL, "ask", lambda helpers, work: (calls.append(helpers + 1), start(helpers, work))
+        )
     elif team is None:
         pytest.skip("torch computes with another runtime than gcc's")
     else:
-        monkeypatch.setattr(pool, "torchs_threads", lambda: lambda *call: (calls.append(call[2]), team(*call)))
+        monkeypatch.setattr(
+            pool, "torchs_threads", lambda: lambda *call: (calls.append(call[2]), team(*call))
+        )
     return calls
 
 
@@ -50,7 +53,9 @@ def everything(tensors):
     """Bits of all that a call can answer or write, at each p."""
     layout, pointers = layout_of(tensors), addresses(tensors)
     values = torch.linspace(0.1, 2, len(tensors), dtype=torch.float64)
-    answers = [layout.power_sums(pointers, p) for p in NORMS] + [layout.clamped_sums(pointers, values, p) for p in (1.0, 2.0)]
+    answers = [layout.power_sums(pointers, p) for p in NORMS] + [
+        layout.clamped_sums(pointers, values, p) for p in (1.0, 2.0)
+    ]
     copies = [tensor.clone() for tensor in tensors]
     layout.scale_(addresses(copies), values)
     layout.clamp_(addresses(copies), 0.7)
@@ -116,14 +121,18 @@ def test_a_forked_child_starts_its_own_threads(threads, mixed, asked):
     assert asked
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: threads are running; they hold nothing
+        # Python 3.12: threads are running; they hold nothing
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         answer = b"failed"
         try:
             layout, pointers = layout_of(mixed), addresses(mixed)
             started = POOL._started
-            same = all(torch.equal(layout.power_sums(pointers, p), w) for p, w in zip(NORMS, want, strict=False))
+            same = all(
+                torch.equal(layout.power_sums(pointers, p), w)
+                for p, w in zip(NORMS, want, strict=False)
+            )
             answer = b"same" if same and started == 0 and POOL._started >= 1 else b"other"
         finally:
             os.write(writer, answer)
@@ -142,24 +151,39 @@ def test_a_forked_child_starts_its_own_threads(threads, mixed, asked):
 def test_float32_norms_have_the_same_bits_over_shards(kind):
     for seed in range(20):
         grad = randn(3 * BLOCK + 4099 * seed, torch.float32, seed)
-        grad = {"normal": grad, "constant": torch.full_like(grad, 0.1 + seed), "wide": grad * 10 ** (5 * grad)}[kind]
+        grad = {
+            "normal": grad,
+            "constant": torch.full_like(grad, 0.1 + seed),
+            "wide": grad * 10 ** (5 * grad),
+        }[kind]
         norms = set()
         for shards in (1, 2, 4, 8):
             parts = list(grad.chunk(shards))
-            norms.add(layout_of(parts).power_sums(addresses(parts), 2.0).sum().sqrt().float().item())
+            norms.add(
+                layout_of(parts).power_sums(addresses(parts), 2.0).sum().sqrt().float().item()
+            )
         assert len(norms) == 1
 
 
 def test_a_dense_tensor_in_another_order_of_dimensions():
-    image = randn(2 * 3 * 8 * 9, torch.float32).reshape(2, 3, 8, 9).to(memory_format=torch.channels_last)
+    image = (
+        randn(2 * 3 * 8 * 9, torch.float32)
+        .reshape(2, 3, 8, 9)
+        .to(memory_format=torch.channels_last)
+    )
     turned = randn(600, torch.bfloat16).reshape(20, 30).t()
     gaps = randn(600, torch.float32)[::2]
-    tensors = gradlist.GradList.of([image, turned, gaps])
+    tensors = tensor_list.GradList.of([image, turned, gaps])
     assert list(tensors.odd) == [2]
     before = [tensor.clone() for tensor in (image, turned, gaps)]
-    assert tensors.power_sums(2.0).tolist() == pytest.approx([t.double().square().sum().item() for t in before], rel=1e-6)
+    assert tensors.power_sums(2.0).tolist() == pytest.approx(
+        [t.double().square().sum().item() for t in before], rel=1e-6
+    )
     tensors.scale_(0.5)
-    assert all(torch.equal(tensor, old * 0.5) for tensor, old in zip((image, turned, gaps), before, strict=True))
+    assert all(
+        torch.equal(tensor, old * 0.5)
+        for tensor, old in zip((image, turned, gaps), before, strict=True)
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -170,7 +194,9 @@ def test_no_copies(threads):
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
-    tensors = [torch.ones(1 << 23, dtype=dtype) for dtype in DTYPES] + [torch.ones(10) for _ in range(5000)]
+    tensors = [torch.ones(1 << 23, dtype=dtype) for dtype in DTYPES] + [
+        torch.ones(10) for _ in range(5000)
+    ]
     everything([torch.ones(9 * BLOCK)])  # the library and its threads are there
     layout, pointers = layout_of(tensors), addresses(tensors)
     try:
@@ -196,10 +222,14 @@ def test_many_elements_are_right_to_the_last_digits(threads):
         part.copy_(piece)
     grad[-1] = 100.0
     want = 128 * piece.double().square().sum().item() - piece[-1].item() ** 2 + 100.0**2
-    assert layout_of([grad]).power_sums(addresses([grad]), 2.0).item() == pytest.approx(want, rel=1e-12)
+    assert layout_of([grad]).power_sums(addresses([grad]), 2.0).item() == pytest.approx(
+        want, rel=1e-12
+    )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there until it is written")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs memory that is not there until it is written"
+)
 def test_more_elements_than_32_bits_count(threads):
     threads(2)
     count = (1 << 31) + BLOCK + 3

@@ -1,4 +1,5 @@
-"""Started by torchrun: several trainings one after the other in one set of processes. `each.py JSON`, a list of lists of arguments."""
+"""Started by torchrun: several trainings one after the other in one set of processes. `each.py
+JSON`, a list of lists of arguments."""
 
 import gc
 import json

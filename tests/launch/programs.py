@@ -1,4 +1,5 @@
-"""Starts the training program: as its users do, and in the ranks of the tests' pool, where starting costs nothing."""
+"""Starts the training program: as its users do, and in the ranks of the tests' pool, where starting
+costs nothing."""
 
 import json
 import os
@@ -14,13 +15,15 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": 
 
 
 def launched(command, timeout=900, **environment):
-    """Return code and output of a command in the project's root; it and all its children are ended after `timeout` seconds."""
+    """Return code and output of a command in the project's root; it and all its children are ended
+    after `timeout` seconds."""
     process = begin(command, **environment)
     return ended(process, timeout)
 
 
 def interruptible():
-    """In the child: a shell that put the tests into the background has turned SIGINT off for all that they start."""
+    """In the child: a shell that put the tests into the background has turned SIGINT off for all
+    that they start."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -43,7 +46,16 @@ def ended(process, timeout=900):
 
 def start(*arguments, ranks=2):
     launcher = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else [sys.executable]
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
+        if ranks
+        else [sys.executable]
     )
     return launched([*launcher, ROOT / "launch" / "train.py", *arguments])
 

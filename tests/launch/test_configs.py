@@ -1,4 +1,5 @@
-"""Every file of configs/ is started as it is, for a few steps. A file that nothing starts is an error."""
+"""Every file of configs/ is started as it is, for a few steps. A file that nothing starts is an
+error."""
 
 import json
 import sys
@@ -25,18 +26,51 @@ RESUMED = ("zero2", "zero3")
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """All DeepSpeed configurations one after the other on two ranks: with a bad step each; of some, interrupted runs. Logs by name."""
+    """All DeepSpeed configurations one after the other on two ranks: with a bad step each; of some,
+    interrupted runs. Logs by name."""
     folder = tmp_path_factory.mktemp("engines")
     jobs = []
     for path in ENGINES:
-        whole = [*FEW, "--config", str(CONFIGS / path), "--output.log", str(folder / f"{path.stem}.jsonl"), "--clip.threshold", "0.5"]
-        bad = ["--inject.kind", "nan", "--inject.step", "1", "--inject.rank", "1", "--training.warmup", "1000"]
+        whole = [
+            *FEW,
+            "--config",
+            str(CONFIGS / path),
+            "--output.log",
+            str(folder / f"{path.stem}.jsonl"),
+            "--clip.threshold",
+            "0.5",
+        ]
+        bad = [
+            "--inject.kind",
+            "nan",
+            "--inject.step",
+            "1",
+            "--inject.rank",
+            "1",
+            "--training.warmup",
+            "1000",
+        ]
         jobs.append([*whole, *bad])
         if path.stem.removeprefix("deepspeed_") in RESUMED:
-            log = ["--output.log", str(folder / f"{path.stem}_halves.jsonl"), "--output.checkpoint", str(folder / path.stem)]
+            log = [
+                "--output.log",
+                str(folder / f"{path.stem}_halves.jsonl"),
+                "--output.checkpoint",
+                str(folder / path.stem),
+            ]
             jobs += [[*whole, *bad, *log, "--training.steps", "2"], [*whole, *bad, *log]]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    code, said = launched([*launcher, ROOT / "tests/launch/each.py", json.dumps(jobs)], PYTHONPATH=f"{ROOT / 'src'}:{ROOT / 'tests'}")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    code, said = launched(
+        [*launcher, ROOT / "tests/launch/each.py", json.dumps(jobs)],
+        PYTHONPATH=f"{ROOT / 'src'}:{ROOT / 'tests'}",
+    )
     assert code == 0, said[-6000:]
     assert said.count("equal on all ranks") == len(jobs) and "NOT EQUAL" not in said
     return {log.stem: lines(log) for log in folder.glob("*.jsonl")}
@@ -47,14 +81,18 @@ def test_it_trains(path, ranks, tmp_path, request):
     log = tmp_path / "log.jsonl"
     to = ("--output.log", str(log), "--output.checkpoint", "")
     if path.parts[0] == "deepspeed":  # DeepSpeed's own: the configurations that name it are started
-        users = [other for other in ENGINES if Path(read(other)["deepspeed"]) == Path("configs") / path]
+        users = [
+            other for other in ENGINES if Path(read(other)["deepspeed"]) == Path("configs") / path
+        ]
         rows = [row for user in users for row in request.getfixturevalue("engines")[user.stem]]
         assert rows
         return
     if path.parts[0] == "accelerate":
         rows = by_accelerate(path, *to)
     elif read(path)["strategy"] == "accelerate":
-        assert any(other.parts[0] == "accelerate" for other in FILES), "it is started with each of those"
+        assert any(other.parts[0] == "accelerate" for other in FILES), (
+            "it is started with each of those"
+        )
         return
     elif read(path)["strategy"] == "deepspeed":
         rows = request.getfixturevalue("engines")[path.stem]
@@ -63,9 +101,17 @@ def test_it_trains(path, ranks, tmp_path, request):
     else:
         assert read(path)["strategy"] in ("single", *TORCH), "a strategy that no test starts"
         fp16 = read(path)["training"].get("precision") == "fp16"
-        bad = ("--inject.kind", "overflow", "--inject.step", "1", "--inject.rank", "0") if fp16 else ()
+        bad = (
+            ("--inject.kind", "overflow", "--inject.step", "1", "--inject.rank", "0")
+            if fp16
+            else ()
+        )
         arguments = (*FEW, "--config", str(CONFIGS / path), *to, *bad)
-        said = train_here(*arguments) if read(path)["strategy"] == "single" else train_with(ranks, *arguments)
+        said = (
+            train_here(*arguments)
+            if read(path)["strategy"] == "single"
+            else train_with(ranks, *arguments)
+        )
         rows = lines(log)
         assert [row["skipped"] for row in rows] == [False, fp16, False]
         assert "NOT EQUAL" not in said and said.count("equal on all ranks") == 1 + fp16
@@ -89,7 +135,12 @@ def by_accelerate(path, *arguments):
 def test_a_run_by_accelerate_is_resumed(tmp_path):
     path = Path("accelerate/fsdp2.yaml")
     whole = by_accelerate(path, "--output.log", str(tmp_path / "whole.jsonl"))
-    halves = ("--output.log", str(tmp_path / "halves.jsonl"), "--output.checkpoint", str(tmp_path / "halves"))
+    halves = (
+        "--output.log",
+        str(tmp_path / "halves.jsonl"),
+        "--output.checkpoint",
+        str(tmp_path / "halves"),
+    )
     by_accelerate(path, *halves, "--training.steps", "2")
     rows = by_accelerate(path, *halves)
     assert [row["total_norm"] for row in rows] == [row["total_norm"] for row in whole]
@@ -107,4 +158,6 @@ def test_all_ways_to_shard_by_deepspeed_have_the_same_norms(engines):
     assert len(fp32) > 3
     first = [row["total_norm"] for row in engines[fp32[0]] if not row["skipped"]]
     for name in fp32:
-        assert [row["total_norm"] for row in engines[name] if not row["skipped"]] == pytest.approx(first, rel=1e-4)
+        assert [row["total_norm"] for row in engines[name] if not row["skipped"]] == pytest.approx(
+            first, rel=1e-4
+        )

@@ -1,4 +1,5 @@
-"""Each script of launch/ as its users start it, on one machine; two nodes are two agents on the loopback."""
+"""Each script of launch/ as its users start it, on one machine; two nodes are two agents on the
+loopback."""
 
 import os
 import shutil
@@ -33,32 +34,49 @@ def test_two_nodes(tmp_path):
         assert code == 0, said[-6000:]
     said = "".join(said for _, said in results)
     assert "over 4 ranks" in said
-    assert "bits of the coefficients of 4 steps: " in said and ", equal on all ranks" in said and "NOT EQUAL" not in said
+    assert (
+        "bits of the coefficients of 4 steps: " in said
+        and ", equal on all ranks" in said
+        and "NOT EQUAL" not in said
+    )
     assert len(lines(log)) == 4 and all(row["clipped"] for row in lines(log)), "vacuous"
 
 
 def test_deepspeeds_launcher(tmp_path):
     log = tmp_path / "log.jsonl"
     code, said = launched(
-        ["launch/deepspeed.sh", "--config", "configs/deepspeed_zero2.yaml", *SMALL, "--output.log", log], MASTER_PORT=free_port()
+        [
+            "launch/deepspeed.sh",
+            "--config",
+            "configs/deepspeed_zero2.yaml",
+            *SMALL,
+            "--output.log",
+            log,
+        ],
+        MASTER_PORT=free_port(),
     )
     assert code == 0, said[-6000:]
     assert "over 2 ranks" in said and ", equal on all ranks" in said and len(lines(log)) == 4
 
 
 NEEDS = {
-    "torchrun": (["launch/torchrun.sh"], {}, "say what to train: launch/torchrun.sh --config configs/fsdp2.yaml"),
+    "torchrun": (["launch/torchrun.sh"], {}, "say what to train: launch/torchrun.sh --config "
+                                             "configs/fsdp2.yaml"),
     "torchrun on nodes": (
         ["launch/torchrun.sh", "--config", "configs/ddp.yaml"], {"NNODES": "2"},
         "NNODES=2 needs MASTER_ADDR (the node of rank 0) and NODE_RANK (0 there)",
     ),
-    "accelerate": (["launch/accelerate.sh"], {}, "nothing is no file; the first argument is Accelerate's configuration"),
-    "accelerate's file": (["launch/accelerate.sh", "--config", "x"], {}, "--config is no file; the first argument is Accelerate's"),
+    "accelerate": (["launch/accelerate.sh"], {}, "nothing is no file; the first argument is "
+                                                 "Accelerate's configuration"),
+    "accelerate's file": (["launch/accelerate.sh", "--config", "x"], {}, "--config is no file; the "
+                                                                         "first argument is "
+                                                                         "Accelerate's"),
     "accelerate on nodes": (
         ["launch/accelerate.sh", "configs/accelerate/ddp.yaml"], {"NNODES": "2"},
         "NNODES=2 needs MASTER_ADDR (the node of rank 0), MASTER_PORT and NODE_RANK (0 there)",
     ),
-    "deepspeed": (["launch/deepspeed.sh"], {}, "say what to train: launch/deepspeed.sh --config configs/deepspeed_zero2.yaml"),
+    "deepspeed": (["launch/deepspeed.sh"], {}, "say what to train: launch/deepspeed.sh --config "
+                                               "configs/deepspeed_zero2.yaml"),
 }  # fmt: skip
 
 
@@ -70,8 +88,19 @@ def test_what_is_missing_is_told(command, environment, words):
 
 REFUSING = {
     "torchrun": (["launch/torchrun.sh"], {}),
-    "accelerate": (["launch/accelerate.sh", "configs/accelerate/ddp.yaml", "--config", "configs/accelerate.yaml"], {}),
-    "deepspeed": (["launch/deepspeed.sh", "--config", "configs/deepspeed_zero2.yaml"], {"MASTER_PORT": "free"}),
+    "accelerate": (
+        [
+            "launch/accelerate.sh",
+            "configs/accelerate/ddp.yaml",
+            "--config",
+            "configs/accelerate.yaml",
+        ],
+        {},
+    ),
+    "deepspeed": (
+        ["launch/deepspeed.sh", "--config", "configs/deepspeed_zero2.yaml"],
+        {"MASTER_PORT": "free"},
+    ),
 }
 
 
@@ -79,21 +108,43 @@ REFUSING = {
 def test_a_slip_is_one_line_of_one_rank(command, environment):
     environment = {name: free_port() for name in environment}
     code, said = launched([*command, "--training.lr", "-1"], NPROC="2", **environment)
-    own = [line for line in said.splitlines() if line and "[INFO]" not in line and "launch.py:" not in line and "[WARNING]" not in line]
-    assert own == ["train.py: training.lr=-1.0 must be finite and above 0: learning rate after warm-up"] and code == 2, said
+    own = [
+        line
+        for line in said.splitlines()
+        if line and "[INFO]" not in line and "launch.py:" not in line and "[WARNING]" not in line
+    ]
+    assert (
+        own
+        == ["train.py: training.lr=-1.0 must be finite and above 0: learning rate after warm-up"]
+        and code == 2
+    ), said
 
 
 def test_a_slip_that_only_all_ranks_together_can_see_is_one_line_too():
     code, said = launched(["launch/torchrun.sh", "--training.batch", "7"], NPROC="2")
-    assert (code, said) == (2, "train.py: training.batch=7 does not divide by 2 parts of the batch x 1 micro-steps\n")
+    assert (code, said) == (
+        2,
+        "train.py: training.batch=7 does not divide by 2 parts of the batch x 1 micro-steps\n",
+    )
 
 
 def test_which_rank_failed_first_is_one_line_below_its_own_words():
-    arguments = ["--inject.kind", "nan", "--inject.step", "1", "--clip.on_nonfinite", "raise", "--training.steps", "3"]
+    arguments = [
+        "--inject.kind",
+        "nan",
+        "--inject.step",
+        "1",
+        "--clip.on_nonfinite",
+        "raise",
+        "--training.steps",
+        "3",
+    ]
     code, said = launched(["launch/torchrun.sh", *arguments], NPROC="2")
     assert code == 1 and "NonFiniteError" in said
     last = said.splitlines()[-1]
-    assert last.startswith("launch: rank ") and last.endswith(" ended first, with exit code 1; what it said stands above")
+    assert last.startswith("launch: rank ") and last.endswith(
+        " ended first, with exit code 1; what it said stands above"
+    )
     assert "ChildFailedError" not in said and "torch/distributed/elastic" not in said
 
 
@@ -108,7 +159,14 @@ def test_ctrl_c_is_one_line(command, environment, tmp_path):
     """SIGINT to the whole group of processes, as a terminal sends it, once steps are taken."""
     log = tmp_path / "log.jsonl"
     environment = {name: free_port() for name in environment}
-    to = ["--training.steps", "1000000", "--output.log", log, "--output.checkpoint", tmp_path / "checkpoint"]
+    to = [
+        "--training.steps",
+        "1000000",
+        "--output.log",
+        log,
+        "--output.checkpoint",
+        tmp_path / "checkpoint",
+    ]
     process = begin([*command, *to], NPROC="2", **environment)
     try:
         while not log.exists() and process.poll() is None:
@@ -117,7 +175,10 @@ def test_ctrl_c_is_one_line(command, environment, tmp_path):
     finally:
         code, said = ended(process)
     assert code == 130, said[-4000:]
-    ends = f"train.py: ended by Ctrl-C; the same line goes on from the latest checkpoint in {tmp_path / 'checkpoint'}"
+    ends = (
+        f"train.py: ended by Ctrl-C; the same line goes on from the latest checkpoint in "
+        f"{tmp_path / 'checkpoint'}"
+    )
     assert said.splitlines().count(ends) == 1 and "Traceback" not in said, said[-4000:]
     assert len(said[said.index(ends) :].splitlines()) <= 6, "and what a launcher says of itself"
 
@@ -129,7 +190,11 @@ def test_a_launcher_that_is_not_installed_is_told(tmp_path, name):
     for program in ("bash", "dirname", "env"):
         (tmp_path / program).symlink_to(shutil.which(program))
     code, said = launched([tmp_path / "launch" / f"{name}.sh", "--config", "x"], PATH=str(tmp_path))
-    assert code == 1 and f"launch/{name}.sh: {name} was not found; run launch/" in said and "pip install -e '.[dev]'" in said
+    assert (
+        code == 1
+        and f"launch/{name}.sh: {name} was not found; run launch/" in said
+        and "pip install -e '.[dev]'" in said
+    )
 
 
 def test_the_scripts_are_short():

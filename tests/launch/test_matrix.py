@@ -35,7 +35,9 @@ FOLDERS = ("parity", "precision", "policies", "faults", "kernels", "integrations
 
 @pytest.fixture(scope="module")
 def page():
-    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "launch" / "compatibility.py")
+    spec = importlib.util.spec_from_file_location(
+        "compatibility", ROOT / "launch" / "compatibility.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -64,14 +66,22 @@ def environment(tree, release):
     programs.mkdir(parents=True)
     (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (programs / "python").chmod(0o755)
-    needs = next(line for line in (ROOT / "launch" / "matrix.sh").read_text().splitlines() if line.startswith("needs="))
+    needs = next(
+        line
+        for line in (ROOT / "launch" / "matrix.sh").read_text().splitlines()
+        if line.startswith("needs=")
+    )
     (programs.parent / "installed").write_text(f"torch=={release} " + needs.split('"')[1])
 
 
 def matrix(tree, *arguments, **variables):
     command = [tree / "launch" / "matrix.sh", *arguments]
-    settings = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "LIMIT", "TESTS")} | variables
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=settings)
+    settings = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHON", "LIMIT", "TESTS")
+    } | variables
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=900, check=False, env=settings
+    )
 
 
 def test_counts_come_from_the_run(tree, page):
@@ -80,7 +90,10 @@ def test_counts_come_from_the_run(tree, page):
     rows = json.loads((tree / "docs" / "compatibility.json").read_text())
     row = rows["9.9.0"]
     assert row["counts"] == {"passed": 3, "failed": 2, "skipped": 2}
-    assert row["frameworks"]["accelerate"] == {"passed": 2, "failed": 1} and row["frameworks"]["deepspeed"] == {}
+    assert (
+        row["frameworks"]["accelerate"] == {"passed": 2, "failed": 1}
+        and row["frameworks"]["deepspeed"] == {}
+    )
     assert row["failures"] == [
         "tests.integrations.test_accelerate::test_three", "tests.test_all::test_without_its_fixture", "tests.test_all::test_wrong",
     ]  # fmt: skip
@@ -89,31 +102,58 @@ def test_counts_come_from_the_run(tree, page):
     text = (tree / "docs" / "compatibility.md").read_text()
     assert text == page.page(rows)
     line = next(line for line in text.splitlines() if line.startswith("| 9.9.0 "))
-    assert line.startswith(f"| 9.9.0 | {row['python']} | 3 | 2 | 2 | ") and line.endswith(f" | {row['date']} |")
-    assert "* failed: `tests.test_all::test_wrong`" in text and "* 2 skipped: not on this torch" in text
+    assert line.startswith(f"| 9.9.0 | {row['python']} | 3 | 2 | 2 | ") and line.endswith(
+        f" | {row['date']} |"
+    )
+    assert (
+        "* failed: `tests.test_all::test_wrong`" in text
+        and "* 2 skipped: not on this torch" in text
+    )
     assert (tree / ".venvs" / "9.9.0").exists(), "it was to be kept"
 
 
 def test_other_rows_stay_and_environments_go(tree, page):
-    old = {"counts": {"passed": 7, "failed": 0, "skipped": 0}, "python": "3.10.1", "date": "2020-01-01", "failures": [], "skipped": {}}
-    old |= {"versions": dict.fromkeys(page.FRAMEWORKS, ""), "frameworks": {name: {} for name in page.FRAMEWORKS}, "stopped": ""}
+    old = {
+        "counts": {"passed": 7, "failed": 0, "skipped": 0},
+        "python": "3.10.1",
+        "date": "2020-01-01",
+        "failures": [],
+        "skipped": {},
+    }
+    old |= {
+        "versions": dict.fromkeys(page.FRAMEWORKS, ""),
+        "frameworks": {name: {} for name in page.FRAMEWORKS},
+        "stopped": "",
+    }
     page.add(tree / "docs" / "compatibility.md", "9.10.0", old)
     (tree / "tests" / "test_all.py").write_text("def test_right(): pass\n")
     (tree / "tests" / "integrations" / "test_accelerate.py").write_text("def test_one(): pass\n")
     done = matrix(tree, "9.9.0")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tree / "docs" / "compatibility.json").read_text())
-    assert list(rows) == ["9.9.0", "9.10.0"] and rows["9.10.0"] == old and rows["9.9.0"]["counts"]["passed"] == 2
+    assert (
+        list(rows) == ["9.9.0", "9.10.0"]
+        and rows["9.10.0"] == old
+        and rows["9.9.0"]["counts"]["passed"] == 2
+    )
     text = (tree / "docs" / "compatibility.md").read_text()
-    assert "| 9.10.0 | 3.10.1 | 7 | 0 | 0 | not run | not run | not run | not run | 2020-01-01 |" in text
+    assert (
+        "| 9.10.0 | 3.10.1 | 7 | 0 | 0 | not run | not run | not run | not run | 2020-01-01 |"
+        in text
+    )
     assert not (tree / ".venvs" / "9.9.0").exists() and not (tree / ".venvs" / "9.9.0.xml").exists()
     environment(tree, "9.9.0"), environment(tree, "9.10.0")
     done = matrix(tree)  # those of the page
-    assert done.returncode == 0 and done.stdout.count("== torch 9.9.0") == done.stdout.count("== torch 9.10.0") == 1, done.stdout
+    assert (
+        done.returncode == 0
+        and done.stdout.count("== torch 9.9.0") == done.stdout.count("== torch 9.10.0") == 1
+    ), done.stdout
 
 
 def test_a_run_that_is_ended_says_so(tree):
-    (tree / "tests" / "test_all.py").write_text("import time\ndef test_right(): pass\ndef test_slow(): time.sleep(3600)\n")
+    (tree / "tests" / "test_all.py").write_text(
+        "import time\ndef test_right(): pass\ndef test_slow(): time.sleep(3600)\n"
+    )
     done = matrix(tree, "--keep", "9.9.0", LIMIT="30")
     assert done.returncode == 1
     row = json.loads((tree / "docs" / "compatibility.json").read_text())["9.9.0"]
@@ -123,12 +163,16 @@ def test_a_run_that_is_ended_says_so(tree):
 
 def test_a_selection_of_ones_own_leaves_the_page(tree):
     done = matrix(tree, "--keep", "9.9.0", TESTS="tests/cli")
-    assert done.returncode == 0 and "1 passed" in done.stdout and not list((tree / "docs").iterdir())
+    assert (
+        done.returncode == 0 and "1 passed" in done.stdout and not list((tree / "docs").iterdir())
+    )
 
 
 def test_a_python_that_is_not_there(tree):
     done = matrix(tree, "9.9.0", PYTHON="python0.1")
-    assert done.returncode == 1 and done.stderr == "launch/matrix.sh: python0.1 was not found; set PYTHON to Python 3.10 or later\n"
+    assert done.returncode == 1 and done.stderr == (
+        "launch/matrix.sh: python0.1 was not found; set PYTHON to Python 3.10 or later\n"
+    )
 
 
 def test_the_projects_page_is_what_its_data_says(page):
@@ -139,9 +183,13 @@ def test_the_projects_page_is_what_its_data_says(page):
 def test_the_page_has_the_releases_that_are_said_to_be_run(page):
     rows = page.rows_of(page.PAGE)
     (pinned,) = re.findall(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert set(versions.RUN) == {*rows, pinned}, "launch/matrix.sh, or launch/test.sh, ran others than src/distclip/versions.py says"
+    assert set(versions.RUN) == {*rows, pinned}, (
+        "launch/matrix.sh, or launch/test.sh, ran others than src/distclip/versions.py says"
+    )
     for release, row in rows.items():
-        assert row["counts"]["passed"] > 1000 and row["failures"] == [] and not row["stopped"], release
+        assert row["counts"]["passed"] > 1000 and row["failures"] == [] and not row["stopped"], (
+            release
+        )
 
 
 def test_the_core_alone(tree):
@@ -152,6 +200,11 @@ def test_the_core_alone(tree):
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads((tree / "docs" / "compatibility.json").read_text())["9.9.0"]
     assert row["core"] and row["counts"]["passed"] == 3 and not any(row["frameworks"].values())
-    assert f"| 9.9.0 | {row['python']} | 3 (core) | 0 | 0 | not run |" in (tree / "docs" / "compatibility.md").read_text()
+    assert (
+        f"| 9.9.0 | {row['python']} | 3 (core) | 0 | 0 | not run |"
+        in (tree / "docs" / "compatibility.md").read_text()
+    )
     done = matrix(tree, "--cores")
-    assert done.returncode == 1 and done.stderr == "launch/matrix.sh: --cores is no option; they are --keep and --core\n"
+    assert done.returncode == 1 and done.stderr == (
+        "launch/matrix.sh: --cores is no option; they are --keep and --core\n"
+    )

@@ -1,4 +1,5 @@
-"""Every strategy of the training program is the same training: norms, skipped steps, and resumed runs, on four ranks."""
+"""Every strategy of the training program is the same training: norms, skipped steps, and resumed
+runs, on four ranks."""
 
 import pytest
 
@@ -14,7 +15,8 @@ BAD = ("--inject.kind", "nan", "--inject.step", "2", "--inject.rank", "3")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Norms of one process that sees the whole batch: all steps taken, and with the third left out."""
+    """Norms of one process that sees the whole batch: all steps taken, and with the third left
+    out."""
     out = []
     for bad in ((), ("--inject.kind", "nan", "--inject.step", "2")):
         log = tmp_path_factory.mktemp("alone") / "log.jsonl"
@@ -26,7 +28,9 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_norms_are_those_of_one_process_and_a_resumed_run_equals_an_uninterrupted_one(ranks, alone, tmp_path, strategy):
+def test_norms_are_those_of_one_process_and_a_resumed_run_equals_an_uninterrupted_one(
+    ranks, alone, tmp_path, strategy
+):
     def run(name, steps):
         return train_with(
             ranks, *SMALL, "--strategy", strategy, "--training.steps", str(steps), "--output.every", "3",
@@ -47,7 +51,9 @@ def test_a_bad_gradient_of_one_rank_stops_all(ranks, alone, tmp_path, strategy):
     rows = lines(log)
     assert [row["step"] for row in rows if row["skipped"]] == [3]
     assert [(c["rank"], c["kind"]) for c in rows[2]["culprits"]] == [(3, "NaN")]
-    assert [n for n in norms(log) if n is not None] == pytest.approx([n for n in alone[1] if n is not None], rel=1e-4)
+    assert [n for n in norms(log) if n is not None] == pytest.approx(
+        [n for n in alone[1] if n is not None], rel=1e-4
+    )
     assert "NOT EQUAL" not in said
 
 

@@ -1,10 +1,21 @@
-"""The training program as it is started: under torchrun, resumed, and with a slip in its configuration."""
+"""The training program as it is started: under torchrun, resumed, and with a slip in its
+configuration."""
 
 import sys
 
 import pytest
 
-from launch.programs import ROOT, launched, lines, main_code, main_here, norms, start, train_here, train_with
+from launch.programs import (
+    ROOT,
+    launched,
+    lines,
+    main_code,
+    main_here,
+    norms,
+    start,
+    train_here,
+    train_with,
+)
 from launch.test_data import programs  # noqa: F401 - a fixture: the programs' modules are found
 
 
@@ -43,31 +54,72 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ranks, tmp_path, config):
 def test_all_models_run_in_one_process(tmp_path):
     for model, data in (("recurrent", "temporal_order"), ("lstm", "images"), ("gpt", "text")):
         log = tmp_path / f"{model}.jsonl"
-        train_here("--model", model, "--data.name", data, "--strategy", "single", *SMALL, "--output.log", str(log))
+        train_here(
+            "--model",
+            model,
+            "--data.name",
+            data,
+            "--strategy",
+            "single",
+            *SMALL,
+            "--output.log",
+            str(log),
+        )
         assert len(lines(log)) == 6
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--training.lrr", "1"], ["command line: unknown key 'training.lrr'; did you mean 'training.lr'?"]),
-        (["--strategy", "fsdp3"], ["strategy: 'fsdp3' is not known; it is one of single, ddp, fsdp1, fsdp2, hsdp, tp,"]),
-        (["--strategy", "pp", "--model", "gpt"], ["strategy: 'pp' needs a launcher: launch/torchrun.sh ..., see the head of that file"]),
-        (["--strategy", "accelerate", "--model", "gpt"], ["needs a launcher: launch/accelerate.sh ..."]),
+        (
+            ["--training.lrr", "1"],
+            ["command line: unknown key 'training.lrr'; did you mean 'training.lr'?"],
+        ),
+        (
+            ["--strategy", "fsdp3"],
+            ["strategy: 'fsdp3' is not known; it is one of single, ddp, fsdp1, fsdp2, hsdp, tp,"],
+        ),
+        (
+            ["--strategy", "pp", "--model", "gpt"],
+            ["strategy: 'pp' needs a launcher: launch/torchrun.sh ..., see the head of that file"],
+        ),
+        (
+            ["--strategy", "accelerate", "--model", "gpt"],
+            ["needs a launcher: launch/accelerate.sh ..."],
+        ),
         (
             ["--strategy", "tp", "--model", "lstm"],
-            ["'tp' splits a GPT's blocks, and model='lstm' has none; use model: gpt, or strategy ddp"],
+            [
+                "'tp' splits a GPT's blocks, and model='lstm' has none; use model: gpt, or "
+                "strategy "
+                "ddp"
+            ],
         ),
         (
             ["--deepspeed", "x.json"],
-            ["deepspeed='x.json' has no part in strategy='ddp'; leave it out (over a file: --deepspeed \"\"), or use strategy: deepspeed"],
+            [
+                "deepspeed='x.json' has no part in strategy='ddp'; leave it out (over a file: "
+                '--deepspeed ""), or use strategy: deepspeed'
+            ],
         ),
         (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
         (
-            ["--strategy", "single", "--model", "lstm", "--data.name", "images", "--data.folder", "nowhere"],
+            [
+                "--strategy",
+                "single",
+                "--model",
+                "lstm",
+                "--data.name",
+                "images",
+                "--data.folder",
+                "nowhere",
+            ],
             ["train-images-idx3-ubyte(.gz) is not there"],
         ),
-        (["--strategy", "single", "--model", "gpt"], ["data.name='temporal_order' does not fit model='gpt'"]),
+        (
+            ["--strategy", "single", "--model", "gpt"],
+            ["data.name='temporal_order' does not fit model='gpt'"],
+        ),
     ],
 )
 def test_slips_are_told(arguments, words):
@@ -78,7 +130,9 @@ def test_slips_are_told(arguments, words):
 
 def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
     (tmp_path / "c.yaml").write_text("training: {warm_up: 3}\n")
-    assert "c.yaml: unknown key 'training.warm_up'; did you mean 'training.warmup'?" in refused("--config", str(tmp_path / "c.yaml"))
+    assert "c.yaml: unknown key 'training.warm_up'; did you mean 'training.warmup'?" in refused(
+        "--config", str(tmp_path / "c.yaml")
+    )
 
 
 def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
@@ -89,7 +143,9 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
         "--output.log", str(log), ranks=4,
     )  # fmt: skip
     assert code == 0, said
-    assert "distclip: step 11 skipped: 1 gradient is not finite: token.weight on rank 1: inf" in said
+    assert (
+        "distclip: step 11 skipped: 1 gradient is not finite: token.weight on rank 1: inf" in said
+    )
     assert "scaler: scale 32768, equal on all ranks" in said
     rows = lines(log)
     assert [row["step"] for row in rows if row["skipped"]] == [11]
@@ -100,7 +156,13 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint, and the arguments that made it."""
-    arguments = ["--config", str(ROOT / "configs" / "single.yaml"), *SMALL, "--output.checkpoint", str(tmp_path / "run")]
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "single.yaml"),
+        *SMALL,
+        "--output.checkpoint",
+        str(tmp_path / "run"),
+    ]
     train_here(*arguments)
     return arguments, tmp_path / "run"
 
@@ -118,16 +180,27 @@ def test_a_checkpoint_that_was_cut_short_is_told(saved):
     for part in folder.rglob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
     told = refused(*arguments, "--training.steps", "9")
-    assert "cannot be resumed from" in told and "it was cut short, or is of another model or clipper" in told
+    assert (
+        "cannot be resumed from" in told
+        and "it was cut short, or is of another model or clipper" in told
+    )
 
 
 def test_a_checkpoint_of_another_clipper_is_told(saved):
     told = refused(*saved[0], "--clip.mode", "normalize")
-    assert "cannot be resumed from (" in told and "FixedNorm(max_norm=1.0)" in told and "Normalize(norm=1.0)" in told
+    assert (
+        "cannot be resumed from (" in told
+        and "FixedNorm(max_norm=1.0)" in told
+        and "Normalize(norm=1.0)" in told
+    )
 
 
 def test_a_threshold_may_change_at_resume(saved):
-    with pytest.warns(RuntimeWarning, match=r"FixedNorm\(max_norm=1.0\) became FixedNorm\(max_norm=7.0\) \(all\)"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"FixedNorm\(max_norm=1.0\) became "
+        r"FixedNorm\(max_norm=7.0\) \(all\)",
+    ):
         train_here(*saved[0], "--clip.threshold", "7.0", "--training.steps", "7")
     assert [path.name for path in saved[1].iterdir()] == ["step7"]
 
@@ -139,7 +212,8 @@ def test_a_run_says_where_it_stands_and_where_its_log_is(saved, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     said = train_here(*arguments)
     assert said.splitlines()[-1] == (
-        f"nothing to train: {folder} holds a checkpoint of step 6, and training.steps=6 is reached; raise --training.steps to go on, "
+        f"nothing to train: {folder} holds a checkpoint of step 6, and training.steps=6 is "
+        f"reached; raise --training.steps to go on, "
         "or name another --output.checkpoint to start anew"
     )
     assert "bits of the coefficients" not in said and not log.exists()
@@ -148,31 +222,49 @@ def test_a_run_says_where_it_stands_and_where_its_log_is(saved, tmp_path):
     assert "holds a checkpoint of step 6, and training.steps=4 is reached" in said
     said = train_here(*arguments, "--training.steps", "8").splitlines()
     assert f"resumed: {folder} holds a checkpoint of step 6; 2 of 8 steps are left" in said
-    assert said[-2:] == [f"checkpoint: {folder}", f"log: {log}; distclip report {log}"] and len(lines(log)) == 2
+    assert (
+        said[-2:] == [f"checkpoint: {folder}", f"log: {log}; distclip report {log}"]
+        and len(lines(log)) == 2
+    )
     said = train_here(*arguments, "--output.checkpoint", "").splitlines()
-    assert f"note: {log} is there already; the lines of this run come after those that it has" in said
+    assert (
+        f"note: {log} is there already; the lines of this run come after those that it has" in said
+    )
     assert said[-1] == f"log: {log}; distclip report {log}" and len(lines(log)) == 8
     assert (
-        train_here(*arguments, "--output.checkpoint", "", "--output.log", "").splitlines()[-1] == "log: none; --output.log FILE writes one"
+        train_here(*arguments, "--output.checkpoint", "", "--output.log", "").splitlines()[-1]
+        == "log: none; --output.log FILE writes one"
     )
 
 
-@pytest.mark.parametrize("where", [["--inject.step", "6"], ["--inject.step", "2", "--inject.rank", "1"]], ids=["late", "nowhere"])
+@pytest.mark.parametrize(
+    "where",
+    [["--inject.step", "6"], ["--inject.step", "2", "--inject.rank", "1"]],
+    ids=["late", "nowhere"],
+)
 def test_an_injection_that_cannot_happen_is_told(where):
     said = train_here("--strategy", "single", *SMALL, "--inject.kind", "nan", *where)
     step, rank = where[1], where[3] if len(where) > 2 else 0
-    assert f"note: nothing is injected: inject.step={step} and inject.rank={rank}, and steps 0 to 5 are taken by ranks 0 to 0\n" in said
+    assert (
+        f"note: nothing is injected: inject.step={step} and inject.rank={rank}, and steps 0 to 5 "
+        f"are taken by ranks 0 to 0\n" in said
+    )
 
 
 REFUSED = {
-    "steps -3": (["--training.steps", "-3"], "training.steps=-3 must be at least 1: optimizer steps, those of a resumed run included"),
+    "steps -3": (["--training.steps", "-3"], "training.steps=-3 must be at least 1: optimizer "
+                                             "steps, those of a resumed run included"),
     "steps 0": (["--training.steps", "0"], "training.steps=0 must be at least 1: "),
-    "batch 0": (["--training.batch", "0"], "training.batch=0 must be at least 1: sequences a step, over all ranks and micro-steps"),
-    "accumulate 0": (["--training.accumulate", "0"], "training.accumulate=0 must be at least 1: micro-steps a step"),
-    "lr -1": (["--training.lr", "-1"], "training.lr=-1.0 must be finite and above 0: learning rate after warm-up"),
+    "batch 0": (["--training.batch", "0"], "training.batch=0 must be at least 1: sequences a step, "
+                                           "over all ranks and micro-steps"),
+    "accumulate 0": (["--training.accumulate", "0"], "training.accumulate=0 must be at least 1: "
+                                                     "micro-steps a step"),
+    "lr -1": (["--training.lr", "-1"], "training.lr=-1.0 must be finite and above 0: learning rate "
+                                       "after warm-up"),
     "lr inf": (["--training.lr", ".inf"], "training.lr=inf must be finite and above 0: "),
     "warmup -1": (["--training.warmup", "-1"], "training.warmup=-1 must be at least 0: "),
-    "every 0": (["--output.every", "0"], "output.every=0 must be at least 1: steps between checkpoints"),
+    "every 0": (["--output.every", "0"], "output.every=0 must be at least 1: steps between "
+                                         "checkpoints"),
     "batch 7": (
         ["--training.batch", "7", "--training.accumulate", "2"],
         "training.batch=7 does not divide by 1 parts of the batch x 2 micro-steps",
@@ -182,8 +274,12 @@ REFUSED = {
     "no key": (["gpt"], "unrecognized arguments: gpt"),
     "no file": (["--config"], "--config: name a YAML file; configs/ holds some"),
     "threshold 0": (["--clip.threshold", "0"], "clip: max_norm=0 sets every gradient to zero"),
-    "options": (["--clip.mode", "zclip", "--clip.options.alpha", "x"], "clip.options={'alpha': 'x'} are not what zclip takes: "),
-    "schedule": (["--clip.mode", "scheduled", "--clip.options.schedule", "[[1]]"], "are not what scheduled takes: "),
+    "options": (["--clip.mode", "zclip", "--clip.options.alpha", "x"], "clip.options={'alpha': "
+                                                                       "'x'} are not what zclip "
+                                                                       "takes: "),
+    "schedule": (["--clip.mode", "scheduled", "--clip.options.schedule", "[[1]]"], "are not what "
+                                                                                   "scheduled "
+                                                                                   "takes: "),
     "log": (["--output.log", "/"], "output.log='/' is a folder; name a file in it"),
     "checkpoint": (["--output.checkpoint", __file__], "is a file; name a folder"),
     "distclip's own": (
@@ -207,8 +303,14 @@ FILES = {
     "bytes": (b"\xff\xfe\x00", " is no YAML: 'utf-8' codec can't decode byte 0xff"),
     "a list": (b"- 1\n- 2\n", " holds a list, not keys with values such as training: {lr: 0.1}"),
     "a text": (b"fsdp2\n", " holds a str, not keys with values such as training: {lr: 0.1}"),
-    "a number": (b"training: 5\n", ": training is 5, not keys with values; leave it out, or write training: {...}"),
-    "nothing under it": (b"clip:\n", ": clip is None, not keys with values; leave it out, or write clip: {...}"),
+    "a number": (
+        b"training: 5\n",
+        ": training is 5, not keys with values; leave it out, or write training: {...}",
+    ),
+    "nothing under it": (
+        b"clip:\n",
+        ": clip is None, not keys with values; leave it out, or write clip: {...}",
+    ),
     "a number as key": (b"1: 2\n", ": unknown key '1'. The keys are: clip.groups"),
     "a list as number": (b"training: {steps: [1]}\n", "training.steps: expected int, got [1]"),
 }
@@ -223,21 +325,42 @@ def test_a_file_that_is_no_configuration_is_told(content, words, tmp_path):
 
 
 def test_a_folder_as_configuration_is_told_and_an_empty_file_says_nothing(tmp_path):
-    assert refused("--config", str(tmp_path)) == f"--config {tmp_path}: Is a directory; configs/ holds some"
+    assert refused("--config", str(tmp_path)) == (
+        f"--config {tmp_path}: Is a directory; configs/ holds some"
+    )
     (tmp_path / "c.yaml").write_text("# all as it is\n")
-    assert refused("--config", str(tmp_path / "c.yaml"), "--training.steps", "0").startswith("training.steps=0 must be at least 1")
+    assert refused("--config", str(tmp_path / "c.yaml"), "--training.steps", "0").startswith(
+        "training.steps=0 must be at least 1"
+    )
 
 
 def test_a_files_choice_can_be_taken_back_on_the_command_line(tmp_path):
     (tmp_path / "norm.yaml").write_text("clip: {mode: norm, threshold: 2.0}\n")
     (tmp_path / "zclip.yaml").write_text("clip: {mode: zclip, options: {alpha: 0.9}, warmup: 5}\n")
-    norm, zclip = (["--strategy", "single", *SMALL, "--config", str(tmp_path / f"{name}.yaml")] for name in ("norm", "zclip"))
-    assert "leave it out (over a file: --clip.threshold null), or set clip.warmup too" in refused(*norm, "--clip.mode", "autoclip")
+    norm, zclip = (
+        ["--strategy", "single", *SMALL, "--config", str(tmp_path / f"{name}.yaml")]
+        for name in ("norm", "zclip")
+    )
+    assert "leave it out (over a file: --clip.threshold null), or set clip.warmup too" in refused(
+        *norm, "--clip.mode", "autoclip"
+    )
     train_here(*norm, "--clip.mode", "autoclip", "--clip.threshold", "null")
     assert "(over a file: --clip.options {})" in refused(*zclip, "--clip.mode", "norm")
-    assert "(over a file: --clip.warmup 0)" in refused(*zclip, "--clip.mode", "norm", "--clip.options", "{}")
+    assert "(over a file: --clip.warmup 0)" in refused(
+        *zclip, "--clip.mode", "norm", "--clip.options", "{}"
+    )
     log = tmp_path / "log.jsonl"
-    train_here(*zclip, "--clip.mode", "norm", "--clip.options", "{}", "--clip.warmup", "0", "--output.log", str(log))
+    train_here(
+        *zclip,
+        "--clip.mode",
+        "norm",
+        "--clip.options",
+        "{}",
+        "--clip.warmup",
+        "0",
+        "--output.log",
+        str(log),
+    )
     assert {row["threshold"][0] for row in lines(log)} == {1.0}
 
 
@@ -253,20 +376,27 @@ def test_help_describes_every_key(capsys):
     for key, (_, leaf) in keys.items():
         assert f"--{key} " in said and f"{leaf.metadata['help']} (type: " in said
     assert f"spread over ranks: {', '.join(strategies.NAMES)} (type" in said
-    assert "exit codes: 0 trained, 1 failed, 2 the configuration cannot be honoured, 130 ended by Ctrl-C" in said
+    assert (
+        "exit codes: 0 trained, 1 failed, 2 the configuration cannot be honoured, 130 ended by "
+        "Ctrl-C" in said
+    )
 
 
 def test_what_deepspeeds_json_says_otherwise_is_told():
     """In one process, since each import of DeepSpeed takes seconds."""
     cases = (
-        ([], "is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds some"),
+        ([], "is no file; strategy: deepspeed needs DeepSpeed's JSON, and configs/deepspeed/ holds "
+             "some"),
         (["--deepspeed", "configs/deepspeed/zero2.json", "--training.batch", "32"],
-         "configs/deepspeed/zero2.json: train_micro_batch_size_per_gpu is 8, but training.batch=32 on 2 ranks in training.accumulate=1 "
+         "configs/deepspeed/zero2.json: train_micro_batch_size_per_gpu is 8, but training.batch=32 "
+         "on 2 ranks in training.accumulate=1 "
          "micro-steps makes it 16; change one of them"),
         (["--deepspeed", "configs/deepspeed/zero1.json", "--training.batch", "16"],
-         "configs/deepspeed/zero1.json is for bf16, and training.precision is fp32; change one of them"),
+         "configs/deepspeed/zero1.json is for bf16, and training.precision is fp32; change one of "
+         "them"),
         (["--deepspeed", "configs/deepspeed/zero2.json", "--training.batch", "32", "--training.accumulate", "2"],
-         "configs/deepspeed/zero2.json: gradient_accumulation_steps is 1, but training.batch=32 on 2 ranks in training.accumulate=2"),
+         "configs/deepspeed/zero2.json: gradient_accumulation_steps is 1, but training.batch=32 on "
+         "2 ranks in training.accumulate=2"),
     )  # fmt: skip
     program = f"""
 import sys

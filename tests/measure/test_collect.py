@@ -1,4 +1,5 @@
-"""Which gradients are taken, from one step to the next: the lists that a step is compared with must notice every change."""
+"""Which gradients are taken, from one step to the next: the lists that a step is compared with must
+notice every change."""
 
 import gc
 import math
@@ -55,7 +56,9 @@ def one_still_arriving():
     named = params_of(torch.tensor([3.0, 4.0]), torch.tensor([12.0]))
     clipper, seen = distclip.GradClipper(named, math.inf), []
     for _ in range(3):
-        named[1][1].grad = functional_collectives.all_reduce(torch.tensor([12.0 / dist.get_world_size()]), "sum", dist.group.WORLD)
+        named[1][1].grad = functional_collectives.all_reduce(
+            torch.tensor([12.0 / dist.get_world_size()]), "sum", dist.group.WORLD
+        )
         seen.append(norm(clipper))
     return seen
 
@@ -91,7 +94,11 @@ def test_what_changes_between_steps_is_noticed():
     p.grad = torch.full((6, 4), 2.0)
     assert norm(clipper) == pytest.approx((4 * 24 + 3) ** 0.5)
     p.data, p.grad = torch.zeros(4, 6), torch.ones(4, 6)
-    with pytest.raises(distclip.GradientError, match=r"p0 has local shape \(4, 6\), the plan says \(6, 4\)"):
+    with pytest.raises(
+        distclip.GradientError,
+        match=r"p0 has local shape \(4, 6\), the plan says "
+        r"\(6, 4\)",
+    ):
         clipper.measure()
 
 
@@ -112,7 +119,9 @@ def fast(clipper):
 
 
 def test_channels_last_and_changing_sets_are_compared_in_one_go():
-    named = params_of(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.ones(3), torch.ones(2))
+    named = params_of(
+        torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.ones(3), torch.ones(2)
+    )
     clipper = distclip.GradClipper(named, math.inf)
     grads = [p.grad for _, p in named]
     for _, slow in fast(clipper):
@@ -120,7 +129,11 @@ def test_channels_last_and_changing_sets_are_compared_in_one_go():
             for present in ((1, 1, 1), (1, 0, 1), (0, 1, 1)):
                 for (_, p), grad, here in zip(named, grads, present):
                     p.grad = grad if here else None
-                want = torch.cat([g.flatten() for g, here in zip(grads, present) if here]).norm().item()
+                want = (
+                    torch.cat([g.flatten() for g, here in zip(grads, present) if here])
+                    .norm()
+                    .item()
+                )
                 assert norm(clipper) == pytest.approx(want, rel=1e-6)
         assert len(slow) == 3, "once for each set"
 
@@ -129,8 +142,12 @@ def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
     named = params_of(torch.full((2, 2), 1.0), torch.full((4,), 2.0))
     (_, p), (_, q) = named
     clipper, compared, compare = distclip.GradClipper(named, math.inf), [], Expected._compared
-    monkeypatch.setattr(Expected, "_compared", lambda *args: (compared.append(1), compare(*args))[1])
-    assert [norm(clipper) ** 2 for _ in range(5)] == pytest.approx([20.0] * 5) and len(compared) == 2
+    monkeypatch.setattr(
+        Expected, "_compared", lambda *args: (compared.append(1), compare(*args))[1]
+    )
+    assert [norm(clipper) ** 2 for _ in range(5)] == pytest.approx([20.0] * 5) and len(
+        compared
+    ) == 2
     q.grad.mul_(2)
     assert norm(clipper) ** 2 == pytest.approx(68.0) and len(compared) == 2
     p.grad.data = torch.full((2, 2), 3.0)  # the same tensor, other memory
@@ -140,13 +157,25 @@ def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
     p.grad, q.grad = torch.ones(2, 2), torch.ones(4)
     assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
     q.grad.data = torch.ones(5)
-    with pytest.raises(distclip.GradientError, match=r"p1 has local shape \(5,\), the plan says \(4,\)"):
+    with pytest.raises(
+        distclip.GradientError,
+        match=r"p1 has local shape \(5,\), the plan says "
+        r"\(4,\)",
+    ):
         clipper.measure()
-    for smaller in (lambda grad: setattr(grad, "data", grad.data[:2]), lambda grad: grad.resize_(2)):  # at the same address
+    # at the same address
+    for smaller in (
+        lambda grad: setattr(grad, "data", grad.data[:2]),
+        lambda grad: grad.resize_(2),
+    ):
         q.grad = torch.ones(4)
         assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
         smaller(q.grad)
-        with pytest.raises(distclip.GradientError, match=r"p1 has local shape \(2,\), the plan says \(4,\)"):
+        with pytest.raises(
+            distclip.GradientError,
+            match=r"p1 has local shape \(2,\), the plan "
+            r"says \(4,\)",
+        ):
             clipper.measure()
     q.grad = torch.ones(4)
     assert [norm(clipper) for _ in range(4)] == [pytest.approx(8**0.5)] * 4
@@ -188,6 +217,7 @@ def test_a_grad_of_that_copies_is_told():
     with pytest.raises(distclip.GradientError) as error:
         clipper.clip_()
     assert str(error.value) == (
-        "step 1: rank 0: grad_of makes a new tensor for w at each call, so that clipping it changes nothing; return the tensor that the "
+        "step 1: rank 0: grad_of makes a new tensor for w at each call, so that clipping it "
+        "changes nothing; return the tensor that the "
         "optimizer reads"
     )

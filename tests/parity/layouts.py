@@ -1,7 +1,9 @@
-"""Every layout on four ranks. Gradients are whole numbers drawn from the parameter's name, so every layout must hold the same ones.
+"""Every layout on four ranks. Gradients are whole numbers drawn from the parameter's name, so every
+layout must hold the same ones.
 
-`Pull`'s loss is the inner product of each parameter with its drawn gradient, times a factor of the rank whose mean over the ranks is 1:
-after the averaging of data parallelism the gradient is the drawn one, exactly.
+`Pull`'s loss is the inner product of each parameter with its drawn gradient, times a factor of the
+rank whose mean over the ranks is 1: after the averaging of data parallelism the gradient is the
+drawn one, exactly.
 """
 
 import warnings
@@ -17,7 +19,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, ShardingStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
@@ -41,7 +48,9 @@ class Case:
             return self.tensors
         if isinstance(self.params, nn.Module):
             return list(self.params.parameters())
-        return [p for m in self.params for p in (m.parameters() if isinstance(m, nn.Module) else [m[1]])]
+        return [
+            p for m in self.params for p in (m.parameters() if isinstance(m, nn.Module) else [m[1]])
+        ]
 
 
 def layout(build, name=None):
@@ -60,7 +69,9 @@ def twins():
 
 
 def drawn(name, *shape):
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(crc32(name.encode()))).float()
+    return torch.randint(
+        -8, 9, shape, generator=torch.Generator().manual_seed(crc32(name.encode()))
+    ).float()
 
 
 def factor():
@@ -94,7 +105,11 @@ class Pair(nn.Module):
 
 
 def pair_grads(shapes=SHAPES):
-    return [drawn(f"{half}.{name}", *shape) for half in ("first", "second") for name, shape in shapes.items()]
+    return [
+        drawn(f"{half}.{name}", *shape)
+        for half in ("first", "second")
+        for name, shape in shapes.items()
+    ]
 
 
 def given(name, *shape, on=None, place=None, dtype=torch.float32):
@@ -156,7 +171,13 @@ def ddp_tied():
 
 def fsdp1(strategy, use_orig_params):
     over = mesh(2, 2) if "HYBRID" in strategy.name else mesh(4)
-    wrap = partial(FSDP1, sharding_strategy=strategy, use_orig_params=use_orig_params, device_id=torch.device("cpu"), device_mesh=over)
+    wrap = partial(
+        FSDP1,
+        sharding_strategy=strategy,
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+        device_mesh=over,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NO_SHARD is deprecated, and still used
         model = Pair()
@@ -166,7 +187,10 @@ def fsdp1(strategy, use_orig_params):
 
 for _strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"):
     for _orig in (True, False):
-        layout(partial(fsdp1, ShardingStrategy[_strategy], _orig), f"fsdp1_{_strategy.lower()}_{'orig' if _orig else 'flat'}")
+        layout(
+            partial(fsdp1, ShardingStrategy[_strategy], _orig),
+            f"fsdp1_{_strategy.lower()}_{'orig' if _orig else 'flat'}",
+        )
 
 
 def fsdp2(shapes, *over, **policy):
@@ -179,7 +203,10 @@ layout(partial(fsdp2, {"a": (8, 4), "b": (4,)}, 4), "fsdp2_even")
 layout(partial(fsdp2, {"a": (7, 4), "b": (5,)}, 4), "fsdp2_uneven")
 layout(partial(fsdp2, {"a": (3, 4), "b": (1,)}, 4), "fsdp2_empty_shards")
 layout(partial(fsdp2, {"a": (7, 4), "b": (5,)}, 2, 2), "hsdp_2x2")
-layout(partial(fsdp2, {"a": (7, 4), "b": (5,)}, 4, offload_policy=CPUOffloadPolicy(pin_memory=False)), "fsdp2_cpu_offload")
+layout(
+    partial(fsdp2, {"a": (7, 4), "b": (5,)}, 4, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "fsdp2_cpu_offload",
+)
 
 
 # Tensor parallel
@@ -202,7 +229,10 @@ class Net(nn.Module):
 
 def gathered(model):
     """The whole gradients as they are held, float64; a collective of the test, not of distclip."""
-    return [(g.full_tensor() if hasattr(g, "full_tensor") else g).double() for g in (p.grad for p in model.parameters())]
+    return [
+        (g.full_tensor() if hasattr(g, "full_tensor") else g).double()
+        for g in (p.grad for p in model.parameters())
+    ]
 
 
 def tp_net(on, norm=False):
@@ -234,7 +264,8 @@ def tp_sequence_parallel():
 
 @layout
 def tp_fsdp2():
-    """The norm is in no tensor-parallel plan: its DTensors lie on the data-parallel meshes alone, a copy on each."""
+    """The norm is in no tensor-parallel plan: its DTensors lie on the data-parallel meshes alone, a
+    copy on each."""
     model = fully_shard(tp_net(mesh(2, 2)["inner"], norm=True), mesh=mesh(2, 2)["outer"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of FSDP2, about the view that row-parallel layers return
@@ -244,7 +275,8 @@ def tp_fsdp2():
 
 @layout
 def tp_inside_ddp():
-    """torch hides these parameters from the first forward on: the clippers are built right after wrapping."""
+    """torch hides these parameters from the first forward on: the clippers are built right after
+    wrapping."""
     clean, x = Net(norm=True), [drawn(f"x{i}", 3, 8) for i in range(2)]
     (sum(clean(part).square().sum() for part in x) / 2).backward()
     want = [p.grad.double() for p in clean.parameters()]
@@ -264,7 +296,11 @@ class Adapted(nn.Module):
         self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 16, bias=False)
         with torch.no_grad():
             for name, p in self.named_parameters():
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))))
+                p.copy_(
+                    torch.randn(
+                        p.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))
+                    )
+                )
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
@@ -272,7 +308,8 @@ class Adapted(nn.Module):
 
 @layout
 def lora_beside_a_frozen_tensor_parallel_base():
-    """Data-parallel meshes of one rank each: only the frozen base says that the four ranks work on one model."""
+    """Data-parallel meshes of one rank each: only the frozen base says that the four ranks work on
+    one model."""
     clean, x = Adapted(), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     clean(x).square().sum().backward()
     on = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
@@ -286,14 +323,26 @@ def lora_beside_a_frozen_tensor_parallel_base():
 @layout
 def tp_under_a_declared_group():
     on = mesh(2, 2)["inner"]
-    params = [given("col", 6, 4, on=on, place=[Shard(0)]), given("norm", 5, on=on, place=[Replicate()])]
-    return Case(params, [drawn("col", 6, 4), drawn("norm", 5)], {"replicated_over": {"*": mesh(2, 2)["outer"].get_group()}})
+    params = [
+        given("col", 6, 4, on=on, place=[Shard(0)]),
+        given("norm", 5, on=on, place=[Replicate()]),
+    ]
+    return Case(
+        params,
+        [drawn("col", 6, 4), drawn("norm", 5)],
+        {"replicated_over": {"*": mesh(2, 2)["outer"].get_group()}},
+    )
 
 
 @layout
 def context_parallel():
-    """Parameters are copies over the data and the sequence ranks alike; gradients were reduced over both."""
-    return Case([given("w", 6, 4), given("b", 5)], [drawn("w", 6, 4), drawn("b", 5)], {"replicated_over": {"*": dist.group.WORLD}})
+    """Parameters are copies over the data and the sequence ranks alike; gradients were reduced over
+    both."""
+    return Case(
+        [given("w", 6, 4), given("b", 5)],
+        [drawn("w", 6, 4), drawn("b", 5)],
+        {"replicated_over": {"*": dist.group.WORLD}},
+    )
 
 
 # Pipeline and expert parallel
@@ -303,18 +352,34 @@ def context_parallel():
 def pipeline_of_two_stages_with_a_tied_embedding():
     stage = dist.get_rank() // 2
     params = [given(f"{stage}.body", 4, 4)]
-    params = [("body", params[0][1]), (("emb.weight", "head.weight")[stage], given("tied", 7, 4)[1])]
+    params = [
+        ("body", params[0][1]),
+        (("emb.weight", "head.weight")[stage], given("tied", 7, 4)[1]),
+    ]
     options = {"replicated_over": {"*": twins()}, "shared": (("emb.weight", "head.weight"),)}
-    return Case(params, [drawn("0.body", 4, 4), drawn("1.body", 4, 4), drawn("tied", 7, 4)], options)
+    return Case(
+        params, [drawn("0.body", 4, 4), drawn("1.body", 4, 4), drawn("tied", 7, 4)], options
+    )
 
 
 @layout
 def pipeline_of_stages_whose_parameters_have_equal_names():
-    """Sharded within each stage; no mesh joins the stages, so that equal names are different parameters."""
+    """Sharded within each stage; no mesh joins the stages, so that equal names are different
+    parameters."""
     stage = dist.get_rank() // 2
     placed = {"on": mesh(2, 2)["inner"], "place": [Shard(0)]}
-    params = [(n, given(f"{stage}.{n}", *shape, **placed)[1]) for n, shape in (("body", (6, 4)), ("norm", (5,)))]
-    return Case(params, [drawn(f"{s}.{n}", *shape) for s in (0, 1) for n, shape in (("body", (6, 4)), ("norm", (5,)))])
+    params = [
+        (n, given(f"{stage}.{n}", *shape, **placed)[1])
+        for n, shape in (("body", (6, 4)), ("norm", (5,)))
+    ]
+    return Case(
+        params,
+        [
+            drawn(f"{s}.{n}", *shape)
+            for s in (0, 1)
+            for n, shape in (("body", (6, 4)), ("norm", (5,)))
+        ],
+    )
 
 
 @layout
@@ -331,34 +396,52 @@ def pipeline_of_several_stages_per_rank():
 def experts_on_a_mesh_of_their_own():
     grid = mesh(2, 2)
     params = [given("dense", 6, 4, on=mesh(4), place=[Shard(0)]), given("gate", 5)]
-    params += [given("norm", 9, on=grid, place=[Replicate()] * 2), given("experts", 4, 6, on=grid, place=[Shard(1), Shard(0)])]
-    return Case(params, [drawn("dense", 6, 4), drawn("gate", 5), drawn("norm", 9), drawn("experts", 4, 6)])
+    params += [
+        given("norm", 9, on=grid, place=[Replicate()] * 2),
+        given("experts", 4, 6, on=grid, place=[Shard(1), Shard(0)]),
+    ]
+    return Case(
+        params, [drawn("dense", 6, 4), drawn("gate", 5), drawn("norm", 9), drawn("experts", 4, 6)]
+    )
 
 
 class LocalPull(Pull):
     """Of parameters that are sharded already: each rank pulls at its own part."""
 
     def forward(self, x):
-        return sum((getattr(self, name).to_local() * pull).sum() * x for name, pull in self.pulls.items())
+        return sum(
+            (getattr(self, name).to_local() * pull).sum() * x for name, pull in self.pulls.items()
+        )
 
 
 @layout
 def expert_parallel_beside_fsdp2():
-    """Experts sharded over their first dimension, each part over the ranks of its data mesh; all else over the four ranks."""
+    """Experts sharded over their first dimension, each part over the ranks of its data mesh; all
+    else over the four ranks."""
     grid, shapes = mesh(2, 2), {"router": (4, 6), "experts": (4, 6, 3), "out": (5,)}
-    parts = {name: (LocalPull if name == "experts" else Pull)(f"{name}.", {"w": shape}) for name, shape in shapes.items()}
-    placed = distribute_tensor(parts["experts"].w.detach(), grid["inner"], [Shard(0)], src_data_rank=None)
+    parts = {
+        name: (LocalPull if name == "experts" else Pull)(f"{name}.", {"w": shape})
+        for name, shape in shapes.items()
+    }
+    placed = distribute_tensor(
+        parts["experts"].w.detach(), grid["inner"], [Shard(0)], src_data_rank=None
+    )
     parts["experts"].w = nn.Parameter(placed)
-    parts["experts"].pulls["w"] = parts["experts"].pulls["w"].chunk(2)[grid["inner"].get_local_rank()]
+    parts["experts"].pulls["w"] = (
+        parts["experts"].pulls["w"].chunk(2)[grid["inner"].get_local_rank()]
+    )
     for name, part in parts.items():
         fully_shard(part, mesh=grid["outer"] if name == "experts" else mesh(4))
         part(torch.tensor(1.0)).backward()
-    return Case(nn.ModuleDict(parts), [drawn(f"{name}.w", *shape) for name, shape in shapes.items()])
+    return Case(
+        nn.ModuleDict(parts), [drawn(f"{name}.w", *shape) for name, shape in shapes.items()]
+    )
 
 
 @layout
 def experts_of_one_name_on_data_meshes_of_their_own():
-    """Different experts under one name, each sharded over a data mesh that does not hold the others: only a declaration tells."""
+    """Different experts under one name, each sharded over a data mesh that does not hold the
+    others: only a declaration tells."""
     grid, here = mesh(2, 2), dist.get_rank() % 2
     params = [given("dense", 6, 4, on=mesh(4), place=[Shard(0)])]
     params.append(("expert", given(f"expert{here}", 4, 3, on=grid["outer"], place=[Shard(0)])[1]))
@@ -395,7 +478,9 @@ def rank_without_any_gradient():
 @layout
 def sparse_embedding():
     emb = nn.Parameter(torch.zeros(10, 3))
-    emb.grad = torch.sparse_coo_tensor(torch.tensor([[1, 4, 4, 9]]), drawn("rows", 4, 3), (10, 3), check_invariants=True)
+    emb.grad = torch.sparse_coo_tensor(
+        torch.tensor([[1, 4, 4, 9]]), drawn("rows", 4, 3), (10, 3), check_invariants=True
+    )
     return Case([("emb", emb), given("head", 4)], [emb.grad.to_dense(), drawn("head", 4)])
 
 

@@ -1,4 +1,5 @@
-"""In every layout and for every p: the oracle's norm, one collective, equal bits on all ranks, and gradients = coefficient x before."""
+"""In every layout and for every p: the oracle's norm, one collective, equal bits on all ranks, and
+gradients = coefficient x before."""
 
 import math
 from collections import Counter
@@ -28,19 +29,27 @@ def clip_layout(name):
     before = [g.clone() for g in grads]
     for p in NORMS:
         want = total_norm(case.want, p)
-        clipper = case.built[p] if case.built else distclip.GradClipper(case.params, max_norm=want / 2, norm_type=p, **case.options)
+        clipper = (
+            case.built[p]
+            if case.built
+            else distclip.GradClipper(case.params, max_norm=want / 2, norm_type=p, **case.options)
+        )
         with count_collectives() as seen:
             report = clipper.clip_()
         coef = report.clip_coef.item()
         worst = max(
             (
-                ((g.to_dense().double() - coef * b.to_dense().double()).abs() - tolerance(b)).max().item()
+                ((g.to_dense().double() - coef * b.to_dense().double()).abs() - tolerance(b))
+                .max()
+                .item()
                 for g, b in zip(grads, before)
                 if g.numel()
             ),
             default=0.0,
         )
-        rows.append((p, want, report.total_norm.item(), coef, worst, Counter(seen.names), str(clipper.plan)))
+        rows.append(
+            (p, want, report.total_norm.item(), coef, worst, Counter(seen.names), str(clipper.plan))
+        )
         for g, b in zip(grads, before):
             g.copy_(b)
     return rows
@@ -48,7 +57,9 @@ def clip_layout(name):
 
 def tolerance(grad):
     rounding = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(grad.dtype, 3e-7)
-    return grad.to_dense().abs().double() * rounding + (2.0**-24 if grad.dtype == torch.float16 else 0)
+    return grad.to_dense().abs().double() * rounding + (
+        2.0**-24 if grad.dtype == torch.float16 else 0
+    )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -91,7 +102,9 @@ def norm_of_shards(how):
         zero = torch.zeros_like(grad)
         if place is not None:
             split = [Shard(0)] if grad.ndim == 1 and how == "tp" else place
-            zero, grad = (distribute_tensor(t, mesh(4), split, src_data_rank=None) for t in (zero, grad))
+            zero, grad = (
+                distribute_tensor(t, mesh(4), split, src_data_rank=None) for t in (zero, grad)
+            )
         param = torch.nn.Parameter(zero)
         param.grad = grad
         named.append((f"p{i}", param))

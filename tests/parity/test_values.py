@@ -1,4 +1,5 @@
-"""Value clipping in every layout: elements bounded where they are, and norm and cosine of the whole gradient from the one collective."""
+"""Value clipping in every layout: elements bounded where they are, and norm and cosine of the whole
+gradient from the one collective."""
 
 import math
 import warnings
@@ -28,7 +29,9 @@ def clamp_layout(name):
         report = clipper.clip_()
     worst = max(
         (
-            ((g.to_dense().double() - b.double().clamp(-BOUND, BOUND)).abs() - tolerance(b)).max().item()
+            ((g.to_dense().double() - b.double().clamp(-BOUND, BOUND)).abs() - tolerance(b))
+            .max()
+            .item()
             for g, b in zip(grads, before)
             if g.numel()
         ),
@@ -47,8 +50,14 @@ def test_layout(ranks, name):
         raw = torch.cat([g.to_dense().double().flatten() for g in whole])
         bounded = raw.clamp(-BOUND, BOUND)
         assert norm == pytest.approx(total_norm(whole), rel=1e-6)
-        assert after == pytest.approx(float(bounded.norm()), rel=1e-6) and clipped and after < 0.9 * norm, "vacuous"
-        assert cosine == pytest.approx(float(torch.dot(raw, bounded) / raw.norm() / bounded.norm()), rel=1e-6)
+        assert (
+            after == pytest.approx(float(bounded.norm()), rel=1e-6)
+            and clipped
+            and after < 0.9 * norm
+        ), "vacuous"
+        assert cosine == pytest.approx(
+            float(torch.dot(raw, bounded) / raw.norm() / bounded.norm()), rel=1e-6
+        )
         assert worst <= 0 and seen == {"allreduce_": 1}
     assert len({tuple(map(float.hex, numbers)) for numbers, *_ in rows}) == 1
 
@@ -64,7 +73,9 @@ def alone(*grads, **options):
 
 def test_the_cosine_of_each_group_and_of_what_is_not_clamped():
     rules = {"p0": distclip.FixedValue(1.0), "p1": 0.5}
-    clipper, _ = alone([2.0, 1.0], [3.0], [0.3], policy=distclip.FixedValue(5.0), groups=distclip.by_name(rules))
+    clipper, _ = alone(
+        [2.0, 1.0], [3.0], [0.3], policy=distclip.FixedValue(5.0), groups=distclip.by_name(rules)
+    )
     report = clipper.clip_()
     assert report.groups == ("p0", "p1", "rest")
     assert report.cosine.tolist() == pytest.approx([3 / 10**0.5, 1, 1], rel=1e-6)
@@ -74,12 +85,20 @@ def test_the_cosine_of_each_group_and_of_what_is_not_clamped():
 def test_with_the_largest_element_as_norm_it_is_not_known():
     clipper, params = alone([2.0, 1.0], policy=distclip.FixedValue(1.0), norm_type=math.inf)
     report = clipper.clip_()
-    assert report.cosine.isnan().item() and report.norm_after.item() == 1 and params[0][1].grad.tolist() == [1, 1]
+    assert (
+        report.cosine.isnan().item()
+        and report.norm_after.item() == 1
+        and params[0][1].grad.tolist() == [1, 1]
+    )
 
 
 def test_a_turned_gradient_is_told_once():
     clipper, params = alone([9.0, 0.5, 0.5], policy=distclip.FixedValue(0.5))
-    with pytest.warns(RuntimeWarning, match=r"cosine with the raw one is 0\.64\. Raise clip_value, or clip the norm") as warned:
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"cosine with the raw one is 0\.64\. Raise clip_value, "
+        r"or clip the norm",
+    ) as warned:
         clipper.clip_()
     assert warned[0].filename == __file__, "the user's line"
     params[0][1].grad = torch.tensor([9.0, 0.5, 0.5])

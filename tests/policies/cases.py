@@ -18,11 +18,15 @@ def autoclip(percentile=10, window=1000):
 
 
 def zclip(z_threshold=2.5, alpha=0.97, warmup=25, max_norm=INF):
-    return reference.ZClip(GROUPS, z_threshold=z_threshold, alpha=alpha, warmup=warmup, max_norm=max_norm)
+    return reference.ZClip(
+        GROUPS, z_threshold=z_threshold, alpha=alpha, warmup=warmup, max_norm=max_norm
+    )
 
 
 def adagc(lambda_rel=1.04, lambda_abs=1.0, beta=0.99, warmup=100):
-    return reference.AdaGC(GROUPS, lambda_rel=lambda_rel, lambda_abs=lambda_abs, beta=beta, warmup=warmup)
+    return reference.AdaGC(
+        GROUPS, lambda_rel=lambda_rel, lambda_abs=lambda_abs, beta=beta, warmup=warmup
+    )
 
 
 def scheduled(at):
@@ -38,8 +42,14 @@ def decaying(step):
 
 
 CASES = {
-    "scheduled": (distclip.Scheduled(POINTS), lambda: scheduled(lambda t: np.interp(t, *zip(*POINTS, strict=True)))),
-    "scheduled by a function": (distclip.Scheduled(decaying), lambda: scheduled(lambda t: 0.5 + 1.5 * np.exp(-t / 100))),
+    "scheduled": (
+        distclip.Scheduled(POINTS),
+        lambda: scheduled(lambda t: np.interp(t, *zip(*POINTS, strict=True))),
+    ),
+    "scheduled by a function": (
+        distclip.Scheduled(decaying),
+        lambda: scheduled(lambda t: 0.5 + 1.5 * np.exp(-t / 100)),
+    ),
     "autoclip": (distclip.AutoClip(), autoclip),
     "autoclip, small window": (distclip.AutoClip(37.5, window=16), lambda: autoclip(37.5, 16)),
     "autoclip, minimum": (distclip.AutoClip(0, window=50), lambda: autoclip(0, 50)),
@@ -48,7 +58,10 @@ CASES = {
     "zclip, bounded": (distclip.ZClip(2.0, 0.9, 10, 1.0), lambda: zclip(2.0, 0.9, 10, 1.0)),
     "adagc": (distclip.AdaGC(), adagc),
     "adagc, other numbers": (distclip.AdaGC(1.2, 60.0, 0.9, 20), lambda: adagc(1.2, 60.0, 0.9, 20)),
-    "warmup": (distclip.Warmup(distclip.AutoClip(), 30, 1.5), lambda: reference.Warmup(autoclip(), 30, 1.5)),
+    "warmup": (
+        distclip.Warmup(distclip.AutoClip(), 30, 1.5),
+        lambda: reference.Warmup(autoclip(), 30, 1.5),
+    ),
     "warmup of skipping": (
         distclip.Warmup(distclip.SkipSpikes(distclip.AdaGC(), warmup=16), 200, 1.0),
         lambda: reference.Warmup(skipping(adagc(), warmup=16), 200, 1.0),

@@ -1,6 +1,8 @@
-"""The oracle: each policy once more, from its paper, in float64 NumPy, one group and one step at a time. Imports nothing of distclip.
+"""The oracle: each policy once more, from its paper, in float64 NumPy, one group and one step at a
+time. Imports nothing of distclip.
 
-`step(norms, total)` takes a step that is finite and gives (threshold, coefficient) of each group, and whether it is skipped.
+`step(norms, total)` takes a step that is finite and gives (threshold, coefficient) of each group,
+and whether it is skipped.
 """
 
 import copy
@@ -22,7 +24,10 @@ class PerGroup:
             vars(group).update(numbers)
 
     def step(self, norms, total):
-        answers = [group.one(float(norm), float(total)) for group, norm in zip(self.groups, norms, strict=True)]
+        answers = [
+            group.one(float(norm), float(total))
+            for group, norm in zip(self.groups, norms, strict=True)
+        ]
         return [a[0] for a in answers], [a[1] for a in answers], False
 
 
@@ -36,7 +41,11 @@ class AutoClip(PerGroup):
         def one(self, norm, total):
             if norm > 0:
                 self.history.append(norm)
-            c = float(np.percentile(self.history[-self.window :], self.percentile)) if self.history else math.inf
+            c = (
+                float(np.percentile(self.history[-self.window :], self.percentile))
+                if self.history
+                else math.inf
+            )
             return c, bounded(norm, c)
 
 
@@ -59,7 +68,9 @@ class ZClip(PerGroup):
             shown = clipped if z > self.z_threshold else self.mu + self.z_threshold * sigma
             if norm > 0:
                 self.mu = self.alpha * self.mu + (1 - self.alpha) * clipped
-                self.variance = self.alpha * self.variance + (1 - self.alpha) * (clipped - self.mu) ** 2
+                self.variance = (
+                    self.alpha * self.variance + (1 - self.alpha) * (clipped - self.mu) ** 2
+                )
             return min(shown, self.max_norm), bounded(norm, min(clipped, self.max_norm))
 
 
@@ -101,7 +112,10 @@ class Warmup:
     def step(self, norms, total):
         thresholds, coefs, skip = self.inner.step(norms, total)
         if self.left > 0:
-            thresholds, coefs = [self.max_norm] * len(norms), [bounded(float(n), self.max_norm) for n in norms]
+            thresholds, coefs = (
+                [self.max_norm] * len(norms),
+                [bounded(float(n), self.max_norm) for n in norms],
+            )
         self.left -= not skip
         return thresholds, coefs, skip
 
@@ -110,7 +124,13 @@ class SkipSpikes:
     """OLMo-core's rule over the norms of taken steps, and at least `factor` times their mean."""
 
     def __init__(self, inner, sigma, window, warmup, factor):
-        self.inner, self.sigma, self.window, self.warmup, self.factor = inner, sigma, window, warmup, factor
+        self.inner, self.sigma, self.window, self.warmup, self.factor = (
+            inner,
+            sigma,
+            window,
+            warmup,
+            factor,
+        )
         self.norms = []
 
     def step(self, norms, total):

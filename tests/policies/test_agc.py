@@ -1,4 +1,5 @@
-"""AGC: each unit by its own coefficient, whichever way weights are cut, against a float64 computation of whole tensors."""
+"""AGC: each unit by its own coefficient, whichever way weights are cut, against a float64
+computation of whole tensors."""
 
 from collections import Counter
 
@@ -17,7 +18,8 @@ SHAPES = {"w": (7, 5), "conv": (6, 3, 2, 2), "b": (6,), "zero": (3, 4), "s": ()}
 
 
 def unitwise(weight, grad, clipping):
-    """The clipped gradient and its units' coefficients, float64; a tensor of less than two dimensions is one unit."""
+    """The clipped gradient and its units' coefficients, float64; a tensor of less than two
+    dimensions is one unit."""
     rows = 1 if weight.ndim < 2 else weight.shape[0]
     w, g = (t.double().reshape(rows, -1).norm(dim=1) for t in (weight, grad))
     coef = (clipping * w.clamp(min=EPS) / g.clamp(min=1e-300)).clamp(max=1)
@@ -37,9 +39,14 @@ def clip_and_compare(named, clipping, **options):
     worst, coefs, squares, after = 0.0, [], 0.0, 0.0
     for name, p in named:
         want, coef = unitwise(*before[name], clipping)
-        worst = max(worst, float((full(p.grad).double() - want).norm() / want.norm().clamp(min=1e-30)))
+        worst = max(
+            worst, float((full(p.grad).double() - want).norm() / want.norm().clamp(min=1e-30))
+        )
         coefs += coef.tolist()
-        squares, after = squares + float(before[name][1].double().square().sum()), after + float(want.square().sum())
+        squares, after = (
+            squares + float(before[name][1].double().square().sum()),
+            after + float(want.square().sum()),
+        )
     return {
         "worst": worst,
         "clipped": sum(c < 1 for c in coefs),
@@ -56,7 +63,9 @@ def right(rows, distributed=True):
     for row in rows:
         assert row["worst"] <= 1e-6
         assert row["clipped"] and row["kept"] and row["said"], "vacuous"
-        assert row["norm"] == pytest.approx(1, abs=1e-6) and row["after"] == pytest.approx(1, abs=1e-6)
+        assert row["norm"] == pytest.approx(1, abs=1e-6) and row["after"] == pytest.approx(
+            1, abs=1e-6
+        )
         assert row["seen"] == ({"allreduce_": 1} if distributed else {})
     assert len({row["bits"] for row in rows}) == 1
 
@@ -69,8 +78,13 @@ def placed(over, placements):
         if name == "zero":
             weight = torch.zeros(shape)
         if over is not None:
-            fits = [Replicate() if isinstance(p, Shard) and p.dim >= len(shape) else p for p in placements]
-            weight, grad = (distribute_tensor(t, over, fits, src_data_rank=None) for t in (weight, grad))
+            fits = [
+                Replicate() if isinstance(p, Shard) and p.dim >= len(shape) else p
+                for p in placements
+            ]
+            weight, grad = (
+                distribute_tensor(t, over, fits, src_data_rank=None) for t in (weight, grad)
+            )
         param = nn.Parameter(weight)
         param.grad = grad
         named.append((name, param))
@@ -103,11 +117,22 @@ def test_one_process():
 
 def wrapped(name):
     case = LAYOUTS[name]()
-    return clip_and_compare([(n.removeprefix("module."), p) for n, p in case.params.named_parameters()], 3.0)
+    return clip_and_compare(
+        [(n.removeprefix("module."), p) for n, p in case.params.named_parameters()], 3.0
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp2_uneven", "fsdp2_empty_shards", "hsdp_2x2", "fsdp2_cpu_offload", "tp_colwise_rowwise", "tp_fsdp2"]
+    "name",
+    [
+        "ddp",
+        "fsdp2_uneven",
+        "fsdp2_empty_shards",
+        "hsdp_2x2",
+        "fsdp2_cpu_offload",
+        "tp_colwise_rowwise",
+        "tp_fsdp2",
+    ],
 )
 def test_under_the_wrappers(ranks, name):
     right(ranks.run(wrapped, name))
@@ -121,9 +146,19 @@ def scaled_by_a_scaler():
     starts = {name: (full(p.detach()).clone(), full(p.grad).clone()) for name, p in named}
     for _, p in named:
         p.grad = p.grad * 8
-    report = distclip.GradClipper(named, policy=distclip.AGC(0.05)).step(optimizer, scaler=scaler, grad_scale=0.5)
+    report = distclip.GradClipper(named, policy=distclip.AGC(0.05)).step(
+        optimizer, scaler=scaler, grad_scale=0.5
+    )
     worst = max(
-        float((starts[n][0].double() - full(p.detach()).double() - unitwise(starts[n][0], starts[n][1] / 2, 0.05)[0]).abs().max())
+        float(
+            (
+                starts[n][0].double()
+                - full(p.detach()).double()
+                - unitwise(starts[n][0], starts[n][1] / 2, 0.05)[0]
+            )
+            .abs()
+            .max()
+        )
         for n, p in named
     )
     return worst, bool(report.clipped)
@@ -138,20 +173,34 @@ def mixed_rules():
     named = placed(mesh(4), [Shard(1)])
     before = {n: full(p.grad).double() for n, p in named}
     rules = {"b": distclip.Exempt(in_total=True), "conv": distclip.AGC(0.01), "s": 0.5}
-    report = distclip.GradClipper(named, policy=distclip.AGC(0.05), groups=distclip.by_name(rules)).clip_()
+    report = distclip.GradClipper(
+        named, policy=distclip.AGC(0.05), groups=distclip.by_name(rules)
+    ).clip_()
     weights = {n: full(p.detach()) for n, p in named}
     off = 0.0
     for n, p in named:
-        want = unitwise(weights[n], before[n], {"conv": 0.01}.get(n, 0.05))[0] if n not in ("b", "s") else before[n]
+        want = (
+            unitwise(weights[n], before[n], {"conv": 0.01}.get(n, 0.05))[0]
+            if n not in ("b", "s")
+            else before[n]
+        )
         if n == "s":
             want = want * min(1, 0.5 / float(want.norm()))
         off = max(off, float((full(p.grad).double() - want).abs().max()))
-    return off, report.groups, report.total_norm.item() / float(torch.stack([g.norm() for g in before.values()]).norm())
+    return (
+        off,
+        report.groups,
+        report.total_norm.item() / float(torch.stack([g.norm() for g in before.values()]).norm()),
+    )
 
 
 def test_beside_other_rules(ranks):
     for off, groups, total in ranks.run(mixed_rules):
-        assert off <= 1e-7 and groups == ("b", "conv", "rest", "s") and total == pytest.approx(1, abs=1e-6)
+        assert (
+            off <= 1e-7
+            and groups == ("b", "conv", "rest", "s")
+            and total == pytest.approx(1, abs=1e-6)
+        )
 
 
 @skips.told()
@@ -182,14 +231,26 @@ def refused(what):
 
 def test_what_it_cannot_do_is_told(ranks):
     for text in ranks.run(refused, "fsdp1"):
-        assert "FSDP1 shard, 4 parts, which cuts units anywhere; clip by units under fully_shard (FSDP2)" in text
+        assert (
+            "FSDP1 shard, 4 parts, which cuts units anywhere; clip by units under fully_shard "
+            "(FSDP2)" in text
+        )
     for text in ranks.run(refused, "norm"):
-        assert text == "AGC(clipping=0.01, eps=0.001) works with 2-norms of units; norm_type=1.0 cannot go with it, leave it at 2"
+        assert text == (
+            "AGC(clipping=0.01, eps=0.001) works with 2-norms of units; norm_type=1.0 "
+            "cannot go with it, leave it at 2"
+        )
 
 
-@pytest.mark.parametrize("bad", [dict(clipping=0.0), dict(clipping=-1), dict(eps=0.0), dict(eps=float("nan"))])
+@pytest.mark.parametrize(
+    "bad", [dict(clipping=0.0), dict(clipping=-1), dict(eps=0.0), dict(eps=float("nan"))]
+)
 def test_arguments(bad):
-    with pytest.raises(distclip.ConfigError, match=r"must be positive and finite; the paper takes clipping=0.01, eps=1e-3"):
+    with pytest.raises(
+        distclip.ConfigError,
+        match=r"must be positive and finite; the paper takes "
+        r"clipping=0.01, eps=1e-3",
+    ):
         distclip.AGC(**bad)
 
 
@@ -215,11 +276,15 @@ def test_complex_weights_and_sparse_gradients():
     p.grad = torch.full_like(p, 100j)
     report = distclip.GradClipper([("w", p)], policy=distclip.AGC(0.1)).clip_()
     assert report.clipped and p.grad[0].norm().item() == pytest.approx(0.1 * 3**0.5, rel=1e-6)
-    assert p.grad.real.abs().max() == 0 and report.norm_after.item() == pytest.approx(0.1 * 6**0.5, rel=1e-6)
+    assert p.grad.real.abs().max() == 0 and report.norm_after.item() == pytest.approx(
+        0.1 * 6**0.5, rel=1e-6
+    )
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(
-        distclip.GradientError, match=r"a sparse gradient of shape \(4, 2\) cannot be scaled by units; exempt it by groups="
+        distclip.GradientError,
+        match=r"a sparse gradient of shape \(4, 2\) cannot be scaled by "
+        r"units; exempt it by groups=",
     ):
         distclip.GradClipper(table, policy=distclip.AGC(0.1)).clip_()
 
@@ -229,7 +294,9 @@ def one_part_without_a_gradient():
 
     weight, grad = drawn("w weight", 4, 8) / 4, drawn("w grad", 4, 8) / 64
     grad[:, :2] = 0
-    weight_part, grad_part = (distribute_tensor(t, mesh(4), [Shard(1)], src_data_rank=None) for t in (weight, grad))
+    weight_part, grad_part = (
+        distribute_tensor(t, mesh(4), [Shard(1)], src_data_rank=None) for t in (weight, grad)
+    )
     p = nn.Parameter(weight_part)
     p.grad = None if dist.get_rank() == 0 else grad_part
     distclip.GradClipper([("w", p)], policy=distclip.AGC(0.05)).clip_()

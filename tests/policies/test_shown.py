@@ -1,4 +1,5 @@
-"""What policies are shown: norms and sums rounded so that no decision depends on the order in which they were added up."""
+"""What policies are shown: norms and sums rounded so that no decision depends on the order in which
+they were added up."""
 
 import math
 
@@ -15,12 +16,15 @@ from parity.oracle import total_norm
 
 
 class Shown:
-    """Remembers what it is shown, clips nothing, and counts elements: held by three ranks, each adds a third of them."""
+    """Remembers what it is shown, clips nothing, and counts elements: held by three ranks, each
+    adds a third of them."""
 
     words = 1
 
     def init(self, groups, device):
-        return tuple(torch.zeros(n, dtype=torch.float64, device=device) for n in (groups, 1, groups))
+        return tuple(
+            torch.zeros(n, dtype=torch.float64, device=device) for n in (groups, 1, groups)
+        )
 
     def local_stats(self, own):
         counts = torch.tensor([float(g.numel()) for g in own.grads.tensors], dtype=torch.float64)
@@ -28,7 +32,11 @@ class Shown:
 
     def decide(self, norms, state):
         none = torch.full_like(norms.per_group, math.inf)
-        return distclip.Scale(torch.ones_like(none), none), (norms.per_group, norms.total.reshape(1), norms.stats)
+        return distclip.Scale(torch.ones_like(none), none), (
+            norms.per_group,
+            norms.total.reshape(1),
+            norms.stats,
+        )
 
 
 def normal(name, dtype):
@@ -36,26 +44,42 @@ def normal(name, dtype):
 
 
 def shown(dtypes, norm_type):
-    """This rank's parameters are of these dtypes; norms that the policy saw, relative errors, and a report's."""
+    """This rank's parameters are of these dtypes; norms that the policy saw, relative errors, and a
+    report's."""
     named = []
     for i, (name, dtype) in enumerate(dtypes[dist.get_rank()].items()):
         grad = normal(name, dtype)
-        param, grad = (distribute_tensor(t, mesh(4), [Shard(i % 2)], src_data_rank=None) for t in (torch.zeros_like(grad), grad))
+        param, grad = (
+            distribute_tensor(t, mesh(4), [Shard(i % 2)], src_data_rank=None)
+            for t in (torch.zeros_like(grad), grad)
+        )
         named.append((name, nn.Parameter(param)))
         named[-1][1].grad = grad
-    clipper = distclip.GradClipper(named, policy=Shown(), groups=distclip.per_parameter(), norm_type=norm_type)
+    clipper = distclip.GradClipper(
+        named, policy=Shown(), groups=distclip.per_parameter(), norm_type=norm_type
+    )
     report = clipper.clip_()
     state = clipper.state_dict()
     whole = {name: normal(name, dtype).abs() for name, dtype in dtypes[dist.get_rank()].items()}
-    want = [total_norm([whole[name]], norm_type) for name in report.groups] + [total_norm(whole.values(), norm_type)]
+    want = [total_norm([whole[name]], norm_type) for name in report.groups] + [
+        total_norm(whole.values(), norm_type)
+    ]
     seen = [*state["0.0"].tolist(), *state["0.1"].tolist()]
     told = [*report.group_norms.tolist(), report.total_norm.item()]
-    return seen, [abs(a / b - 1) for a, b in zip(seen, want, strict=True)], told, report.total_norm.dtype
+    return (
+        seen,
+        [abs(a / b - 1) for a, b in zip(seen, want, strict=True)],
+        told,
+        report.total_norm.dtype,
+    )
 
 
 def spare_bits(values):
     """Of float64 numbers, how many of the last bits all of them leave at 0."""
-    return min((n & -n).bit_length() - 1 for n in torch.tensor(values, dtype=torch.float64).view(torch.int64).tolist())
+    return min(
+        (n & -n).bit_length() - 1
+        for n in torch.tensor(values, dtype=torch.float64).view(torch.int64).tolist()
+    )
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0])
@@ -67,17 +91,29 @@ def test_norms_of_the_precision_of_the_parameters(ranks, wide, norm_type):
     for seen, off, told, dtype in rows:
         assert seen == told, "the report's norms are those that the policy saw"
         if wide is None:
-            assert spare_bits(seen) in range(29, 40) and 1e-9 < max(off) <= 2**-24 and dtype == torch.float32
+            assert (
+                spare_bits(seen) in range(29, 40)
+                and 1e-9 < max(off) <= 2**-24
+                and dtype == torch.float32
+            )
         else:
-            assert spare_bits(seen) in range(5, 16) and 1e-16 < max(off) <= 2**-47 and dtype == torch.float64
+            assert (
+                spare_bits(seen) in range(5, 16)
+                and 1e-16 < max(off) <= 2**-47
+                and dtype == torch.float64
+            )
     assert len({tuple(map(float.hex, row[0])) for row in rows}) == 1
 
 
 def wide_on(rank):
     """One rank alone has a float64 parameter."""
-    param = nn.Parameter(torch.zeros(3, dtype=torch.float64 if dist.get_rank() == rank else torch.float32))
+    param = nn.Parameter(
+        torch.zeros(3, dtype=torch.float64 if dist.get_rank() == rank else torch.float32)
+    )
     param.grad = torch.full_like(param, 1 / 3)
-    clipper = distclip.GradClipper([(f"p{dist.get_rank()}", param)], policy=Shown(), groups=distclip.per_parameter())
+    clipper = distclip.GradClipper(
+        [(f"p{dist.get_rank()}", param)], policy=Shown(), groups=distclip.per_parameter()
+    )
     clipper.clip_()
     return clipper.state_dict()["0.0"].tolist()
 

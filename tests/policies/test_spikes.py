@@ -1,4 +1,5 @@
-"""A step that a policy leaves out: nothing moves, a scaler does not take it for an overflow, and a long streak of them ends."""
+"""A step that a policy leaves out: nothing moves, a scaler does not take it for an overflow, and a
+long streak of them ends."""
 
 import pytest
 import torch
@@ -33,16 +34,29 @@ def test_a_spike_never_happened(how, mode):
             if step == SPIKE and spike is None:
                 continue
             p.grad = grad(step, step == spike)
-            before = p.detach().clone(), [t.clone() for state in clipper._memory.state for t in state]
+            before = (
+                p.detach().clone(),
+                [t.clone() for state in clipper._memory.state for t in state],
+            )
             if how == "clip_":
                 report = clipper.clip_()
                 optimizer.step()
             else:
                 report = clipper.step(optimizer)
-            assert report.skipped == (step == spike) and report.nonfinite == 0 and report.culprits == ()
+            assert (
+                report.skipped == (step == spike)
+                and report.nonfinite == 0
+                and report.culprits == ()
+            )
             if step == spike:
                 assert torch.equal(p, before[0]), "nothing moves"
-                assert all(map(torch.equal, before[1], [t for state in clipper._memory.state for t in state])), "and no state"
+                assert all(
+                    map(
+                        torch.equal,
+                        before[1],
+                        [t for state in clipper._memory.state for t in state],
+                    )
+                ), "and no state"
         ends.append(p.detach().clone())
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
     assert ends[0].abs().min() > 0.1, "vacuous"
@@ -72,6 +86,8 @@ def test_a_streak_of_spikes_ends(waits):
     with pytest.raises(distclip.GradientError) as error:
         clipper.step(optimizer)
     assert str(error.value) == (
-        "step 13: 4 steps in a row were not taken (skip_limit=3), the last ones because the policy left them out: the norm stays above "
-        "what it expects. Lower the learning rate, look at the data, or let the policy admit larger norms"
+        "step 13: 4 steps in a row were not taken (skip_limit=3), the last ones because the policy "
+        "left them out: the norm stays above "
+        "what it expects. Lower the learning rate, look at the data, or let the policy admit "
+        "larger norms"
     )

@@ -1,4 +1,5 @@
-"""On the recorded trace every policy gives the thresholds, coefficients and skips of its reference; its state stays finite."""
+"""On the recorded trace every policy gives the thresholds, coefficients and skips of its reference;
+its state stays finite."""
 
 import math
 from dataclasses import replace
@@ -32,13 +33,20 @@ def skips(answer):
 
 def equal(a, b):
     """Bit for bit, NaN included."""
-    return len(a) == len(b) and all(torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_the_trace_is_not_tame():
     assert NORMS.shape == (STEPS, GROUPS) and STEPS >= 300
     bad = NORMS[~FINITE]
-    assert np.isnan(bad).any() and np.isinf(bad).any() and np.isfinite(bad).all(1).any() and (NORMS[FINITE] == 0).any()
+    assert (
+        np.isnan(bad).any()
+        and np.isinf(bad).any()
+        and np.isfinite(bad).all(1).any()
+        and (NORMS[FINITE] == 0).any()
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,7 +70,8 @@ def test_thresholds_and_coefficients_are_those_of_the_reference(name):
         assert all(t.isfinite().all() for t in new), step
         state = new
     if name != "autoclip, maximum":
-        assert 0 < np.mean(np.array(coefs) < 1) < 1  # not vacuous: some steps are clipped, some are not
+        # not vacuous: some steps are clipped, some are not
+        assert 0 < np.mean(np.array(coefs) < 1) < 1
     assert (skipped >= 4) == ("skip" in name)
     assert [t.shape for t in state] == [t.shape for t in policy.init(GROUPS, torch.device("cpu"))]
 
@@ -76,10 +85,16 @@ def test_pure_and_right_from_the_first_step(name):
         inputs = [norms.per_group, norms.total, norms.finite, norms.nonfinite, norms.stats, *state]
         versions, before = [t._version for t in inputs], [t.clone() for t in inputs]
         answer, new = policy.decide(norms, state)
-        again, same = policy.decide(norms, tuple(state))  # a plain tuple is what the clipper hands on
+        # a plain tuple is what the clipper hands on
+        again, same = policy.decide(norms, tuple(state))
         assert [t._version for t in inputs] == versions and equal(inputs, before)
-        assert equal((answer.coef, answer.threshold), (again.coef, again.threshold)) and equal(new, same)
-        assert answer.coef.dtype == answer.threshold.dtype == torch.float64 and answer.coef.shape == (GROUPS,)
+        assert equal((answer.coef, answer.threshold), (again.coef, again.threshold)) and equal(
+            new, same
+        )
+        assert (
+            answer.coef.dtype == answer.threshold.dtype == torch.float64
+            and answer.coef.shape == (GROUPS,)
+        )
         assert not answer.coef.isnan().any() and not answer.threshold.isnan().any()
         state = new
 
@@ -89,18 +104,25 @@ def test_groups_do_not_mix_but_in_what_is_said_of_the_total(name):
     policy, _ = CASES[name]
     if "skip" in name:
         return  # a step is judged as a whole
-    together, alone = policy.init(GROUPS, torch.device("cpu")), [policy.init(1, torch.device("cpu")) for _ in range(GROUPS)]
+    together, alone = (
+        policy.init(GROUPS, torch.device("cpu")),
+        [policy.init(1, torch.device("cpu")) for _ in range(GROUPS)],
+    )
     for step in range(120):
         norms = at(step)
         answer, together = policy.decide(norms, together)
         for group in range(GROUPS):
             one = replace(norms, per_group=norms.per_group[[group]])
             own, alone[group] = policy.decide(one, alone[group])
-            assert answer.threshold[group] == own.threshold[0] and (answer.coef[group] == own.coef[0] or not FINITE[step])
+            assert answer.threshold[group] == own.threshold[0] and (
+                answer.coef[group] == own.coef[0] or not FINITE[step]
+            )
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e40])
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("autoclip", "zclip", "skip")) and "bounded" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n.startswith(("autoclip", "zclip", "skip")) and "bounded" not in n]
+)
 def test_norms_of_any_size(name, size):
     policy, _ = CASES[name]
     state, scaled = (policy.init(GROUPS, torch.device("cpu")) for _ in range(2))
@@ -110,7 +132,9 @@ def test_norms_of_any_size(name, size):
         answer, state = policy.decide(norms, state)
         other, scaled = policy.decide(large, scaled)
         if FINITE[step]:
-            assert other.coef.tolist() == pytest.approx(answer.coef.tolist(), rel=1e-9) and skips(answer) == skips(other)
+            assert other.coef.tolist() == pytest.approx(answer.coef.tolist(), rel=1e-9) and skips(
+                answer
+            ) == skips(other)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -142,12 +166,16 @@ def test_the_limit_of_a_spike_to_the_last_digits(sigma, factor):
         assert factor == 1 or not skips(answer)
     taken = state[0].numpy()
     limit = max(taken.mean() + sigma * taken.std(ddof=1), factor * taken.mean())
-    assert not skips(policy.decide(one(limit * (1 - 1e-12)), state)[0]) and skips(policy.decide(one(limit * (1 + 1e-12)), state)[0])
+    assert not skips(policy.decide(one(limit * (1 - 1e-12)), state)[0]) and skips(
+        policy.decide(one(limit * (1 + 1e-12)), state)[0]
+    )
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 8.0, math.inf])
 def test_a_step_is_judged_by_the_norm_over_the_groups(p):
     policy, _ = CASES["skip spikes"]
     norms = at(10)
-    history = policy.decide(replace(norms, norm_type=p), policy.init(GROUPS, torch.device("cpu")))[1][0]
+    history = policy.decide(replace(norms, norm_type=p), policy.init(GROUPS, torch.device("cpu")))[
+        1
+    ][0]
     assert history[0, 0].item() == pytest.approx(np.linalg.norm(NORMS[10], p), rel=1e-12)

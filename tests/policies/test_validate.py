@@ -20,7 +20,9 @@ def parameters():
 
 
 def clipper_of(policy, **options):
-    return distclip.GradClipper(parameters(), policy=policy, **{"groups": distclip.per_parameter()} | options)
+    return distclip.GradClipper(
+        parameters(), policy=policy, **{"groups": distclip.per_parameter()} | options
+    )
 
 
 def ones(*shape, dtype=F64, device="cpu"):
@@ -45,15 +47,28 @@ class Flat:
 
 
 def scale(coef=None, threshold=None, skip=None):
-    return Flat(distclip.Scale(ones(3) if coef is None else coef, ones(3) if threshold is None else threshold, skip))
+    return Flat(
+        distclip.Scale(
+            ones(3) if coef is None else coef, ones(3) if threshold is None else threshold, skip
+        )
+    )
 
 
 def clamp(**fields):
-    return Flat(distclip.Clamp(**{"value": ones(3), "clipped": ones(3) > 0, "norm_after": ones(3), "cosine": ones(3)} | fields))
+    return Flat(
+        distclip.Clamp(
+            **{"value": ones(3), "clipped": ones(3) > 0, "norm_after": ones(3), "cosine": ones(3)}
+            | fields
+        )
+    )
 
 
 def by_units(**fields):
-    policy = Flat(distclip.UnitScale(**{"threshold": ones(3), "clipped": ones(3) > 0, "norm_after": ones(3)} | fields))
+    policy = Flat(
+        distclip.UnitScale(
+            **{"threshold": ones(3), "clipped": ones(3) > 0, "norm_after": ones(3)} | fields
+        )
+    )
     policy.unit_coefs, policy.words = lambda weight, grad: torch.ones_like(grad), 2
     return policy
 
@@ -66,72 +81,117 @@ def bare(given):
 
 THREE, EACH = "float64 [3] on cpu", "an entry for each of its groups"
 REFUSED = {
-    "one for all": (scale(coef=ones(1)), f"decide() returned Scale.coef as float64 [1] on cpu; return {THREE}, {EACH}"),
-    "0-dim": (scale(coef=ones()), f"decide() returned Scale.coef as float64 [] on cpu; return {THREE}, {EACH}"),
-    "float32": (scale(coef=ones(3, dtype=torch.float32)), f"decide() returned Scale.coef as float32 [3] on cpu; return {THREE}, {EACH}"),
+    "one for all": (
+        scale(coef=ones(1)),
+        f"decide() returned Scale.coef as float64 [1] on cpu; return {THREE}, {EACH}",
+    ),
+    "0-dim": (
+        scale(coef=ones()),
+        f"decide() returned Scale.coef as float64 [] on cpu; return {THREE}, {EACH}",
+    ),
+    "float32": (
+        scale(coef=ones(3, dtype=torch.float32)),
+        f"decide() returned Scale.coef as float32 [3] on cpu; return {THREE}, {EACH}",
+    ),
     "another device": (
         scale(coef=ones(3, device="meta")),
         f"decide() returned Scale.coef as float64 [3] on meta; return {THREE}, {EACH}",
     ),
-    "a number": (scale(threshold=2.5), f"decide() returned Scale.threshold as a value of type float; return {THREE}, {EACH}"),
-    "threshold": (scale(threshold=ones(1, 3)), f"decide() returned Scale.threshold as float64 [1, 3] on cpu; return {THREE}, {EACH}"),
-    "value": (clamp(value=ones(1)), f"decide() returned Clamp.value as float64 [1] on cpu; return {THREE}, {EACH}"),
-    "norm_after": (clamp(norm_after=None), f"decide() returned Clamp.norm_after as None; return {THREE}, {EACH}"),
-    "cosine": (clamp(cosine=ones(2)), f"decide() returned Clamp.cosine as float64 [2] on cpu; return {THREE}, {EACH}"),
-    "clipped": (clamp(clipped=ones(3)), f"decide() returned Clamp.clipped as float64 [3] on cpu; return bool [3] on cpu, {EACH}"),
-    "units' threshold": (by_units(threshold=ones()), f"decide() returned UnitScale.threshold as float64 [] on cpu; return {THREE}, {EACH}"),
-    "units' norm": (by_units(norm_after=ones(1)), f"decide() returned UnitScale.norm_after as float64 [1] on cpu; return {THREE}, {EACH}"),
+    "a number": (
+        scale(threshold=2.5),
+        f"decide() returned Scale.threshold as a value of type float; return {THREE}, {EACH}",
+    ),
+    "threshold": (
+        scale(threshold=ones(1, 3)),
+        f"decide() returned Scale.threshold as float64 [1, 3] on cpu; return {THREE}, {EACH}",
+    ),
+    "value": (
+        clamp(value=ones(1)),
+        f"decide() returned Clamp.value as float64 [1] on cpu; return {THREE}, {EACH}",
+    ),
+    "norm_after": (
+        clamp(norm_after=None),
+        f"decide() returned Clamp.norm_after as None; return {THREE}, {EACH}",
+    ),
+    "cosine": (
+        clamp(cosine=ones(2)),
+        f"decide() returned Clamp.cosine as float64 [2] on cpu; return {THREE}, {EACH}",
+    ),
+    "clipped": (
+        clamp(clipped=ones(3)),
+        f"decide() returned Clamp.clipped as float64 [3] on cpu; return bool [3] on cpu, {EACH}",
+    ),
+    "units' threshold": (
+        by_units(threshold=ones()),
+        f"decide() returned UnitScale.threshold as float64 [] on cpu; return {THREE}, {EACH}",
+    ),
+    "units' norm": (
+        by_units(norm_after=ones(1)),
+        f"decide() returned UnitScale.norm_after as float64 [1] on cpu; return {THREE}, {EACH}",
+    ),
     "units clipped": (
         by_units(clipped=ones(1) > 0),
         f"decide() returned UnitScale.clipped as bool [1] on cpu; return bool [3] on cpu, {EACH}",
     ),
     "units without coefficients": (
         Flat(distclip.UnitScale(ones(3), ones(3) > 0, ones(3))),
-        "decide() returned a UnitScale, but there is no unit_coefs to scale by; return a Scale or a Clamp",
+        "decide() returned a UnitScale, but there is no unit_coefs to scale by; return a Scale or "
+        "a Clamp",
     ),
     "skip of floats": (
         scale(skip=ones(3)),
-        "decide() returned Scale.skip as float64 [3] on cpu; return bool [] on cpu or bool [3] on cpu, or None",
+        "decide() returned Scale.skip as float64 [3] on cpu; return bool [] on cpu or bool [3] on "
+        "cpu, or None",
     ),
     "skip on the host": (
         scale(skip=True),
-        "decide() returned Scale.skip as a value of type bool; return bool [] on cpu or bool [3] on cpu, or None",
+        "decide() returned Scale.skip as a value of type bool; return bool [] on cpu or bool [3] "
+        "on cpu, or None",
     ),
     "skip of two": (
         scale(skip=ones(2) > 0),
-        "decide() returned Scale.skip as bool [2] on cpu; return bool [] on cpu or bool [3] on cpu, or None",
+        "decide() returned Scale.skip as bool [2] on cpu; return bool [] on cpu or bool [3] on "
+        "cpu, or None",
     ),
     "no answer": (
         bare(None),
-        "decide() returned None; return two things, a distclip.Scale, Clamp or UnitScale and the next state",
+        "decide() returned None; return two things, a distclip.Scale, Clamp or UnitScale and the "
+        "next state",
     ),
     "the answer alone": (
         bare(distclip.Scale(ones(3), ones(3))),
-        "decide() returned a value of type Scale; return two things, a distclip.Scale, Clamp or UnitScale and the next state",
+        "decide() returned a value of type Scale; return two things, a distclip.Scale, Clamp or "
+        "UnitScale and the next state",
     ),
     "no record": (
         bare((ones(3), ())),
-        "decide() returned float64 [3] on cpu as its answer; return a distclip.Scale, Clamp or UnitScale",
+        "decide() returned float64 [3] on cpu as its answer; return a distclip.Scale, Clamp or "
+        "UnitScale",
     ),
     "state of a list": (
         Flat(state=[], first=()),
-        "decide() returned a value of type list as the next state, and init() a tuple (); return a tuple of as many tensors",
+        "decide() returned a value of type list as the next state, and init() a tuple (); return a "
+        "tuple of as many tensors",
     ),
     "state too short": (
         Flat(state=(ones(),), first=(ones(), ones())),
-        "decide() returned a tuple (Tensor) as the next state, and init() a tuple (Tensor, Tensor); return a tuple of as many tensors",
+        "decide() returned a tuple (Tensor) as the next state, and init() a tuple (Tensor, "
+        "Tensor); return a tuple of as many tensors",
     ),
     "state of another dtype": (
         Flat(state=(ones(3), ones(dtype=torch.float32)), first=(ones(3), ones())),
-        "decide() returned state[1] as float32 [] on cpu, and init() made it float64 [] on cpu; return the same",
+        "decide() returned state[1] as float32 [] on cpu, and init() made it float64 [] on cpu; "
+        "return the same",
     ),
     "state of another shape": (
         Flat(state=(ones(1),), first=(ones(3),)),
-        "decide() returned state[0] as float64 [1] on cpu, and init() made it float64 [3] on cpu; return the same",
+        "decide() returned state[0] as float64 [1] on cpu, and init() made it float64 [3] on cpu; "
+        "return the same",
     ),
     "state of numbers": (
         Flat(state=(1.0,), first=(ones(),)),
-        "decide() returned state[0] as a value of type float, and init() made it float64 [] on cpu; return the same",
+        "decide() returned state[0] as a value of type float, and init() made it float64 [] on "
+        "cpu; return the same",
     ),
     "init on another device": (
         Flat(first=(ones(), ones(device="meta"))),
@@ -139,12 +199,17 @@ REFUSED = {
     ),
     "init of a tensor": (
         Flat(first=ones(3)),
-        "init() returned float64 [3] on cpu; return a tuple of tensors, () where there is nothing to remember",
+        "init() returned float64 [3] on cpu; return a tuple of tensors, () where there is nothing "
+        "to remember",
     ),
-    "init of nothing": (Flat(first=None), "init() returned None; return a tuple of tensors, () where there is nothing to remember"),
+    "init of nothing": (
+        Flat(first=None),
+        "init() returned None; return a tuple of tensors, () where there is nothing to remember",
+    ),
     "init of numbers": (
         Flat(first=(ones(), 0)),
-        "init() returned a tuple (Tensor, int); return a tuple of tensors, () where there is nothing to remember",
+        "init() returned a tuple (Tensor, int); return a tuple of tensors, () where there is "
+        "nothing to remember",
     ),
     "in a warm-up": (
         distclip.Warmup(scale(coef=ones(1)), 5, 1.0),
@@ -152,11 +217,13 @@ REFUSED = {
     ),
     "in wrappers": (
         distclip.SkipSpikes(distclip.Warmup(Flat(state=(ones(1),), first=(ones(3),)), 5, 1.0)),
-        "decide() returned state[0] as float64 [1] on cpu, and init() made it float64 [3] on cpu; return the same",
+        "decide() returned state[0] as float64 [1] on cpu, and init() made it float64 [3] on cpu; "
+        "return the same",
     ),
     "init in a wrapper": (
         distclip.SkipSpikes(Flat(first=ones(3))),
-        "init() returned float64 [3] on cpu; return a tuple of tensors, () where there is nothing to remember",
+        "init() returned float64 [3] on cpu; return a tuple of tensors, () where there is nothing "
+        "to remember",
     ),
 }
 
@@ -179,7 +246,10 @@ def test_each_part_is_told_how_many_groups_it_has():
     groups = distclip.by_name({"a": scale(), "b": 1.0})
     with pytest.raises(distclip.ConfigError) as caught:
         clipper_of(distclip.FixedNorm(1.0), groups=groups)
-    assert str(caught.value) == f"Flat(2): decide() returned Scale.coef as float64 [3] on cpu; return float64 [1] on cpu, {EACH}"
+    assert str(caught.value) == (
+        f"Flat(2): decide() returned Scale.coef as float64 [3] on cpu; "
+        f"return float64 [1] on cpu, {EACH}"
+    )
 
 
 class Loud:
@@ -194,7 +264,9 @@ class Loud:
         return ()
 
     def decide(self, norms, state):
-        return distclip.Scale(torch.ones_like(norms.per_group), norms.stats.reshape(-1, 2).sum(1)), state
+        return distclip.Scale(
+            torch.ones_like(norms.per_group), norms.stats.reshape(-1, 2).sum(1)
+        ), state
 
     def local_stats(self, own):
         return self.stats
@@ -229,7 +301,10 @@ class Mean:
     """A threshold at the mean norm so far; reads its state by name alone."""
 
     def init(self, groups, device):
-        return Count(torch.zeros(groups, dtype=F64, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        return Count(
+            torch.zeros(groups, dtype=F64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
 
     def decide(self, norms, state):
         new = Count(state.total + norms.per_group, state.n + 1)
@@ -258,10 +333,13 @@ def test_a_named_tuple_stays_one(policy):
 
 
 class Shifted:
-    """The threshold is the norm of two steps ago: the state moves on from one place to the next, and the answer is a state."""
+    """The threshold is the norm of two steps ago: the state moves on from one place to the next,
+    and the answer is a state."""
 
     def init(self, groups, device):
-        return tuple(torch.full((groups,), float("inf"), dtype=F64, device=device) for _ in range(2))
+        return tuple(
+            torch.full((groups,), float("inf"), dtype=F64, device=device) for _ in range(2)
+        )
 
     def decide(self, norms, state):
         last, before = state
@@ -273,7 +351,9 @@ class Bounded(Shifted):
 
     def decide(self, norms, state):
         last, before = state
-        answer = distclip.Clamp(before, norms.per_group > before, norms.per_group, torch.ones_like(last))
+        answer = distclip.Clamp(
+            before, norms.per_group > before, norms.per_group, torch.ones_like(last)
+        )
         return answer, (norms.per_group, last)
 
 
@@ -289,17 +369,25 @@ def test_states_that_move_on_and_are_answers_too(policy, waits):
         thresholds.append(clipper.clip_().threshold.item())
         left.append(p.grad.item())
     assert thresholds == [float("inf"), float("inf"), 1.0, 2.0, 3.0]
-    assert left == ([1.0, 2.0, 1.0, 2.0, 3.0] if isinstance(policy, Bounded) else [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert left == (
+        [1.0, 2.0, 1.0, 2.0, 3.0] if isinstance(policy, Bounded) else [1.0, 2.0, 3.0, 4.0, 5.0]
+    )
 
 
 def test_copies_and_kept_states_are_of_the_same_kind():
     from distclip.policies.state import copied, kept
 
     old, new = Count(ones(2), ones()), Count(2 * ones(2), 2 * ones())
-    assert isinstance(copied(old), Count) and copied(old).total is not old.total and copied((ones(),)) == (ones(),)
+    assert (
+        isinstance(copied(old), Count)
+        and copied(old).total is not old.total
+        and copied((ones(),)) == (ones(),)
+    )
     for finite, want in ((True, new), (False, old)):
         (state,) = kept((old,), (new,), torch.tensor(finite))
-        assert isinstance(state, Count) and all(torch.equal(a, b) for a, b in zip(state, want, strict=True))
+        assert isinstance(state, Count) and all(
+            torch.equal(a, b) for a, b in zip(state, want, strict=True)
+        )
 
 
 def test_watched_groups_with_policies_of_no_name_are_equal_on_all_ranks(ranks):
@@ -317,21 +405,34 @@ def test_the_text_of_a_watch():
     from distclip.setup.options import Asked, checked
 
     def text(watch):
-        return checked(Asked(1.0, None, 2.0, None, "skip", 1e-5, 20, "auto", watch)).texts()["watch"]
+        return checked(Asked(1.0, None, 2.0, None, "skip", 1e-5, 20, "auto", watch)).texts()[
+            "watch"
+        ]
 
     table = {"a": Mean(), "b": 1.0, "c": distclip.Exempt()}
     assert text(None) == "None"
-    assert text(distclip.Watch(distclip.per_layer(2), every=3)) == "Watch(PerLayer(depth=2), every=3)"
-    assert text(distclip.Watch(distclip.by_name(table))) == "Watch(ByName(a: Mean, b: 1.0, c: Exempt(in_total=False)), every=1)"
+    assert text(distclip.Watch(distclip.per_layer(2), every=3)) == (
+        "Watch(PerLayer(depth=2), every=3)"
+    )
+    assert text(distclip.Watch(distclip.by_name(table))) == (
+        "Watch(ByName(a: Mean, b: 1.0, c: Exempt(in_total=False)), every=1)"
+    )
 
 
-UNITS = "scales by units, and a threshold of the norm cannot stand in for it; wrap a policy that scales by one coefficient"
+UNITS = (
+    "scales by units, and a threshold of the norm cannot stand in for it; wrap a policy that "
+    "scales by one coefficient"
+)
 
 
 def test_a_warm_up_over_units_is_refused():
     for policy, name in (
         (distclip.AGC(), "AGC(clipping=0.01, eps=0.001)"),
-        (distclip.SkipSpikes(distclip.AGC()), "SkipSpikes(AGC(clipping=0.01, eps=0.001), sigma=6.0, window=128, warmup=64, factor=2.0)"),
+        (
+            distclip.SkipSpikes(distclip.AGC()),
+            "SkipSpikes(AGC(clipping=0.01, eps=0.001), "
+            "sigma=6.0, window=128, warmup=64, factor=2.0)",
+        ),
         (by_units(), "Flat(2)"),
     ):
         with pytest.raises(distclip.ConfigError) as caught:

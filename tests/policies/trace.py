@@ -1,4 +1,5 @@
-"""A recorded trace of norms, by formula: three groups of unlike scales, noise, decay, spikes, NaN, inf, and steps without gradients."""
+"""A recorded trace of norms, by formula: three groups of unlike scales, noise, decay, spikes, NaN,
+inf, and steps without gradients."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Small models in training, one for each strategy on four ranks, with one loop for all precisions."""
+"""Small models in training, one for each strategy on four ranks, with one loop for all
+precisions."""
 
 import math
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ def mlp(seed=0, inputs=6, hidden=10):
 
 
 def spread(strategy):
-    """The model, which batch a rank sees, options of the clipper, and the sets of ranks that share what they hold."""
+    """The model, which batch a rank sees, options of the clipper, and the sets of ranks that share
+    what they hold."""
     rank, everyone = dist.get_rank(), [(0, 1, 2, 3)]
     if strategy == "single":
         return mlp(), 0, {}, everyone
@@ -37,8 +39,16 @@ def spread(strategy):
     if strategy == "hsdp":
         return fully_shard(mlp(), mesh=mesh(2, 2)), rank, {}, [(0, 2), (1, 3)]
     if strategy == "tp":
-        return parallelize_module(mlp(hidden=12), mesh(4), {"0": ColwiseParallel(), "2": RowwiseParallel()}), 0, {}, []
-    return mlp(seed=rank, hidden=4 + rank), rank, {"replicated_over": {"*": distclip.PRIVATE}}, []  # a stage of its own
+        return (
+            parallelize_module(
+                mlp(hidden=12), mesh(4), {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            ),
+            0,
+            {},
+            [],
+        )
+    # a stage of its own
+    return mlp(seed=rank, hidden=4 + rank), rank, {"replicated_over": {"*": distclip.PRIVATE}}, []
 
 
 def local(t):
@@ -50,14 +60,19 @@ def whole(t):
 
 
 def bits(tensors):
-    return b"".join(local(t).detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return b"".join(
+        local(t).detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        for t in tensors
+    )
 
 
 @dataclass
 class Poison:
     """What goes wrong at a step."""
 
-    kind: str  # "loss": overflows before the reduction; "grad": after it, in this rank's part of the gradients alone
+    # "loss": overflows before the reduction; "grad": after it, in this rank's part of the gradients
+    # alone
+    kind: str
     rank: int
     value: float
     half: int = 0  # which optimizer's gradients
@@ -75,7 +90,8 @@ BAD = {
 
 @dataclass
 class Job:
-    """Half of the parameters under a fused AdamW, which folds, half under SGD with momentum and weight decay, which does not."""
+    """Half of the parameters under a fused AdamW, which folds, half under SGD with momentum and
+    weight decay, which does not."""
 
     strategy: str
     precision: str
@@ -90,7 +106,11 @@ class Job:
             torch.optim.SGD(self.halves[1], 2.0**-6, momentum=0.9, weight_decay=0.01),
         )
         self.clipper = distclip.GradClipper(self.model, **{"max_norm": 0.25} | extra | self.options)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=40) if self.precision == "fp16" else None
+        self.scaler = (
+            torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=40)
+            if self.precision == "fp16"
+            else None
+        )
 
     def backward(self, step, poison=None):
         for optimizer in self.optimizers:
@@ -105,15 +125,27 @@ class Job:
             loss = loss * poison.value
         (self.scaler.scale(loss) if self.scaler else loss).backward()
         if mine and poison.kind == "grad":
-            grads = [local(p.grad) for half in (poison.half, 1 - poison.half) for p in self.halves[half] if p.grad is not None]
-            next(g for g in grads if g.numel()).view(-1)[-1] = poison.value  # FSDP1 may give this rank nothing of a half
+            grads = [
+                local(p.grad)
+                for half in (poison.half, 1 - poison.half)
+                for p in self.halves[half]
+                if p.grad is not None
+            ]
+            # FSDP1 may give this rank nothing of a half
+            next(g for g in grads if g.numel()).view(-1)[-1] = poison.value
 
     def step(self):
         return self.clipper.step(*self.optimizers, scaler=self.scaler)
 
     def state(self):
         """Parameters and optimizer states of this rank."""
-        tensors = [t for o in self.optimizers for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        tensors = [
+            t
+            for o in self.optimizers
+            for s in o.state.values()
+            for t in s.values()
+            if isinstance(t, torch.Tensor)
+        ]
         return bits([*self.model.parameters(), *tensors])
 
     def replicated(self):

@@ -1,7 +1,8 @@
-"""Which copies between the host and a CUDA device a step makes, and what it reads: seen on fake CUDA tensors, which need no device.
+"""Which copies between the host and a CUDA device a step makes, and what it reads: seen on fake
+CUDA tensors, which need no device.
 
-A copy to the device from ordinary host memory makes the host wait for all that the device has to do. Values do not exist here, so
-whatever looks at one fails.
+A copy to the device from ordinary host memory makes the host wait for all that the device has to
+do. Values do not exist here, so whatever looks at one fails.
 """
 
 import math
@@ -17,7 +18,8 @@ from torch.amp.grad_scaler import OptState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
-from distclip import functional, host
+from distclip import functional
+from distclip.exchange import readback as host
 from distclip.setup.build_plan import Reading
 from distclip.setup.parameters import Found
 
@@ -27,7 +29,8 @@ SOURCE = Path(distclip.__file__).parent
 
 
 class Watched(TorchDispatchMode):
-    """Collects "file: what happened" for copies between devices, and for reads and indices that wait for the device."""
+    """Collects "file: what happened" for copies between devices, and for reads and indices that
+    wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -35,34 +38,68 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        source = args[1] if func is aten.copy_.default else args[0] if args and isinstance(args[0], torch.Tensor) else None
-        target = torch.device(kwargs["device"]) if kwargs.get("device") else args[0].device if func is aten.copy_.default else None
-        if func in (aten.copy_.default, aten._to_copy.default) and target is not None and target.type != source.device.type:
+        source = (
+            args[1]
+            if func is aten.copy_.default
+            else args[0]
+            if args and isinstance(args[0], torch.Tensor)
+            else None
+        )
+        target = (
+            torch.device(kwargs["device"])
+            if kwargs.get("device")
+            else args[0].device
+            if func is aten.copy_.default
+            else None
+        )
+        if (
+            func in (aten.copy_.default, aten._to_copy.default)
+            and target is not None
+            and target.type != source.device.type
+        ):
             self.add(f"{source.device.type} to {target.type}")
-        if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default) and source.device.type == "cuda":
+        if (
+            func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+            and source.device.type == "cuda"
+        ):
             self.add("read")
-        if func is aten.index.Tensor and source.device.type == "cuda" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if (
+            func is aten.index.Tensor
+            and source.device.type == "cuda"
+            and any(i is not None and i.dtype == torch.bool for i in args[1])
+        ):
             self.add("read")
         return func(*args, **kwargs)
 
     def add(self, what):
-        own = [Path(frame.filename) for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(SOURCE)]
+        own = [
+            Path(frame.filename)
+            for frame in traceback.extract_stack()
+            if Path(frame.filename).is_relative_to(SOURCE)
+        ]
         self.found.add(f"{own[-1].name}: {what}" if own else what)
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Fake CUDA tensors. A build of torch without CUDA refuses a few of Python's operators on them: they go to the dispatcher here."""
+    """Fake CUDA tensors. A build of torch without CUDA refuses a few of Python's operators on them:
+    they go to the dispatcher here."""
 
     def routed(name, on_cuda):
         plain = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a: on_cuda(self, *a) if self.device.type == "cuda" else plain(self, *a))
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *a: on_cuda(self, *a) if self.device.type == "cuda" else plain(self, *a),
+        )
 
     def item(tensor, key):
         if isinstance(key, int):
             return aten.select.int(tensor, 0, key)
         if isinstance(key, slice):
-            return aten.slice.Tensor(tensor, 0, key.start, key.stop if key.stop is not None else len(tensor))
+            return aten.slice.Tensor(
+                tensor, 0, key.start, key.stop if key.stop is not None else len(tensor)
+            )
         return aten.index.Tensor(tensor, [at(key)])
 
     def at(key):
@@ -87,7 +124,8 @@ def fake(monkeypatch):
 
 
 def left(mirror, vector, what):
-    """In place of pinned memory and events, which need a device. What went wrong while measuring would hide what comes after it."""
+    """In place of pinned memory and events, which need a device. What went wrong while measuring
+    would hide what comes after it."""
     assert what.faults == []
 
 
@@ -101,12 +139,23 @@ def parameters(device, shapes):
 
 
 def clipped(shapes=((4, 5), (3,)), **options):
-    """A clipper of parameters on the CPU, whose set-up reads values, moved to fake ones; an optimizer that steps nothing."""
+    """A clipper of parameters on the CPU, whose set-up reads values, moved to fake ones; an
+    optimizer that steps nothing."""
     with unset_fake_temporarily():
         clipper = distclip.GradClipper(parameters("cpu", shapes), **options)
     members, now = [p for _, p in parameters("cuda", shapes)], clipper._now
     clipper._memory.groups = ()
-    clipper._adopt(Reading(now.options, "", members, Found(), [None] * len(shapes), clipper.plan, torch.device("cuda", 0)))
+    clipper._adopt(
+        Reading(
+            now.options,
+            "",
+            members,
+            Found(),
+            [None] * len(shapes),
+            clipper.plan,
+            torch.device("cuda", 0),
+        )
+    )
     return clipper, members, optimizer_of(members)
 
 
@@ -135,7 +184,11 @@ def test_a_folded_step_copies_and_reads_nothing(fake, policy):
     assert watched(lambda: clipper.step(optimizer)) == set()
 
 
-@pytest.mark.parametrize("options", [{"norm_type": math.inf}, {"norm_type": 3.0}, {"groups": distclip.per_parameter()}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"norm_type": math.inf}, {"norm_type": 3.0}, {"groups": distclip.per_parameter()}],
+    ids=str,
+)
 @pytest.mark.parametrize("fold", ["auto", "never"])
 def test_propagating_copies_and_reads_nothing(fake, options, fold):
     clipper, _, optimizer = clipped(max_norm=1.0, on_nonfinite="propagate", fold=fold, **options)
@@ -153,7 +206,9 @@ def test_empty_shards_and_missing_gradients(fake):
     clipper, params, optimizer = clipped(shapes=((0, 5), (4, 5), (3,)), max_norm=1.0)
     assert watched(lambda: clipper.step(optimizer)) == set()
     params[2].grad = None
-    assert watched(lambda: clipper.step(optimizer)) == set(), "the second call with the same ones missing"
+    assert watched(lambda: clipper.step(optimizer)) == set(), (
+        "the second call with the same ones missing"
+    )
 
 
 @pytest.mark.parametrize("unscaled_before", [False, True])
@@ -168,7 +223,9 @@ def test_a_scaler(fake, unscaled_before):
         scaler._per_optimizer_states.clear()
         if unscaled_before:
             found = {torch.device("cuda", 0): torch.zeros((), device="cuda")}
-            scaler._per_optimizer_states[id(one)].update(stage=OptState.UNSCALED, found_inf_per_device=found)
+            scaler._per_optimizer_states[id(one)].update(
+                stage=OptState.UNSCALED, found_inf_per_device=found
+            )
         clipper.step(*both, scaler=scaler, update_scaler=False, grad_scale=0.5)
 
     assert watched(step) == set()

@@ -1,4 +1,5 @@
-"""Gradients in another dtype than their parameters (`grad_dtype`), and in several dtypes within one FSDP2 group (torch 2.15)."""
+"""Gradients in another dtype than their parameters (`grad_dtype`), and in several dtypes within one
+FSDP2 group (torch 2.15)."""
 
 import math
 
@@ -13,7 +14,9 @@ from distclip.testing import count_collectives, fully_shard
 from parity.layouts import mesh
 from parity.oracle import total_norm
 
-pytestmark = pytest.mark.skipif(versions.before(2, 15), reason="torch < 2.15: FSDP2's gradients have one dtype in a group")
+pytestmark = pytest.mark.skipif(
+    versions.before(2, 15), reason="torch < 2.15: FSDP2's gradients have one dtype in a group"
+)
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = {  # dtype of parameters; of gradients of weights and of biases
     "wide gradients": (BF16, FP32, FP32),
@@ -51,10 +54,16 @@ def clipped(kind, on, act, p):
     with count_collectives() as seen:
         report = clipper.step(optimizer) if act == "step" else clipper.clip_()
     pairs = [(held(param), old / 4) for param, old in zip(net.parameters(), before, strict=True)]
-    scaled = all(torch.allclose(new, old, rtol=1e-6 if new.dtype == FP32 else 2**-8, atol=0) for new, old in pairs)
+    scaled = all(
+        torch.allclose(new, old, rtol=1e-6 if new.dtype == FP32 else 2**-8, atol=0)
+        for new, old in pairs
+    )
     after = [param.detach().full_tensor() if on else param.detach() for param in net.parameters()]
     first = [old.full_tensor() if on else old for old in start]
-    moved = max((a.float() - b.float() + held(q).float() / 2).abs().max().item() for a, b, q in zip(after, first, net.parameters()))
+    moved = max(
+        (a.float() - b.float() + held(q).float() / 2).abs().max().item()
+        for a, b, q in zip(after, first, net.parameters())
+    )
     return {
         "norm": report.total_norm.item(), "want": want, "clipped": bool(report.clipped), "scaled": scaled, "moved": moved,
         "dtypes": [held(param).dtype for param in net.parameters()], "names": seen.names,

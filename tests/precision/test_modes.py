@@ -1,4 +1,5 @@
-"""skip, raise and propagate mean the same in every strategy; NaN on any one rank is seen by all, whatever p is."""
+"""skip, raise and propagate mean the same in every strategy; NaN on any one rank is seen by all,
+whatever p is."""
 
 import math
 
@@ -23,14 +24,21 @@ def spoilt(strategy, mode, value=math.nan):
     except distclip.NonFiniteError as error:
         text = str(error)
     said = report and report.to_dict()
-    return text, said and (said["skipped"], said["clipped"], said["nonfinite"], said["coefs"], said["culprits"]), job.state() == before
+    return (
+        text,
+        said
+        and (said["skipped"], said["clipped"], said["nonfinite"], said["coefs"], said["culprits"]),
+        job.state() == before,
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_skip(ranks, strategy):
     rows = ranks.run(spoilt, strategy, "skip")
     for text, (skipped, clipped, nonfinite, coefs, culprits), stood in rows:
-        assert text is None and stood and skipped and not clipped and nonfinite == 1 and coefs == [0]
+        assert (
+            text is None and stood and skipped and not clipped and nonfinite == 1 and coefs == [0]
+        )
         assert [(c["rank"], c["kind"]) for c in culprits] == [(1, "NaN")]
 
 
@@ -41,14 +49,17 @@ def test_raise(ranks, strategy):
     name = rows[0][0].split(": ")[2].split(" ")[0]
     assert name in ("0.weight", "0.bias", "2.weight", "2.bias")
     assert rows[0][0] == (
-        f"step 2: 1 gradient tensor is not finite: {name} on rank 1: inf. Look at the loss, the data and the learning rate of that step; "
+        f"step 2: 1 gradient tensor is not finite: {name} on rank 1: inf. Look at the loss, the "
+        f"data and the learning rate of that step; "
         "on_nonfinite='skip' leaves such steps out"
     )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_propagate(ranks, strategy):
-    for rank, (text, (skipped, clipped, nonfinite, coefs, _), stood) in enumerate(ranks.run(spoilt, strategy, "propagate")):
+    for rank, (text, (skipped, clipped, nonfinite, coefs, _), stood) in enumerate(
+        ranks.run(spoilt, strategy, "propagate")
+    ):
         assert text is None and not skipped and not clipped and nonfinite == 1 and coefs == [1]
         assert not stood, f"rank {rank} did not step"
 
@@ -60,7 +71,9 @@ def nan_on_each_rank(p):
     for rank in range(4):
         job.backward(rank, Poison("grad", rank, math.nan))
         measured = job.clipper.measure()
-        said.append((bool(measured.total_norm.isfinite()), bool(measured.skipped), bool(job.step().skipped)))
+        said.append(
+            (bool(measured.total_norm.isfinite()), bool(measured.skipped), bool(job.step().skipped))
+        )
     return said
 
 
@@ -81,7 +94,12 @@ def many_culprits():
     first = clipper.measure(), clipper.clip_()
     for _, p in params:
         p.grad = torch.full((2,), math.inf)
-    return len(first[0].culprits), first[1].culprits, first[1].nonfinite.item(), clipper.clip_().culprits
+    return (
+        len(first[0].culprits),
+        first[1].culprits,
+        first[1].nonfinite.item(),
+        clipper.clip_().culprits,
+    )
 
 
 def test_at_most_ten_culprits_in_turn_from_each_rank_on_the_first_step_of_a_streak(ranks):

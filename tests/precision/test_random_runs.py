@@ -1,4 +1,5 @@
-"""Random runs against torch's own unscale, clip and step: what one thought of is one run in thousands."""
+"""Random runs against torch's own unscale, clip and step: what one thought of is one run in
+thousands."""
 
 import math
 import random
@@ -21,14 +22,18 @@ OPTIMIZERS = {
 def build(draw):
     """Two equal copies of parameters, their optimizers and scalers."""
     dice = random.Random(draw)
-    sizes = [[dice.randint(1, 40) for _ in range(dice.randint(1, 4))] for _ in range(dice.randint(1, 2))]
+    sizes = [
+        [dice.randint(1, 40) for _ in range(dice.randint(1, 4))] for _ in range(dice.randint(1, 2))
+    ]
     kinds = [(dice.choice(sorted(OPTIMIZERS)), dice.random() < 0.7) for _ in sizes]
     sides = []
     for _ in range(2):
         source = torch.Generator().manual_seed(draw)
         sets = [[nn.Parameter(torch.randn(n, generator=source)) for n in row] for row in sizes]
         optimizers = [OPTIMIZERS[kind](ps, fused) for (kind, fused), ps in zip(kinds, sets)]
-        sides.append((sets, optimizers, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)))
+        sides.append(
+            (sets, optimizers, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2))
+        )
     return dice, sides
 
 
@@ -55,7 +60,9 @@ def torchs_way(sets, optimizers, scaler, max_norm, used):
             optimizer.step()
     if used:
         for optimizer in optimizers:
-            for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            for found in scaler._per_optimizer_states[id(optimizer)][
+                "found_inf_per_device"
+            ].values():
                 found.fill_(float(not norm.isfinite()))
         scaler.update()
     return norm
@@ -67,7 +74,9 @@ def torchs_way(sets, optimizers, scaler, max_norm, used):
 def test_a_random_run_equals_torchs(draw, waits):
     dice, ((mine, own, scaler), (theirs, other, reference)) = build(draw)
     use_scaler, max_norm = dice.random() < 0.7, dice.choice([0.5, 3.0, 1e9])
-    clipper = distclip.GradClipper([(f"p{i}.{j}", p) for i, row in enumerate(mine) for j, p in enumerate(row)], max_norm)
+    clipper = distclip.GradClipper(
+        [(f"p{i}.{j}", p) for i, row in enumerate(mine) for j, p in enumerate(row)], max_norm
+    )
     clipper._steps.may_wait = waits
     seen = set()
     for step in range(8):
@@ -76,7 +85,11 @@ def test_a_random_run_equals_torchs(draw, waits):
             scale = float(scaler.scale(torch.ones(())))
             reference.scale(torch.ones(()))
         row = dice.randrange(len(mine))
-        hurt = (row, dice.randrange(len(mine[row])), dice.choice([math.inf, -math.inf, math.nan])) if dice.random() < 0.3 else (-1, -1, 0.0)
+        hurt = (
+            (row, dice.randrange(len(mine[row])), dice.choice([math.inf, -math.inf, math.nan]))
+            if dice.random() < 0.3
+            else (-1, -1, 0.0)
+        )
         for sets in (mine, theirs):
             give(sets, torch.Generator().manual_seed(1000 * draw + step), scale, hurt)
         handle, by_hand = scaler if use_scaler else None, dice.random() < 0.3

@@ -1,4 +1,5 @@
-"""Every strategy and precision: two hundred steps, of which some go wrong on one rank, end as if those had never happened."""
+"""Every strategy and precision: two hundred steps, of which some go wrong on one rank, end as if
+those had never happened."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def interrupted(strategy, precision):
 
 
 def uninterrupted(strategy, precision, scales):
-    """The bad steps are not taken, by leaving them out. Their backward runs unspoilt: DDP adds in another order after its first one."""
+    """The bad steps are not taken, by leaving them out. Their backward runs unspoilt: DDP adds in
+    another order after its first one."""
     job = Job(strategy, precision)
     for step in range(STEPS):
         if job.scaler:

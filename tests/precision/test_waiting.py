@@ -1,4 +1,5 @@
-"""Where reading a number makes the host wait (CUDA), a step is judged exactly one call late, alike on all ranks.
+"""Where reading a number makes the host wait (CUDA), a step is judged exactly one call late, alike
+on all ranks.
 
 The CPU stands in for such a device: the same code, told that it may wait.
 """
@@ -58,9 +59,19 @@ def drifting(fault):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("drift", "AgreementError: step 2: gradients that should be copies are not equal:\nw: norm"),
-        ("missing", "AgreementError: step 2: gradients that should be copies are not equal:\nw: norm"),
-        ("shape", "GradientError: step 2: rank 3: the gradient of w has local shape (3,), the plan says (40,) (whole)"),
+        (
+            "drift",
+            "AgreementError: step 2: gradients that should be copies are not equal:\nw: norm",
+        ),
+        (
+            "missing",
+            "AgreementError: step 2: gradients that should be copies are not equal:\nw: norm",
+        ),
+        (
+            "shape",
+            "GradientError: step 2: rank 3: the gradient of w has local shape (3,), the plan "
+            "says (40,) (whole)",
+        ),
     ],
 )
 def test_a_fault_stops_the_step_and_is_told_at_the_next_call(ranks, fault, words):
@@ -92,11 +103,14 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
         assert moved == [True, False, True, False, False, False, False]
         assert skipped == [False, True, False, True, True, True]
         assert texts[:6] == [None] * 6 and texts[6].startswith(
-            "NonFiniteError: step 6: 1 gradient tensor is not finite in 3 steps in a row (skip_limit=2): w on rank 2: NaN."
+            "NonFiniteError: step 6: 1 gradient tensor is not finite in 3 steps in a row "
+            "(skip_limit=2): w on rank 2: NaN."
         )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], []], "found when judged, in the line of their step"
+    assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], []], (
+        "found when judged, in the line of their step"
+    )
 
 
 def culprit():
@@ -115,7 +129,10 @@ def test_the_last_report_is_written_when_the_clipper_goes(tmp_path):
 
 class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "the host reads a value"
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        ), "the host reads a value"
         return func(*args, **(kwargs or {}))
 
 
@@ -125,7 +142,10 @@ def spiking_and_drifting():
     start = p.grad.clone()
     optimizer = torch.optim.SGD([p], 0.1, fused=True)
     clipper = waiting(
-        [(name, p)], max_norm=None, policy=distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=4, window=8), on_nonfinite="propagate"
+        [(name, p)],
+        max_norm=None,
+        policy=distclip.SkipSpikes(distclip.FixedNorm(1e9), warmup=4, window=8),
+        on_nonfinite="propagate",
     )
     for _ in range(8):
         p.grad = start.clone()
@@ -139,7 +159,13 @@ def spiking_and_drifting():
 
 def test_a_policy_leaves_a_drifted_step_out_too(ranks):
     for skipped, stood, later in ranks.run(spiking_and_drifting):
-        assert skipped and stood and later.startswith("AgreementError: step 9: gradients that should be copies are not equal")
+        assert (
+            skipped
+            and stood
+            and later.startswith(
+                "AgreementError: step 9: gradients that should be copies are not equal"
+            )
+        )
 
 
 def clipped_and_drifting():
@@ -179,7 +205,8 @@ def test_a_clip_reads_once(mode, monkeypatch):
 
 @pytest.mark.parametrize("scaler", [False, True])
 def test_a_folded_step_reads_nothing(scaler):
-    """Up to the optimizer's own kernels, which a pre-hook precedes; `measure` reads nothing at all."""
+    """Up to the optimizer's own kernels, which a pre-hook precedes; `measure` reads nothing at
+    all."""
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
     scale = torch.amp.GradScaler("cpu", init_scale=1.0)
@@ -199,7 +226,11 @@ def test_a_folded_step_reads_nothing(scaler):
 def test_device_and_host_judge_alike(p):
     one = torch.zeros(1, dtype=torch.int64)
     wire = Wire(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0])
-    good = [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3] if math.isinf(p) else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
+    good = (
+        [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
+        if math.isinf(p)
+        else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
+    )
     verdicts = set()
     for i in range(-1, len(good)):
         for value in (1.0, -1.0, 1e-7, 1e-3, math.inf, math.nan):
@@ -211,5 +242,9 @@ def test_device_and_host_judge_alike(p):
             told = torch.tensor(message, dtype=torch.float64)
             verdict = judge(wire.flags(float(wire.total(told)), wire.rest(told).tolist()), 1e-5)
             verdicts.add(verdict)
-            assert bool(wire.go(told, wire.total(told), 1e-5)) == (verdict is Verdict.FINE), (i, value, verdict)
+            assert bool(wire.go(told, wire.total(told), 1e-5)) == (verdict is Verdict.FINE), (
+                i,
+                value,
+                verdict,
+            )
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts

@@ -1,4 +1,5 @@
-"""What each sink writes, and that one that fails is told once. TensorBoard's files are read back by its own reader."""
+"""What each sink writes, and that one that fails is told once. TensorBoard's files are read back by
+its own reader."""
 
 import json
 import math
@@ -21,7 +22,9 @@ def clipper_of(*sinks, **options):
 
 def clipper_with(sinks, policy=None, parameters=1, **options):
     params = [(f"p{i}", nn.Parameter(torch.zeros(2))) for i in range(parameters)]
-    clipper = distclip.GradClipper(params, **({"policy": policy} if policy else {"max_norm": 1.0}), **options, sinks=sinks)
+    clipper = distclip.GradClipper(
+        params, **({"policy": policy} if policy else {"max_norm": 1.0}), **options, sinks=sinks
+    )
 
     def clip(*norms):
         for norm in norms:
@@ -50,26 +53,47 @@ def rows_of(path):
 
 def test_group_vectors_are_written_at_an_interval_and_at_skipped_steps(tmp_path):
     every, lean = tmp_path / "every.jsonl", tmp_path / "lean.jsonl"
-    clip = clipper_of(distclip.JSONLSink(every), distclip.JSONLSink(lean, groups_every=3), groups=distclip.per_parameter(), parameters=2)
+    clip = clipper_of(
+        distclip.JSONLSink(every),
+        distclip.JSONLSink(lean, groups_every=3),
+        groups=distclip.per_parameter(),
+        parameters=2,
+    )
     clip(3.0, 0.5, 2.0, math.nan, 0.25, 0.75)
     full, short = rows_of(every), rows_of(lean)
     vectors = {"groups", "group_norms", "coefs", "threshold"}
     assert all(vectors <= row.keys() for row in full)
-    assert [row["step"] for row in short if vectors <= row.keys()] == [3, 4, 6], "each third step and the skipped one"
+    assert [row["step"] for row in short if vectors <= row.keys()] == [3, 4, 6], (
+        "each third step and the skipped one"
+    )
     for a, b in zip(full, short, strict=True):
         assert {k: a[k] for k in b} == b
-        assert b.keys() >= {"step", "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "culprits"}
+        assert b.keys() >= {
+            "step",
+            "total_norm",
+            "norm_after",
+            "clipped",
+            "skipped",
+            "nonfinite",
+            "culprits",
+        }
         assert b.keys() == a.keys() or not vectors & b.keys(), "all of them or none"
 
 
 def test_one_group_is_always_written(tmp_path):
     clip = clipper_of(distclip.JSONLSink(tmp_path / "log", groups_every=5))
     clip(3.0, 0.5)
-    assert [(row["threshold"], row["clip_coef"]) for row in rows_of(tmp_path / "log")] == [([1.0], pytest.approx(1 / 3)), ([1.0], 1.0)]
+    assert [(row["threshold"], row["clip_coef"]) for row in rows_of(tmp_path / "log")] == [
+        ([1.0], pytest.approx(1 / 3)),
+        ([1.0], 1.0),
+    ]
 
 
 def test_a_spike_is_not_told_as_a_bad_gradient(caplog):
-    clip = clipper_of(distclip.LoggingSink(), policy=distclip.SkipSpikes(distclip.FixedNorm(1.0), window=8, warmup=4))
+    clip = clipper_of(
+        distclip.LoggingSink(),
+        policy=distclip.SkipSpikes(distclip.FixedNorm(1.0), window=8, warmup=4),
+    )
     caplog.set_level("INFO", logger="distclip")
     clip(4.0, 4.5, 4.25, 4.0, 123.0, 4.0, math.inf)
     assert caplog.messages[4:] == [
@@ -85,7 +109,9 @@ def test_the_log_at_an_interval(caplog):
     caplog.set_level("INFO", logger="distclip")
     clip(2.0, 2.0, math.nan)
     assert caplog.messages[0] == "step 2: norm 4.47214, coefficient 0.5, 0.5, 0.5, 0.5, …"
-    assert caplog.messages[1].startswith("step 3 skipped: 5 gradients are not finite: p0 on rank 0: NaN; p1 on rank 0: NaN")
+    assert caplog.messages[1].startswith(
+        "step 3 skipped: 5 gradients are not finite: p0 on rank 0: NaN; p1 on rank 0: NaN"
+    )
 
 
 def events(folder):
@@ -106,10 +132,15 @@ def test_tensorboard_holds_each_number_at_its_step(tmp_path):
     norms = read("clip/total_norm")
     assert norms[:2] == [(1, 5.0), (2, 0.5)] and math.isnan(norms[2][1])
     assert read("clip/clip_coef") == [(1, 0.5), (2, 1.0), (3, 0.0)]
-    assert read("clip/skipped") == [(1, 0.0), (2, 0.0), (3, 1.0)] and read("clip/nonfinite")[2] == (3, 1.0)
+    assert read("clip/skipped") == [(1, 0.0), (2, 0.0), (3, 1.0)] and read("clip/nonfinite")[2] == (
+        3,
+        1.0,
+    )
     assert read("clip/threshold") == [(1, 2.5), (2, 2.5), (3, 2.5)]
     text = found.Tensors("clip/culprits/text_summary")
-    assert [event.step for event in text] == [3] and text[0].tensor_proto.string_val == [b"p0 on rank 0: NaN"]
+    assert [event.step for event in text] == [3] and text[0].tensor_proto.string_val == [
+        b"p0 on rank 0: NaN"
+    ]
 
 
 def test_tensorboard_takes_a_writer_that_the_user_closes(tmp_path):
@@ -129,7 +160,9 @@ def test_trackers_with_several_groups(groups):
     step, row = run.rows[0]
     assert step == 1 and row["clip/total_norm"] == pytest.approx(4 * math.sqrt(groups))
     if groups == 3:
-        assert [row[f"clip/group_norm/p{i}"] for i in range(3)] == [4.0] * 3 and row["clip/coef/p1"] == 0.25
+        assert [row[f"clip/group_norm/p{i}"] for i in range(3)] == [4.0] * 3 and row[
+            "clip/coef/p1"
+        ] == 0.25
         assert row["clip/threshold/p2"] == 1.0
     else:
         assert row["clip/largest_group_norm"] == 4.0 and row["clip/smallest_coef"] == 0.25
@@ -148,8 +181,16 @@ def closed_run():
 
 
 FAILS = {
-    "closed run": (closed_run, "WandbSink failed at step 2 and is off from now on, training goes on: RuntimeError: Run (abc) is finished."),
-    "closed writer": (None, "TensorBoardSink failed at step 2 and is off from now on, training goes on: OSError: Writer is closed"),
+    "closed run": (
+        closed_run,
+        "WandbSink failed at step 2 and is off from now on, training goes "
+        "on: RuntimeError: Run (abc) is finished.",
+    ),
+    "closed writer": (
+        None,
+        "TensorBoardSink failed at step 2 and is off from now on, training "
+        "goes on: OSError: Writer is closed",
+    ),
 }
 
 
@@ -176,14 +217,18 @@ REFUSED = {
         lambda: distclip.TensorBoardSink("runs"),
         'TensorBoardSink needs the package tensorboard: pip install "distclip[report]"',
     ),
-    "no run": (lambda: distclip.WandbSink("runs"), "WandbSink: 'runs' has no log(dict, step=); pass what wandb.init() gave"),
+    "no run": (
+        lambda: distclip.WandbSink("runs"),
+        "WandbSink: 'runs' has no log(dict, step=); pass what wandb.init() gave",
+    ),
     "every 0": (
         lambda: distclip.LoggingSink(every=0),
         "LoggingSink: every=0 must be a whole number of steps, at least 1; 1 writes at every step",
     ),
     "every ½": (
         lambda: distclip.JSONLSink("log", groups_every=0.5),
-        "JSONLSink: groups_every=0.5 must be a whole number of steps, at least 1; 1 writes at every step",
+        "JSONLSink: groups_every=0.5 must be a whole number of steps, at least 1; 1 writes at "
+        "every step",
     ),
 }
 
@@ -202,7 +247,9 @@ def on_a_rank(folder):
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    clip = clipper_of(distclip.TensorBoardSink(f"{folder}/{rank}"), distclip.JSONLSink(f"{folder}/{rank}.jsonl"))
+    clip = clipper_of(
+        distclip.TensorBoardSink(f"{folder}/{rank}"), distclip.JSONLSink(f"{folder}/{rank}.jsonl")
+    )
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         clip(2.0, 3.0)
@@ -212,8 +259,13 @@ def on_a_rank(folder):
 def test_only_the_first_rank_writes(ranks, tmp_path):
     assert ranks.run(on_a_rank, str(tmp_path)) == [0] * 4
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["0.jsonl"]
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["0"], "no empty files of ranks that never write"
-    assert [event.value for event in events(tmp_path / "0").Scalars("clip/total_norm")] == [2.0, 3.0]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["0"], (
+        "no empty files of ranks that never write"
+    )
+    assert [event.value for event in events(tmp_path / "0").Scalars("clip/total_norm")] == [
+        2.0,
+        3.0,
+    ]
 
 
 def made_on_one_rank(writer, folder, kind):
@@ -246,11 +298,15 @@ def test_what_is_made_on_the_writing_rank_alone_is_enough(ranks, tmp_path, kind)
     elif kind == "jsonl":
         assert [row["total_norm"] for row in rows_of(tmp_path / "log.jsonl")] == [2.0, 3.0]
     else:
-        assert [event.value for event in events(tmp_path / "board").Scalars("clip/total_norm")] == [2.0, 3.0]
+        assert [event.value for event in events(tmp_path / "board").Scalars("clip/total_norm")] == [
+            2.0,
+            3.0,
+        ]
 
 
 WRITES = (
-    "on rank 0, the first of the process group, which writes. What is made on one rank alone (a run, a writer) must be made on this one; "
+    "on rank 0, the first of the process group, which writes. What is made on one rank alone (a "
+    "run, a writer) must be made on this one; "
     "others may pass None"
 )
 LACKING = {
@@ -258,7 +314,8 @@ LACKING = {
     "tensorboard": f"sinks[0], TensorBoardSink: its writer is None {WRITES}",
     "jsonl": f"sinks[0], JSONLSink: its path is None {WRITES}",
     "none": f"sinks[0], None: it is None {WRITES}",
-    "no list": "sinks=None on rank 0, which writes; pass a list, such as sinks=[distclip.JSONLSink('run.jsonl')]",
+    "no list": "sinks=None on rank 0, which writes; pass a list, such as "
+    "sinks=[distclip.JSONLSink('run.jsonl')]",
 }
 
 
@@ -266,16 +323,32 @@ LACKING = {
 def test_what_the_writing_rank_lacks_is_refused_on_all_ranks(ranks, tmp_path, kind, text):
     said = ranks.run(made_on_one_rank, 3, str(tmp_path), kind)
     assert said[0] == f"ConfigError: {text}"
-    assert said[1:] == [f"AgreementError: another rank could not build its GradClipper:\nrank 0: ConfigError: {text}"] * 3
+    assert (
+        said[1:]
+        == [
+            f"AgreementError: another rank could not build its GradClipper:\nrank 0: "
+            f"ConfigError: {text}"
+        ]
+        * 3
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 NO_SINKS = {
-    "a generator": (lambda: (sink for sink in [distclip.LoggingSink()]), "which writes; pass a list"),
+    "a generator": (
+        lambda: (sink for sink in [distclip.LoggingSink()]),
+        "which writes; pass a list",
+    ),
     "one sink": (distclip.LoggingSink, "which writes; pass a list"),
     "a path": (lambda: "run.jsonl", "sinks[0], 'r': it has no write(report)"),
-    "a class": (lambda: [distclip.LoggingSink], "sinks[0], <class 'distclip.report.sinks.LoggingSink'>: it has no write(report)"),
-    "an object": (lambda: [distclip.LoggingSink(), object()], "sinks[1], object: it has no write(report)"),
+    "a class": (
+        lambda: [distclip.LoggingSink],
+        "sinks[0], <class 'distclip.report.sinks.LoggingSink'>: it has no write(report)",
+    ),
+    "an object": (
+        lambda: [distclip.LoggingSink(), object()],
+        "sinks[1], object: it has no write(report)",
+    ),
 }
 
 

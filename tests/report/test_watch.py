@@ -1,4 +1,5 @@
-"""What a run shows of its clipping: watched layers, clip rate, skips, shares, parameter norms, and the warnings."""
+"""What a run shows of its clipping: watched layers, clip rate, skips, shares, parameter norms, and
+the warnings."""
 
 import math
 import warnings
@@ -28,12 +29,23 @@ def layers_of(how):
             p.grad = whole.clone()
     rows = {}
     for p in (2.0, INF):
-        clipper = distclip.GradClipper(model, INF, norm_type=p, watch=distclip.Watch(distclip.per_layer(), every=2))
+        clipper = distclip.GradClipper(
+            model, INF, norm_type=p, watch=distclip.Watch(distclip.per_layer(), every=2)
+        )
         with count_collectives() as seen:
             first, second = clipper.clip_(), clipper.clip_()
         asked = clipper.measure()
-        assert asked.layers == second.layers and asked.layer_norms.equal(second.layer_norms), "measure() always reports them"
-        rows[p] = (first.layers, first.layer_norms.numel(), second.layers, second.layer_norms.tolist(), seen.names, clipper.plan.words)
+        assert asked.layers == second.layers and asked.layer_norms.equal(second.layer_norms), (
+            "measure() always reports them"
+        )
+        rows[p] = (
+            first.layers,
+            first.layer_norms.numel(),
+            second.layers,
+            second.layer_norms.tolist(),
+            seen.names,
+            clipper.plan.words,
+        )
     return rows
 
 
@@ -49,9 +61,15 @@ def test_watched_layers_travel_in_the_one_message(ranks, how):
 
 
 def test_watch_is_checked():
-    with pytest.raises(distclip.ConfigError, match=r"'nothing\.\*' matches no parameter on any rank"):
-        distclip.GradClipper(Pair(), 1.0, watch=distclip.Watch(distclip.by_name({"nothing.*": 1.0})))
-    with pytest.raises(distclip.ConfigError, match=r"pass distclip\.Watch\(distclip\.per_layer\(\), every=100\)"):
+    with pytest.raises(
+        distclip.ConfigError, match=r"'nothing\.\*' matches no parameter on any rank"
+    ):
+        distclip.GradClipper(
+            Pair(), 1.0, watch=distclip.Watch(distclip.by_name({"nothing.*": 1.0}))
+        )
+    with pytest.raises(
+        distclip.ConfigError, match=r"pass distclip\.Watch\(distclip\.per_layer\(\), every=100\)"
+    ):
         distclip.GradClipper(Pair(), 1.0, watch=distclip.per_layer())
     with pytest.raises(distclip.ConfigError, match=r"every=0 counts steps, from 1"):
         distclip.Watch(distclip.per_layer(), every=0)
@@ -69,7 +87,14 @@ def parameters_of(name):
         report = clipper.measure(of="param")
     elements = sum(row.elements for row in clipper.plan.rows)
     kept = all(a is b.grad for a, b in zip(before, case.parameters()))
-    return report.total_norm.item(), elements, seen.names, kept, report.clip_coef.item(), bool(report.clipped)
+    return (
+        report.total_norm.item(),
+        elements,
+        seen.names,
+        kept,
+        report.clip_coef.item(),
+        bool(report.clipped),
+    )
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp1_full_shard_orig", "fsdp2_uneven", "hsdp_2x2"])
@@ -93,11 +118,18 @@ def diverged():
 
 def test_parameters_that_drifted_apart_are_named(ranks):
     for text in ranks.run(diverged):
-        assert text.startswith("step 1: parameters that should be copies are not equal:\nsecond.c: norm 8 on rank 0-1,3, norm 16 on rank 2")
+        assert text.startswith(
+            "step 1: parameters that should be copies are not equal:\nsecond.c: "
+            "norm 8 on rank 0-1,3, norm 16 on rank 2"
+        )
 
 
 def test_what_is_measured_is_checked():
-    with pytest.raises(distclip.ConfigError, match=r"measure\(of='weights'\): it is 'grad' or 'param'"):
+    with pytest.raises(
+        distclip.ConfigError,
+        match=r"measure\(of='weights'\): it is 'grad' or "
+        r"'param'",
+    ):
         distclip.GradClipper(Pair(), 1.0).measure(of="weights")
 
 
@@ -117,7 +149,9 @@ def test_clip_rate_and_skips():
         report = clipper.clip_()
         seen.append((round(report.clip_rate.item(), 4), report.skips.item()))
         clipper.measure()
-    assert seen == [(0, 0), (0.5, 0), (0.6667, 0), (0.5, 1), (0.6, 1), (0.5, 1)], "measure() does not count"
+    assert seen == [(0, 0), (0.5, 0), (0.6667, 0), (0.5, 1), (0.6, 1), (0.5, 1)], (
+        "measure() does not count"
+    )
     fresh = distclip.GradClipper([("w", p)], 2.0)
     fresh.load_state_dict(clipper.state_dict())
     assert fresh.clip_().clip_rate.item() == pytest.approx(3 / 7) and fresh.last_report.skips == 1
@@ -135,7 +169,9 @@ def test_the_window_rolls():
     assert report.clip_rate.item() == pytest.approx(100 / 500)
 
 
-@pytest.mark.parametrize("policy, told", [(distclip.FixedNorm(0.5), True), (distclip.Normalize(0.5), False)])
+@pytest.mark.parametrize(
+    "policy, told", [(distclip.FixedNorm(0.5), True), (distclip.Normalize(0.5), False)]
+)
 def test_clipping_nearly_every_step_is_told_once(policy, told):
     p = one(4.0)
     clipper = distclip.GradClipper([("w", p)], policy=policy)
@@ -148,9 +184,12 @@ def test_clipping_nearly_every_step_is_told_once(policy, told):
     assert len(texts) == told
     if told:
         assert texts[0] == (
-            "97 % of the last 500 steps were clipped by FixedNorm(max_norm=0.5): a threshold below nearly every norm does not catch "
-            "outliers but sets the length of every step, like a smaller learning rate, and may starve learning. Raise it (`distclip "
-            "suggest RUN.jsonl` shows what others would do), or use distclip.Normalize if that is meant"
+            "97 % of the last 500 steps were clipped by FixedNorm(max_norm=0.5): a threshold below "
+            "nearly every norm does not catch "
+            "outliers but sets the length of every step, like a smaller learning rate, and may "
+            "starve learning. Raise it (`distclip "
+            "suggest RUN.jsonl` shows what others would do), or use distclip.Normalize if that is "
+            "meant"
         )
 
 
@@ -180,9 +219,17 @@ def many_groups(count):
     with count_collectives() as seen:
         report = clipper.clip_()
     norms = {f"p{i}": drawn(f"p{i}", 4).double().norm().item() for i in range(count)}
-    off = max(abs(norm - norms[name]) for name, norm in zip(report.groups, report.group_norms.tolist()))
+    off = max(
+        abs(norm - norms[name]) for name, norm in zip(report.groups, report.group_norms.tolist())
+    )
     after = max(abs(p.grad.norm().item() - min(8.0, norms[name])) for name, p in named)
-    return seen.names, off, after, sum(n > 8 for n in norms.values()), sum(n <= 8 for n in norms.values())
+    return (
+        seen.names,
+        off,
+        after,
+        sum(n > 8 for n in norms.values()),
+        sum(n <= 8 for n in norms.values()),
+    )
 
 
 def test_ten_thousand_groups_are_one_message(ranks):

@@ -1,4 +1,5 @@
-"""Parameters that join the model or the optimizer after the clipper was built are told, on all ranks; what joins elsewhere is not."""
+"""Parameters that join the model or the optimizer after the clipper was built are told, on all
+ranks; what joins elsewhere is not."""
 
 import copy
 import gc
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import distclip
 import skips
-from distclip import newcomers
+from distclip.setup import late_parameters
 from distclip.setup.late_parameters import REGISTRATIONS, Newcomers
 from distclip.testing import count_collectives
 from parity.oracle import total_norm
@@ -27,7 +28,10 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.body, self.head = nn.Linear(6, 5, bias=False), nn.Linear(5, 3)
-        self.extra, self.layers = nn.ParameterList([nn.Parameter(torch.ones(2))]), nn.ModuleList([nn.Linear(3, 3)])
+        self.extra, self.layers = (
+            nn.ParameterList([nn.Parameter(torch.ones(2))]),
+            nn.ModuleList([nn.Linear(3, 3)]),
+        )
         self.rest = nn.Sequential(nn.Linear(3, 2))
 
     def forward(self, x):
@@ -37,7 +41,11 @@ class Net(nn.Module):
 class LoRA(nn.Module):
     def __init__(self, base):
         super().__init__()
-        self.base, self.a, self.b = base, nn.Parameter(torch.ones(2, base.in_features)), nn.Parameter(torch.ones(base.out_features, 2))
+        self.base, self.a, self.b = (
+            base,
+            nn.Parameter(torch.ones(2, base.in_features)),
+            nn.Parameter(torch.ones(base.out_features, 2)),
+        )
         base.requires_grad_(False)
 
     def forward(self, x):
@@ -50,14 +58,17 @@ def put(net, name, value):
 
 JOINS = {
     "a head": (lambda net: put(net, "two", nn.Linear(5, 3)), r"two\.weight joined .*\(2 in all\)"),
-    "a bias": (lambda net: put(net.body, "bias", nn.Parameter(torch.ones(5))), r"body\.bias joined .*\(1 in all\)"),
+    "a bias": (lambda net: put(net.body, "bias", nn.Parameter(torch.ones(5))), r"body\.bias joined "
+                                                                               r".*\(1 in all\)"),
     "an entry of a ParameterList": (lambda net: net.extra.append(nn.Parameter(torch.ones(2))), r"extra\.1 joined"),
     "an entry of a ModuleList": (lambda net: net.layers.append(nn.Linear(3, 3)), r"layers\.1\.weight joined"),
     "inserted at the end of a ModuleList": (lambda net: net.layers.insert(1, nn.Linear(3, 3)), r"layers\.1\.weight joined"),
     "inserted at the end of a Sequential": (lambda net: net.rest.insert(1, nn.Linear(2, 2)), r"rest\.1\.weight joined"),
-    "a copy": (lambda net: put(net.rest, "again", copy.deepcopy(net.head)), r"rest\.again\.weight joined"),
+    "a copy": (lambda net: put(net.rest, "again", copy.deepcopy(net.head)), r"rest\.again\.weight "
+                                                                            r"joined"),
     "register_parameter": (lambda net: net.register_parameter("scale", nn.Parameter(torch.ones(()))), r"scale joined"),
-    "add_module": (lambda net: net.head.add_module("gate", nn.Linear(1, 1)), r"head\.gate\.weight joined"),
+    "add_module": (lambda net: net.head.add_module("gate", nn.Linear(1, 1)), r"head\.gate\.weight "
+                                                                             r"joined"),
     "weight_norm as a parametrization": (
         lambda net: parametrizations.weight_norm(net.head), r"head\.parametrizations\.weight\.original0 joined .*\(2 in all\)",
     ),
@@ -90,7 +101,10 @@ def after(optimizer, net):
 @pytest.mark.parametrize("join, text", JOINS.values(), ids=JOINS)
 def test_what_joins_is_told_and_clipped_after_rebuild(join, text, act):
     net = Net()
-    optimizer, clipper = torch.optim.SGD(net.parameters(), 0.1), distclip.GradClipper(net, policy=distclip.ZClip(warmup=2))
+    optimizer, clipper = (
+        torch.optim.SGD(net.parameters(), 0.1),
+        distclip.GradClipper(net, policy=distclip.ZClip(warmup=2)),
+    )
     for seed in range(3):
         spread(net, seed)
         clipper.step(optimizer)
@@ -101,11 +115,21 @@ def test_what_joins_is_told_and_clipped_after_rebuild(join, text, act):
     for _ in range(2):  # it stays an error
         spread(net)
         before = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
-        with pytest.raises(distclip.GradientError, match=text + r".*call clipper\.rebuild\(\) on all ranks"):
+        with pytest.raises(
+            distclip.GradientError,
+            match=text + r".*call clipper\.rebuild\(\) on "
+            r"all ranks",
+        ):
             clipper.step(optimizer) if act == "step" else getattr(clipper, act)()
-        assert all(g is None or torch.equal(g, p.grad) for g, p in zip(before, net.parameters(), strict=True))
+        assert all(
+            g is None or torch.equal(g, p.grad)
+            for g, p in zip(before, net.parameters(), strict=True)
+        )
     clipper.rebuild()
-    assert all(map(torch.equal, state, [t for part in clipper._memory.state for t in part])) and clipper._memory.step == steps + 2
+    assert (
+        all(map(torch.equal, state, [t for part in clipper._memory.state for t in part]))
+        and clipper._memory.step == steps + 2
+    )
     want = norm(net)
     report = clipper.step(optimizer)
     assert report.total_norm.item() == pytest.approx(want, rel=1e-6) and want > 1
@@ -134,13 +158,17 @@ QUIET = {
     "a module elsewhere": lambda net: Net(),
     "a copy elsewhere": lambda net: copy.deepcopy(net),
     "a frozen head": lambda net: put(net, "two", nn.Linear(5, 3).requires_grad_(False)),
-    "integers": lambda net: put(net, "table", nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)),
+    "integers": lambda net: put(
+        net, "table", nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)
+    ),
     "a buffer": lambda net: net.register_buffer("mean", torch.ones(3)),
     "no parameter": lambda net: put(net, "two", nn.GELU()),
     "None": lambda net: net.register_parameter("nothing", None),
     "a tie": lambda net: put(net.rest, "tied", net.head.weight),
     "the same again": lambda net: put(net.head, "weight", net.head.weight),
-    "a parametrization of what is there": lambda net: register_parametrization(net.head, "weight", Symmetric()),
+    "a parametrization of what is there": lambda net: register_parametrization(
+        net.head, "weight", Symmetric()
+    ),
     "pruning": lambda net: prune.l1_unstructured(net.head, "weight", 0.3),
     "put and taken away": lambda net: (put(net, "two", nn.Linear(5, 3)), delattr(net, "two")),
 }
@@ -155,7 +183,10 @@ def test_what_is_no_newcomer(change):
     for seed in range(2):
         spread(net, seed)
         want = total_norm([p.grad for p in trainable])
-        assert clipper.step(optimizer).total_norm.item() == pytest.approx(want, rel=1e-6) and want > 0.5
+        assert (
+            clipper.step(optimizer).total_norm.item() == pytest.approx(want, rel=1e-6)
+            and want > 0.5
+        )
 
 
 def test_frozen_and_unused_newcomers_are_waited_for():
@@ -193,21 +224,27 @@ def test_gradients_elsewhere(knows):
     net = Net()
     spread(net)
     elsewhere = {id(p): p.grad for p in net.parameters()}
-    clipper = distclip.GradClipper(net, 0.5, grad_of=lambda p: elsewhere.get(id(p)) if knows else elsewhere[id(p)])
+    clipper = distclip.GradClipper(
+        net, 0.5, grad_of=lambda p: elsewhere.get(id(p)) if knows else elsewhere[id(p)]
+    )
     net.two = nn.Linear(5, 3)
     if knows:
         clipper.decide()
         elsewhere[id(net.two.bias)] = torch.ones(3)
-    with pytest.raises(distclip.GradientError, match=r"two\.bias joined" if knows else r"two\.weight joined"):
+    with pytest.raises(
+        distclip.GradientError, match=r"two\.bias joined" if knows else r"two\.weight joined"
+    ):
         clipper.decide()
 
 
 def test_modules_are_looked_at_when_something_was_registered_and_no_more_often(monkeypatch):
     net = Net()
     optimizer, clipper = torch.optim.SGD(net.parameters(), 0.1), distclip.GradClipper(net, 0.5)
-    looks, walks, look, walk = [], [], Newcomers._look, newcomers.module_slots
+    looks, walks, look, walk = [], [], Newcomers._look, late_parameters.module_slots
     monkeypatch.setattr(Newcomers, "_look", lambda self: (looks.append(1), look(self)))
-    monkeypatch.setattr(newcomers, "module_slots", lambda modules: (walks.append(1), walk(modules))[1])
+    monkeypatch.setattr(
+        late_parameters, "module_slots", lambda modules: (walks.append(1), walk(modules))[1]
+    )
 
     def steps():
         for seed in range(4):
@@ -231,7 +268,10 @@ def test_modules_are_looked_at_when_something_was_registered_and_no_more_often(m
 def test_torchs_hooks_are_there_as_long_as_a_clipper_is():
     def hooks():
         gc.collect()
-        every = (torch_modules._global_parameter_registration_hooks, torch_modules._global_module_registration_hooks)
+        every = (
+            torch_modules._global_parameter_registration_hooks,
+            torch_modules._global_module_registration_hooks,
+        )
         return [sum(hook is REGISTRATIONS for hook in kind.values()) for kind in every]
 
     before = hooks()
@@ -244,7 +284,8 @@ def test_torchs_hooks_are_there_as_long_as_a_clipper_is():
     assert hooks() == before
 
 
-# Sharding frameworks swap parameters themselves: each strategy's two hundred steps in precision/test_strategies.py raise no alarm
+# Sharding frameworks swap parameters themselves: each strategy's two hundred steps in
+# precision/test_strategies.py raise no alarm
 
 
 def on_ranks(layout):
@@ -288,7 +329,8 @@ def test_told_on_all_ranks(ranks, layout):
     for text, sent, ratio in rows:
         assert sent == "allreduce_" and ratio == pytest.approx(1.0, rel=1e-6)
         assert text == (
-            f"step 4: rank {who}: two.weight joined the model after the clipper was built (2 in all); call clipper.rebuild() on all ranks"
+            f"step 4: rank {who}: two.weight joined the model after the clipper was built (2 in "
+            f"all); call clipper.rebuild() on all ranks"
         )
 
 
@@ -314,12 +356,16 @@ def test_a_group_that_the_optimizer_got_later():
         with pytest.raises(distclip.GradientError) as error:
             call()
         assert str(error.value).partition(": ")[2] == (
-            "rank 0: optimizer 0 (SGD) was given 1 parameter later that this clipper does not know (the first: shape (4,)); call "
-            "clipper.rebuild() on all ranks, with the parameters as they are now where pairs or a list were passed: clipper.rebuild(params)"
+            "rank 0: optimizer 0 (SGD) was given 1 parameter later that this clipper does not know "
+            "(the first: shape (4,)); call "
+            "clipper.rebuild() on all ranks, with the parameters as they are now where pairs or a "
+            "list were passed: clipper.rebuild(params)"
         )
         assert more.tolist() == [1] * 4
     clipper.rebuild()  # the pairs were passed as a view of the dictionary, which has the new one
-    assert clipper.step(optimizer).total_norm.item() == pytest.approx(math.sqrt(0.1**2 + 100), rel=1e-6)
+    assert clipper.step(optimizer).total_norm.item() == pytest.approx(
+        math.sqrt(0.1**2 + 100), rel=1e-6
+    )
 
 
 def test_groups_that_are_cleared_and_filled_again():
@@ -332,7 +378,11 @@ def test_groups_that_are_cleared_and_filled_again():
     for _ in range(20):
         optimizer.param_groups.clear()
         optimizer.add_param_group({"params": list(unknown.parameters())})
-        with pytest.raises(distclip.GradientError, match=r"was given 2 parameters later that this clipper does not know"):
+        with pytest.raises(
+            distclip.GradientError,
+            match=r"was given 2 parameters later that this "
+            r"clipper does not know",
+        ):
             clipper.step(optimizer)
         optimizer.param_groups.clear()
         optimizer.add_param_group({"params": list(known.parameters())})
@@ -347,7 +397,9 @@ def test_a_tensor_that_took_anothers_place():
     new = named["p0"] = optimizer.param_groups[0]["params"][0] = points(5)["p0"]
     for call in (lambda: clipper.step(optimizer), lambda: clipper.clip_([optimizer])):
         with pytest.raises(
-            distclip.GradientError, match=r"the first: shape \(5,\)\); call clipper\.rebuild\(\) .*clipper\.rebuild\(params\)"
+            distclip.GradientError,
+            match=r"the first: shape \(5,\)\); call clipper\.rebuild\(\) "
+            r".*clipper\.rebuild\(params\)",
         ):
             call()
     assert new.tolist() == [1] * 5
@@ -392,7 +444,8 @@ def test_a_group_that_is_taken_back_and_one_that_is_frozen(of):
 
 
 MORE = (
-    "optimizer 0 (SGD) steps 1 parameter that this clipper does not know (the first has shape (4,)): they are neither clipped nor in the "
+    "optimizer 0 (SGD) steps 1 parameter that this clipper does not know (the first has shape "
+    "(4,)): they are neither clipped nor in the "
     "norm. Build the clipper with them if that is not meant"
 )
 
@@ -410,11 +463,15 @@ def test_a_subset_is_told_once_and_legal():
         clipper.step(optimizer)
     assert [str(w.message) for w in warned] == [MORE]
     p.grad = torch.full((3,), 5.0)
-    assert clipper.step(optimizer).total_norm.item() == pytest.approx(math.sqrt(75)), "and no second time"
+    assert clipper.step(optimizer).total_norm.item() == pytest.approx(math.sqrt(75)), (
+        "and no second time"
+    )
     assert q.tolist() == pytest.approx([0.0] * 4, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:optimizer 0 .* steps 1 parameter that this clipper does not know")
+@pytest.mark.filterwarnings(
+    "ignore:optimizer 0 .* steps 1 parameter that this clipper does not know"
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("frozen_first", [False, True])
 @pytest.mark.parametrize("fused", [None, True])
@@ -428,7 +485,10 @@ def test_what_is_not_finite_beside_a_subset_is_never_stepped(scaled, how, fused,
     def step(value):
         scaler.scale(torch.ones(()))
         scale = scaler.get_scale() if scaled else 1.0
-        p.grad, q.grad = torch.full((3,), 0.01 * scale), torch.tensor([value, 1.0, 1.0, 1.0]) * scale if q.requires_grad else None
+        p.grad, q.grad = (
+            torch.full((3,), 0.01 * scale),
+            torch.tensor([value, 1.0, 1.0, 1.0]) * scale if q.requires_grad else None,
+        )
         if how.startswith("unscale_"):
             scaler.unscale_(optimizer)
         if how != "clip_":
@@ -448,12 +508,16 @@ def test_what_is_not_finite_beside_a_subset_is_never_stepped(scaled, how, fused,
     assert q.tolist() == pytest.approx([0.9] * 4), "unscaled once, and not clipped"
 
 
-@pytest.mark.filterwarnings("ignore:optimizer 0 .* steps 1 parameter that this clipper does not know")
+@pytest.mark.filterwarnings(
+    "ignore:optimizer 0 .* steps 1 parameter that this clipper does not know"
+)
 def test_propagate_looks_at_what_is_clipped_alone():
     _, q, optimizer, clipper = subset(on_nonfinite="propagate")
     q.grad[0] = math.nan
     report = clipper.step(optimizer)
-    assert not report.skipped and report.nonfinite == 0 and report.clipped and math.isnan(q[0].item())
+    assert (
+        not report.skipped and report.nonfinite == 0 and report.clipped and math.isnan(q[0].item())
+    )
 
 
 def beside_on_one_rank():
@@ -468,18 +532,27 @@ def beside_on_one_rank():
     before = [*p.tolist(), *q.tolist()]
     with count_collectives() as seen, skips.told() as told:
         skipped = bool(clipper.step(optimizer).skipped)
-    return [str(w.message) for w in warned], told.texts, skipped and before == [*p.tolist(), *q.tolist()], seen.names[:1]
+    return (
+        [str(w.message) for w in warned],
+        told.texts,
+        skipped and before == [*p.tolist(), *q.tolist()],
+        seen.names[:1],
+    )
 
 
 def test_a_nan_beside_a_subset_on_one_rank_is_skipped_on_all(ranks):
     for warned, told, stood, sent in ranks.run(beside_on_one_rank):
         assert warned == [MORE] and stood and sent == ["allreduce_"]
-        assert told[0].startswith("step 2 is skipped: 1 gradient tensor is not finite: only their sum overflows, or it is of a parameter")
+        assert told[0].startswith(
+            "step 2 is skipped: 1 gradient tensor is not finite: only their "
+            "sum overflows, or it is of a parameter"
+        )
 
 
 @pytest.mark.parametrize("how", ["clip_", "step"])
 def test_what_grad_of_hides_is_unscaled_with_the_rest(how):
-    """A part of the model is clipped; the scaler takes the whole optimizer for unscaled after it."""
+    """A part of the model is clipped; the scaler takes the whole optimizer for unscaled after
+    it."""
     named, scaler = points(3, 4), torch.amp.GradScaler("cpu", init_scale=8.0)
     p, q = named.values()
     scaler.scale(torch.ones(()))
@@ -505,7 +578,9 @@ def test_what_grad_of_hides_has_to_be_finite_too():
     q.grad[2] = math.nan
     assert clipper.clip_(optimizer).skipped
     optimizer.step()
-    assert p.tolist() == [1] * 3 and q.tolist() == [1] * 4, "a step that is skipped is skipped as a whole"
+    assert p.tolist() == [1] * 3 and q.tolist() == [1] * 4, (
+        "a step that is skipped is skipped as a whole"
+    )
 
 
 # In frameworks' loops
@@ -526,10 +601,16 @@ class Grows:
         return sum(layer(x).square().sum() for layer in layers)
 
 
-TOLD = "two.weight joined the model after the clipper was built (2 in all); call clipper.rebuild() on all ranks"
+TOLD = (
+    "two.weight joined the model after the clipper was built (2 in all); call "
+    "clipper.rebuild() "
+    "on all ranks"
+)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_under_accelerate():
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     from distclip.integrations.accelerate import prepare
@@ -543,7 +624,11 @@ def test_under_accelerate():
         optimizer.zero_grad()
         accelerator.backward(loss(torch.ones(3, 4)))
         want = norm(net)
-        assert accelerator.clip_grad_norm_(model.parameters(), 0.1).item() == pytest.approx(want, rel=1e-6) and want > 0.1
+        assert (
+            accelerator.clip_grad_norm_(model.parameters(), 0.1).item()
+            == pytest.approx(want, rel=1e-6)
+            and want > 0.1
+        )
         optimizer.step()
 
     step()
@@ -577,7 +662,14 @@ def test_under_lightning():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[GradientClipping(max_norm=0.1)], **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[GradientClipping(max_norm=0.1)], **quiet
+    )
     with pytest.raises(distclip.GradientError, match="^step 3: rank 0: " + re.escape(TOLD)):
         trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(5, 4)))

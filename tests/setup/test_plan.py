@@ -23,7 +23,9 @@ def sharded(rank, size, count):
     """FSDP-like: `count` parameters in `size` parts, and as many biases copied everywhere."""
     part = Holding("Shard(0)", f"{rank}/{size}", ("mesh",))
     whole = Holding("whole", "whole", ("all",))
-    pieces = [Piece(f"w{i}", f"w{i}", part, (size, 3), 3 * size, (1, 3), None) for i in range(count // 2)]
+    pieces = [
+        Piece(f"w{i}", f"w{i}", part, (size, 3), 3 * size, (1, 3), None) for i in range(count // 2)
+    ]
     return pieces + [Piece(f"b{i}", f"b{i}", whole, (5,), 5, (5,), None) for i in range(count // 2)]
 
 
@@ -51,7 +53,8 @@ def work_of(group, count):
 
 
 def test_agreement_of_128_ranks_is_less_than_a_second_of_work_each():
-    """Of the processor's time, and for most: one thread may be charged for what others on the machine did to it."""
+    """Of the processor's time, and for most: one thread may be charged for what others on the
+    machine did to it."""
     seconds = run_threads(128, work_of, 1000)
     assert median(seconds) < 1.0, sorted(seconds)
 
@@ -59,7 +62,9 @@ def test_agreement_of_128_ranks_is_less_than_a_second_of_work_each():
 def private_names(group):
     channel = channel_of(group)
     own = Holding("whole", "whole", ("all ranks",))
-    pieces = [Piece(name, name, own, (4,), 4, (4,), None) for name in ("gate", f"expert{channel.rank}")]
+    pieces = [
+        Piece(name, name, own, (4,), 4, (4,), None) for name in ("gate", f"expert{channel.rank}")
+    ]
     return make_plan(channel, pieces, [piece.name for piece in pieces], {}, 2.0, CPU)
 
 

@@ -1,4 +1,5 @@
-"""Four ranks: what one of them gets wrong is refused on all, in words that say who, what was seen, and what to do."""
+"""Four ranks: what one of them gets wrong is refused on all, in words that say who, what was seen,
+and what to do."""
 
 import re
 from contextlib import nullcontext
@@ -45,7 +46,12 @@ def other_shape():
 
 
 def other_policy_and_groups():
-    clip([given("w", 4)], odd(1.0, None), policy=odd(None, distclip.Normalize(1.0)), groups=odd(None, distclip.per_parameter()))
+    clip(
+        [given("w", 4)],
+        odd(1.0, None),
+        policy=odd(None, distclip.Normalize(1.0)),
+        groups=odd(None, distclip.per_parameter()),
+    )
 
 
 def replica_differs():
@@ -63,7 +69,8 @@ def two_pairs_of_equal_replicas():
 
 
 def gradients_on_half_of_the_ranks():
-    """Two parameters, each missing on half: the shares add up to a whole number, and it is seen all the same."""
+    """Two parameters, each missing on half: the shares add up to a whole number, and it is seen all
+    the same."""
     params = [given("a", 4), given("b", 4)]
     if dist.get_rank() > 1:
         for _, p in params:
@@ -85,12 +92,16 @@ def unreduced_ddp():
 
 
 def inside_of_fsdp1():
-    model = FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu"), use_orig_params=True)
+    model = FullyShardedDataParallel(
+        nn.Linear(3, 3), device_id=torch.device("cpu"), use_orig_params=True
+    )
     clip(model.module)
 
 
 def unsharded_fsdp1():
-    model = FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu"), use_orig_params=True)
+    model = FullyShardedDataParallel(
+        nn.Linear(3, 3), device_id=torch.device("cpu"), use_orig_params=True
+    )
     with model.no_sync():
         model(torch.ones(1, 3)).sum().backward()
     clip(model)
@@ -151,36 +162,49 @@ def a_rank_that_is_a_call_behind():
 
 
 REFUSED = {
-    other_threshold: r"AgreementError: ranks built different .*policy: .*FixedNorm\(max_norm=1.0\).* on rank 0-2; .*2.0.* on rank 3",
+    other_threshold: r"AgreementError: ranks built different .*policy: "
+    r".*FixedNorm\(max_norm=1.0\).* on rank 0-2; .*2.0.* on rank 3",
     a_bad_threshold_on_one_rank: (
-        r"(ConfigError: max_norm=-1.0 is not a threshold|AgreementError: another rank.*rank 3: ConfigError: max_norm=-1.0)"
+        r"(ConfigError: max_norm=-1.0 is not a threshold|AgreementError: another rank.*rank 3: "
+        r"ConfigError: max_norm=-1.0)"
     ),
     other_shape: (
-        r"AgreementError: rank 0-2: w has shape \(4,\)\nrank 3: w has shape \(5,\)\nIf these are different parameters under one name "
-        r"\(pipeline stages, experts\), declare replicated_over=\{pattern: process group \| distclip.PRIVATE\}. If they should be equal, "
+        r"AgreementError: rank 0-2: w has shape \(4,\)\nrank 3: w has shape \(5,\)\nIf these are "
+        r"different parameters under one name "
+        r"\(pipeline stages, experts\), declare replicated_over=\{pattern: process group \| "
+        r"distclip.PRIVATE\}. If they should be equal, "
         r"build the same model on all ranks$"
     ),
     other_policy_and_groups: r"AgreementError: ranks built different.*groups: .*policy: .*Normalize",
-    replica_differs: r"AgreementError: step 1: .*\nlayer.weight: norm \S+ on rank 0-2, norm \S+ on rank 3\n.*replicated_over",
+    replica_differs: r"AgreementError: step 1: .*\nlayer.weight: norm \S+ on rank 0-2, norm \S+ on "
+    r"rank 3\n.*replicated_over",
     two_pairs_of_equal_replicas: r"layer.weight: norm \S+ on rank 0-1, norm \S+ on rank 2-3",
     gradients_on_half_of_the_ranks: r"a: norm \S+ on rank 0-1, no gradient on rank 2-3\nb: ",
     partial_gradient: (
-        r"GradientError: step 1: rank 0-3: the gradient of norm has placements .*Partial.*redistribute\(placements=p.placements\)"
+        r"GradientError: step 1: rank 0-3: the gradient of norm has placements "
+        r".*Partial.*redistribute\(placements=p.placements\)"
     ),
     unreduced_ddp: r"AgreementError: .*no_sync",
     inside_of_fsdp1: r"PlacementError: .*pass the outermost FullyShardedDataParallel module",
     unsharded_fsdp1: r"GradientError: .*(local shape|no gradient|not sharded)",
-    replaced: r"GradientError: step 1: rank 3: 1\S* was replaced after the clipper was built.*clipper.rebuild\(\) on all ranks",
+    replaced: r"GradientError: step 1: rank 3: 1\S* was replaced after the clipper was "
+    r"built.*clipper.rebuild\(\) on all ranks",
     positions_as_names: r"ConfigError: bare parameters have no names.*model.named_parameters\(\)",
-    no_match: r"ConfigError: 'nothing.\*' matches no parameter on any rank; the nearest names on this rank: w \(1 in all\)$",
+    no_match: r"ConfigError: 'nothing.\*' matches no parameter on any rank; the nearest names on "
+    r"this rank: w \(1 in all\)$",
     a_group_that_matches_nothing: (
-        r"ConfigError: '\*attention\*' matches no parameter on any rank; the nearest names on this rank: layers.0.attn.weight, "
+        r"ConfigError: '\*attention\*' matches no parameter on any rank; the nearest names on this "
+        r"rank: layers.0.attn.weight, "
         r"layers.1.attn.weight, layers.0.mlp.weight \(4 in all\)$"
     ),
-    a_group_where_a_rank_holds_nothing: r"ConfigError: 'lost' matches no parameter on any rank; (the nearest names|this rank holds no par)",
-    unfrozen_after_ddp: r"AgreementError: step 1: .*unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model",
-    reduces_inside_step: r"AgreementError: step 1: .*An optimizer that reduces gradients inside its step\(\) comes too late: reduce them",
-    one_more_call: r"AgreementError: ranks did not do the same.*\nrank 0-2: at step 1: clip_.*\nrank 3: at step 1: measure",
+    a_group_where_a_rank_holds_nothing: r"ConfigError: 'lost' matches no parameter on any rank; "
+    r"(the nearest names|this rank holds no par)",
+    unfrozen_after_ddp: r"AgreementError: step 1: .*unfrozen after DistributedDataParallel was "
+    r"built are not reduced by it: wrap the model",
+    reduces_inside_step: r"AgreementError: step 1: .*An optimizer that reduces gradients inside "
+    r"its step\(\) comes too late: reduce them",
+    one_more_call: r"AgreementError: ranks did not do the same.*\nrank 0-2: at step 1: "
+    r"clip_.*\nrank 3: at step 1: measure",
     a_rank_that_is_a_call_behind: r"rank 0-2: at step 1: .*\nrank 3: at step 2: ",
 }
 

@@ -1,4 +1,5 @@
-"""Gradients that `backward()` leaves unfinished (torch 2.15): a clip before `finalize_backward()` is refused on all ranks, by name."""
+"""Gradients that `backward()` leaves unfinished (torch 2.15): a clip before `finalize_backward()`
+is refused on all ranks, by name."""
 
 import math
 from collections import OrderedDict
@@ -15,8 +16,15 @@ import distclip
 from distclip.testing import count_collectives
 from parity.layouts import mesh
 
-pytestmark = pytest.mark.skipif(not hasattr(DDP, "finalize_backward"), reason="torch < 2.15: gradients are final after backward()")
-WAITS = "it was told to wait for its finalize_backward() (manual backward finalization); call that after backward() and before the clip"
+pytestmark = pytest.mark.skipif(
+    not hasattr(DDP, "finalize_backward"),
+    reason="torch < 2.15: gradients are final after backward()",
+)
+WAITS = (
+    "it was told to wait for its finalize_backward() (manual backward finalization); call "
+    "that "
+    "after backward() and before the clip"
+)
 HANDLE = "call wait() of the handle that its finalize_backward(async_op=True) gave, before the clip"
 
 
@@ -74,7 +82,8 @@ def fsdp2_inside():
 
 
 def held(model):
-    """This rank's parts of parameters and gradients, as they are now: a module that waits may have its parameters whole."""
+    """This rank's parts of parameters and gradients, as they are now: a module that waits may have
+    its parameters whole."""
     found = [t for p in model.parameters() for t in (p.detach(), p.grad) if t is not None]
     return [t.to_local() if hasattr(t, "to_local") else t for t in found]
 
@@ -109,20 +118,35 @@ def clipped_too_early(build, operation, late):
         with count_collectives() as seen:
             norms.append(clipper.clip_().total_norm.item())
         collectives.append(seen.names)
-        assert math.isclose(distclip.get_total_norm([p.grad for p in model.parameters()]), 0.1, rel_tol=1e-5), step
+        assert math.isclose(
+            distclip.get_total_norm([p.grad for p in model.parameters()]), 0.1, rel_tol=1e-5
+        ), step
     return said, norms, collectives, untouched
 
 
-EVERY = (0, 1, 2, 3)  # finalizing FSDP2 may send a reduction of its own, so that one rank alone cannot be late
+# finalizing FSDP2 may send a reduction of its own, so that one rank alone cannot be late
+EVERY = (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
     "build, late",
-    [(ddp, EVERY), (ddp, (2,)), (ddp_inside, EVERY), (ddp_inside, (2,)), (fsdp2, EVERY), (hsdp, EVERY), (fsdp2_inside, EVERY)],
+    [
+        (ddp, EVERY),
+        (ddp, (2,)),
+        (ddp_inside, EVERY),
+        (ddp_inside, (2,)),
+        (fsdp2, EVERY),
+        (hsdp, EVERY),
+        (fsdp2_inside, EVERY),
+    ],
 )
 def test_a_clip_before_finalize_backward(ranks, build, late):
     rows = ranks.run(clipped_too_early, build, "clip_", late)
-    which = "0 are not final (2 such modules in all)" if "inside" in build.__name__ else "the model are not final"
+    which = (
+        "0 are not final (2 such modules in all)"
+        if "inside" in build.__name__
+        else "the model are not final"
+    )
     told = f"the gradients of {which}: {WAITS}"
     who = "rank 0-3" if len(late) == 4 else "rank 2"
     for said, norms, collectives, untouched in rows:
@@ -157,7 +181,8 @@ def test_a_reduction_that_was_handed_out(ranks):
 
 
 def parameters_meanwhile():
-    """What is no gradient can be measured at any time, and a module that finalizes by itself again is fine."""
+    """What is no gradient can be measured at any time, and a module that finalizes by itself again
+    is fine."""
     model, _ = fsdp2()
     clipper = distclip.GradClipper(model, math.inf)
     model(batch(dist.get_rank(), 0)).square().sum().backward()
@@ -172,16 +197,22 @@ def parameters_meanwhile():
 def test_what_is_final_is_clipped(ranks):
     want = torch.cat([p.detach().double().flatten() for p in layers().parameters()]).norm().item()
     for of_parameters, norm in ranks.run(parameters_meanwhile):
-        assert of_parameters == pytest.approx(want, rel=1e-6) and norm == pytest.approx(truth(1), rel=1e-6)
+        assert of_parameters == pytest.approx(want, rel=1e-6) and norm == pytest.approx(
+            truth(1), rel=1e-6
+        )
 
 
 def after_a_pipeline():
-    """Each stage, sharded over two ranks, is told to wait by the schedule, which finalizes it at its end."""
+    """Each stage, sharded over two ranks, is told to wait by the schedule, which finalizes it at
+    its end."""
     grid = mesh(2, 2)
     pipe, data = grid["outer"], grid["inner"]
     stage_of, copy_of = pipe.get_local_rank(), data.get_local_rank()
     first, act, last = layers()
-    part = fully_shard(nn.Sequential(OrderedDict(last=last) if stage_of else OrderedDict(first=first, act=act)), mesh=data)
+    part = fully_shard(
+        nn.Sequential(OrderedDict(last=last) if stage_of else OrderedDict(first=first, act=act)),
+        mesh=data,
+    )
     stage = PipelineStage(part, stage_of, 2, torch.device("cpu"), group=pipe.get_group())
     schedule = ScheduleGPipe(stage, 3, loss_fn=lambda out, _: out.square().sum(), scale_grads=False)
     clipper = distclip.GradClipper(part, math.inf)
@@ -192,4 +223,6 @@ def after_a_pipeline():
 
 
 def test_a_pipeline_schedule_has_finalized_its_stages(ranks):
-    assert ranks.run(after_a_pipeline) == pytest.approx([2 * truth(0)] * 4, rel=1e-6), "the sum over batches, the mean over two copies"
+    assert ranks.run(after_a_pipeline) == pytest.approx([2 * truth(0)] * 4, rel=1e-6), (
+        "the sum over batches, the mean over two copies"
+    )

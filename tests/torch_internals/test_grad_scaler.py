@@ -1,4 +1,5 @@
-"""The handshake with GradScaler, in one process: unscaled exactly once, recorded per optimizer, refused where it cannot be honoured."""
+"""The handshake with GradScaler, in one process: unscaled exactly once, recorded per optimizer,
+refused where it cannot be honoured."""
 
 import math
 
@@ -75,9 +76,14 @@ def test_value_clipping_is_of_unscaled_gradients():
     params, scaler = scaled([3.0, -4.0], [12.0]), scaler_of()
     first, second = sgd(params[0]), sgd(params[1])
     scaler.unscale_(first)
-    report = distclip.GradClipper(params, policy=distclip.FixedValue(3.5)).step(first, second, scaler=scaler)
+    report = distclip.GradClipper(params, policy=distclip.FixedValue(3.5)).step(
+        first, second, scaler=scaler
+    )
     assert moved(params) == [3.0, -3.5, 3.5]
-    assert report.norm_after.item() == pytest.approx(math.sqrt(9 + 2 * 3.5**2), rel=1e-6) and report.clipped
+    assert (
+        report.norm_after.item() == pytest.approx(math.sqrt(9 + 2 * 3.5**2), rel=1e-6)
+        and report.clipped
+    )
 
 
 @skips.told()
@@ -85,7 +91,11 @@ def test_parameters_that_the_clipper_does_not_know_are_unscaled_and_watched():
     """A subset is clipped; the optimizer steps all of them."""
     params, scaler = scaled([3.0, 4.0], [100.0]), scaler_of()
     optimizer, clipper = sgd(*params), distclip.GradClipper(params[:1], 2.5)
-    with pytest.warns(RuntimeWarning, match=r"steps 1 parameter that this clipper does not know .*neither clipped nor in the norm"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"steps 1 parameter that this clipper does not know "
+        r".*neither clipped nor in the norm",
+    ):
         clipper.step(optimizer, scaler=scaler)
     assert moved(params) == pytest.approx([1.5, 2.0, 100.0], rel=1e-6)
     for how in ("inf", "inf, unscaled by the user"):
@@ -110,10 +120,19 @@ def test_an_overflow_in_one_optimizer_of_two_skips_both_and_backs_off_once():
 def test_two_clippers_with_one_scaler():
     """Generator and discriminator: one overflows, the other steps, the scale backs off once."""
     (d, g), scaler = (scaled([math.inf]), scaled([6.0, 8.0])), scaler_of()
-    clip_d, clip_g, opt_d, opt_g = distclip.GradClipper(d, 1.0), distclip.GradClipper(g, 5.0), sgd(*d), sgd(*g)
+    clip_d, clip_g, opt_d, opt_g = (
+        distclip.GradClipper(d, 1.0),
+        distclip.GradClipper(g, 5.0),
+        sgd(*d),
+        sgd(*g),
+    )
     assert clip_d.step(opt_d, scaler=scaler, update_scaler=False).skipped
     assert not clip_g.step(opt_g, scaler=scaler).skipped
-    assert moved(d) == [0] and moved(g) == pytest.approx([3.0, 4.0]) and scaler.get_scale() == SCALE / 2
+    assert (
+        moved(d) == [0]
+        and moved(g) == pytest.approx([3.0, 4.0])
+        and scaler.get_scale() == SCALE / 2
+    )
 
 
 @pytest.mark.parametrize("how", ["step", "clip_"])
@@ -173,7 +192,8 @@ def test_raise_waits_for_the_limit_while_a_scaler_looks_for_its_scale():
     with pytest.raises(distclip.NonFiniteError) as error:
         clipper.step(sgd(*params), scaler=scaler)
     assert str(error.value) == (
-        "step 4: 1 gradient tensor is not finite in 4 steps in a row (skip_limit=3): w0 on rank 0: inf. Look at the loss, the data and "
+        "step 4: 1 gradient tensor is not finite in 4 steps in a row (skip_limit=3): w0 on rank 0: "
+        "inf. Look at the loss, the data and "
         "the learning rate of that step; on_nonfinite='skip' leaves such steps out"
     )
     assert scaler.get_scale() == SCALE / 8
@@ -197,12 +217,15 @@ def stepped(optimizer):
 REFUSED = {
     "no optimizer": (
         lambda c, o: c.clip_(scaler=scaler_of()),
-        "scaler= needs the optimizer too: a scaler keeps its records by optimizer; use clip_(optimizer, scaler)",
+        "scaler= needs the optimizer too: a scaler keeps its records by optimizer; use "
+        "clip_(optimizer, scaler)",
     ),
     "another kind": (
         lambda c, o: c.step(o, scaler=Other()),
-        "scaler is a Other that keeps its records in a way unknown to distclip (AttributeError(\"'Other' object has no attribute "
-        "'_scale'\")); pass a torch.amp.GradScaler or ShardedGradScaler of a torch that distclip names as supported",
+        "scaler is a Other that keeps its records in a way unknown to distclip "
+        "(AttributeError(\"'Other' object has no attribute "
+        "'_scale'\")); pass a torch.amp.GradScaler or ShardedGradScaler of a torch that distclip "
+        "names as supported",
     ),
     "no loss scaled": (
         lambda c, o: c.step(o, scaler=fresh()),
@@ -216,8 +239,10 @@ REFUSED = {
         lambda c, o: c.step(),
         "step() was given no optimizer; pass those that hold the clipped parameters, or use clip_()",
     ),
-    "one twice": (lambda c, o: c.step(o, o), "step() was given one optimizer twice; it would step twice"),
-    "grad_scale": (lambda c, o: c.clip_(grad_scale=0.0), "grad_scale=0.0 must be positive and finite"),
+    "one twice": (lambda c, o: c.step(o, o), "step() was given one optimizer twice; it would step "
+                                             "twice"),
+    "grad_scale": (lambda c, o: c.clip_(grad_scale=0.0), "grad_scale=0.0 must be positive and "
+                                                         "finite"),
 }  # fmt: skip
 
 
@@ -232,9 +257,12 @@ def test_refused(call, text):
 def test_propagate_with_a_scaler_is_refused():
     params = scaled([3.0, -4.0])
     with pytest.raises(distclip.ConfigError) as error:
-        distclip.GradClipper(params, 1.0, on_nonfinite="propagate").step(sgd(*params), scaler=scaler_of())
+        distclip.GradClipper(params, 1.0, on_nonfinite="propagate").step(
+            sgd(*params), scaler=scaler_of()
+        )
     assert str(error.value) == (
-        "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that overflow must be skipped, else the scaler never "
+        "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that overflow "
+        "must be skipped, else the scaler never "
         "finds its scale; use 'skip'"
     )
     assert params[0][1].grad.tolist() == [3 * SCALE, -4 * SCALE]
@@ -246,7 +274,8 @@ def test_an_optimizer_of_other_parameters_is_refused():
     with pytest.raises(distclip.GradientError) as error:
         distclip.GradClipper(params, 1.0).step(sgd(*scaled([1.0])))
     assert str(error.value) == (
-        "step 1: rank 0: optimizer 0 (SGD) holds none of this clipper's parameters (the first of which is w0); build optimizers after the "
+        "step 1: rank 0: optimizer 0 (SGD) holds none of this clipper's parameters (the first of "
+        "which is w0); build optimizers after the "
         "model was wrapped and sharded, and pass those that step it"
     )
 
@@ -254,7 +283,10 @@ def test_an_optimizer_of_other_parameters_is_refused():
 @skips.told()
 def test_a_sharded_scaler_is_told_without_a_message_of_its_own():
     """Without a process group its own unscale_ would fail: nothing of it is called that sends."""
-    params, scaler = scaled([3.0, -4.0]), ShardedGradScaler("cpu", init_scale=SCALE, process_group=None)
+    params, scaler = (
+        scaled([3.0, -4.0]),
+        ShardedGradScaler("cpu", init_scale=SCALE, process_group=None),
+    )
     scaler.scale(torch.ones(()))
     optimizer, clipper = sgd(*params), distclip.GradClipper(params, 2.5)
     clipper.step(optimizer, scaler=scaler)

@@ -1,4 +1,5 @@
-"""Ranks with unequal numbers of batches: `join()` is refused before anything is sent; what the refusal advises works."""
+"""Ranks with unequal numbers of batches: `join()` is refused before anything is sent; what the
+refusal advises works."""
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from distclip.testing import count_collectives
 from parity.oracle import total_norm
 
 REFUSED = (
-    "{} inside DistributedDataParallel.join(): ranks that have run out of data take no part in it, and the others would wait for them. "
-    "Give all ranks as many batches (DistributedSampler pads, or drops the rest with drop_last=True) and leave join() out. Where "
-    "DistributedDataParallel alone shares the model out, every rank that is still at work holds the whole gradient, and a clipper of each "
-    "rank's own serves inside join(): GradClipper(model, ..., process_group=distclip.LOCAL), with a fixed threshold, since adaptive ones "
+    "{} inside DistributedDataParallel.join(): ranks that have run out of data take no part in it, "
+    "and the others would wait for them. "
+    "Give all ranks as many batches (DistributedSampler pads, or drops the rest with "
+    "drop_last=True) and leave join() out. Where "
+    "DistributedDataParallel alone shares the model out, every rank that is still at work holds "
+    "the whole gradient, and a clipper of each "
+    "rank's own serves inside join(): GradClipper(model, ..., process_group=distclip.LOCAL), with "
+    "a fixed threshold, since adaptive ones "
     "learn from every step"
 )
 
@@ -23,7 +28,11 @@ REFUSED = (
 def job(**options):
     torch.manual_seed(0)
     model = DDP(nn.Linear(6, 3))
-    return model, torch.optim.SGD(model.parameters(), 0.1), distclip.GradClipper(model, 0.5, **options)
+    return (
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        distclip.GradClipper(model, 0.5, **options),
+    )
 
 
 def batch(step):
@@ -39,7 +48,12 @@ def inside(act, form):
     model, optimizer, clipper = job()
     other = nn.ModuleDict({"part": model})
     if form != "join":
-        of = {"nested": other, "Join": model, "the module inside": model.module, "its parameters": list(model.module.named_parameters())}
+        of = {
+            "nested": other,
+            "Join": model,
+            "the module inside": model.module,
+            "its parameters": list(model.module.named_parameters()),
+        }
         clipper = distclip.GradClipper(of[form], 0.5)
     said = []
     with model.join() if form == "join" else Join([model]):
@@ -57,14 +71,22 @@ def inside(act, form):
 FORMS = ["join", "Join", "nested", "the module inside", "its parameters"]
 
 
-@pytest.mark.parametrize("form, act", [(f, act) for f in FORMS for act in ("step", "clip_", "measure", "audit", "decide", "rebuild")])
+@pytest.mark.parametrize(
+    "form, act",
+    [(f, act) for f in FORMS for act in ("step", "clip_", "measure", "audit", "decide", "rebuild")],
+)
 def test_refused_before_anything_is_sent(ranks, act, form):
     for said, sent, stood in ranks.run(inside, act, form):
-        assert said == [REFUSED.format("GradClipper()" if act == "rebuild" else f"{act}()")] and sent == [] and stood
+        assert (
+            said == [REFUSED.format("GradClipper()" if act == "rebuild" else f"{act}()")]
+            and sent == []
+            and stood
+        )
 
 
 def afterwards():
-    """torch leaves its mark on the module, and the context is over all the same; one that is not enabled is none."""
+    """torch leaves its mark on the module, and the context is over all the same; one that is not
+    enabled is none."""
     model, optimizer, clipper = job()
     seen = []
     for join in (lambda: model.join(enable=False), lambda: model.join()):
@@ -89,7 +111,12 @@ def test_before_and_after_the_context_it_works(ranks):
     rows = ranks.run(afterwards)
     assert len({str(row) for row in rows}) == 1
     marked, seen = rows[0]
-    assert marked and len(seen) == 7 and seen[1:] == pytest.approx([1.0] * 6, rel=1e-6) and seen[0] > 0.5
+    assert (
+        marked
+        and len(seen) == 7
+        and seen[1:] == pytest.approx([1.0] * 6, rel=1e-6)
+        and seen[0] > 0.5
+    )
 
 
 def of_each_ranks_own():
@@ -113,5 +140,7 @@ def test_a_clipper_of_each_ranks_own_serves_inside_join(ranks):
     longest = rows[3][0]
     assert [len(norms) for norms, *_ in rows] == [3, 4, 5, 6]
     for norms, ratios, end in rows:
-        assert norms == longest[: len(norms)] and ratios == pytest.approx([1.0] * len(ratios), rel=1e-6)
+        assert norms == longest[: len(norms)] and ratios == pytest.approx(
+            [1.0] * len(ratios), rel=1e-6
+        )
         assert end == rows[3][2], "DDP hands the last one's parameters to all"

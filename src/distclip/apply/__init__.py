@@ -1,4 +1,5 @@
 """The decision reaches this rank's gradients, in place, or by a fused optimizer's own pass.
 
-In: a decision and the gradients that were measured. Out: the gradients, multiplied or clamped. It decides nothing and sends nothing.
+In: a decision and the gradients that were measured. Out: the gradients, multiplied or clamped. It
+decides nothing and sends nothing.
 """

@@ -1,7 +1,9 @@
-"""Stage 7b: a fused optimizer applies the coefficient in its own pass, so that clipping writes no gradient.
+"""Stage 7b: a fused optimizer applies the coefficient in its own pass, so that clipping writes no
+gradient.
 
-torch's fused kernels divide each gradient by `optimizer.grad_scale` and leave everything alone where `optimizer.found_inf` is 1; the
-two attributes were made for GradScaler. They are set for one step and removed after it.
+torch's fused kernels divide each gradient by `optimizer.grad_scale` and leave everything alone
+where `optimizer.found_inf` is 1; the two attributes were made for GradScaler. They are set for one
+step and removed after it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.torch_internals.dtensor import is_dtensor
 
-_KINDS = (SGD, Adam, AdamW, Adagrad)  # exactly these: RMSprop, NAdam, Muon and subclasses may ignore both attributes in silence
+# exactly these: RMSprop, NAdam, Muon and subclasses may ignore both attributes in silence
+_KINDS = (SGD, Adam, AdamW, Adagrad)
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -41,12 +44,16 @@ def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
     return True
 
 
-def step_folded(optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None, step: Callable[[], object]) -> None:
-    """`optimizer.step()` on gradients multiplied by `factor`; nothing moves where `stop` is above 0. No host sync.
+def step_folded(
+    optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None, step: Callable[[], object]
+) -> None:
+    """`optimizer.step()` on gradients multiplied by `factor`; nothing moves where `stop` is above
+    0. No host sync.
 
     Args:
         step: the optimizer's own, or that of a wrapper which forwards to it and keeps count.
-        factor: [] float64, applied at float32; None is 1 (on the CPU a fused step with a factor is slower).
+        factor: [] float64, applied at float32; None is 1 (on the CPU a fused step with a factor is
+            slower).
         stop: [] float32, or None where the step is known to be taken.
     """
     if stop is not None:
@@ -64,7 +71,8 @@ def step_folded(optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None
 
 
 def _prepare_momentum(optimizer: Optimizer) -> None:
-    """Fused SGD that skips its first step leaves its momentum buffers uninitialised: zero buffers give the same first step."""
+    """Fused SGD that skips its first step leaves its momentum buffers uninitialised: zero buffers
+    give the same first step."""
     if not isinstance(optimizer, SGD):
         return
     for group in optimizer.param_groups:
@@ -74,10 +82,13 @@ def _prepare_momentum(optimizer: Optimizer) -> None:
 
 
 def may_stop(optimizer: Optimizer) -> bool:
-    """Whether a step that `stop` suppresses leaves the optimizer as it was: zero buffers are a first step only without dampening."""
+    """Whether a step that `stop` suppresses leaves the optimizer as it was: zero buffers are a
+    first step only without dampening."""
     if not isinstance(optimizer, SGD):
         return True
     return all(
-        not group["momentum"] or not group["dampening"] or all("momentum_buffer" in optimizer.state.get(p, {}) for p in group["params"])
+        not group["momentum"]
+        or not group["dampening"]
+        or all("momentum_buffer" in optimizer.state.get(p, {}) for p in group["params"])
         for group in optimizer.param_groups
     )

@@ -1,4 +1,5 @@
-"""Stage 7c: what is done to this rank's gradients: one multiply each, none where the factor is 1; clamps after it."""
+"""Stage 7c: what is done to this rank's gradients: one multiply each, none where the factor is 1;
+clamps after it."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Outcome:
     grads: Grads
     finite: Tensor  # [] bool
     stop: Tensor  # [] bool: no optimizer may move
-    overflow: Tensor  # [] bool: what a scaler is told; a step that a policy leaves out is no overflow
+    # [] bool: what a scaler is told; a step that a policy leaves out is no overflow
+    overflow: Tensor
     cut: Tensor  # [cut units] float64: coefficients of units that are cut over ranks
     units: UnitStep | None
     known: Known | None  # None where the host has not read anything
@@ -56,12 +58,20 @@ class Actor:
     _folded: tuple[Present, frozenset[int], Tensor] | None = field(init=False, default=None)
     _own: tuple[Present, list[int], Tensor] | None = field(init=False, default=None)
 
-    def folded_factor(self, call: Call, outcome: Outcome, group: int, scaled: bool) -> Tensor | None:
-        """[] float64: what an optimizer multiplies its gradients by, or None where that is known to be 1."""
+    def folded_factor(
+        self, call: Call, outcome: Outcome, group: int, scaled: bool
+    ) -> Tensor | None:
+        """[] float64: what an optimizer multiplies its gradients by, or None where that is known to
+        be 1."""
         known = outcome.known
-        if known is not None and known.coefs[group] * (known.inverse if scaled else 1.0) * call.grad_scale == 1:
+        if (
+            known is not None
+            and known.coefs[group] * (known.inverse if scaled else 1.0) * call.grad_scale == 1
+        ):
             return None
-        return outcome.coef()[group] * (call.inverse * call.grad_scale if scaled else call.grad_scale)
+        return outcome.coef()[group] * (
+            call.inverse * call.grad_scale if scaled else call.grad_scale
+        )
 
     def act(self, call: Call, outcome: Outcome, folded: frozenset[int]) -> None:
         """In place. `folded` pieces are left to their optimizers."""
@@ -79,7 +89,9 @@ class Actor:
         if call.hands.inverse is not None and (others := call.others()):
             GradList.of(others).scale_(call.hands.inverse.expand(len(others)))
 
-    def _known_factors(self, call: Call, known: Known, present: Present, folded: frozenset[int]) -> float | list[float]:
+    def _known_factors(
+        self, call: Call, known: Known, present: Present, folded: frozenset[int]
+    ) -> float | list[float]:
         scale, unscaled = known.inverse * call.grad_scale, call.unscaled()
         if not folded and not unscaled and (len(known.coefs) == 1 or not known.acts):
             return known.coefs[0] * scale if len(known.coefs) == 1 else scale
@@ -93,7 +105,9 @@ class Actor:
                     factors[n] = known.coefs[groups[n]] * call.grad_scale
         return factors
 
-    def _device_factors(self, call: Call, outcome: Outcome, present: Present, folded: frozenset[int]) -> Tensor:
+    def _device_factors(
+        self, call: Call, outcome: Outcome, present: Present, folded: frozenset[int]
+    ) -> Tensor:
         """[own gradients] float64: nothing is read on the host."""
         scale = call.scales(present.own, outcome.finite.device)
         factors = outcome.coef()[self._groups(present)[1]] * scale
@@ -102,16 +116,26 @@ class Actor:
         return factors
 
     def _left(self, present: Present, folded: frozenset[int], device: torch.device) -> Tensor:
-        """[own gradients] bool: those that optimizers multiply. Sent to the device only when it changes."""
+        """[own gradients] bool: those that optimizers multiply. Sent to the device only when it
+        changes."""
         if self._folded is None or self._folded[0] is not present or self._folded[1] != folded:
-            self._folded = (present, folded, torch.tensor([i in folded for i in present.own], device="cpu").to(device))
+            self._folded = (
+                present,
+                folded,
+                torch.tensor([i in folded for i in present.own], device="cpu").to(device),
+            )
         return self._folded[2]
 
-    def _unit_factors(self, outcome: Outcome, factors: float | list[float] | Tensor, grads: Grads) -> list[float] | Tensor:
-        """Scales the gradients that have a coefficient for each unit; the factors for the others."""
+    def _unit_factors(
+        self, outcome: Outcome, factors: float | list[float] | Tensor, grads: Grads
+    ) -> list[float] | Tensor:
+        """Scales the gradients that have a coefficient for each unit; the factors for the
+        others."""
         assert self.units is not None and outcome.units is not None
         count, unitwise = len(grads.present.own), outcome.decision.unitwise
-        each: Sequence[float | Tensor] = [factors] * count if isinstance(factors, (int, float)) else list(factors)
+        each: Sequence[float | Tensor] = (
+            [factors] * count if isinstance(factors, (int, float)) else list(factors)
+        )
         self.units.scale_(grads, outcome.units, outcome.cut, outcome.finite, each)
         done = [group in unitwise for group in self._groups(grads.present)[0]]
         if isinstance(factors, Tensor):
@@ -131,7 +155,8 @@ class Actor:
         )
 
     def _groups(self, present: Present) -> tuple[list[int], Tensor]:
-        """[own gradients] the groups of the gradients that are there, on the host and on the compute device."""
+        """[own gradients] the groups of the gradients that are there, on the host and on the
+        compute device."""
         if self._own is None or self._own[0] is not present:
             at = self.group if present.index is None else self.group[present.index]
             self._own = (present, [self.plan.group_of[i] for i in present.own], at)
@@ -139,11 +164,13 @@ class Actor:
 
 
 def taken_away(call: Call, members: Sequence[Tensor]) -> None:
-    """A skipped step's gradients: the clipper's, and all others of the optimizers that were given."""
+    """A skipped step's gradients: the clipper's, and all others of the optimizers that were
+    given."""
     drop_grads([*members, *(p for owned in call.owned for p in owned.unclipped)])
 
 
 def drop_grads(params: Iterable[Tensor]) -> None:
-    """Take the gradients away: every optimizer leaves a parameter without one alone, its state and counters too (zeros would not)."""
+    """Take the gradients away: every optimizer leaves a parameter without one alone, its state and
+    counters too (zeros would not)."""
     for param in params:
         param.grad = None

@@ -1,4 +1,5 @@
-"""The `distclip` command. Help and refusals come from here and `arguments`; the file of a command is imported when it runs."""
+"""The `distclip` command. Help and refusals come from here and `arguments`; the file of a command
+is imported when it runs."""
 
 from __future__ import annotations
 
@@ -22,14 +23,27 @@ class _Command(NamedTuple):
 
 
 COMMANDS = {
-    "doctor": _Command("check on this machine or cluster that clipping works: run it under torchrun", of_doctor, "doctor.command"),
-    "report": _Command("a page with figures of one or several runs, from the files that JSONLSink wrote", of_report, "report.command"),
-    "suggest": _Command("how often which max_norm would have clipped a run, and which one to take", of_suggest, "suggest.command"),
+    "doctor": _Command(
+        "check on this machine or cluster that clipping works: run it under torchrun",
+        of_doctor,
+        "doctor.command",
+    ),
+    "report": _Command(
+        "a page with figures of one or several runs, from the files that JSONLSink wrote",
+        of_report,
+        "report.command",
+    ),
+    "suggest": _Command(
+        "how often which max_norm would have clipped a run, and which one to take",
+        of_suggest,
+        "suggest.command",
+    ),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Under torchrun every rank gets the same line: a refusal is said by the first rank of each node."""
+    """Under torchrun every rank gets the same line: a refusal is said by the first rank of each
+    node."""
 
     def error(self, message: str) -> NoReturn:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -43,12 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 0 after --help and --version, 2 for a wrong command or option.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal's encoding lacks
+    # a file's name may hold what the terminal's encoding lacks
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         try:
             options = _parser().parse_args(arguments)
-            return int(import_module(f"distclip.cli.{COMMANDS[options.command].module}").run(options))
+            return int(
+                import_module(f"distclip.cli.{COMMANDS[options.command].module}").run(options)
+            )
         finally:
             sys.stdout.flush()  # here, since what fails after the program's end is a traceback
     except BrokenPipeError:  # `distclip ... | head` has seen enough
@@ -68,5 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"distclip {distclip.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.line, description=command.line))
+        command.add_arguments(
+            commands.add_parser(name, help=command.line, description=command.line)
+        )
     return parser

@@ -1,4 +1,5 @@
-"""What each command of `distclip` can be told. Imports nothing, so that help and refusals wait for nothing."""
+"""What each command of `distclip` can be told. Imports nothing, so that help and refusals wait for
+nothing."""
 
 from __future__ import annotations
 
@@ -27,29 +28,56 @@ def of_doctor(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG_DOCTOR
     parser.add_argument("--list", action="store_true", help="list the checks and end")
-    parser.add_argument("--only", action="append", type=_check, metavar="NAME", help="run this check; may be given several times")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     parser.add_argument(
-        "--backend", choices=("gloo", "nccl"), help="of the process group: nccl (the default with CUDA) or gloo, which runs on the CPU"
+        "--only",
+        action="append",
+        type=_check,
+        metavar="NAME",
+        help="run this check; may be given several times",
     )
-    parser.add_argument("--timeout", type=_seconds, default=40.0, metavar="SECONDS", help="of every collective (default: 40)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of the table"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("gloo", "nccl"),
+        help="of the process group: nccl (the default with CUDA) or gloo, which runs on the CPU",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=40.0,
+        metavar="SECONDS",
+        help="of every collective (default: 40)",
+    )
 
 
 def of_report(parser: argparse.ArgumentParser) -> None:
     _logs(parser)
-    parser.add_argument("--output", default="report.html", metavar="FILE.html", help="the page (default: report.html)")
-    parser.add_argument("--png", metavar="FOLDER", help="where the figures go as PNG (default: beside the page)")
+    parser.add_argument(
+        "--output",
+        default="report.html",
+        metavar="FILE.html",
+        help="the page (default: report.html)",
+    )
+    parser.add_argument(
+        "--png", metavar="FOLDER", help="where the figures go as PNG (default: beside the page)"
+    )
 
 
 def of_suggest(parser: argparse.ArgumentParser) -> None:
     _logs(parser)
-    parser.add_argument("--json", action="store_true", help="machine-readable: one object with a list of runs")
+    parser.add_argument(
+        "--json", action="store_true", help="machine-readable: one object with a list of runs"
+    )
 
 
 def _logs(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG_LOGS
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a file that JSONLSink wrote, or a folder of them")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a file that JSONLSink wrote, or a folder of them"
+    )
 
 
 def _check(name: str) -> str:

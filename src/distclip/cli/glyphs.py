@@ -13,7 +13,8 @@ _BOXES = "Last Resort"  # too, and has a box for every character
 
 
 def families_for(texts: Iterable[str]) -> tuple[list[str], str]:
-    """Installed fonts that together have the characters of `texts`, the usual one first; and the characters that none has."""
+    """Installed fonts that together have the characters of `texts`, the usual one first; and the
+    characters that none has."""
     lacking = {ord(c) for text in texts for c in text} - _characters(fontManager.findfont(USUAL))
     families = [USUAL]
     for font in fontManager.ttflist if lacking else ():

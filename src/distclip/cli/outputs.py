@@ -13,16 +13,22 @@ class OutputError(Exception):
 
 
 def check_page(page: Path) -> None:
-    """OutputError where `page` has the name of something else than a page, or something else stands there."""
+    """OutputError where `page` has the name of something else than a page, or something else stands
+    there."""
     if page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"--output {page}: the page is HTML; name a file that ends in .html")
     if page.is_dir():
-        raise OutputError(f"--output {page} is a folder; name a file in it, such as {page / 'report.html'}")
+        raise OutputError(
+            f"--output {page} is a folder; name a file in it, such as {page / 'report.html'}"
+        )
     if page.exists():
         with page.open("rb") as file:
             start = file.read(512).lstrip()
         if start and not start.startswith(b"<"):
-            raise OutputError(f"--output {page} is there and is no HTML page; it stays as it is, name another file")
+            raise OutputError(
+                f"--output {page} is there and is no HTML page; it stays as it is, "
+                f"name another file"
+            )
 
 
 def check_not_read(outputs: Iterable[Path], logs: Iterable[Path]) -> None:
@@ -30,11 +36,15 @@ def check_not_read(outputs: Iterable[Path], logs: Iterable[Path]) -> None:
     read = [log for log in logs if log.exists()]
     for output in outputs:
         if output.exists() and any(output.samefile(log) for log in read):
-            raise OutputError(f"{output} is a log that is read here, and a log is never overwritten; name another output")
+            raise OutputError(
+                f"{output} is a log that is read here, and a log is never "
+                f"overwritten; name another output"
+            )
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
-    """All of them, or none: each is written beside its place and then renamed, so that a full disk leaves what was there.
+    """All of them, or none: each is written beside its place and then renamed, so that a full disk
+    leaves what was there.
 
     Raises:
         OSError: one could not be written.

@@ -1,4 +1,5 @@
-"""Reading the lines that JSONLSink wrote: what can be read of a log, and in plain words what cannot."""
+"""Reading the lines that JSONLSink wrote: what can be read of a log, and in plain words what
+cannot."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_NUMBERS = 4_000_000  # of group vectors kept in memory; beyond that only each 2nd, 4th, … step's
+# of group vectors kept in memory; beyond that only each 2nd, 4th, … step's
+_MOST_NUMBERS = 4_000_000
 _WINDOW = 500  # steps of the rolling clip rate, as in ClipReport
 
 
@@ -42,7 +44,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Run:
-    """One log, a line a step, in the order of the steps. Columns are [steps]; NaN stands for what is not finite or not known."""
+    """One log, a line a step, in the order of the steps. Columns are [steps]; NaN stands for what
+    is not finite or not known."""
 
     name: str
     path: str
@@ -69,13 +72,19 @@ class Run:
 
     @property
     def clamps(self) -> bool:
-        """Elements were clamped (`FixedValue`): the threshold is a bound of each element, not of the norm."""
-        acted = self.finite & ~self.skipped & (self.clipped | (self.norm > 1.000001 * self.threshold))
+        """Elements were clamped (`FixedValue`): the threshold is a bound of each element, not of
+        the norm."""
+        acted = (
+            self.finite & ~self.skipped & (self.clipped | (self.norm > 1.000001 * self.threshold))
+        )
         return bool(acted.any()) and bool((self.coef[acted] == 1).double().mean() > 0.5)
 
 
-def read_runs(paths: Sequence[str], check: Callable[[Run], None] = lambda run: None) -> tuple[list[Run], list[str]]:
-    """Each file, and all `*.jsonl` of a folder, with names that tell them apart; and what of a folder was left out, and why.
+def read_runs(
+    paths: Sequence[str], check: Callable[[Run], None] = lambda run: None
+) -> tuple[list[Run], list[str]]:
+    """Each file, and all `*.jsonl` of a folder, with names that tell them apart; and what of a
+    folder was left out, and why.
 
     Args:
         check: raises RunError for a log that is of no use to the caller.
@@ -90,9 +99,13 @@ def read_runs(paths: Sequence[str], check: Callable[[Run], None] = lambda run: N
     left_out: list[str] = []
     for file in files:
         try:
-            if file not in named and file.exists() and not file.is_file():  # a named one may be a pipe
+            # a named one may be a pipe
+            if file not in named and file.exists() and not file.is_file():
                 raise RunError(f"{file} is no file")
-            run = read(file, as_text(file.stem if stems.count(file.stem) == 1 else str(file.with_suffix(""))))
+            run = read(
+                file,
+                as_text(file.stem if stems.count(file.stem) == 1 else str(file.with_suffix(""))),
+            )
             check(run)
             runs.append(run)
         except RunError as error:
@@ -114,13 +127,16 @@ def log_files(paths: Sequence[str]) -> list[Path]:
     for path in map(Path, paths):
         inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not inside:
-            raise RunError(f"{path} is a folder without *.jsonl files; pass the file that JSONLSink wrote")
+            raise RunError(
+                f"{path} is a folder without *.jsonl files; pass the file that JSONLSink wrote"
+            )
         files += inside
     return list(dict.fromkeys(files))
 
 
 def as_text(name: str) -> str:
-    """A name from a log or a file system, fit to be shown: one line, without control characters and halves of characters."""
+    """A name from a log or a file system, fit to be shown: one line, without control characters and
+    halves of characters."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in name)
@@ -138,15 +154,25 @@ def read(path: Path, name: str) -> Run:
             for number, line in enumerate(file, 1):
                 found.take(number, line)
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}; pass the file that JSONLSink wrote") from error
+        raise RunError(
+            f"{path}: {error.strerror or error}; pass the file that JSONLSink wrote"
+        ) from error
     if not found.rows:
-        what = f"none of its {len(found.bad)} lines is a report of distclip" if found.bad else "it is empty"
-        raise RunError(f'{path}: {what}; write one with GradClipper(..., sinks=[distclip.JSONLSink("run.jsonl")])')
+        what = (
+            f"none of its {len(found.bad)} lines is a report of distclip"
+            if found.bad
+            else "it is empty"
+        )
+        raise RunError(
+            f"{path}: {what}; write one with GradClipper(..., "
+            f'sinks=[distclip.JSONLSink("run.jsonl")])'
+        )
     return found.run(path, name)
 
 
 class _Lines:
-    """Takes a file line by line. A step that comes again replaces the earlier one: a run was resumed into the same file."""
+    """Takes a file line by line. A step that comes again replaces the earlier one: a run was
+    resumed into the same file."""
 
     def __init__(self) -> None:
         self.rows: dict[int, tuple[float, ...]] = {}
@@ -165,7 +191,10 @@ class _Lines:
             said = json.loads(line)
             step, row = _step(said["step"]), _row(said)
             skip = _skip(step, said)
-            vectors = {"group": _vector(said, "groups", "group_norms"), "layer": _vector(said, "layers", "layer_norms")}
+            vectors = {
+                "group": _vector(said, "groups", "group_norms"),
+                "layer": _vector(said, "layers", "layer_norms"),
+            }
             limits = tuple(_number(t, math.inf) for t in said.get("threshold", ()))
             norm_type = _number(said.get("norm_type", 2.0), math.inf)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -203,7 +232,14 @@ class _Lines:
         for kind, vectors in self._vectors.items():
             if len(self._names[kind]) > 1 and vectors:
                 known = sorted(vectors)
-                parts.append(Parts(self._names[kind], torch.tensor(known), torch.stack([vectors[s] for s in known]).double(), kind))
+                parts.append(
+                    Parts(
+                        self._names[kind],
+                        torch.tensor(known),
+                        torch.stack([vectors[s] for s in known]).double(),
+                        kind,
+                    )
+                )
         at = torch.tensor(steps)
         return Run(
             name, str(path), at, norm, after, clipped > 0, skipped > 0, coef, threshold, cosine, rate, self._names["group"],
@@ -226,7 +262,8 @@ class _Lines:
 
 
 def _row(said: Mapping[str, Any]) -> tuple[float, ...]:
-    """Norm before and after, clipped, skipped, coefficient, threshold, cosine, clip rate of one line."""
+    """Norm before and after, clipped, skipped, coefficient, threshold, cosine, clip rate of one
+    line."""
     coefs = [_number(c) for c in said.get("coefs", ())]
     cosines = [_number(c) for c in said.get("cosine", ())]
     thresholds = {_number(t, math.inf) for t in said.get("threshold", ())} - {math.inf}
@@ -260,21 +297,32 @@ def _number(value: Any, absent: float = math.nan) -> float:
 def _skip(step: int, said: Mapping[str, Any]) -> Skip | None:
     if not said.get("skipped"):
         return None
-    who = tuple(f"{as_text(str(c['parameter']))} on rank {c['rank']}: {c['kind']}" for c in said.get("culprits", ()))
+    who = tuple(
+        f"{as_text(str(c['parameter']))} on rank {c['rank']}: {c['kind']}"
+        for c in said.get("culprits", ())
+    )
     return Skip(step, int(said.get("nonfinite", 0)), _number(said["total_norm"]), who)
 
 
-def _vector(said: Mapping[str, Any], names: str, norms: str) -> tuple[tuple[str, ...], Tensor] | None:
+def _vector(
+    said: Mapping[str, Any], names: str, norms: str
+) -> tuple[tuple[str, ...], Tensor] | None:
     """Names and norms, where the line has them."""
     values = [_number(n) for n in said.get(norms) or ()]
     called = tuple(as_text(str(name)) for name in said.get(names) or ())
-    return (called, torch.tensor(values, dtype=torch.float32)) if values and len(values) == len(called) else None
+    return (
+        (called, torch.tensor(values, dtype=torch.float32))
+        if values and len(values) == len(called)
+        else None
+    )
 
 
 def _rolling(clipped: Tensor) -> Tensor:
     """[steps]: share of the last ≤ 500 that were clipped, for logs without clip_rate."""
     total = clipped.cumsum(0)
-    before = torch.cat([total.new_zeros(min(_WINDOW, len(total))), total[: max(0, len(total) - _WINDOW)]])
+    before = torch.cat(
+        [total.new_zeros(min(_WINDOW, len(total))), total[: max(0, len(total) - _WINDOW)]]
+    )
     return (total - before) / torch.arange(1, len(total) + 1).clamp(max=_WINDOW)
 
 

@@ -1,4 +1,5 @@
-"""The failure path: who differs from whom, by name. Talks more than a step may, and only when something is wrong or on demand."""
+"""The failure path: who differs from whom, by name. Talks more than a step may, and only when
+something is wrong or on demand."""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ from distclip.setup.plan import Plan
 NAMED = 10  # parameters or culprits that a report names
 
 _REMEDY = (
-    f"{DECLARE}. If gradients were not reduced yet (no_sync, accumulation), clip after the reduction. Parameters that were added or "
-    "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, and call clipper.rebuild(). An optimizer "
-    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they should be equal, one replica has "
+    f"{DECLARE}. If gradients were not reduced yet (no_sync, accumulation), clip after the "
+    f"reduction. Parameters that were added or "
+    "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, "
+    "and call clipper.rebuild(). An optimizer "
+    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they "
+    "should be equal, one replica has "
     "diverged: restore it from a checkpoint or another rank"
 )
 
@@ -38,13 +42,15 @@ def compare_replicas(
     things: str = "gradients",
     otherwise: Collection[int] = (),
 ) -> None:
-    """A collective: AgreementError on all ranks if copies of a gradient (or parameter) differ, naming up to ten with their ranks.
+    """A collective: AgreementError on all ranks if copies of a gradient (or parameter) differ,
+    naming up to ten with their ranks.
 
     Args:
-        prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are gone already.
+        prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are
+            gone already.
         tolerance: relative, of each parameter's first number.
-        otherwise: pieces whose gradients are placed otherwise than their parameters: these, and what other ranks hold of them, are no
-            copies piece by piece, and are not compared.
+        otherwise: pieces whose gradients are placed otherwise than their parameters: these, and
+            what other ranks hold of them, are no copies piece by piece, and are not compared.
     """
     worst = _suspects(channel, plan, prints, tolerance, device, otherwise)
     if not worst:
@@ -53,16 +59,29 @@ def compare_replicas(
     for i, slot in enumerate(plan.slot_of):
         if slot in worst and plan.shares[i].holders > 1:
             piece = plan.pieces[i]
-            norm, signed = (f"norm {math.sqrt(prints[i][0]):.9g}", f"{prints[i][1]:.9g}") if i in prints else ("no gradient", "")
+            norm, signed = (
+                (f"norm {math.sqrt(prints[i][0]):.9g}", f"{prints[i][1]:.9g}")
+                if i in prints
+                else ("no gradient", "")
+            )
             lines.append(f"{piece.key_name}\t{slot}\t{piece.holding.region}\t{norm}\t{signed}")
-    copies: dict[tuple[str, int, str], dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True):
+    copies: dict[tuple[str, int, str], dict[tuple[str, str], list[int]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for rank, text in zip(
+        channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True
+    ):
         for line in text.splitlines():
             name, slot, region, norm, signed = line.split("\t")
             copies[name, int(slot), region][norm, signed].append(rank)
-    apart = {part: seen for part, seen in copies.items() if len(seen) > 1} or copies  # a parameter's other parts may be equal
+    # a parameter's other parts may be equal
+    apart = {part: seen for part, seen in copies.items() if len(seen) > 1} or copies
     said = [f"{name}: {_sides(seen)}" for (name, _, _), seen in sorted(apart.items())]
-    raise AgreementError(f"step {step}: {things} that should be copies are not equal:\n" + "\n".join(said) + f"\n{_REMEDY}")
+    raise AgreementError(
+        f"step {step}: {things} that should be copies are not equal:\n"
+        + "\n".join(said)
+        + f"\n{_REMEDY}"
+    )
 
 
 def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
@@ -71,12 +90,23 @@ def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
     for (norm, _), ranks in seen.items():
         by_norm[norm] += ranks
     if len(by_norm) == 1 < len(seen):
-        return ", ".join(f"{norm} with signed sum {signed} on rank {brief(ranks)}" for (norm, signed), ranks in seen.items())
+        return ", ".join(
+            f"{norm} with signed sum {signed} on rank {brief(ranks)}"
+            for (norm, signed), ranks in seen.items()
+        )
     return ", ".join(f"{norm} on rank {brief(ranks)}" for norm, ranks in by_norm.items())
 
 
-def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, device: torch.device, otherwise: Collection[int]) -> set[int]:
-    """Slots of up to ten parameters whose copies differ most. One all-reduce of five numbers a parameter."""
+def _suspects(
+    channel: Channel,
+    plan: Plan,
+    prints: Prints,
+    tolerance: float,
+    device: torch.device,
+    otherwise: Collection[int],
+) -> set[int]:
+    """Slots of up to ten parameters whose copies differ most. One all-reduce of five numbers a
+    parameter."""
     table = torch.zeros(5, plan.slots, dtype=torch.float64, device="cpu")
     for i in otherwise:
         table[4, plan.slot_of[i]] += 1
@@ -87,7 +117,9 @@ def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, de
             table[1, slot] += share.weight * signed
             table[2, slot] += share.weight
             table[3, slot] += square / share.holders
-    table = channel.reduce_(table.to(channel.device_for(device)), "sum", "the audit's comparison").cpu()
+    table = channel.reduce_(
+        table.to(channel.device_for(device)), "sum", "the audit's comparison"
+    ).cpu()
     off = torch.maximum(table[0].abs(), table[1].abs()) / table[3].clamp(min=1e-300)
     off = torch.where(table[2].abs() > 1e-6, torch.inf, off.nan_to_num(nan=torch.inf))
     off = torch.where(table[4] > 0, 0.0, off)
@@ -95,7 +127,8 @@ def _suspects(channel: Channel, plan: Plan, prints: Prints, tolerance: float, de
 
 
 def fingerprint(grad: Tensor) -> tuple[float, float]:
-    """Sum of squares, and of signed squares weighted by position: it also tells permuted and negated copies apart."""
+    """Sum of squares, and of signed squares weighted by position: it also tells permuted and
+    negated copies apart."""
     grad = grad.to_dense() if grad.is_sparse else grad
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
     square = signed = torch.zeros((), dtype=torch.float64, device=grad.device)
@@ -107,15 +140,26 @@ def fingerprint(grad: Tensor) -> tuple[float, float]:
     return float(square), float(signed)
 
 
-def name_culprits(channel: Channel, plan: Plan, sums: Sequence[float], device: torch.device) -> tuple[Culprit, ...]:
-    """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has some.
+def name_culprits(
+    channel: Channel, plan: Plan, sums: Sequence[float], device: torch.device
+) -> tuple[Culprit, ...]:
+    """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has
+    some.
 
     Args:
         sums: [pieces] this rank's power sums.
     """
-    lines = [f"{plan.pieces[i].name}\t{'NaN' if math.isnan(s) else 'inf'}" for i, s in enumerate(sums) if not math.isfinite(s)][:NAMED]
+    lines = [
+        f"{plan.pieces[i].name}\t{'NaN' if math.isnan(s) else 'inf'}"
+        for i, s in enumerate(sums)
+        if not math.isfinite(s)
+    ][:NAMED]
     found: list[tuple[int, Culprit]] = []
-    for rank, text in zip(channel.ranks, channel.texts("\n".join(lines), device, "the search for culprits"), strict=True):
+    for rank, text in zip(
+        channel.ranks,
+        channel.texts("\n".join(lines), device, "the search for culprits"),
+        strict=True,
+    ):
         for i, line in enumerate(text.splitlines()):
             name, kind = line.split("\t")
             found.append((i, Culprit(name, rank, kind)))
@@ -125,19 +169,23 @@ def name_culprits(channel: Channel, plan: Plan, sums: Sequence[float], device: t
 def name_disagreement(channel: Channel, doing: str, device: torch.device) -> AgreementError:
     """A collective: the error that says which rank did what."""
     said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(channel.ranks, channel.texts(doing, device, "the comparison of calls"), strict=True):
+    for rank, text in zip(
+        channel.ranks, channel.texts(doing, device, "the comparison of calls"), strict=True
+    ):
         said[text].append(rank)
     lines = [f"rank {brief(ranks)}: {text}" for text, ranks in said.items()]
     return AgreementError(
-        "ranks did not do the same; every rank must make the same calls of the clipper in the same order, and decide alike:\n"
-        + "\n".join(lines)
+        "ranks did not do the same; every rank must make the same calls of the clipper in the same "
+        "order, and decide alike:\n" + "\n".join(lines)
     )
 
 
 def name_faults(channel: Channel, faults: Sequence[str], device: torch.device) -> str:
     """A collective: what each rank found wrong, one line each."""
     said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(channel.ranks, channel.texts("\n".join(faults), device, "the report of faults"), strict=True):
+    for rank, text in zip(
+        channel.ranks, channel.texts("\n".join(faults), device, "the report of faults"), strict=True
+    ):
         for line in text.splitlines():
             said[line].append(rank)
     return "\n".join(f"rank {brief(ranks)}: {line}" for line, ranks in said.items())

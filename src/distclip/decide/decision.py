@@ -14,7 +14,8 @@ from distclip.records import Clamp, Decision, Norms, Scale, UnitScale
 
 
 def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision, State]:
-    """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms' device."""
+    """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms'
+    device."""
     rows: list[tuple[Tensor, ...]] = []
     new: list[tuple[Tensor, ...]] = []
     skips: list[Tensor] = []
@@ -30,7 +31,11 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
             clamped = clamped.union(part.groups)
         elif isinstance(answer, UnitScale):
             unitwise = unitwise.union(part.groups)
-    fields = rows[0] if len(parts) == 1 else [_placed(parts, values, norms.per_group) for values in zip(*rows, strict=True)]
+    fields = (
+        rows[0]
+        if len(parts) == 1
+        else [_placed(parts, values, norms.per_group) for values in zip(*rows, strict=True)]
+    )
     skip = None if not skips else skips[0] if len(skips) == 1 else torch.stack(skips).any()
     return Decision(*fields, clamped=clamped, unitwise=unitwise, skip=skip), tuple(new)
 
@@ -49,7 +54,8 @@ def fate(decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagat
 
     Args:
         finite, go: [] bool; `go` implies `finite`.
-        passive: nothing is touched; propagates: whatever is wrong, the step is taken unless a policy leaves it out.
+        passive: nothing is touched; propagates: whatever is wrong, the step is taken unless a
+            policy leaves it out.
     """
     if passive:
         nothing = torch.zeros_like(go)
@@ -57,19 +63,35 @@ def fate(decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagat
     overflow, acts = (torch.zeros_like(go), finite) if propagates else (~go, go)
     if decision.skip is None:
         return Fate(go, overflow, overflow, decision.clipped.any() & acts)
-    return Fate(go, overflow, overflow | (decision.skip & finite), decision.clipped.any() & acts & ~decision.skip)
+    return Fate(
+        go,
+        overflow,
+        overflow | (decision.skip & finite),
+        decision.clipped.any() & acts & ~decision.skip,
+    )
 
 
 def may_skip(parts: Sequence[Part], norms: Norms, states: State) -> bool:
     """Whether some policy ever leaves a step out, from an answer to any norms."""
-    return any(part.policy.decide(norms_of(part, norms), s)[0].skip is not None for part, s in zip(parts, states, strict=True))
+    return any(
+        part.policy.decide(norms_of(part, norms), s)[0].skip is not None
+        for part, s in zip(parts, states, strict=True)
+    )
 
 
-def _row(answer: Scale | Clamp | UnitScale, norms: Norms) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _row(
+    answer: Scale | Clamp | UnitScale, norms: Norms
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One part's coefficients, thresholds, whether it clips, norms afterwards and cosines."""
     one = torch.ones_like(norms.per_group)
     if isinstance(answer, Scale):
-        return answer.coef, answer.threshold, answer.coef.ne(one), norms.per_group * answer.coef, one
+        return (
+            answer.coef,
+            answer.threshold,
+            answer.coef.ne(one),
+            norms.per_group * answer.coef,
+            one,
+        )
     if isinstance(answer, Clamp):
         return one, answer.value, answer.clipped, answer.norm_after, answer.cosine
     return one, answer.threshold, answer.clipped, answer.norm_after, one

@@ -1,4 +1,5 @@
-"""Stage 6b: the reduced message on the host. What is wrong is told alike on every rank: names, culprits, errors and warnings."""
+"""Stage 6b: the reduced message on the host. What is wrong is told alike on every rank: names,
+culprits, errors and warnings."""
 
 from __future__ import annotations
 
@@ -53,29 +54,37 @@ class Judge:
     _told: set[str] = field(default_factory=set[str])  # warnings that were given
 
     def judge(self, seen: Seen, flags: Flags, watched: Watched, taken: int) -> tuple[Culprit, ...]:
-        """Raises on all ranks alike, or returns the culprits of a first bad step. `taken`: steps that `watched.rate` counts."""
+        """Raises on all ranks alike, or returns the culprits of a first bad step. `taken`: steps
+        that `watched.rate` counts."""
         call, step = seen.call, seen.step
         verdict = judge(flags, None if call.operation == "audit" else self.tolerance)
         if verdict is Verdict.DISAGREE:
-            doing = f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options {hash64(self.config) & 0xFFFF:04x}"
+            doing = (
+                f"at step {step}: {call.text}, after decision {int(seen.last):04x}, options "
+                f"{hash64(self.config) & 0xFFFF:04x}"
+            )
             if call.hands.inverse is not None:
                 doing += f", scale {1 / float(call.hands.inverse):g}"
             raise audit.name_disagreement(self.channel, doing, self.device)
         if call.problem is not None:
             raise call.problem
         if verdict is Verdict.FAULT:
-            raise GradientError(f"step {step}: " + audit.name_faults(self.channel, seen.faults, self.device))
+            raise GradientError(
+                f"step {step}: " + audit.name_faults(self.channel, seen.faults, self.device)
+            )
         if verdict in (Verdict.RAGGED, Verdict.DRIFT):
             self.compare(seen)
             raise AgreementError(
-                f"step {step}: copies of {_things(seen)} differ (drift {flags.drift:.3g} of {flags.total:.3g}), none alone by much"
+                f"step {step}: copies of {_things(seen)} differ (drift {flags.drift:.3g} of "
+                f"{flags.total:.3g}), none alone by much"
             )
         if call.passive:
             return ()
         if not flags.present:
             self._warn(
                 "nothing",
-                "no parameter has a gradient on any rank: nothing was clipped. Call it after backward() and before zero_grad()",
+                "no parameter has a gradient on any rank: nothing was clipped. Call it after "
+                "backward() and before zero_grad()",
             )
         if "more" not in self._told and (more := steps_more(call.owned)):
             self._warn("more", "; ".join(more))
@@ -92,24 +101,42 @@ class Judge:
         must_raise = self.streak.bad(patient)
         culprits: tuple[Culprit, ...] = ()
         if self.streak.length == 1 or must_raise:
-            culprits = audit.name_culprits(self.channel, self.plan, Mirror.now(seen.sums)[0], self.device)
+            culprits = audit.name_culprits(
+                self.channel, self.plan, Mirror.now(seen.sums)[0], self.device
+            )
         if must_raise:
             raise self.streak.error(step, int(flags.bad), culprits)
         if self.streak.length == 1 and self.streak.mode != "propagate" and not self.heard:
             self._tell_skip(step, int(flags.bad), culprits, patient)
         return culprits
 
-    def _tell_skip(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool) -> None:
-        """Nobody else tells of it. A loss scale that is looked for makes such steps all the time: then only the first is told."""
+    def _tell_skip(
+        self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool
+    ) -> None:
+        """Nobody else tells of it. A loss scale that is looked for makes such steps all the time:
+        then only the first is told."""
         if patient:
             self._warn("overflow", self.streak.notice(step, nonfinite, culprits, patient))
         else:
             self._say(self.streak.notice(step, nonfinite, culprits, patient))
 
     def compare(self, seen: Seen) -> None:
-        """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by their norms where they are gone."""
-        tolerance, otherwise = self.tolerance or 1e-5, () if seen.grads is None else seen.grads.present.otherwise
-        audit.compare_replicas(self.channel, self.plan, self._prints(seen), tolerance, seen.step, self.device, _things(seen), otherwise)
+        """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by
+        their norms where they are gone."""
+        tolerance, otherwise = (
+            self.tolerance or 1e-5,
+            () if seen.grads is None else seen.grads.present.otherwise,
+        )
+        audit.compare_replicas(
+            self.channel,
+            self.plan,
+            self._prints(seen),
+            tolerance,
+            seen.step,
+            self.device,
+            _things(seen),
+            otherwise,
+        )
 
     def _prints(self, seen: Seen) -> audit.Prints:
         if seen.grads is not None:
@@ -122,18 +149,24 @@ class Judge:
         """What is allowed and seldom meant."""
         chosen = None
         if taken >= WINDOW and watched.rate > ALWAYS:
-            chosen = next((part.policy for part in self.parts if getattr(part.policy, "chosen", False)), None)
+            chosen = next(
+                (part.policy for part in self.parts if getattr(part.policy, "chosen", False)), None
+            )
         if chosen is not None:
             self._warn(
                 "always",
-                f"{100 * watched.rate:.0f} % of the last {WINDOW} steps were clipped by {describe(chosen)}: a threshold below nearly every "
-                "norm does not catch outliers but sets the length of every step, like a smaller learning rate, and may starve learning. "
-                "Raise it (`distclip suggest RUN.jsonl` shows what others would do), or use distclip.Normalize if that is meant",
+                f"{100 * watched.rate:.0f} % of the last {WINDOW} steps were clipped by "
+                f"{describe(chosen)}: a threshold below nearly every "
+                "norm does not catch outliers but sets the length of every step, like a smaller "
+                "learning rate, and may starve learning. "
+                "Raise it (`distclip suggest RUN.jsonl` shows what others would do), or use "
+                "distclip.Normalize if that is meant",
             )
         if watched.cosine < BENT:
             self._warn(
                 "bent",
-                f"value clipping turned the gradient: its cosine with the raw one is {watched.cosine:.2f}. Raise clip_value, or clip the "
+                f"value clipping turned the gradient: its cosine with the raw one is "
+                f"{watched.cosine:.2f}. Raise clip_value, or clip the "
                 "norm (max_norm=...), which keeps the direction",
             )
 
@@ -148,9 +181,13 @@ class Judge:
 
 
 def callers_level() -> int:
-    """The stack level, seen from the caller, of the first frame that is neither distclip's nor torch's: the user's line."""
+    """The stack level, seen from the caller, of the first frame that is neither distclip's nor
+    torch's: the user's line."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("distclip", "torch"):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in (
+        "distclip",
+        "torch",
+    ):
         frame, level = frame.f_back, level + 1
     return level
 

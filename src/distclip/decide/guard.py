@@ -23,7 +23,8 @@ class Verdict(Enum):
 
 
 def judge(flags: Flags, tolerance: float | None) -> Verdict:
-    """From numbers that are equal on every rank. Drift and presence are judged on finite steps only: one replica's NaN is a bad step."""
+    """From numbers that are equal on every rank. Drift and presence are judged on finite steps
+    only: one replica's NaN is a bad step."""
     if not flags.agreed:
         return Verdict.DISAGREE
     if flags.fault:
@@ -49,7 +50,8 @@ class Streak:
         self.length = 0
 
     def bad(self, patient: bool) -> bool:
-        """Counts a bad step; True if it must end in an error. `patient`: a scaler is looking for its scale, `raise` waits for the limit."""
+        """Counts a bad step; True if it must end in an error. `patient`: a scaler is looking for
+        its scale, `raise` waits for the limit."""
         self.length += 1
         if self.mode == "propagate":
             return False
@@ -62,41 +64,59 @@ class Streak:
 
     def spike_error(self, step: int) -> GradientError:
         return GradientError(
-            f"step {step}: {self.length} steps in a row were not taken (skip_limit={self.limit}), the last ones because the policy left "
-            "them out: the norm stays above what it expects. Lower the learning rate, look at the data, or let the policy admit larger "
+            f"step {step}: {self.length} steps in a row were not taken (skip_limit={self.limit}), "
+            f"the last ones because the policy left "
+            "them out: the norm stays above what it expects. Lower the learning rate, look at the "
+            "data, or let the policy admit larger "
             "norms"
         )
 
     def error(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...]) -> NonFiniteError:
-        many = f" in {self.length} steps in a row (skip_limit={self.limit})" if self.length > 1 else ""
+        many = (
+            f" in {self.length} steps in a row (skip_limit={self.limit})" if self.length > 1 else ""
+        )
         return NonFiniteError(
             f"step {step}: {_count(nonfinite)} not finite{many}: {_who(culprits)}. "
-            "Look at the loss, the data and the learning rate of that step; on_nonfinite='skip' leaves such steps out"
+            "Look at the loss, the data and the learning rate of that step; on_nonfinite='skip' "
+            "leaves such steps out"
         )
 
-    def notice(self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool) -> str:
+    def notice(
+        self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool
+    ) -> str:
         """Of the first bad step of a streak."""
         then = (
-            "The loss scale is lowered; it finds its height by such steps, and further ones are not told (report.skips counts them)"
+            "The loss scale is lowered; it finds its height by such steps, and further ones are "
+            "not told (report.skips counts them)"
             if patient
             else "Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
         )
-        return f"step {step} is skipped: {_count(nonfinite)} not finite: {_who(culprits)}. {self._goes_on()}. {then}"
+        return (
+            f"step {step} is skipped: {_count(nonfinite)} not finite: {_who(culprits)}. "
+            f"{self._goes_on()}. {then}"
+        )
 
     def spike_notice(self, step: int) -> str:
         """Of the first step of a streak that a policy left out."""
         return (
-            f"step {step} is skipped: its norm is so far from those before that the policy leaves it out. {self._goes_on()}. "
+            f"step {step} is skipped: its norm is so far from those before that the policy leaves "
+            f"it out. {self._goes_on()}. "
             "Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
         )
 
     def _goes_on(self) -> str:
-        return f"Nothing was changed by it and training goes on; more than skip_limit={self.limit} such steps in a row are an error"
+        return (
+            f"Nothing was changed by it and training goes on; more than "
+            f"skip_limit={self.limit} "
+            f"such steps in a row are an error"
+        )
 
 
 def _who(culprits: tuple[Culprit, ...]) -> str:
     named = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in culprits)
-    return named or "only their sum overflows, or it is of a parameter that the clipper does not know"
+    return (
+        named or "only their sum overflows, or it is of a parameter that the clipper does not know"
+    )
 
 
 def _count(tensors: int) -> str:

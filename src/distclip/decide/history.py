@@ -1,4 +1,5 @@
-"""Stage 6c: how often the last steps were clipped, and how many were left out. Equal on every rank."""
+"""Stage 6c: how often the last steps were clipped, and how many were left out. Equal on every
+rank."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ class History(NamedTuple):
 
     @property
     def rate(self) -> Tensor:
-        """[] float64: share of the last steps, up to WINDOW, that were clipped; 0 before the first."""
+        """[] float64: share of the last steps, up to WINDOW, that were clipped; 0 before the
+        first."""
         return self.clipped.sum(dtype=torch.float64) / self.calls.clamp(min=1, max=WINDOW)
 
     def record_(self, clipped: Tensor, skipped: Tensor) -> Tensor:
-        """One more step, in place: a captured graph's replays find there what the one before left. The rate with it. No host sync.
+        """One more step, in place: a captured graph's replays find there what the one before left.
+        The rate with it. No host sync.
 
         Args:
             clipped, skipped: [] bool.

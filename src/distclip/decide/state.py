@@ -1,5 +1,5 @@
-"""Stage 6d: what a clipper remembers from step to step. Tensors are written in place: the replays of a captured graph find there what the
-one before left."""
+"""Stage 6d: what a clipper remembers from step to step. Tensors are written in place: the replays
+of a captured graph find there what the one before left."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ class Memory:
         step: calls so far.
     """
 
-    def __init__(self, groups: tuple[str, ...], first: State, mixers: Tensor, step: int = 0) -> None:
+    def __init__(
+        self, groups: tuple[str, ...], first: State, mixers: Tensor, step: int = 0
+    ) -> None:
         self.groups, self.state, self.step = groups, first, step
         self.taken = 0  # calls that `history` counts: neither passive nor an error
         self.history = empty(mixers.device)
         self.rate = self.history.rate
         self._mixers = mixers
-        self._last = torch.zeros(1, dtype=torch.float64, device=mixers.device)  # token of the last decision
+        # token of the last decision
+        self._last = torch.zeros(1, dtype=torch.float64, device=mixers.device)
 
     def moved(self, mixers: Tensor) -> Memory:
         """The same for a new plan of the same groups, perhaps on another device."""
@@ -40,14 +43,18 @@ class Memory:
         return there
 
     def last(self, reads: bool) -> Tensor | float:
-        """The token of the decision before. Where it may not be read, a copy: what travels must outlast the next write."""
+        """The token of the decision before. Where it may not be read, a copy: what travels must
+        outlast the next write."""
         return float(self._last) if reads else self._last.clone()
 
     def states(self) -> State:
-        """Copies for policies: an answer may hold on to its state, and is put to use after `remember`."""
+        """Copies for policies: an answer may hold on to its state, and is put to use after
+        `remember`."""
         return tuple(map(copied, self.state))
 
-    def remember(self, decision: Decision, state: State, will: Fate, fine: bool | None, reads: bool) -> None:
+    def remember(
+        self, decision: Decision, state: State, will: Fate, fine: bool | None, reads: bool
+    ) -> None:
         """One more step that is not passive.
 
         Args:
@@ -56,7 +63,10 @@ class Memory:
             reads: whether the host may read what it wants.
         """
         self.taken += 1
-        token = (torch.stack([decision.coef, decision.threshold]).view(torch.int64) * self._mixers).sum()  # a hash of the bits
+        # a hash of the bits
+        token = (
+            torch.stack([decision.coef, decision.threshold]).view(torch.int64) * self._mixers
+        ).sum()
         if reads:
             self.rate.fill_(self.history.record_here_(bool(will.clipped), bool(will.skipped)))
             self._last.fill_(_middle(int(token)))
@@ -77,7 +87,9 @@ class Memory:
         self.taken = int(history.calls)
 
     def _keep(self, state: State) -> None:
-        for tensor, value in zip(chain.from_iterable(self.state), chain.from_iterable(state), strict=True):
+        for tensor, value in zip(
+            chain.from_iterable(self.state), chain.from_iterable(state), strict=True
+        ):
             tensor.copy_(value)
 
 

@@ -1,4 +1,5 @@
-"""Stage 4: the one collective of a step, and the channel over which set-up and failure paths talk."""
+"""Stage 4: the one collective of a step, and the channel over which set-up and failure paths
+talk."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ LOCAL: Final = _Local()
 
 
 class Channel:
-    """A process group as distclip uses it: all-reduces of small vectors. One process without a group is a channel of one.
+    """A process group as distclip uses it: all-reduces of small vectors. One process without a
+    group is a channel of one.
 
     Args:
         group: the process group, or None for this process alone.
@@ -32,7 +34,9 @@ class Channel:
         rank: this process's position in `ranks`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, ranks: Sequence[int] = (0,), rank: int = 0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, ranks: Sequence[int] = (0,), rank: int = 0
+    ) -> None:
         self.group, self.ranks, self.rank = group, tuple(ranks), rank
         self.size = len(self.ranks)
         self.global_rank = self.ranks[rank]
@@ -40,7 +44,8 @@ class Channel:
 
     @classmethod
     def over(cls, process_group: dist.ProcessGroup | _Local | None) -> Channel:
-        """The channel of `process_group`: None is the default group, or this process alone where none is initialised.
+        """The channel of `process_group`: None is the default group, or this process alone where
+        none is initialised.
 
         Raises:
             ConfigError: this rank is not in the group.
@@ -54,13 +59,15 @@ class Channel:
             process_group = dist.group.WORLD
         if not isinstance(process_group, dist.ProcessGroup):
             raise ConfigError(
-                f"process_group is {process_group!r}, of which this rank ({dist.get_rank()}) is no member; "
+                f"process_group is {process_group!r}, of which this rank ({dist.get_rank()}) is no "
+                f"member; "
                 "build the clipper on the ranks of the group only, or pass distclip.LOCAL"
             )
         return cls(process_group, dist.get_process_group_ranks(process_group), process_group.rank())
 
     def device_for(self, compute: torch.device) -> torch.device:
-        """Where a message from `compute` is reduced: there, if the group has a backend for it, else where it has one."""
+        """Where a message from `compute` is reduced: there, if the group has a backend for it, else
+        where it has one."""
         if compute not in self._device_for:
             self._device_for[compute] = self._looked_up(compute)
         return self._device_for[compute]
@@ -70,23 +77,33 @@ class Channel:
             return compute
         try:
             known = dist.get_backend_config(self.group)
-        except (ValueError, KeyError, RuntimeError, TypeError):  # a group that was never registered: threads as ranks
+        # a group that was never registered: threads as ranks
+        except (ValueError, KeyError, RuntimeError, TypeError):
             return torch.device("cpu")
         backends = dict(pair.split(":") for pair in str(known).split(",") if ":" in pair)
         if not backends or compute.type in backends:
             return compute
-        return torch.device("cuda", torch.cuda.current_device()) if "cuda" in backends else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if "cuda" in backends
+            else torch.device("cpu")
+        )
 
     def reduce_(self, vector: Tensor, op: Literal["sum", "max"], what: str) -> Tensor:
-        """All-reduce `vector` in place and return it. ExchangeError, which names `what`, if the collective fails or times out."""
+        """All-reduce `vector` in place and return it. ExchangeError, which names `what`, if the
+        collective fails or times out."""
         if self.group is None:
             return vector
         try:
-            dist.all_reduce(vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(
+                vector, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group
+            )
         except RuntimeError as error:
             raise ExchangeError(
-                f"distclip: {what} failed on rank {self.global_rank}: all_reduce({op.upper()}) of {vector.numel()} "
-                f"{str(vector.dtype).removeprefix('torch.')} over ranks {brief(self.ranks)}: {error}. A rank was lost, is stuck, or "
+                f"distclip: {what} failed on rank {self.global_rank}: all_reduce({op.upper()}) of "
+                f"{vector.numel()} "
+                f"{str(vector.dtype).removeprefix('torch.')} over ranks {brief(self.ranks)}: "
+                f"{error}. A rank was lost, is stuck, or "
                 "did not make this call: look at the logs of the others"
             ) from error
         return vector
@@ -103,7 +120,9 @@ class Channel:
         sizes = self.slots(torch.tensor([len(data)], device="cpu"), device, what).flatten().tolist()
         start = sum(sizes[: self.rank])
         joined = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
-        joined[start : start + len(data)] = torch.tensor(list(data), dtype=torch.int32, device="cpu")
+        joined[start : start + len(data)] = torch.tensor(
+            list(data), dtype=torch.int32, device="cpu"
+        )
         whole = bytes(self.reduce_(joined.to(self.device_for(device)), "sum", what).cpu().tolist())
         ends = accumulate(sizes)
         return [whole[end - size : end].decode() for size, end in zip(sizes, ends, strict=True)]
@@ -125,14 +144,19 @@ def hash64(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def raise_on_all_ranks(channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = "") -> None:
-    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each text names its ranks.
+def raise_on_all_ranks(
+    channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = ""
+) -> None:
+    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each
+    text names its ranks.
 
     Args:
         remedy: the error's last line.
     """
     said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(channel.ranks, channel.texts("\n".join(problems), device, what), strict=True):
+    for rank, text in zip(
+        channel.ranks, channel.texts("\n".join(problems), device, what), strict=True
+    ):
         for line in text.splitlines():
             said[line].append(rank)
     if said:

@@ -1,4 +1,5 @@
-"""The only reader of device values: now, or exactly one call late through a ring of two pinned copies."""
+"""The only reader of device values: now, or exactly one call late through a ring of two pinned
+copies."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ class Late(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
 class Mirror(Generic[T]):
     """Host copies of one vector a call.
 
-    A call either reads its own vector (`now`, on CUDA a synchronisation) or leaves it and takes the previous one (`leave`, `taken`).
-    Copies are counted by calls and never polled, so that all ranks see the same vector at the same call.
+    A call either reads its own vector (`now`, on CUDA a synchronisation) or leaves it and takes the
+    previous one (`leave`, `taken`). Copies are counted by calls and never polled, so that all ranks
+    see the same vector at the same call.
     """
 
     def __init__(self) -> None:
@@ -46,11 +48,15 @@ class Mirror(Generic[T]):
             self._left = (vector.clone(), None, what)
             return
         if not self._ring or self._ring[0].numel() != vector.numel():
-            self._ring = [torch.empty(vector.numel(), dtype=vector.dtype, device="cpu", pin_memory=True) for _ in range(2)]
+            self._ring = [
+                torch.empty(vector.numel(), dtype=vector.dtype, device="cpu", pin_memory=True)
+                for _ in range(2)
+            ]
         copy = self._ring[self._turn]
         self._turn = 1 - self._turn
         copy.copy_(vector, non_blocking=True)
-        done = torch.cuda.current_stream(vector.device).record_event()  # which need not be the current device's
+        # which need not be the current device's
+        done = torch.cuda.current_stream(vector.device).record_event()
         self._left = (copy, done, what)
 
     def taken(self) -> Late[T] | None:

@@ -1,7 +1,8 @@
-"""distclip inside the frameworks that own the training loop: `accelerate`, `deepspeed`, `lightning`, `transformers`.
+"""distclip inside the frameworks that own the training loop: `accelerate`, `deepspeed`,
+`lightning`, `transformers`.
 
-Each file needs its framework, and is imported when it is named: `distclip.integrations.accelerate.prepare(...)` works after
-`import distclip` alone.
+Each file needs its framework, and is imported when it is named:
+`distclip.integrations.accelerate.prepare(...)` works after `import distclip` alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _FRAMEWORKS = ("accelerate", "deepspeed", "lightning", "transformers")
 def __getattr__(name: str) -> ModuleType:
     if name in _FRAMEWORKS:
         return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_FRAMEWORKS)}")
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_FRAMEWORKS)}"
+    )
 
 
 def __dir__() -> list[str]:
@@ -24,12 +27,14 @@ def __dir__() -> list[str]:
 
 
 def lacking(error: ModuleNotFoundError, framework: str, needs: str | None = None) -> NoReturn:
-    """The import of `needs` (the framework itself, where None) failed with `error`: say which extra brings it."""
+    """The import of `needs` (the framework itself, where None) failed with `error`: say which extra
+    brings it."""
     needed = needs or framework
     if (error.name or "").partition(".")[0] != needed:
         raise error
     extras = framework if needed == framework else f"{framework},{needed}"
     raise ModuleNotFoundError(
-        f'distclip.integrations.{framework} needs {needed}, which is not installed here: pip install "distclip[{extras}]"',
+        f"distclip.integrations.{framework} needs {needed}, which is not installed here: pip "
+        f'install "distclip[{extras}]"',
         name=error.name,
     ) from error

@@ -1,11 +1,13 @@
-"""Hugging Face Accelerate: the loop keeps its lines, `accelerator.clip_grad_norm_` goes through distclip.
+"""Hugging Face Accelerate: the loop keeps its lines, `accelerator.clip_grad_norm_` goes through
+distclip.
 
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
     clipper = prepare(accelerator, model, max_norm=1.0)
     ...
     accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as before
 
-Written against accelerate 1.15; of its private names `_optimizers` and `_custom_objects` are used, and checked.
+Written against accelerate 1.15; of its private names `_optimizers` and `_custom_objects` are used,
+and checked.
 """
 
 from __future__ import annotations
@@ -50,59 +52,80 @@ def prepare(
     policy: Policy | None = None,
     **options: Any,
 ) -> GradClipper:
-    """A clipper for `models`, which `accelerator.clip_grad_norm_` and `clip_grad_value_` use from now on. A collective.
+    """A clipper for `models`, which `accelerator.clip_grad_norm_` and `clip_grad_value_` use from
+    now on. A collective.
 
-    Call it after `accelerator.prepare`, once for each model (or set of models) that is clipped by a norm of its own; a second call
-    for a model takes the first one's place. Its state goes with `accelerator.save_state` and `load_state`.
-    `accelerator.free_memory()` forgets it together with its models.
+    Call it after `accelerator.prepare`, once for each model (or set of models) that is clipped by a
+    norm of its own; a second call for a model takes the first one's place. Its state goes with
+    `accelerator.save_state` and `load_state`. `accelerator.free_memory()` forgets it together with
+    its models.
 
     Afterwards, on every rank alike:
 
-    * Exactly the parameters that are passed are measured and clipped, each once, frozen ones too where they have a gradient.
-    * `clip_grad_norm_(parameters, max_norm, norm_type)` takes a model's parameters, a part of them, or those of several models, and
-      returns the global norm before clipping, a plain 0-dim tensor. For a whole model `max_norm` and `norm_type` must be those
-      given here (None under a `policy`, for all that trains now): two thresholds for one model are a mistake. Of a part, or of all
-      that trains where the rest is frozen, they may be others; `groups`, `policy` and `sinks` are of whole models. The first call
-      for parts, and each for another bound, is a collective set-up.
+    * Exactly the parameters that are passed are measured and clipped, each once, frozen ones too
+      where they have a gradient.
+    * `clip_grad_norm_(parameters, max_norm, norm_type)` takes a model's parameters, a part of them,
+      or those of several models, and returns the global norm before clipping, a plain 0-dim tensor.
+      For a whole model `max_norm` and `norm_type` must be those
+      given here (None under a `policy`, for all that trains now): two thresholds for one model are
+          a mistake. Of a part, or of all
+      that trains where the rest is frozen, they may be others; `groups`, `policy` and `sinks` are
+      of whole models. The first call for parts, and each for another bound, is a collective set-up.
     * `clip_grad_value_(parameters, clip_value)` works on sharded models too.
-    * Only the optimizers that hold the given parameters are unscaled. With several optimizers the scaler is updated once a round,
-      when the next loss is scaled, and not after each optimizer's step, by which Accelerate unscales the others twice.
+    * Only the optimizers that hold the given parameters are unscaled. With several optimizers the
+      scaler is updated once a round, when the next loss is scaled, and not after each optimizer's
+      step, by which Accelerate unscales the others twice.
     * On a micro-step of gradient accumulation nothing is done or sent, and the answer is NaN.
-    * A step that is not finite is skipped on all ranks: the gradients of the optimizers concerned are None, `optimizer.step()`
-      moves nothing.
-    * Inside `accelerator.join_uneven_inputs` a clip is refused: a rank that ran out of batches does not take part in it.
+    * A step that is not finite is skipped on all ranks: the gradients of the optimizers concerned
+      are None, `optimizer.step()` moves nothing.
+    * Inside `accelerator.join_uneven_inputs` a clip is refused: a rank that ran out of batches does
+      not take part in it.
 
-    Under DeepSpeed `accelerator.backward()` already takes the step, so distclip decides there, in place of the engine's own clipping
-    (see `distclip.integrations.deepspeed.attach`); `clip_grad_norm_` then tells that step's norm. Clipping by value or parts of the
-    model is refused: use `policy=` and `groups=`.
+    Under DeepSpeed `accelerator.backward()` already takes the step, so distclip decides there, in
+    place of the engine's own clipping (see `distclip.integrations.deepspeed.attach`);
+    `clip_grad_norm_` then tells that step's norm. Clipping by value or parts of the model is
+    refused: use `policy=` and `groups=`.
 
     Args:
         options: of `GradClipper`; under DeepSpeed of `attach`.
 
     Raises:
-        ConfigError: no model, an option that cannot be honoured, or a framework under which Accelerate does not own the step.
+        ConfigError: no model, an option that cannot be honoured, or a framework under which
+            Accelerate does not own the step.
     """
     if not models:
-        raise ConfigError("prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare returned")
+        raise ConfigError(
+            "prepare(accelerator, model, max_norm=...) needs the model that "
+            "accelerator.prepare returned"
+        )
     if "grad_of" in options:
         raise ConfigError(
-            "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use GradClipper itself for other gradients"
+            "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use "
+            "GradClipper itself for other gradients"
         )
     if accelerator.distributed_type not in _HERE:
-        raise ConfigError(f"accelerate's distributed type {accelerator.distributed_type.value} is not supported")
+        raise ConfigError(
+            f"accelerate's distributed type {accelerator.distributed_type.value} is not supported"
+        )
     if not hasattr(accelerator, "_optimizers") or not hasattr(accelerator, "_custom_objects"):
-        raise ConfigError("this version of accelerate keeps its optimizers elsewhere; distclip was written against accelerate 1.15")
+        raise ConfigError(
+            "this version of accelerate keeps its optimizers elsewhere; distclip was "
+            "written against accelerate 1.15"
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         clipper = _attached(models, max_norm, policy, options)
     else:
         clipper = GradClipper(list(models), max_norm, policy=policy, **options)
     clipping = _Clipping.of(accelerator) or _Clipping(accelerator)
-    clipping.take_over(_Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options))
+    clipping.take_over(
+        _Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options)
+    )
     return clipper
 
 
 def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
-    """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper was built with."""
+    """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper
+    was built with."""
     clipping = _Clipping.of(accelerator)
     assert clipping is not None, "prepare comes first"
     for prepared in clipping.prepared:
@@ -119,11 +142,15 @@ def release(accelerator: Accelerator, clipper: GradClipper) -> None:
             clipping.give_back()
 
 
-def _attached(models: Sequence[Any], max_norm: float | None, policy: Policy | None, options: dict[str, Any]) -> GradClipper:
+def _attached(
+    models: Sequence[Any], max_norm: float | None, policy: Policy | None, options: dict[str, Any]
+) -> GradClipper:
     from distclip.integrations.deepspeed import attach
 
     if len(models) != 1:
-        raise ConfigError(f"prepare got {len(models)} models; under DeepSpeed call it once for each engine")
+        raise ConfigError(
+            f"prepare got {len(models)} models; under DeepSpeed call it once for each engine"
+        )
     return attach(models[0], max_norm, policy=policy, take_over=True, **options)
 
 
@@ -136,28 +163,37 @@ class _Prepared:
     options: dict[str, Any]
 
     def others(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
-        """The parameters that are not asked for; None unless all that trains now is, and nothing of another model."""
+        """The parameters that are not asked for; None unless all that trains now is, and nothing of
+        another model."""
         own = {id(param): param for param in params_of(self.models)}
         others = [param for i, param in own.items() if i not in asked]
-        return others if asked.keys() <= own.keys() and not any(p.requires_grad for p in others) else None
+        return (
+            others
+            if asked.keys() <= own.keys() and not any(p.requires_grad for p in others)
+            else None
+        )
 
     def serves(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
-        """Whether this clipper does what is asked for. ConfigError where it is of the whole model, or where a policy decides."""
+        """Whether this clipper does what is asked for. ConfigError where it is of the whole model,
+        or where a policy decides."""
         alike = max_norm == self.max_norm and norm_type == self.norm_type
         if not alike and (whole or self.max_norm is None):
             raise ConfigError(
-                f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type:g}, but distclip was prepared with "
-                f"max_norm={self.max_norm}, norm_type={self.norm_type:g} for this model; make them equal"
-                + (" (under a policy max_norm is None)" if self.max_norm is None else "")
+                f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type:g}, "
+                f"but distclip was prepared with "
+                f"max_norm={self.max_norm}, norm_type={self.norm_type:g} for this model; make them "
+                f"equal" + (" (under a policy max_norm is None)" if self.max_norm is None else "")
             )
         return alike
 
 
 class _Part(NamedTuple):
-    """What a clipper for a part is known by. Nothing of it depends on which parameters are asked for: ranks build one together."""
+    """What a clipper for a part is known by. Nothing of it depends on which parameters are asked
+    for: ranks build one together."""
 
     models: tuple[int, ...]  # their identities
-    optimizers: tuple[int, ...]  # positions of those that hold what is asked for: bad steps in a row are counted for each
+    # positions of those that hold what is asked for: bad steps in a row are counted for each
+    optimizers: tuple[int, ...]
     rule: str
     bound: float
     norm_type: float
@@ -199,13 +235,17 @@ class _Clipping:
 
     def take_over(self, new: _Prepared) -> None:
         mine = set(map(id, params_of(new.models)))
-        self.forget([old for old in self.prepared if not mine.isdisjoint(map(id, params_of(old.models)))])
+        self.forget(
+            [old for old in self.prepared if not mine.isdisjoint(map(id, params_of(old.models)))]
+        )
         self.prepared.append(new)
         self.accelerator.register_for_checkpointing(new.clipper)
 
     def forget(self, gone: Sequence[_Prepared]) -> None:
         clippers = {id(prepared.clipper) for prepared in gone}
-        self.prepared = [prepared for prepared in self.prepared if id(prepared.clipper) not in clippers]
+        self.prepared = [
+            prepared for prepared in self.prepared if id(prepared.clipper) not in clippers
+        ]
         objects: list[Any] = self.accelerator._custom_objects
         objects[:] = [thing for thing in objects if id(thing) not in clippers]
         self.parts.clear()
@@ -215,7 +255,9 @@ class _Clipping:
         self.forget(self.prepared)
         return self._free(*objects)
 
-    def clip_grad_norm_(self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2) -> Tensor:
+    def clip_grad_norm_(
+        self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2
+    ) -> Tensor:
         asked = _asked(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
@@ -225,7 +267,10 @@ class _Clipping:
                 return self._clip_whole(asked, prepared, others).total_norm
         self._refuse_under_deepspeed("parts of a model")
         if max_norm is None:
-            raise ConfigError("max_norm=None: parts of a model, and several together, have no policy of their own; pass a number")
+            raise ConfigError(
+                "max_norm=None: parts of a model, and several together, have no "
+                "policy of their own; pass a number"
+            )
         return self._clip_part(asked, "norm", float(max_norm), float(norm_type)).total_norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
@@ -237,25 +282,46 @@ class _Clipping:
     def _refuse_under_deepspeed(self, what: str) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ConfigError(
-                f"under DeepSpeed accelerator.backward() already takes the step, so {what} cannot be clipped after it; tell prepare: "
-                "prepare(accelerator, model, policy=distclip.FixedValue(...)), or groups=distclip.by_name({...})"
+                f"under DeepSpeed accelerator.backward() already takes the step, so {what} cannot "
+                f"be clipped after it; tell prepare: "
+                "prepare(accelerator, model, policy=distclip.FixedValue(...)), or "
+                "groups=distclip.by_name({...})"
             )
 
-    def _clip_whole(self, asked: Mapping[int, Tensor], prepared: _Prepared, others: Sequence[Tensor]) -> ClipReport:
+    def _clip_whole(
+        self, asked: Mapping[int, Tensor], prepared: _Prepared, others: Sequence[Tensor]
+    ) -> ClipReport:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             if prepared.clipper.last_report is None:
-                raise ConfigError("no step was taken yet; under DeepSpeed accelerator.backward() clips and steps: call it first")
+                raise ConfigError(
+                    "no step was taken yet; under DeepSpeed accelerator.backward() "
+                    "clips and steps: call it first"
+                )
             return prepared.clipper.last_report
         return self._clip(asked, self._owners(asked), prepared.models, others, prepared.clipper)
 
-    def _clip_part(self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float) -> ClipReport:
+    def _clip_part(
+        self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
+    ) -> ClipReport:
         prepared = self._holding(asked)
         models = tuple({id(model): model for p in prepared for model in p.models}.values())
         owners = self._owners(asked)
-        key = _Part(tuple(map(id, models)), tuple(owner.position for owner in owners), rule, bound, norm_type)
+        key = _Part(
+            tuple(map(id, models)),
+            tuple(owner.position for owner in owners),
+            rule,
+            bound,
+            norm_type,
+        )
         if key not in self.parts:
-            options = {k: v for k, v in prepared[0].options.items() if k not in ("groups", "norm_type", "sinks")}
-            how: dict[str, Any] = {"max_norm": bound} if rule == "norm" else {"policy": FixedValue(bound)}
+            options = {
+                k: v
+                for k, v in prepared[0].options.items()
+                if k not in ("groups", "norm_type", "sinks")
+            }
+            how: dict[str, Any] = (
+                {"max_norm": bound} if rule == "norm" else {"policy": FixedValue(bound)}
+            )
             self.parts[key] = GradClipper(models, norm_type=norm_type, **how, **options)
             if len(self.parts) > _PARTS:
                 self.parts.popitem(last=False)
@@ -264,7 +330,8 @@ class _Clipping:
         return self._clip(asked, owners, models, others, self.parts[key])
 
     def _holding(self, asked: Mapping[int, Tensor]) -> list[_Prepared]:
-        """Those whose models have the parameters that are asked for. On a rank where none is, the only one there is."""
+        """Those whose models have the parameters that are asked for. On a rank where none is, the
+        only one there is."""
         if not asked and len(self.prepared) == 1:
             return self.prepared
         known = [(p, set(map(id, params_of(p.models)))) for p in self.prepared]
@@ -272,19 +339,26 @@ class _Clipping:
         if strange:
             raise ConfigError(
                 f"{strange} of {len(asked)} parameters are of no model that distclip knows; "
-                "call distclip.integrations.accelerate.prepare(accelerator, model, max_norm=...) for that model too"
+                "call distclip.integrations.accelerate.prepare(accelerator, model, max_norm=...) "
+                "for that model too"
             )
         if not asked:
             raise ConfigError(
-                f"no parameters were passed (a generator that was used up?), and distclip knows {len(known)} sets of models here; pass "
-                "model.parameters() anew at each call, and call prepare(accelerator, model, max_norm=...) before"
+                f"no parameters were passed (a generator that was used up?), and distclip knows "
+                f"{len(known)} sets of models here; pass "
+                "model.parameters() anew at each call, and call prepare(accelerator, model, "
+                "max_norm=...) before"
             )
         return [p for p, own in known if not own.isdisjoint(asked)]
 
     def _owners(self, asked: Mapping[int, Tensor]) -> list[_Owner]:
         """The optimizers that hold something of it."""
         every = enumerate(self.accelerator._optimizers)
-        return [_Owner(k, o, held) for k, o in every if not asked.keys().isdisjoint(held := stepped_by(o))]
+        return [
+            _Owner(k, o, held)
+            for k, o in every
+            if not asked.keys().isdisjoint(held := stepped_by(o))
+        ]
 
     def _clip(
         self,
@@ -298,7 +372,10 @@ class _Clipping:
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
             self._unscale_rests(scaler, asked, owners)
-        with set_aside(others) as had, nullcontext() if self.later is None else self.later.clipping():
+        with (
+            set_aside(others) as had,
+            nullcontext() if self.later is None else self.later.clipping(),
+        ):
             report = clipper.clip_([owner.optimizer for owner in owners], scaler)
         if had and bool(report.skipped):  # a step that is left out is left out whole
             for param in (p for owner in owners for p in owner.held.values()):
@@ -307,28 +384,41 @@ class _Clipping:
             self._tell_unstepped(asked, owners, models)
         return report
 
-    def _unscale_rests(self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_Owner]) -> None:
-        """The scaler knows an optimizer as a whole: what it holds beside the parameters that are asked for is unscaled too."""
+    def _unscale_rests(
+        self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_Owner]
+    ) -> None:
+        """The scaler knows an optimizer as a whole: what it holds beside the parameters that are
+        asked for is unscaled too."""
         if not owners:
-            raise ConfigError("no optimizer that accelerator.prepare was given holds these parameters, so they cannot be unscaled")
+            raise ConfigError(
+                "no optimizer that accelerator.prepare was given holds these "
+                "parameters, so they cannot be unscaled"
+            )
         if self.later is None and len(self.accelerator._optimizers) > 1:
             self.later = LaterUpdate(scaler)
         for owner in owners:
             if not owner.held.keys() <= asked.keys():
                 unscale(scaler, owner.optimizer.optimizer)
 
-    def _tell_unstepped(self, asked: Mapping[int, Tensor], owners: Sequence[_Owner], models: Iterable[nn.Module]) -> None:
-        """Once: what is passed counts, and a gradient that nobody steps or zeroes grows from step to step."""
+    def _tell_unstepped(
+        self, asked: Mapping[int, Tensor], owners: Sequence[_Owner], models: Iterable[nn.Module]
+    ) -> None:
+        """Once: what is passed counts, and a gradient that nobody steps or zeroes grows from step
+        to step."""
         held = set[int]().union(*(owner.held for owner in owners))
         if not asked.keys() - held:
             return
         named = (pair for model in models for pair in model.named_parameters())
-        left = [name for name, p in named if id(p) in asked and id(p) not in held and p.grad is not None]
+        left = [
+            name for name, p in named if id(p) in asked and id(p) not in held and p.grad is not None
+        ]
         if left:
             self.told = True
             warnings.warn(
-                f"{left[0]} has a gradient and was passed to be clipped, but is in no optimizer of this accelerator ({len(left)} such "
-                "parameters): it counts in the norm, and optimizer.zero_grad() does not clear it. Give it to an optimizer, or freeze "
+                f"{left[0]} has a gradient and was passed to be clipped, but is in no optimizer of "
+                f"this accelerator ({len(left)} such "
+                "parameters): it counts in the norm, and optimizer.zero_grad() does not clear it. "
+                "Give it to an optimizer, or freeze "
                 "it and set its .grad to None, or pass the other parameters alone",
                 RuntimeWarning,
                 stacklevel=5,
@@ -337,4 +427,7 @@ class _Clipping:
 
 def _asked(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
     """By identity, each once."""
-    return {id(param): param for param in ([parameters] if isinstance(parameters, Tensor) else parameters)}
+    return {
+        id(param): param
+        for param in ([parameters] if isinstance(parameters, Tensor) else parameters)
+    }

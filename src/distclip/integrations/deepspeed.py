@@ -6,7 +6,8 @@
     engine.backward(loss)
     engine.step()  # as before
 
-Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside/` alone, and is checked here.
+Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside/`
+alone, and is checked here.
 """
 
 from __future__ import annotations
@@ -38,41 +39,60 @@ _OPTIONS = ("norm_type", "groups", "on_nonfinite", "drift_tolerance", "skip_limi
 
 
 def attach(
-    engine: Any, max_norm: float | None = None, *, policy: Policy | None = None, take_over: bool = False, **options: Any
+    engine: Any,
+    max_norm: float | None = None,
+    *,
+    policy: Policy | None = None,
+    take_over: bool = False,
+    **options: Any,
 ) -> GradClipper:
-    """A clipper that `engine.step()` uses from now on. A collective, on all ranks, after `deepspeed.initialize`.
+    """A clipper that `engine.step()` uses from now on. A collective, on all ranks, after
+    `deepspeed.initialize`.
 
-    ZeRO 0, 1, 2 and 3, with and without offload of the optimizer to the CPU; float32, bfloat16 and float16. One all-reduce in place of
-    DeepSpeed's own norm and overflow check. Gradients are measured where DeepSpeed keeps them and multiplied once, in float32, by
-    coefficient and inverse loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a policy leaves
-    out (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and no learning-rate scheduler moves.
+    ZeRO 0, 1, 2 and 3, with and without offload of the optimizer to the CPU; float32, bfloat16 and
+    float16. One all-reduce in place of DeepSpeed's own norm and overflow check. Gradients are
+    measured where DeepSpeed keeps them and multiplied once, in float32, by coefficient and inverse
+    loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a
+    policy leaves out (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and no
+    learning-rate scheduler moves.
 
-    `engine.get_global_grad_norm()` is the report's `total_norm`, and inf at a step that is not finite, as DeepSpeed has it (the report
-    tells NaN from inf); the report itself is `clipper.last_report`. Save
-    `clipper.state_dict()` in `client_state` of `engine.save_checkpoint`.
+    `engine.get_global_grad_norm()` is the report's `total_norm`, and inf at a step that is not
+    finite, as DeepSpeed has it (the report tells NaN from inf); the report itself is
+    `clipper.last_report`. Save `clipper.state_dict()` in `client_state` of
+    `engine.save_checkpoint`.
 
     Args:
         take_over: set the engine's own clipping to 0 instead of refusing an engine that clips too.
-        options: `norm_type`, `groups`, `on_nonfinite`, `drift_tolerance`, `skip_limit`, `sinks` of `GradClipper`. Groups are by the
-            model's parameter names; `per_param_group(engine.optimizer)` by DeepSpeed's param groups.
+        options: `norm_type`, `groups`, `on_nonfinite`, `drift_tolerance`, `skip_limit`, `sinks` of
+            `GradClipper`. Groups are by the model's parameter names;
+            `per_param_group(engine.optimizer)` by DeepSpeed's param groups.
 
     Raises:
-        ConfigError: the engine clips too; it has an optimizer, a layout or a version of DeepSpeed that is not supported.
+        ConfigError: the engine clips too; it has an optimizer, a layout or a version of DeepSpeed
+            that is not supported.
     """
     for name in options:
         if name not in _OPTIONS:
-            raise ConfigError(f"attach(engine, ..., {name}=): DeepSpeed decides that; the options are {', '.join(_OPTIONS)}")
+            raise ConfigError(
+                f"attach(engine, ..., {name}=): DeepSpeed decides that; the options "
+                f"are {', '.join(_OPTIONS)}"
+            )
     if getattr(engine, "_distclip", None) is not None:
         raise ConfigError("this engine has a clipper already; attach one only")
     kind = _checked_kind(engine)
     if (own := own_clipping(engine)) and not take_over:
         raise ConfigError(
-            f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where a config does not). Write '
-            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., take_over=True)'
+            f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where '
+            f"a config does not). Write "
+            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., '
+            "take_over=True)"
         )
     inside = kind(engine)
     if engine.fp16_enabled() and options.get("on_nonfinite") == "propagate":
-        raise ConfigError("on_nonfinite='propagate' and fp16 exclude each other: steps that overflow must be skipped; use 'skip'")
+        raise ConfigError(
+            "on_nonfinite='propagate' and fp16 exclude each other: steps that "
+            "overflow must be skipped; use 'skip'"
+        )
     grouping = options.pop("groups", None)
     clipper = GradClipper(
         [(part.name, part.master) for part in inside.parts],
@@ -90,12 +110,16 @@ def attach(
 
 
 def _checked_kind(engine: Any) -> type[Inside]:
-    """ConfigError unless this is an engine of a kind, with a layout and of a DeepSpeed that distclip knows."""
+    """ConfigError unless this is an engine of a kind, with a layout and of a DeepSpeed that
+    distclip knows."""
     _refuse_missing(missing(engine, OF_ENGINE))
     _refuse_unsupported(unsupported(engine))
     kind = kind_of(engine)
     if kind is None:
-        raise ConfigError(f"the engine's optimizer is a {type(engine.optimizer).__name__}; distclip knows {', '.join(KINDS)}")
+        raise ConfigError(
+            f"the engine's optimizer is a {type(engine.optimizer).__name__}; "
+            f"distclip knows {', '.join(KINDS)}"
+        )
     _refuse_missing(missing(engine.optimizer, kind.needs))
     _refuse_unsupported(kind.unsupported(engine.optimizer))
     return kind
@@ -104,18 +128,23 @@ def _checked_kind(engine: Any) -> type[Inside]:
 def _refuse_unsupported(found: Sequence[str]) -> None:
     if found:
         what, _, instead = found[0].partition("; ")
-        raise ConfigError(f"attach: this engine has {what}, which distclip does not support under DeepSpeed: {instead}")
+        raise ConfigError(
+            f"attach: this engine has {what}, which distclip does not support under "
+            f"DeepSpeed: {instead}"
+        )
 
 
 def _refuse_missing(lost: Sequence[str]) -> None:
     if lost:
         raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} has no {', '.join(lost)}, which distclip needs; it was written against DeepSpeed 0.19"
+            f"DeepSpeed {deepspeed.__version__} has no {', '.join(lost)}, which distclip needs; it "
+            f"was written against DeepSpeed 0.19"
         )
 
 
 class _ByOriginal:
-    """A grouping that is asked about the model's parameters: the clipper's own are the parts of DeepSpeed's flat float32 copies."""
+    """A grouping that is asked about the model's parameters: the clipper's own are the parts of
+    DeepSpeed's flat float32 copies."""
 
     def __init__(self, grouping: Any, inside: Inside) -> None:
         self.grouping, self.inside = grouping, inside

@@ -1,4 +1,5 @@
-"""A GradScaler under a framework that updates it after each optimizer's step: Accelerate, Fabric."""
+"""A GradScaler under a framework that updates it after each optimizer's step: Accelerate,
+Fabric."""
 
 from __future__ import annotations
 
@@ -8,25 +9,38 @@ from typing import Any
 
 
 def unscale(scaler: Any, optimizer: Any) -> None:
-    """`scaler.unscale_(optimizer)`, once a round: where it was called before there is nothing left to do."""
+    """`scaler.unscale_(optimizer)`, once a round: where it was called before there is nothing left
+    to do."""
     try:
         scaler.unscale_(optimizer)
     except RuntimeError as error:
-        if "unscale_()" not in str(error):  # torch's two texts: called twice, or after step(), which the clip refuses by name
+        # torch's two texts: called twice, or after step(), which the clip refuses by name
+        if "unscale_()" not in str(error):
             raise
 
 
 class LaterUpdate:
     """Puts `scaler.update()` off until the next loss is scaled.
 
-    Where there are several optimizers, an update after each one's step forgets which others are unscaled already, so that they would be
-    unscaled a second time, and it changes the scale that their gradients carry. Here one round is one update, as torch asks for.
+    Where there are several optimizers, an update after each one's step forgets which others are
+    unscaled already, so that they would be unscaled a second time, and it changes the scale that
+    their gradients carry. Here one round is one update, as torch asks for.
     """
 
     def __init__(self, scaler: Any) -> None:
-        self._update, self._scale, self._get_scale, self._state_dict = scaler.update, scaler.scale, scaler.get_scale, scaler.state_dict
+        self._update, self._scale, self._get_scale, self._state_dict = (
+            scaler.update,
+            scaler.scale,
+            scaler.get_scale,
+            scaler.state_dict,
+        )
         self._due = self._clipping = False
-        scaler.update, scaler.scale, scaler.get_scale, scaler.state_dict = self.update, self.scale, self.get_scale, self.state_dict
+        scaler.update, scaler.scale, scaler.get_scale, scaler.state_dict = (
+            self.update,
+            self.scale,
+            self.get_scale,
+            self.state_dict,
+        )
 
     @contextmanager
     def clipping(self) -> Generator[None]:

@@ -1,13 +1,15 @@
 """Lightning: a callback for `Trainer`, and `prepare` for `Fabric.clip_gradients`.
 
-    trainer = Trainer(strategy="ddp", callbacks=[GradientClipping(max_norm=1.0)])  # and no gradient_clip_val
+    trainer = Trainer(strategy="ddp", callbacks=[GradientClipping(max_norm=1.0)])  # and no
+    gradient_clip_val
 
     model, optimizer = fabric.setup(model, optimizer)
     clipper = prepare(fabric, model, max_norm=1.0)
     ...
     fabric.clip_gradients(model, optimizer, max_norm=1.0)  # as before
 
-Written against lightning 2.6; of its private names `_after_closure` of precision plugins is used, and checked.
+Written against lightning 2.6; of its private names `_after_closure` of precision plugins is used,
+and checked.
 """
 
 from __future__ import annotations
@@ -35,34 +37,48 @@ _BOUNDS = 16  # clippers for values that are kept: another bound at every step m
 
 
 class GradientClipping(Callback):
-    """Clips before each optimizer step, in automatic and in manual optimization; under a GradScaler after unscaling.
+    """Clips before each optimizer step, in automatic and in manual optimization; under a GradScaler
+    after unscaling.
 
-    One process, DDP and FSDP2 (`ModelParallelStrategy`). The norm is that of the parameters that the optimizer holds at this step, of
-    each its own with several optimizers: what nobody steps does not count, and a param group that joins later does.
-    Accumulated batches cost nothing: the hook runs at steps alone. The state goes with Lightning's checkpoints. `log=True` logs
-    `grad_norm` and `clip_coef` (the smallest, where there are groups); `clippers[0].last_report` has the rest.
+    One process, DDP and FSDP2 (`ModelParallelStrategy`). The norm is that of the parameters that
+    the optimizer holds at this step, of each its own with several optimizers: what nobody steps
+    does not count, and a param group that joins later does. Accumulated batches cost nothing: the
+    hook runs at steps alone. The state goes with Lightning's checkpoints. `log=True` logs
+    `grad_norm` and `clip_coef` (the smallest, where there are groups); `clippers[0].last_report`
+    has the rest.
 
-    Searches (`Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks), which run without callbacks, are clipped as the fit is:
-    by clippers of their own, which begin with the state of the fit's and leave it as it was, and write to no sink.
+    Searches (`Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks), which run without
+    callbacks, are clipped as the fit is: by clippers of their own, which begin with the state of
+    the fit's and leave it as it was, and write to no sink.
 
     Args:
         max_norm, policy, options: of `GradClipper`.
         log: through `pl_module.log_dict`, at each step.
 
     Raises:
-        ConfigError: when fitting starts: the Trainer or the module clips too, there are two such callbacks, or the strategy takes the
-            step out of Lightning's hands (DeepSpeed: use `distclip.integrations.deepspeed`). At a step: the module calls
-            `self.clip_gradients`, which would clip a second time.
+        ConfigError: when fitting starts: the Trainer or the module clips too, there are two such
+            callbacks, or the strategy takes the step out of Lightning's hands (DeepSpeed: use
+            `distclip.integrations.deepspeed`). At a step: the module calls `self.clip_gradients`,
+                which would clip a second time.
     """
 
-    def __init__(self, max_norm: float | None = None, *, policy: Policy | None = None, log: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        *,
+        policy: Policy | None = None,
+        log: bool = True,
+        **options: Any,
+    ) -> None:
         _refuse_grad_of(options)
         self.max_norm, self.policy, self.log, self.options = max_norm, policy, log, options
         self.clippers: list[GradClipper] = []
         self._fitting = False
         self._saved: list[dict[str, Any]] = []  # of a checkpoint, until there are clippers
-        self._search: tuple[list[Callback], list[GradClipper]] | None = None  # whose callbacks stand in place of ours
-        self._others: dict[int, tuple[object, list[Tensor]]] = {}  # by optimizer: its param groups, what is in none of them
+        # whose callbacks stand in place of ours
+        self._search: tuple[list[Callback], list[GradClipper]] | None = None
+        # by optimizer: its param groups, what is in none of them
+        self._others: dict[int, tuple[object, list[Tensor]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -74,14 +90,22 @@ class GradientClipping(Callback):
     def _refuse_two_clips(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.gradient_clip_val:
             raise ConfigError(
-                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips too; leave it out, GradientClipping(max_norm=...) is enough"
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips too; leave it out, "
+                f"GradientClipping(max_norm=...) is enough"
             )
-        if type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
+        if (
+            type(pl_module).configure_gradient_clipping
+            is not LightningModule.configure_gradient_clipping
+        ):
             raise ConfigError(
-                f"{type(pl_module).__name__}.configure_gradient_clipping may clip too; take it out: GradientClipping is enough"
+                f"{type(pl_module).__name__}.configure_gradient_clipping may clip too; take it "
+                f"out: GradientClipping is enough"
             )
         if sum(isinstance(callback, GradientClipping) for callback in _callbacks(trainer)) > 1:
-            raise ConfigError("this Trainer has two GradientClipping callbacks; pass one, it clips every optimizer")
+            raise ConfigError(
+                "this Trainer has two GradientClipping callbacks; pass one, it clips "
+                "every optimizer"
+            )
         _refuse_deepspeed(trainer.strategy, "trainer.model")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,46 +114,76 @@ class GradientClipping(Callback):
         saved, self._saved = self._saved, []
         _load(self.clippers, saved)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         self._search = None
         index, report = self._clip(self.clippers, trainer, pl_module, optimizer)
         if self.log:
             suffix = f"_{index}" if len(self.clippers) > 1 else ""
-            told = {f"grad_norm{suffix}": report.total_norm, f"clip_coef{suffix}": report.coefs.min()}
+            told = {
+                f"grad_norm{suffix}": report.total_norm,
+                f"clip_coef{suffix}": report.coefs.min(),
+            }
             pl_module.log_dict(told, on_step=True, on_epoch=False)
 
-    def clip_in_search(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """At a step of a search, which has put callbacks of its own in the place of the Trainer's. Its first step is a set-up."""
+    def clip_in_search(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """At a step of a search, which has put callbacks of its own in the place of the Trainer's.
+        Its first step is a set-up."""
         if self._search is None or self._search[0] is not _callbacks(trainer):
             clippers = self._built(trainer, pl_module, self.options | {"sinks": ()})
             _load(clippers, self.state_dict()["clippers"])
             self._search, self._others = (_callbacks(trainer), clippers), {}
         self._clip(self._search[1], trainer, pl_module, optimizer)
 
-    def _built(self, trainer: Trainer, pl_module: LightningModule, options: dict[str, Any]) -> list[GradClipper]:
+    def _built(
+        self, trainer: Trainer, pl_module: LightningModule, options: dict[str, Any]
+    ) -> list[GradClipper]:
         """One for each optimizer, all of them of the whole model."""
         model = trainer.strategy.model or pl_module
-        return [GradClipper(model, self.max_norm, policy=self.policy, **options) for _ in trainer.optimizers]
+        return [
+            GradClipper(model, self.max_norm, policy=self.policy, **options)
+            for _ in trainer.optimizers
+        ]
 
     def _clip(
-        self, clippers: list[GradClipper], trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self,
+        clippers: list[GradClipper],
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
     ) -> tuple[int, ClipReport]:
         """One all-reduce; the optimizer's position, and what was done."""
-        index = next((i for i, known in enumerate(trainer.optimizers) if known is optimizer), len(clippers))
+        index = next(
+            (i for i, known in enumerate(trainer.optimizers) if known is optimizer), len(clippers)
+        )
         if index >= len(clippers):
             raise ConfigError(
-                f"a step of an optimizer ({type(optimizer).__name__}) that was not there when training began; return all optimizers from "
+                f"a step of an optimizer ({type(optimizer).__name__}) that was not there when "
+                f"training began; return all optimizers from "
                 "configure_optimizers"
             )
-        groups = tuple((id(group["params"]), len(group["params"])) for group in optimizer.param_groups)
+        groups = tuple(
+            (id(group["params"]), len(group["params"])) for group in optimizer.param_groups
+        )
         if index not in self._others or self._others[index][0] != groups:
             held = stepped_by(optimizer)
-            others = [param for param in params_of([trainer.strategy.model or pl_module]) if id(param) not in held]
+            others = [
+                param
+                for param in params_of([trainer.strategy.model or pl_module])
+                if id(param) not in held
+            ]
             self._others[index] = groups, others
         with set_aside(self._others[index][1]):
-            return index, clippers[index].clip_(optimizer, getattr(trainer.precision_plugin, "scaler", None))
+            return index, clippers[index].clip_(
+                optimizer, getattr(trainer.precision_plugin, "scaler", None)
+            )
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._saved = []
         self.teardown(trainer, pl_module, "fit")
 
@@ -154,14 +208,17 @@ def _callbacks(trainer: Any) -> list[Callback]:
 
 def _load(clippers: list[GradClipper], states: list[dict[str, Any]]) -> None:
     if states and len(states) != len(clippers):
-        raise ConfigError(f"the checkpoint has clippers of {len(states)} optimizers, this run has {len(clippers)}")
+        raise ConfigError(
+            f"the checkpoint has clippers of {len(states)} optimizers, this run has {len(clippers)}"
+        )
     for clipper, state in zip(clippers, states):
         clipper.load_state_dict(state)
 
 
 @dataclass
 class _Guard:
-    """Stands in a precision plugin's place of `_after_closure` and `clip_gradients` while a callback's fit runs."""
+    """Stands in a precision plugin's place of `_after_closure` and `clip_gradients` while a
+    callback's fit runs."""
 
     callback: GradientClipping
     trainer: Trainer
@@ -172,7 +229,8 @@ class _Guard:
         plugin: Any = trainer.precision_plugin
         if not hasattr(plugin, "_after_closure"):
             raise ConfigError(
-                f"{type(plugin).__name__} has no _after_closure, by which distclip clips in searches; distclip was written against "
+                f"{type(plugin).__name__} has no _after_closure, by which distclip clips in "
+                f"searches; distclip was written against "
                 "lightning 2.6"
             )
         cls.remove(plugin)
@@ -198,40 +256,57 @@ class _Searches(_Guard):
 class _SecondClip(_Guard):
     """`LightningModule.clip_gradients` ends here, with 0 where nothing is to be clipped."""
 
-    def __call__(self, optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any) -> None:
+    def __call__(
+        self, optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any
+    ) -> None:
         if clip_val > 0:
             name = type(self.trainer.lightning_module).__name__
             raise ConfigError(
-                f"{name} calls self.clip_gradients(gradient_clip_val={clip_val}) and GradientClipping clips too: the norm that is "
-                "measured second is that of clipped gradients. Take the call out, and give GradientClipping(max_norm=...) its threshold "
+                f"{name} calls self.clip_gradients(gradient_clip_val={clip_val}) and "
+                f"GradientClipping clips too: the norm that is "
+                "measured second is that of clipped gradients. Take the call out, and give "
+                "GradientClipping(max_norm=...) its threshold "
                 "(policy=distclip.FixedValue(...) for gradient_clip_algorithm='value')"
             )
         self.own(optimizer, clip_val, *args, **kwargs)
 
 
 def prepare(
-    fabric: Fabric, *modules: nn.Module, max_norm: float | None = None, policy: Policy | None = None, **options: Any
+    fabric: Fabric,
+    *modules: nn.Module,
+    max_norm: float | None = None,
+    policy: Policy | None = None,
+    **options: Any,
 ) -> GradClipper:
-    """A clipper for `modules`, as `fabric.setup` returned them, which `fabric.clip_gradients` uses from now on. A collective.
+    """A clipper for `modules`, as `fabric.setup` returned them, which `fabric.clip_gradients` uses
+    from now on. A collective.
 
-    `fabric.clip_gradients(module, optimizer, max_norm=...)` must be given the `max_norm` and `norm_type` of this clipper (any under a
-    `policy`); `clip_val=` works on sharded modules too. As in Fabric it measures and clips exactly what `optimizer` holds at this call:
-    several optimizers of one module by a norm each, which a `policy` cannot serve. The clipper that is returned is that of the first
-    optimizer; others get one at their first call, which is a collective. A second `prepare` for a module takes the first one's place.
-    A step that is not finite is skipped on all ranks; `error_if_nonfinite=True`, which is not the default here, raises instead. Under
-    fp16 the scaler is updated once a round, when the next loss is scaled.
+    `fabric.clip_gradients(module, optimizer, max_norm=...)` must be given the `max_norm` and
+    `norm_type` of this clipper (any under a `policy`); `clip_val=` works on sharded modules too. As
+    in Fabric it measures and clips exactly what `optimizer` holds at this call: several optimizers
+    of one module by a norm each, which a `policy` cannot serve. The clipper that is returned is
+    that of the first optimizer; others get one at their first call, which is a collective. A second
+    `prepare` for a module takes the first one's place. A step that is not finite is skipped on all
+    ranks; `error_if_nonfinite=True`, which is not the default here, raises instead. Under fp16 the
+    scaler is updated once a round, when the next loss is scaled.
 
     Raises:
         ConfigError: no module was given, or an option or strategy that cannot be honoured.
     """
     if not modules:
-        raise ConfigError("prepare(fabric, module, max_norm=...) needs the module that fabric.setup returned")
+        raise ConfigError(
+            "prepare(fabric, module, max_norm=...) needs the module that fabric.setup returned"
+        )
     _refuse_grad_of(options)
     _refuse_deepspeed(fabric.strategy, "module")
     clipper = GradClipper(list(modules), max_norm, policy=policy, **options)
     now = getattr(fabric.clip_gradients, "__self__", None)
     clipping = now if isinstance(now, _Clipping) else _Clipping(fabric)
-    clipping.take_over(_Prepared(modules, max_norm, float(options.get("norm_type", 2.0)), options, [_Part(clipper)]))
+    clipping.take_over(
+        _Prepared(
+            modules, max_norm, float(options.get("norm_type", 2.0)), options, [_Part(clipper)]
+        )
+    )
     fabric.clip_gradients = clipping.clip_gradients
     return clipper
 
@@ -260,7 +335,8 @@ class _Prepared:
     def refuse_other(self, max_norm: float | None, norm_type: float) -> None:
         if self.max_norm is not None and (max_norm != self.max_norm or norm_type != self.norm_type):
             raise ConfigError(
-                f"clip_gradients was called with max_norm={max_norm}, norm_type={norm_type:g}, but distclip was prepared with "
+                f"clip_gradients was called with max_norm={max_norm}, norm_type={norm_type:g}, but "
+                f"distclip was prepared with "
                 f"max_norm={self.max_norm}, norm_type={self.norm_type:g}; make them equal"
             )
 
@@ -270,23 +346,28 @@ class _Prepared:
         strange = len(held.keys() - own.keys())
         if strange:
             raise ConfigError(
-                f"clip_gradients: the optimizer holds {strange} parameters of other modules, which Fabric would clip with these; prepare "
+                f"clip_gradients: the optimizer holds {strange} parameters of other modules, which "
+                f"Fabric would clip with these; prepare "
                 "all its modules together: prepare(fabric, module, other, max_norm=...)"
             )
         return [param for i, param in own.items() if i not in held]
 
     def of(self, held: frozenset[int]) -> GradClipper:
-        """The clipper of the optimizer that holds these now: it may have got or lost some since its last call."""
+        """The clipper of the optimizer that holds these now: it may have got or lost some since its
+        last call."""
         for part in self.parts:
             if not (part.held and held) or not part.held.isdisjoint(held):
                 part.held = held
                 return part.clipper
         if self.max_norm is None:
             raise ConfigError(
-                "clip_gradients: a second optimizer steps another part of the module, which has no policy of its own; prepare the module "
+                "clip_gradients: a second optimizer steps another part of the module, which has no "
+                "policy of its own; prepare the module "
                 "with max_norm=, or each part as a module"
             )
-        self.parts.append(_Part(GradClipper(list(self.modules), self.max_norm, **self.options), held))
+        self.parts.append(
+            _Part(GradClipper(list(self.modules), self.max_norm, **self.options), held)
+        )
         return self.parts[-1].clipper
 
     def of_value(self, bound: float) -> GradClipper:
@@ -308,7 +389,9 @@ class _Clipping:
         self.later = None if self.scaler is None else LaterUpdate(self.scaler)
 
     def take_over(self, new: _Prepared) -> None:
-        self.prepared = [old for old in self.prepared if not any(old.has(module) for module in new.modules)]
+        self.prepared = [
+            old for old in self.prepared if not any(old.has(module) for module in new.modules)
+        ]
         self.prepared.append(new)
 
     def clip_gradients(
@@ -320,12 +403,16 @@ class _Clipping:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
     ) -> Tensor | None:
-        """See `prepare`. One all-reduce; the norm before clipping, a 0-dim tensor, or None with `clip_val`."""
+        """See `prepare`. One all-reduce; the norm before clipping, a 0-dim tensor, or None with
+        `clip_val`."""
         if (clip_val is None) == (max_norm is None):
             raise ConfigError("clip_gradients: pass exactly one of clip_val and max_norm")
         prepared = next((known for known in self.prepared if known.has(module)), None)
         if prepared is None:
-            raise ConfigError("clip_gradients: distclip does not know this module; call prepare(fabric, module, max_norm=...) for it")
+            raise ConfigError(
+                "clip_gradients: distclip does not know this module; call "
+                "prepare(fabric, module, max_norm=...) for it"
+            )
         held = stepped_by(optimizer)
         others = prepared.others(held)
         if clip_val is not None:
@@ -336,16 +423,25 @@ class _Clipping:
         with set_aside(others), nullcontext() if self.later is None else self.later.clipping():
             report: ClipReport = clipper.clip_(optimizer, self.scaler)
         if error_if_nonfinite and bool(report.nonfinite):
-            raise RuntimeError(f"the norm of the gradients is {float(report.total_norm)}; nothing was stepped (error_if_nonfinite=True)")
+            raise RuntimeError(
+                f"the norm of the gradients is {float(report.total_norm)}; nothing "
+                f"was stepped (error_if_nonfinite=True)"
+            )
         return None if clip_val is not None else report.total_norm
 
 
 def _refuse_grad_of(options: dict[str, Any]) -> None:
     if "grad_of" in options:
-        raise ConfigError("grad_of=: Lightning steps what is in .grad; use GradClipper itself for gradients that are elsewhere")
+        raise ConfigError(
+            "grad_of=: Lightning steps what is in .grad; use GradClipper itself for "
+            "gradients that are elsewhere"
+        )
 
 
 def _refuse_deepspeed(strategy: Any, engine: str) -> None:
     name = type(strategy).__name__
     if "DeepSpeed" in name:
-        raise ConfigError(f"{name}: DeepSpeed steps by itself; call distclip.integrations.deepspeed.attach({engine}, ...)")
+        raise ConfigError(
+            f"{name}: DeepSpeed steps by itself; call "
+            f"distclip.integrations.deepspeed.attach({engine}, ...)"
+        )

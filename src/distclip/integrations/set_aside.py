@@ -1,7 +1,8 @@
-"""A clip of some of a model's parameters: the gradients of the others are set aside while it is made.
+"""A clip of some of a model's parameters: the gradients of the others are set aside while it is
+made.
 
-So one clipper of the whole model serves whatever is asked for at a step, and nothing has to be agreed on anew when other
-parameters are frozen, unfrozen or given to the optimizer.
+So one clipper of the whole model serves whatever is asked for at a step, and nothing has to be
+agreed on anew when other parameters are frozen, unfrozen or given to the optimizer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def set_aside(params: Iterable[Tensor]) -> Generator[list[tuple[Tensor, Tensor]]]:
-    """Inside, these parameters have no gradient; afterwards the one that they had. Gives those that had one. Sends nothing."""
+    """Inside, these parameters have no gradient; afterwards the one that they had. Gives those that
+    had one. Sends nothing."""
     had = [(param, param.grad) for param in params if param.grad is not None]
     for param, _ in had:
         param.grad = None

@@ -32,16 +32,22 @@ except ModuleNotFoundError as error:
     lacking(error, "transformers", "accelerate")
 
 
-def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **options: Any) -> DistclipCallback:
-    """From the next `trainer.train()` on, its gradients are clipped by distclip: one process, DDP, FSDP1, FSDP2 and DeepSpeed.
+def clip_with_distclip(
+    trainer: Trainer, *, policy: Policy | None = None, **options: Any
+) -> DistclipCallback:
+    """From the next `trainer.train()` on, its gradients are clipped by distclip: one process, DDP,
+    FSDP1, FSDP2 and DeepSpeed.
 
-    The threshold is `TrainingArguments.max_grad_norm`; 0 only measures, as in Trainer. With `policy` it is the policy that decides, and
-    `max_grad_norm` only has to be positive. The training log gets, beside `grad_norm`, the latest `clip_coef` (the smallest, where there
-    are groups), `clip_rate` (the share of steps since the last log that were clipped) and `clip_skipped` (how many were skipped).
+    The threshold is `TrainingArguments.max_grad_norm`; 0 only measures, as in Trainer. With
+    `policy` it is the policy that decides, and `max_grad_norm` only has to be positive. The
+    training log gets, beside `grad_norm`, the latest `clip_coef` (the smallest, where there are
+    groups), `clip_rate` (the share of steps since the last log that were clipped) and
+    `clip_skipped` (how many were skipped).
 
-    The clipper's state goes in each checkpoint's `trainer_state.json`, wherever Trainer writes that, and comes back with the one that
-    Trainer resumes from. If that one has none, or one of another step, a RuntimeWarning says so and the clipper begins anew; it never
-    takes another run's. Each `train()` builds a clipper, which begins anew unless the training is resumed.
+    The clipper's state goes in each checkpoint's `trainer_state.json`, wherever Trainer writes
+    that, and comes back with the one that Trainer resumes from. If that one has none, or one of
+    another step, a RuntimeWarning says so and the clipper begins anew; it never takes another
+    run's. Each `train()` builds a clipper, which begins anew unless the training is resumed.
 
     Args:
         options: of `GradClipper`.
@@ -50,12 +56,20 @@ def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **opti
         The callback; its `clipper` is there once training began.
 
     Raises:
-        ConfigError: a policy together with `max_grad_norm=0`, which would tell Trainer not to clip; a trainer that was given one before.
+        ConfigError: a policy together with `max_grad_norm=0`, which would tell Trainer not to clip;
+            a trainer that was given one before.
     """
-    if any(isinstance(callback, DistclipCallback) for callback in trainer.callback_handler.callbacks):
-        raise ConfigError("this trainer is clipped by distclip already; call clip_with_distclip once")
+    if any(
+        isinstance(callback, DistclipCallback) for callback in trainer.callback_handler.callbacks
+    ):
+        raise ConfigError(
+            "this trainer is clipped by distclip already; call clip_with_distclip once"
+        )
     if policy is not None and not trainer.args.max_grad_norm > 0:
-        raise ConfigError(f"max_grad_norm={trainer.args.max_grad_norm} tells Trainer not to clip; leave it at 1.0 when a policy is passed")
+        raise ConfigError(
+            f"max_grad_norm={trainer.args.max_grad_norm} tells Trainer not to clip; "
+            f"leave it at 1.0 when a policy is passed"
+        )
     callback = DistclipCallback(trainer, policy, options)
     trainer.add_callback(callback)
     trainer.remove_callback(DistclipState)  # of a DistclipCallback that was taken out
@@ -64,7 +78,8 @@ def clip_with_distclip(trainer: Trainer, *, policy: Policy | None = None, **opti
 
 
 class DistclipCallback(TrainerCallback):
-    """Builds the clipper when training begins, and tells its reports to the log. Made by `clip_with_distclip`."""
+    """Builds the clipper when training begins, and tells its reports to the log. Made by
+    `clip_with_distclip`."""
 
     def __init__(self, trainer: Trainer, policy: Policy | None, options: dict[str, Any]) -> None:
         self.trainer, self.policy, self.options = trainer, policy, options
@@ -79,16 +94,28 @@ class DistclipCallback(TrainerCallback):
         norm = float(args.max_grad_norm) if args.max_grad_norm > 0 else math.inf
         model: Any = trainer.model_wrapped
         self.clipper = prepare(
-            trainer.accelerator, model, max_norm=norm if self.policy is None else None, policy=self.policy, **self.options
+            trainer.accelerator,
+            model,
+            max_norm=norm if self.policy is None else None,
+            policy=self.policy,
+            **self.options,
         )
         expect(trainer.accelerator, self.clipper, norm)
         self._steps, self._clipped = 0, None
-        # Trainer has a norm of its own for parameters on several meshes, which would pass distclip by
+        # Trainer has a norm of its own for parameters on several meshes, which would pass distclip
+        # by
         if hasattr(trainer, "_mixed_mesh_grads"):
             trainer._mixed_mesh_grads = False
-        saving = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DistclipState)]
+        saving = [
+            callback
+            for callback in trainer.callback_handler.callbacks
+            if isinstance(callback, DistclipState)
+        ]
         if len(saving) != 1:
-            raise ConfigError(f"this trainer has {len(saving)} DistclipState callbacks; leave the one that clip_with_distclip added")
+            raise ConfigError(
+                f"this trainer has {len(saving)} DistclipState callbacks; leave the "
+                f"one that clip_with_distclip added"
+            )
         saving[0].begin(self.clipper, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -100,7 +127,8 @@ class DistclipCallback(TrainerCallback):
         self._steps += 1
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Accelerate's own methods stand there again: a later `train()` without this callback is not clipped by distclip."""
+        """Accelerate's own methods stand there again: a later `train()` without this callback is
+        not clipped by distclip."""
         if self.clipper is not None:
             release(self.trainer.accelerator, self.clipper)
 
@@ -108,15 +136,21 @@ class DistclipCallback(TrainerCallback):
         report = None if self.clipper is None else self.clipper.last_report
         if report is not None and self._clipped is not None and "grad_norm" in logs:
             clipped, skipped = self._clipped.tolist()
-            logs |= {"clip_coef": float(report.coefs.min()), "clip_rate": clipped / self._steps, "clip_skipped": skipped}
+            logs |= {
+                "clip_coef": float(report.coefs.min()),
+                "clip_rate": clipped / self._steps,
+                "clip_skipped": skipped,
+            }
             self._steps, self._clipped = 0, None
         self._own_log(logs, *args, **kwargs)
 
 
 class DistclipState(TrainerCallback, ExportableState):
-    """The clipper's state in `trainer_state.json`: Trainer asks for it when it writes one, and hands it back when it resumes.
+    """The clipper's state in `trainer_state.json`: Trainer asks for it when it writes one, and
+    hands it back when it resumes.
 
-    A callback without arguments, since Trainer may put a new one of this class in its place when it resumes.
+    A callback without arguments, since Trainer may put a new one of this class in its place when it
+    resumes.
     """
 
     def __init__(self) -> None:
@@ -125,10 +159,13 @@ class DistclipState(TrainerCallback, ExportableState):
         self._training: Any = None  # Trainer's state object, which each train() makes anew
 
     def begin(self, clipper: GradClipper, state: Any) -> None:
-        """Training begins; `state` is Trainer's, empty or of the checkpoint that it resumes from."""
+        """Training begins; `state` is Trainer's, empty or of the checkpoint that it resumes
+        from."""
         self.clipper, self.step, self._training = clipper, state.global_step, state
         if state.global_step:
-            self._resume(clipper, state.stateful_callbacks.get(type(self).__name__), state.global_step)
+            self._resume(
+                clipper, state.stateful_callbacks.get(type(self).__name__), state.global_step
+            )
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def _resume(self, clipper: GradClipper, kept: Any, step: int) -> None:
@@ -138,14 +175,16 @@ class DistclipState(TrainerCallback, ExportableState):
             return
         what = f"that of step {found['step']}" if found.get("record") else "none"
         warnings.warn(
-            f"the checkpoint of step {step} that training resumes from should hold the state of distclip's clipper in its "
+            f"the checkpoint of step {step} that training resumes from should hold the state of "
+            f"distclip's clipper in its "
             f"trainer_state.json, and holds {what}: adaptive thresholds and counters begin anew",
             RuntimeWarning,
             stacklevel=2,
         )
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into its JSON. Sends nothing: the clipper's state is the same on every rank."""
+        """What Trainer writes into its JSON. Sends nothing: the clipper's state is the same on
+        every rank."""
         record = None if self.clipper is None else _encoded(self.clipper.state_dict())
         return {"args": {}, "attributes": {"step": self.step, "record": record}}
 
@@ -157,7 +196,8 @@ class DistclipState(TrainerCallback, ExportableState):
             self.keep(args, state)
 
     def keep(self, args: Any, state: Any) -> None:
-        """For code that writes `trainer_state.json` by itself: Trainer asks only where it saves a checkpoint of its own."""
+        """For code that writes `trainer_state.json` by itself: Trainer asks only where it saves a
+        checkpoint of its own."""
         if args.should_save and state is self._training:
             state.stateful_callbacks[type(self).__name__] = self.state()
 

@@ -21,7 +21,8 @@ CHOICE = "DISTCLIP_KERNELS"
 
 
 class Layout(Protocol):
-    """A list of tensors of known sizes and dtypes, prepared once; pointers change from step to step (0: no tensor)."""
+    """A list of tensors of known sizes and dtypes, prepared once; pointers change from step to step
+    (0: no tensor)."""
 
     def power_sums(self, pointers: array[int], p: float) -> Tensor: ...
     def clamped_sums(self, pointers: array[int], values: Tensor, p: float) -> Tensor: ...
@@ -30,34 +31,49 @@ class Layout(Protocol):
 
 
 def active() -> str:
-    """Which kernels serve gradients on the CPU: "native", or "torch (why)". The answer may differ between ranks.
+    """Which kernels serve gradients on the CPU: "native", or "torch (why)". The answer may differ
+    between ranks.
 
-    The environment variable DISTCLIP_KERNELS chooses: "torch" never takes the native ones, "native" refuses to go on without them.
+    The environment variable DISTCLIP_KERNELS chooses: "torch" never takes the native ones, "native"
+    refuses to go on without them.
 
     Raises:
-        ConfigError: the variable has another value, or the native kernels it asks for are not there.
+        ConfigError: the variable has another value, or the native kernels it asks for are not
+            there.
     """
     chosen = os.environ.get(CHOICE, "")
     if chosen not in ("", "native", "torch"):
-        raise ConfigError(f"{CHOICE}={chosen!r} is neither 'native' nor 'torch'; unset it to have distclip choose")
+        raise ConfigError(
+            f"{CHOICE}={chosen!r} is neither 'native' nor 'torch'; unset it to have distclip choose"
+        )
     if chosen == "torch":
         return f"torch ({CHOICE}=torch)"
     found = library()
     if not isinstance(found, str):
         return "native"
     if chosen == "native":
-        raise ConfigError(f"{CHOICE}=native, but there are no native kernels: {found}. Unset {CHOICE} to go on with torch's operations")
+        raise ConfigError(
+            f"{CHOICE}=native, but there are no native kernels: {found}. Unset "
+            f"{CHOICE} to go on with torch's operations"
+        )
     return f"torch ({found})"
 
 
-def layout(counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device) -> Layout | None:
-    """The kernels prepared for tensors of these sizes and dtypes on `device`, or None where torch's operations serve.
+def layout(
+    counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device
+) -> Layout | None:
+    """The kernels prepared for tensors of these sizes and dtypes on `device`, or None where torch's
+    operations serve.
 
     Raises:
         ConfigError: as `active` does.
     """
     if device.type == "cuda":
-        serves = TRITON_CODES.keys() >= set(dtypes) and has_triton() and os.environ.get(CHOICE, "") != "torch"
+        serves = (
+            TRITON_CODES.keys() >= set(dtypes)
+            and has_triton()
+            and os.environ.get(CHOICE, "") != "torch"
+        )
         return triton_layout(counts, tuple(dtypes), device) if serves else None
     if device.type != "cpu" or not CODES.keys() >= set(dtypes) or active() != "native":
         return None

@@ -1,7 +1,8 @@
-"""Compiles the C kernels into a shared library beside their sources: `python -m distclip.kernels.build`.
+"""Compiles the C kernels into a shared library beside their sources: `python -m
+distclip.kernels.build`.
 
-Nothing else compiles: an import or a rank of a job never does. Only the standard library is used here, since the package's
-build hook runs this file where torch is not installed.
+Nothing else compiles: an import or a rank of a job never does. Only the standard library is used
+here, since the package's build hook runs this file where torch is not installed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("clip.c", "avx2.h", "avx512.h", "edits.h", "half.h", "lanes.h", "plain.h", "sums.h", "unset.h")
-# Not -march=native: the library chooses among instruction sets when it is loaded. Not -ffast-math: NaN and inf must survive.
-# What is left says that nobody reads floating-point exceptions or errno, without which loops with a branch stay scalar.
+SOURCES = (
+    "clip.c",
+    "avx2.h",
+    "avx512.h",
+    "edits.h",
+    "half.h",
+    "lanes.h",
+    "plain.h",
+    "sums.h",
+    "unset.h",
+)
+# Not -march=native: the library chooses among instruction sets when it is loaded. Not -ffast-math:
+# NaN and inf must survive. What is left says that nobody reads floating-point exceptions or errno,
+# without which loops with a branch stay scalar.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-trapping-math", "-fno-math-errno", "-w")
 
 
@@ -27,7 +39,8 @@ PLATFORM = f"{sys.platform}-{platform.machine()}"
 
 
 def library_name() -> str:
-    """File name of the library: its platform and a hash of what it is made from, so that a stale one is never loaded."""
+    """File name of the library: its platform and a hash of what it is made from, so that a stale
+    one is never loaded."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for source in SOURCES:
         digest.update((HERE / source).read_bytes())
@@ -35,7 +48,8 @@ def library_name() -> str:
 
 
 def compiler() -> list[str] | None:
-    """The command of the C compiler: $CC, or else the first of cc, gcc and clang that is found; None without one, and on Windows."""
+    """The command of the C compiler: $CC, or else the first of cc, gcc and clang that is found;
+    None without one, and on Windows."""
     if os.name == "nt":
         return None
     named = shlex.split(os.environ.get("CC", ""))
@@ -55,7 +69,10 @@ def compile_into(folder: Path) -> Path:
     """
     program = compiler()
     if program is None:
-        raise RuntimeError("no C compiler was found (looked for $CC, or cc, gcc and clang); install one, or go on with torch's operations")
+        raise RuntimeError(
+            "no C compiler was found (looked for $CC, or cc, gcc and clang); "
+            "install one, or go on with torch's operations"
+        )
     target = folder / library_name()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         fresh = Path(scratch) / target.name

@@ -1,8 +1,9 @@
 """Gradients through the compiled kernels: one call for a whole list of tensors of mixed dtypes.
 
-Everything that does not depend on the step is prepared in a `Layout`. A call then takes addresses, and reads or writes each
-gradient once; ctypes releases the interpreter's lock meanwhile. Nothing here communicates. Results do not depend on the number of
-threads: a tensor is cut into blocks of 2^16 elements, whose partial sums are added in order.
+Everything that does not depend on the step is prepared in a `Layout`. A call then takes addresses,
+and reads or writes each gradient once; ctypes releases the interpreter's lock meanwhile. Nothing
+here communicates. Results do not depend on the number of threads: a tensor is cut into blocks of
+2^16 elements, whose partial sums are added in order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ ALONE = 1 << 19  # bytes that one thread reads before another has woken up
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
     """The compiled library, or why there is none."""
-    from distclip.kernels.build import library_name  # not above: `python -m` would find it imported already, and warn
+    # not above: `python -m` would find it imported already, and warn
+    from distclip.kernels.build import library_name
 
     folder = Path(__file__).parent
     try:
@@ -35,7 +37,8 @@ def library() -> ctypes.CDLL | str:
         if not path.exists():
             stale = any(folder.glob("libdistclip-*.so"))
             return (
-                "the compiled library is of other sources than these: run python -m distclip.kernels.build"
+                "the compiled library is of other sources than these: run python -m "
+                "distclip.kernels.build"
                 if stale
                 else "no compiled library"
             )
@@ -69,17 +72,27 @@ class _Job:
         self._help = lib.distclip_help
         self.help_address = ctypes.cast(lib.distclip_help, ctypes.c_void_p).value or 0
         counts, dtypes, starts = (ctypes.addressof(table) for table in layout.tables)
-        lib.distclip_bind(self.address, layout.tensors, counts, dtypes, layout.chunks, starts, ctypes.addressof(self._parts))
+        lib.distclip_bind(
+            self.address,
+            layout.tensors,
+            counts,
+            dtypes,
+            layout.chunks,
+            starts,
+            ctypes.addressof(self._parts),
+        )
 
     def help(self) -> None:
         self._help(self.address)
 
 
 class Layout:
-    """Sizes and dtypes of a list of gradients, prepared once. Calls may come from several threads at once.
+    """Sizes and dtypes of a list of gradients, prepared once. Calls may come from several threads
+    at once.
 
-    Every call takes `pointers`, one address a tensor: `tensor.data_ptr()` of a dense tensor on the CPU with that many elements, or
-    0 for "no gradient". They are best kept in an `array("Q")`. Wrong addresses are not noticed.
+    Every call takes `pointers`, one address a tensor: `tensor.data_ptr()` of a dense tensor on the
+    CPU with that many elements, or 0 for "no gradient". They are best kept in an `array("Q")`.
+    Wrong addresses are not noticed.
 
     Args:
         counts: Elements of each tensor.
@@ -95,7 +108,9 @@ class Layout:
         sizes = (ctypes.c_int64 * self.tensors)(*counts)
         codes = (ctypes.c_uint8 * self.tensors)(*[CODES[dtype] for dtype in dtypes])
         parts = ctypes.c_int64()
-        cut = functools.partial(lib.distclip_cut, self.tensors, ctypes.addressof(sizes), ctypes.addressof(codes))
+        cut = functools.partial(
+            lib.distclip_cut, self.tensors, ctypes.addressof(sizes), ctypes.addressof(codes)
+        )
         self.chunks: int = cut(None, ctypes.addressof(parts))
         starts = (ctypes.c_int64 * (3 * (self.chunks + 1)))()
         cut(ctypes.addressof(starts), ctypes.addressof(parts))
@@ -106,21 +121,25 @@ class Layout:
     def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
         """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [n] on the CPU.
 
-        An inf or NaN makes its sum non-finite; no elements and no gradient give 0. float64 gradients overflow where torch's do.
+        An inf or NaN makes its sum non-finite; no elements and no gradient give 0. float64
+        gradients overflow where torch's do.
         """
         out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
         self._run(SUMS, pointers, p, None, out)
         return out
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
-        """Compare each tensor with itself clamped to [-v, v], in one pass: float64 [n, 6] on the CPU.
+        """Compare each tensor with itself clamped to [-v, v], in one pass: float64 [n, 6] on the
+        CPU.
 
-        Columns: sum |g|^p, sum |c|^p (maxima where `p` is inf), sum g², sum c², sum g·c, and how many |g| > v. c is not rounded to the
-        gradient's dtype. The cosine between both is column 4 over the root of columns 2 times 3.
+        Columns: sum |g|^p, sum |c|^p (maxima where `p` is inf), sum g², sum c², sum g·c, and how
+        many |g| > v. c is not rounded to the gradient's dtype. The cosine between both is column 4
+        over the root of columns 2 times 3.
 
         Args:
             pointers: Addresses, as above.
-            values: v >= 0: float64 [n], or 0-dim for all. Rounded to float32 unless the gradient is float64; inf clamps nothing.
+            values: v >= 0: float64 [n], or 0-dim for all. Rounded to float32 unless the gradient is
+                float64; inf clamps nothing.
             p: Order of the first two columns.
         """
         out = torch.empty(self.tensors, COLUMNS, dtype=torch.float64, device="cpu")
@@ -128,23 +147,35 @@ class Layout:
         return out
 
     def scale_(self, pointers: Sequence[int], factors: Tensor | float) -> None:
-        """Multiply each tensor in place, in float32 (float64 if it is), with one rounding to its dtype, as torch does.
+        """Multiply each tensor in place, in float32 (float64 if it is), with one rounding to its
+        dtype, as torch does.
 
         Args:
             pointers: Addresses, as above.
-            factors: float64 [n] on the CPU, or one for all. A tensor whose factor is 1 is not touched.
+            factors: float64 [n] on the CPU, or one for all. A tensor whose factor is 1 is not
+                touched.
         """
         self._run(SCALE, pointers, 2.0, factors, None)
 
     def clamp_(self, pointers: Sequence[int], values: Tensor | float) -> None:
-        """Clamp each tensor to [-v, v] in place; NaN stays. `values`: as in `clamped_sums`; inf leaves a tensor untouched."""
+        """Clamp each tensor to [-v, v] in place; NaN stays. `values`: as in `clamped_sums`; inf
+        leaves a tensor untouched."""
         self._run(CLAMP, pointers, 2.0, values, None)
 
-    def _run(self, operation: int, pointers: Sequence[int], p: float, values: Tensor | float | None, out: Tensor | None) -> None:
+    def _run(
+        self,
+        operation: int,
+        pointers: Sequence[int],
+        p: float,
+        values: Tensor | float | None,
+        out: Tensor | None,
+    ) -> None:
         if not isinstance(pointers, array) or pointers.typecode != "Q":
             pointers = array("Q", pointers)
         if len(pointers) != self.tensors:
-            raise ValueError(f"{len(pointers)} addresses came for a layout of {self.tensors} tensors")
+            raise ValueError(
+                f"{len(pointers)} addresses came for a layout of {self.tensors} tensors"
+            )
         data = None if values is None else self._checked(values)
         try:
             job = self._jobs.pop()
@@ -163,7 +194,8 @@ class Layout:
         try:
             if helpers:
                 POOL.ask(helpers, job)
-        finally:  # helpers may be at work in the gradients' memory: wait for them, whatever happened
+        # helpers may be at work in the gradients' memory: wait for them, whatever happened
+        finally:
             self._lib.distclip_close(job.address)
         self._jobs.append(job)
 
@@ -172,7 +204,10 @@ class Layout:
             return torch.tensor(values, dtype=torch.float64, device="cpu")
         given = values.detach().to("cpu", torch.float64)
         if given.ndim and given.shape != (self.tensors,):
-            raise ValueError(f"values of shape {tuple(given.shape)} came for {self.tensors} tensors; give one each, or one for all")
+            raise ValueError(
+                f"values of shape {tuple(given.shape)} came for {self.tensors} "
+                f"tensors; give one each, or one for all"
+            )
         return given.contiguous()
 
 

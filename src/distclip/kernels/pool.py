@@ -1,8 +1,9 @@
 """Threads that help a native call: torch's own, or else a small pool, started when first needed.
 
-torch's are better: after a parallel operation, such as the end of a backward pass, they spin for a while on the cores that a sleeping
-pool would have to be woken on, and a call of less than a millisecond would be over by then. They are asked through the OpenMP runtime
-that torch has loaded, by the one entry that gcc's compiled code uses; distclip itself neither contains nor links OpenMP.
+torch's are better: after a parallel operation, such as the end of a backward pass, they spin for a
+while on the cores that a sleeping pool would have to be woken on, and a call of less than a
+millisecond would be over by then. They are asked through the OpenMP runtime that torch has loaded,
+by the one entry that gcc's compiled code uses; distclip itself neither contains nor links OpenMP.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class Work(Protocol):
 
 
 class Pool:
-    """Daemon threads that wait for work. Sleeping they cost nothing; they never keep the interpreter alive.
+    """Daemon threads that wait for work. Sleeping they cost nothing; they never keep the
+    interpreter alive.
 
-    After a fork the child has none of them, and starts its own. torch's threads are lost to it too, and their runtime does not know. A
-    child that imports distclip only after the fork cannot tell: there it hangs after parallel work of its parent, as torch itself does.
+    After a fork the child has none of them, and starts its own. torch's threads are lost to it too,
+    and their runtime does not know. A child that imports distclip only after the fork cannot tell:
+    there it hangs after parallel work of its parent, as torch itself does.
     """
 
     def __init__(self) -> None:
@@ -50,16 +53,20 @@ class Pool:
         self._forked = True
 
     def ask(self, helpers: int, work: Work) -> None:
-        """Have up to `helpers` threads besides this one take part, some time; this one may take part before it returns."""
+        """Have up to `helpers` threads besides this one take part, some time; this one may take
+        part before it returns."""
         team = None if self._forked else torchs_threads()
         if team is not None:
-            # all of them, even where fewer would do: a smaller team would end the others, and torch would have to start them again
+            # all of them, even where fewer would do: a smaller team would end the others, and torch
+            # would have to start them again
             team(work.help_address, work.address, torch.get_num_threads(), 0)
             return
         if self._started < helpers:
             with self._starting:
                 while self._started < helpers:
-                    threading.Thread(target=_serve, args=(self._work,), name="distclip", daemon=True).start()
+                    threading.Thread(
+                        target=_serve, args=(self._work,), name="distclip", daemon=True
+                    ).start()
                     self._started += 1
         for _ in range(helpers):
             self._work.put(work.help)
@@ -72,7 +79,8 @@ def _serve(queue: SimpleQueue[Callable[[], object]]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def torchs_threads() -> Callable[[int, int, int, int], None] | None:
-    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch brings along, or None where it brings none."""
+    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch brings along, or
+    None where it brings none."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return None
     for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
@@ -80,7 +88,10 @@ def torchs_threads() -> Callable[[int, int, int, int], None] | None:
             parallel = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
         except (OSError, AttributeError):
             continue
-        parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype, parallel.argtypes = (
+            None,
+            (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint),
+        )
         return parallel
     return None
 

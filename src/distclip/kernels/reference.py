@@ -1,7 +1,9 @@
-"""Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank. Plain torch operations: the reference.
+"""Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank. Plain
+torch operations: the reference.
 
-Nothing here communicates, and callers have turned autograd off. `rows` has the CPU's way. On other devices everything is computed in
-float64 by the device, without a host read and without a branch on values.
+Nothing here communicates, and callers have turned autograd off. `rows` has the CPU's way. On other
+devices everything is computed in float64 by the device, without a host read and without a branch on
+values.
 """
 
 import math
@@ -20,14 +22,17 @@ SUMMED = frozenset({  # dtypes whose elements torch can widen and add
 
 
 def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [len(tensors)], on the first one's device.
+    """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [len(tensors)], on the
+    first one's device.
 
     Args:
-        tensors: Plain local tensors (no DTensors) of any floating or complex dtype, dense or sparse, on any devices.
+        tensors: Plain local tensors (no DTensors) of any floating or complex dtype, dense or
+            sparse, on any devices.
         p: Order of the norm, 0 < p <= 8 or inf.
 
-    An inf or NaN among the elements makes its sum non-finite; an empty tensor gives 0 for every p. float64 gradients
-    overflow where torch's norm does. Temporaries are bounded on the CPU. Raises nothing; never communicates.
+    An inf or NaN among the elements makes its sum non-finite; an empty tensor gives 0 for every p.
+    float64 gradients overflow where torch's norm does. Temporaries are bounded on the CPU. Raises
+    nothing; never communicates.
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -37,7 +42,8 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     for index, value in enumerate(values):
         if value.numel():
             by_device.setdefault(value.device, []).append(index)
-    slots = [torch.zeros((), dtype=torch.float64, device=home)] * len(values)  # put side by side there: an index would have to be sent
+    # put side by side there: an index would have to be sent
+    slots = [torch.zeros((), dtype=torch.float64, device=home)] * len(values)
     for device, indices in by_device.items():
         compute = sums_on_cpu if device.type == "cpu" else _sums_on_device
         part = compute([values[index] for index in indices], p).to(home)
@@ -49,13 +55,16 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
-    """What bounding each element x to c = min(max(x, -v), v) would do: float64 [n, 6], on the first tensor's device.
+    """What bounding each element x to c = min(max(x, -v), v) would do: float64 [n, 6], on the first
+    tensor's device.
 
-    Columns: Σ|x|^p, Σ|c|^p (maxima where p is inf), Σx², Σc², Σx·c, and the number of elements that v bounds.
+    Columns: Σ|x|^p, Σ|c|^p (maxima where p is inf), Σx², Σc², Σx·c, and the number of elements that
+    v bounds.
 
     Args:
         tensors: as for `power_sums`.
-        values: float64 [n], v; rounded to float32 except for float64 gradients, as the clamp itself does.
+        values: float64 [n], v; rounded to float32 except for float64 gradients, as the clamp itself
+            does.
 
     Raises:
         GradientError: a complex gradient; it has no order.
@@ -64,16 +73,26 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
     for tensor, value in zip(tensors, values.unbind(), strict=True):
         if tensor.is_complex():
             raise GradientError(
-                f"a complex gradient of shape {tuple(tensor.shape)} has no order, so its elements cannot be clamped; clip its norm, or "
+                f"a complex gradient of shape {tuple(tensor.shape)} has no order, so its elements "
+                f"cannot be clamped; clip its norm, or "
                 "exempt it by groups=by_name({...: Exempt()})"
             )
-        limit = value.to(tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32).double()
+        limit = value.to(
+            tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        ).double()
         row = torch.zeros(6, dtype=torch.float64, device=tensor.device)
         for chunk in chunks(_values(tensor)) if tensor.numel() else ():
             x = chunk.double()
             c = torch.minimum(torch.maximum(x, -limit), limit)
             sizes = torch.stack([power_sum(x.abs(), p), power_sum(c.abs(), p)])
-            products = torch.stack([x.square().sum(), c.square().sum(), (x * c).sum(), (x.abs() > limit).sum().double()])
+            products = torch.stack(
+                [
+                    x.square().sum(),
+                    c.square().sum(),
+                    (x * c).sum(),
+                    (x.abs() > limit).sum().double(),
+                ]
+            )
             head = torch.maximum(row[:2], sizes) if p == math.inf else row[:2] + sizes
             row = torch.cat([head, row[2:] + products])
         rows.append(row.to(tensors[0].device))
@@ -81,7 +100,8 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The stored elements: those of a sparse tensor are coalesced first, since equal indices add up."""
+    """The stored elements: those of a sparse tensor are coalesced first, since equal indices add
+    up."""
     if tensor.layout is torch.strided:
         return tensor
     return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
@@ -102,13 +122,15 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None:
-    """Multiply each local tensor by its factor, in place. One whose factor is known to be 1 is not written.
+    """Multiply each local tensor by its factor, in place. One whose factor is known to be 1 is not
+    written.
 
     Args:
         factors: [n] numbers, or float64 [n] on any device, of which nothing is read on the host.
 
-    On the CPU a 0-dim float32 factor is multiplied in float32 also into bf16 and fp16; elsewhere torch would round it to the gradient's
-    dtype first, so that low-precision tensors are widened, one at a time.
+    On the CPU a 0-dim float32 factor is multiplied in float32 also into bf16 and fp16; elsewhere
+    torch would round it to the gradient's dtype first, so that low-precision tensors are widened,
+    one at a time.
     """
     if isinstance(factors, Tensor):
         for tensor, factor in zip(tensors, factors.unbind(), strict=True):
@@ -121,7 +143,12 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None
             for values in _stored(tensor):
                 alike[values.device, values.dtype, factor].append(values)
     for (device, dtype, factor), same in alike.items():
-        _multiply_(same, torch.tensor(factor, dtype=torch.float64, device="cpu").to(wide(dtype)).to(device, non_blocking=True))
+        _multiply_(
+            same,
+            torch.tensor(factor, dtype=torch.float64, device="cpu")
+            .to(wide(dtype))
+            .to(device, non_blocking=True),
+        )
 
 
 def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
@@ -134,7 +161,8 @@ def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def clamp_(tensors: Sequence[Tensor], values: Tensor) -> None:
-    """Clamp local real tensors to [-value, value] in place; NaN stays. `values`: float64 [n] on any device."""
+    """Clamp local real tensors to [-value, value] in place; NaN stays. `values`: float64 [n] on any
+    device."""
     for tensor, value in zip(tensors, values.unbind(), strict=True):
         if tensor.is_sparse and not tensor.is_coalesced():
             tensor.copy_(tensor.coalesce())  # the sum of equal indices is what is bounded

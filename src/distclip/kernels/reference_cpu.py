@@ -1,7 +1,8 @@
 """Power sums on the CPU by torch's operations, in float64 or as good. Nothing here communicates.
 
-Large float32 tensors are read in rows of 64 by torch's vectorised norm, and the rows are summed in float64; what float32 cannot hold is
-read again in float64. Low precision is widened a chunk at a time, small tensors are put side by side.
+Large float32 tensors are read in rows of 64 by torch's vectorised norm, and the rows are summed in
+float64; what float32 cannot hold is read again in float64. Low precision is widened a chunk at a
+time, small tensors are put side by side.
 """
 
 import math
@@ -21,17 +22,22 @@ ROW_FLOOR = 1e-27
 
 
 class _Room:
-    """Memory for one chunk, made when first needed: new copies of each chunk would cost more in page faults than its sum."""
+    """Memory for one chunk, made when first needed: new copies of each chunk would cost more in
+    page faults than its sum."""
 
     def __init__(self) -> None:
-        self._single, self._double = torch.empty(0, dtype=torch.float32, device="cpu"), torch.empty(0, dtype=torch.float64, device="cpu")
+        self._single, self._double = (
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+            torch.empty(0, dtype=torch.float64, device="cpu"),
+        )
 
     def wide(self, chunk: Tensor) -> Tensor:
         """The 1-D chunk, up to float32, in float32."""
         return chunk if chunk.dtype == torch.float32 else self._of(chunk.numel()).copy_(chunk)
 
     def joined(self, parts: list[Tensor]) -> Tensor:
-        """1-D parts of one dtype, up to CHUNK + ROW elements, side by side: float32, or float64 if they are."""
+        """1-D parts of one dtype, up to CHUNK + ROW elements, side by side: float32, or float64 if
+        they are."""
         if parts[0].dtype != torch.float32:
             whole = torch.cat(parts)
             return whole if whole.dtype == torch.float64 else self.wide(whole)
@@ -61,7 +67,9 @@ def sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
         count, dtype = tensor.numel(), tensor.dtype
         if count > CHUNK or dtype.is_complex or not tensor.is_contiguous():
             lone.append(index)
-        elif dtype in _UP_TO_FLOAT32 and (p == math.inf or (p == 2 and (count > SMALL or count % ROW == 0))):
+        elif dtype in _UP_TO_FLOAT32 and (
+            p == math.inf or (p == 2 and (count > SMALL or count % ROW == 0))
+        ):
             middling.setdefault(dtype, []).append(index)
         elif count <= SMALL and p != math.inf:
             small.setdefault((dtype, count), []).append(index)
@@ -89,7 +97,8 @@ def _batches(sizes: list[int], most: int) -> Iterator[slice]:
 
 
 def _sums_of_equals(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
-    """Of small 1-D tensors of one dtype and size, finite p, all in float64: to fill up rows would cost more."""
+    """Of small 1-D tensors of one dtype and size, finite p, all in float64: to fill up rows would
+    cost more."""
     count = tensors[0].numel()
     sums: list[float] = []
     for batch in _batches([count] * len(tensors), MANY):
@@ -98,7 +107,8 @@ def _sums_of_equals(tensors: list[Tensor], p: float, room: _Room) -> list[float]
 
 
 def _sums_of_rows(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
-    """Of 1-D tensors of one dtype up to float32, p = 2 or inf, put side by side: a call for each would cost more."""
+    """Of 1-D tensors of one dtype up to float32, p = 2 or inf, put side by side: a call for each
+    would cost more."""
     rows = [-(-tensor.numel() // ROW) for tensor in tensors]
     sums: list[float] = []
     for batch in _batches([count * ROW for count in rows], CHUNK + ROW):
@@ -118,11 +128,20 @@ def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room
     counts = torch.tensor(rows, device="cpu")
     owner = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
     if p == math.inf:
-        return torch.zeros(len(rows), dtype=torch.float64, device="cpu").scatter_reduce_(0, owner, norms, "amax").tolist()
-    bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu").index_add_(0, owner, norms * norms)
+        return (
+            torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+            .scatter_reduce_(0, owner, norms, "amax")
+            .tolist()
+        )
+    bodies = torch.zeros(len(rows), dtype=torch.float64, device="cpu").index_add_(
+        0, owner, norms * norms
+    )
     if (bodies >= counts * ROW_FLOOR).all() and bodies.amax() < math.inf:
         return bodies.tolist()
-    return [_redone(x, count, body, p) for x, count, body in zip(tensors, rows, bodies.tolist(), strict=True)]
+    return [
+        _redone(x, count, body, p)
+        for x, count, body in zip(tensors, rows, bodies.tolist(), strict=True)
+    ]
 
 
 @lru_cache(maxsize=8)
@@ -146,7 +165,8 @@ def _combine(parts: list[float], p: float) -> float:
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Contiguous 1-D pieces of at most CHUNK elements: views where some order of the dimensions is contiguous."""
+    """Contiguous 1-D pieces of at most CHUNK elements: views where some order of the dimensions is
+    contiguous."""
     ordered = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
     if ordered.is_contiguous():
         yield from ordered.view(-1).split(CHUNK)

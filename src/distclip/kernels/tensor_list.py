@@ -1,4 +1,5 @@
-"""Stage 3b: this rank's gradient tensors as one list, which a kernel reads and writes in one call; what it does not know, torch does."""
+"""Stage 3b: this rank's gradient tensors as one list, which a kernel reads and writes in one call;
+what it does not know, torch does."""
 
 from __future__ import annotations
 
@@ -12,12 +13,19 @@ from torch import Tensor
 from distclip import kernels
 from distclip.kernels import Layout, reference
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})  # others may have no memory of their own, or not yet
-_DTYPE, _DEVICE, _LAYOUT, _ON_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter("layout"), attrgetter("is_cpu")
+# others may have no memory of their own, or not yet
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_DTYPE, _DEVICE, _LAYOUT, _ON_CPU = (
+    attrgetter("dtype"),
+    attrgetter("device"),
+    attrgetter("layout"),
+    attrgetter("is_cpu"),
+)
 
 
 class GradList:
-    """Local tensors (no DTensors) and how they are computed with. All results are float64, on the first tensor's device.
+    """Local tensors (no DTensors) and how they are computed with. All results are float64, on the
+    first tensor's device.
 
     Args:
         tensors: [n].
@@ -28,29 +36,52 @@ class GradList:
 
     __slots__ = ("layout", "odd", "pointers", "tensors")
 
-    def __init__(self, tensors: Sequence[Tensor], layout: Layout | None, pointers: array[int], odd: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        layout: Layout | None,
+        pointers: array[int],
+        odd: Sequence[int],
+    ) -> None:
         self.tensors, self.layout, self.pointers, self.odd = tensors, layout, pointers, odd
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> GradList:
-        """Of any tensors: those that are one dense block of memory of a dtype that the kernel knows are left to it."""
+        """Of any tensors: those that are one dense block of memory of a dtype that the kernel knows
+        are left to it."""
         if not tensors:
             return cls((), None, array("Q"), ())
         home = tensors[0].device
-        odd = [] if _plain(tensors, home) else [i for i, tensor in enumerate(tensors) if not is_block(tensor, home)]
+        odd = (
+            []
+            if _plain(tensors, home)
+            else [i for i, tensor in enumerate(tensors) if not is_block(tensor, home)]
+        )
         left = set(odd)
-        counts = tuple(map(Tensor.numel, tensors)) if not odd else tuple(0 if i in left else t.numel() for i, t in enumerate(tensors))
-        dtypes = tuple(map(_DTYPE, tensors)) if not odd else tuple(torch.float32 if i in left else t.dtype for i, t in enumerate(tensors))
+        counts = (
+            tuple(map(Tensor.numel, tensors))
+            if not odd
+            else tuple(0 if i in left else t.numel() for i, t in enumerate(tensors))
+        )
+        dtypes = (
+            tuple(map(_DTYPE, tensors))
+            if not odd
+            else tuple(torch.float32 if i in left else t.dtype for i, t in enumerate(tensors))
+        )
         layout = kernels.layout(counts, dtypes, home)
         if layout is None:
             return cls(tensors, None, array("Q"), range(len(tensors)))
         pointers = array(
-            "Q", map(Tensor.data_ptr, tensors) if not odd else (0 if i in left else t.data_ptr() for i, t in enumerate(tensors))
+            "Q",
+            map(Tensor.data_ptr, tensors)
+            if not odd
+            else (0 if i in left else t.data_ptr() for i, t in enumerate(tensors)),
         )
         return cls(tensors, layout, pointers, odd)
 
     def power_sums(self, p: float) -> Tensor:
-        """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is not; never communicates."""
+        """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is
+        not; never communicates."""
         if self.layout is None:
             return reference.power_sums(self.tensors, p)
         sums = self.layout.power_sums(self.pointers, p)
@@ -71,7 +102,8 @@ class GradList:
         """Multiply in place, all alike or each by its own; what is multiplied by 1 is not written.
 
         Args:
-            factors: a number, [n] numbers, or float64 [n] on the device: then nothing is read on the host.
+            factors: a number, [n] numbers, or float64 [n] on the device: then nothing is read on
+                the host.
         """
         alike = isinstance(factors, (int, float))
         if alike and factors == 1.0:
@@ -81,13 +113,25 @@ class GradList:
                 self.layout.scale_(self.pointers, factors)
                 _written(self.tensors)
             else:
-                self.layout.scale_(self.pointers, torch.tensor(factors, dtype=torch.float64, device="cpu"))
-                _written([tensor for tensor, factor in zip(self.tensors, factors, strict=True) if factor != 1])
+                self.layout.scale_(
+                    self.pointers, torch.tensor(factors, dtype=torch.float64, device="cpu")
+                )
+                _written(
+                    [
+                        tensor
+                        for tensor, factor in zip(self.tensors, factors, strict=True)
+                        if factor != 1
+                    ]
+                )
         if self.odd:
             if alike:
                 own: Sequence[float] | Tensor = [float(factors)] * len(self.odd)
             else:
-                own = self._at(factors) if isinstance(factors, Tensor) else [factors[i] for i in self.odd]
+                own = (
+                    self._at(factors)
+                    if isinstance(factors, Tensor)
+                    else [factors[i] for i in self.odd]
+                )
             reference.scale_(self._odd(), own)
 
     def clamp_(self, values: Tensor) -> None:
@@ -99,11 +143,19 @@ class GradList:
             reference.clamp_(self._odd(), self._at(values))
 
     def _odd(self) -> Sequence[Tensor]:
-        return self.tensors if len(self.odd) == len(self.tensors) else [self.tensors[i] for i in self.odd]
+        return (
+            self.tensors
+            if len(self.odd) == len(self.tensors)
+            else [self.tensors[i] for i in self.odd]
+        )
 
     def _at(self, values: Tensor) -> Tensor:
         """Those of the odd ones, without an index, which would have to be sent."""
-        return values if len(self.odd) == len(self.tensors) else torch.stack([values[i] for i in self.odd])
+        return (
+            values
+            if len(self.odd) == len(self.tensors)
+            else torch.stack([values[i] for i in self.odd])
+        )
 
     def _put(self, sums: Tensor, odd: Tensor) -> None:
         for i, value in zip(self.odd, odd.to(sums.device).unbind(), strict=True):
@@ -111,23 +163,35 @@ class GradList:
 
 
 def _written(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd what a kernel wrote: a graph that saved one of these (create_graph=True) must not be used any more."""
+    """Tells autograd what a kernel wrote: a graph that saved one of these (create_graph=True) must
+    not be used any more."""
     torch.autograd.graph.increment_version(tensors)
 
 
 def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:
-    """Whether all are contiguous real tensors on `home`; told in a fraction of the time that one by one takes."""
+    """Whether all are contiguous real tensors on `home`; told in a fraction of the time that one by
+    one takes."""
     if not PLAIN.issuperset(map(type, tensors)) or {torch.strided} != set(map(_LAYOUT, tensors)):
         return False
     real = not any(dtype.is_complex for dtype in set(map(_DTYPE, tensors)))
-    here = all(map(_ON_CPU, tensors)) if home.type == "cpu" else set(map(_DEVICE, tensors)) == {home}
+    here = (
+        all(map(_ON_CPU, tensors)) if home.type == "cpu" else set(map(_DEVICE, tensors)) == {home}
+    )
     return real and here and all(map(Tensor.is_contiguous, tensors))
 
 
 def is_block(tensor: Tensor, home: torch.device) -> bool:
-    """Whether the tensor's elements fill one block of memory at its address, in any order, on `home`."""
-    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.device != home or tensor.is_complex():
+    """Whether the tensor's elements fill one block of memory at its address, in any order, on
+    `home`."""
+    if (
+        type(tensor) not in PLAIN
+        or tensor.layout is not torch.strided
+        or tensor.device != home
+        or tensor.is_complex()
+    ):
         return False
     if tensor.is_contiguous():
         return True
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
+    return tensor.permute(
+        sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    ).is_contiguous()

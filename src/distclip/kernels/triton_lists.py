@@ -1,12 +1,16 @@
-"""Lists of tensors on a CUDA device: one launch measures them, one scales them. Triton is optional, and imported on use.
+"""Lists of tensors on a CUDA device: one launch measures them, one scales them. Triton is optional,
+and imported on use.
 
-What does not depend on the step is prepared once for a list's sizes and dtypes (`Layout`). A step sends the addresses alone, and only
-where they changed; nothing waits for the device, and all of it can be captured in a CUDA graph.
+What does not depend on the step is prepared once for a list's sizes and dtypes (`Layout`). A step
+sends the addresses alone, and only where they changed; nothing waits for the device, and all of it
+can be captured in a CUDA graph.
 
-Sums of squares: where float64 runs at half of float32's rate it is used for every element (16-bit numbers are brought to it without a
-conversion), and however a tensor is cut its sum is right to 1e-15. Elsewhere it may run at 1/64: there float32 serves, with what its
-rounding took away beside it, and float64 for what float32's range does not hold; right to 1e-12. All other sums are float64 from the first
-element on. Partial sums are added in one order, without atomics, so that a repeated step gives equal bits.
+Sums of squares: where float64 runs at half of float32's rate it is used for every element (16-bit
+numbers are brought to it without a conversion), and however a tensor is cut its sum is right to
+1e-15. Elsewhere it may run at 1/64: there float32 serves, with what its rounding took away beside
+it, and float64 for what float32's range does not hold; right to 1e-12. All other sums are float64
+from the first element on. Partial sums are added in one order, without atomics, so that a repeated
+step gives equal bits.
 """
 
 from __future__ import annotations
@@ -24,9 +28,11 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as `triton_programs` branches on them
+# as `triton_programs` branches on them
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LISTS = 64  # layouts kept
-_HALF_RATE = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # compute capabilities whose float64 runs at half of float32's rate
+# compute capabilities whose float64 runs at half of float32's rate
+_HALF_RATE = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 @lru_cache(maxsize=1)
@@ -36,9 +42,11 @@ def available() -> bool:
 
 
 class Layout:
-    """The tables of one list of tensors, on their device: which program works on which chunk of which tensor.
+    """The tables of one list of tensors, on their device: which program works on which chunk of
+    which tensor.
 
-    Everywhere `pointers` are [n] addresses, 0 where there is no tensor: it counts as 0 and is left alone. Nothing waits for the device.
+    Everywhere `pointers` are [n] addresses, 0 where there is no tensor: it counts as 0 and is left
+    alone. Nothing waits for the device.
 
     Args:
         counts: elements of each tensor, which lie without gaps.
@@ -49,7 +57,9 @@ class Layout:
         ConfigError: a CUDA graph is being captured, and what the capture needs was not prepared.
     """
 
-    def __init__(self, counts: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    def __init__(
+        self, counts: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+    ) -> None:
         import distclip.kernels.triton_programs as programs
 
         if _capturing(device):
@@ -60,26 +70,37 @@ class Layout:
         chunks = (count + programs.CHUNK - 1) // programs.CHUNK
         firsts = torch.cat([count.new_zeros(1), chunks.cumsum(0)])
         self._chunks = int(firsts[-1])
-        self._written = programs.SMALL if int(count.sum()) < self._chunks * programs.LARGE[0] else programs.LARGE
+        self._written = (
+            programs.SMALL
+            if int(count.sum()) < self._chunks * programs.LARGE[0]
+            else programs.LARGE
+        )
         codes = [CODES[dtype] for dtype in dtypes]
         self._types = sum({1 << code for code in codes})
-        owners = torch.repeat_interleave(torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks)
+        owners = torch.repeat_interleave(
+            torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks
+        )
         tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32, device="cpu"))
         self._tables = [_sent(table, device) for table in tables]
-        self._sent: tuple[array[int], int, Tensor] | None = None  # addresses, for which stream, on the device
+        # addresses, for which stream, on the device
+        self._sent: tuple[array[int], int, Tensor] | None = None
         self._runners: dict[tuple[object, ...], Any] = {}  # compiled programs, ready to be launched
         self._double = doubles(device)
         self._ready = _recorded(device)
-        if device.type == "cuda":  # compiled here, since a first launch may come in a capture, where nothing can be loaded
+        # compiled here, since a first launch may come in a capture, where nothing can be loaded
+        if device.type == "cuda":
             self.scale_([0] * self.size, 1.0)
 
     def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
-        """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or inf. NaN stays NaN."""
+        """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or
+        inf. NaN stays NaN."""
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
         programs, constants = self._programs, (self._types, float(p), self._double)
         sizes = (programs.CHUNK, programs.BLOCK, programs.PART)
         with _on(self.device):
-            self._launch(programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes))
+            self._launch(
+                programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes)
+            )
             return self._summed(partials, 1, int(p == math.inf)).view(-1)
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
@@ -96,7 +117,8 @@ class Layout:
             return self._summed(partials, 6, 2 if p == math.inf else 0)
 
     def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
-        """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even. Where the factor is 1 nothing is read.
+        """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even.
+        Where the factor is 1 nothing is read.
 
         Args:
             factors: a number, or float64 on any device: 0-dim, or [n], one for each tensor.
@@ -106,7 +128,8 @@ class Layout:
         self._change(pointers, factors, clamp=False)
 
     def clamp_(self, pointers: Sequence[int], values: Tensor) -> None:
-        """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the value is inf nothing is read.
+        """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the
+        value is inf nothing is read.
 
         Args:
             values: float64 on any device: 0-dim, or [n].
@@ -119,17 +142,36 @@ class Layout:
         programs, (written, warps, side_by_side) = self._programs, self._written
         constants = (_stride(values), self._types, clamp, programs.CHUNK, written)
         with _on(self.device):
-            self._launch(programs.change, warps, pointers, (values, self._chunks), constants, _processors(self.device) * side_by_side)
+            self._launch(
+                programs.change,
+                warps,
+                pointers,
+                (values, self._chunks),
+                constants,
+                _processors(self.device) * side_by_side,
+            )
 
     def _summed(self, partials: Tensor, rows: int, most: int) -> Tensor:
         """[n, rows] float64; the first `most` rows are maxima."""
         sums = torch.empty(self.size, rows, dtype=torch.float64, device=self.device)
         args = (partials, self._tables[1], sums, self._chunks)
-        self._run(self._programs.tensor_sums, self._programs.WARPS, (self.size, rows), args, (most, self._programs.LANES))
+        self._run(
+            self._programs.tensor_sums,
+            self._programs.WARPS,
+            (self.size, rows),
+            args,
+            (most, self._programs.LANES),
+        )
         return sums
 
     def _launch(
-        self, program: Any, warps: int, pointers: Sequence[int], args: tuple[Any, ...], constants: tuple[Any, ...], most: int | None = None
+        self,
+        program: Any,
+        warps: int,
+        pointers: Sequence[int],
+        args: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        most: int | None = None,
     ) -> None:
         """A program for each chunk, or `most` at most."""
         there, chunks = self._there(pointers), self._chunks
@@ -137,8 +179,16 @@ class Layout:
             grid = (chunks if most is None else min(chunks, most), 1)
             self._run(program, warps, grid, (there, *self._tables, *args), constants)
 
-    def _run(self, program: Any, warps: int, grid: tuple[int, int], args: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
-        """Triton looks at the arguments of the first launch only: all later ones are of the same types, and aligned in the same way."""
+    def _run(
+        self,
+        program: Any,
+        warps: int,
+        grid: tuple[int, int],
+        args: tuple[Any, ...],
+        constants: tuple[Any, ...],
+    ) -> None:
+        """Triton looks at the arguments of the first launch only: all later ones are of the same
+        types, and aligned in the same way."""
         key = (program.__name__, grid, *constants)
         runner = self._runners.get(key)
         if runner is not None:
@@ -151,8 +201,8 @@ class Layout:
     def _there(self, pointers: Sequence[int]) -> Tensor:
         """[n] int64: the addresses on the device. Sent only where they are not there yet.
 
-        A captured graph keeps what it reads: the addresses sent before the capture, where gradients are still there, else a pinned copy of
-        its own, from which every replay sends them.
+        A captured graph keeps what it reads: the addresses sent before the capture, where gradients
+        are still there, else a pinned copy of its own, from which every replay sends them.
         """
         addresses = pointers if isinstance(pointers, array) else array("Q", pointers)
         known = self._sent
@@ -184,19 +234,23 @@ class Layout:
 
 
 @lru_cache(maxsize=_LISTS)
-def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> Layout:
+def layout(
+    counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> Layout:
     """Prepared once for each list of sizes and dtypes."""
     return Layout(counts, dtypes, device)
 
 
 _WARM_UP = (
-    "a CUDA graph is being captured, and what the capture needs was not prepared; run the step without capture first, on the same "
+    "a CUDA graph is being captured, and what the capture needs was not prepared; run the step "
+    "without capture first, on the same "
     "parameters (warm up, as torch's recipe for CUDA graphs does), once before each capture"
 )
 
 
 class _Reserve:
-    """Pinned memory for the addresses that captured graphs send. Set aside before, as none can be allocated in a capture; never reused."""
+    """Pinned memory for the addresses that captured graphs send. Set aside before, as none can be
+    allocated in a capture; never reused."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -204,7 +258,9 @@ class _Reserve:
     def ensure(self, words: int) -> None:
         """Room for several captures of a list."""
         if self._free.numel() < 4 * words:
-            self._free = torch.empty(max(16 * words, 1 << 14), dtype=torch.int64, device="cpu", pin_memory=True)
+            self._free = torch.empty(
+                max(16 * words, 1 << 14), dtype=torch.int64, device="cpu", pin_memory=True
+            )
 
     def take(self, words: int) -> Tensor:
         if self._free.numel() < words:
@@ -224,12 +280,20 @@ def doubles(device: torch.device) -> bool:
 
 @lru_cache(maxsize=_LISTS)
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def _words(addresses: array[int]) -> Tensor:
     """[n] int64, in the same memory."""
-    return torch.frombuffer(addresses, dtype=torch.int64) if addresses else torch.empty(0, dtype=torch.int64, device="cpu")
+    return (
+        torch.frombuffer(addresses, dtype=torch.int64)
+        if addresses
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
 
 
 def _stride(values: Tensor) -> int:
@@ -255,5 +319,6 @@ def _recorded(device: torch.device) -> Any:
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. torch's allocator does not give the pinned memory away before the copy is done, so nobody waits for it."""
+    """A copy on the device. torch's allocator does not give the pinned memory away before the copy
+    is done, so nobody waits for it."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -1,41 +1,51 @@
 """The device programs of `triton_lists`, in Triton's language. Imported only where triton is used.
 
-One program works on one chunk of one tensor. A tensor's address and dtype are read from tables, so that one launch serves a list of
-tensors of mixed dtypes. Loads and stores are 16 bytes wide from a tensor's first multiple of 16 bytes on; what lies before it, seven
-elements at most, is done apart. Offsets within a tensor are 64 bits wide.
+One program works on one chunk of one tensor. A tensor's address and dtype are read from tables, so
+that one launch serves a list of tensors of mixed dtypes. Loads and stores are 16 bytes wide from a
+tensor's first multiple of 16 bytes on; what lies before it, seven elements at most, is done apart.
+Offsets within a tensor are 64 bits wide.
 """
 
-# Branches on constants are compiled away, so the two sides of one may differ in type: no conditional expressions, and no `and` that mixes
-# what the compiler knows with what the device reads.
+# Branches on constants are compiled away, so the two sides of one may differ in type: no
+# conditional expressions, and no `and` that mixes what the compiler knows with what the device
+# reads.
 # ruff: noqa: SIM102, SIM108, SIM300
-# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: basic, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
-CHUNK = 32768  # elements that one program reads: few enough programs for large lists, and a tensor of this size still has its own
+# elements that one program reads: few enough programs for large lists, and a tensor of this size
+# still has its own
+CHUNK = 32768
 BLOCK = 2048  # elements that are summed side by side in float64: 16 a thread
 PART = 1024  # the same in float32, which takes more registers
 WARPS = 4
-# how elements are changed where tensors are small, and elsewhere: so many at a time, by so many warps, so many programs a processor
+# how elements are changed where tensors are small, and elsewhere: so many at a time, by so many
+# warps, so many programs a processor
 SMALL, LARGE = (4096, WARPS, 16), (16384, 16, 2)
 LANES = 512  # partial sums in flight
 
 _FLIGHT = tl.constexpr(4096)  # elements that are on their way at a time
-_LEVELS = tl.constexpr(2)  # a thread's neighbours are four elements or more: they are added without leaving it
+# a thread's neighbours are four elements or more: they are added without leaving it
+_LEVELS = tl.constexpr(2)
 _AHEAD = tl.constexpr(128)  # chunks whose values are looked at together
 _EDGE = tl.constexpr(1024)  # elements at a time where a tensor begins or ends
-# 16-bit numbers are turned into float64 without a conversion, by moving the bits of a float32: only 0, inf, NaN and what is below 2^-126
-# come out wrong, namely as 2^-127 or as 2^128 and more, which a sum of squares shows
+# 16-bit numbers are turned into float64 without a conversion, by moving the bits of a float32: only
+# 0, inf, NaN and what is below 2^-126 come out wrong, namely as 2^-127 or as 2^128 and more, which
+# a sum of squares shows
 _OF_ZERO = tl.constexpr(2.0**-254)
-_MOVED = tl.constexpr((2.0**-190, 2.0**256))  # below, the zeros could matter; from there on there may be an inf among them
-_COMPENSATED = tl.constexpr((2.0**-80, 2.0**120))  # where squares and their errors neither left float32 nor were rounded to 0
+# below, the zeros could matter; from there on there may be an inf among them
+_MOVED = tl.constexpr((2.0**-190, 2.0**256))
+# where squares and their errors neither left float32 nor were rounded to 0
+_COMPENSATED = tl.constexpr((2.0**-80, 2.0**120))
 
 
 @triton.jit
 def _wide(x):
-    """float32, or float64 for float64. bfloat16 is read as its bits, uint16: devices before sm_80 and the interpreter do not round it."""
+    """float32, or float64 for float64. bfloat16 is read as its bits, uint16: devices before sm_80
+    and the interpreter do not round it."""
     if x.dtype == tl.uint16:
         x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif x.dtype == tl.float16:
@@ -49,7 +59,8 @@ def _narrow(x, TYPE: tl.constexpr):
     if TYPE == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        out = tl.where(x == x, even, (bits >> 16) | 0x40).to(tl.uint16)  # adding could turn a NaN into inf or 0
+        # adding could turn a NaN into inf or 0
+        out = tl.where(x == x, even, (bits >> 16) | 0x40).to(tl.uint16)
     else:
         out = x.to(TYPE)
     return out
@@ -72,7 +83,8 @@ def _raised(size, P: tl.constexpr):
 
 @triton.jit
 def _joined(acc, x, P: tl.constexpr):
-    """`acc` with |x|^P added, or for P = inf the larger bits: NaN lies above inf there, so that it stays."""
+    """`acc` with |x|^P added, or for P = inf the larger bits: NaN lies above inf there, so that it
+    stays."""
     if P == float("inf"):
         if x.dtype == tl.float64:
             acc = tl.maximum(acc, x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF)
@@ -88,14 +100,16 @@ def _joined(acc, x, P: tl.constexpr):
 
 @triton.jit
 def _moved(x):
-    """float64 |x| of 16-bit numbers, but for those that `_MOVED` speaks of. Conversions run at a quarter of float64's own rate."""
+    """float64 |x| of 16-bit numbers, but for those that `_MOVED` speaks of. Conversions run at a
+    quarter of float64's own rate."""
     bits = _wide(x).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     return (((bits >> 3) + 0x38000000).to(tl.uint64) << 32).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _moved_sum(here, count, BLOCK: tl.constexpr):
-    """[] float64, and whether it is right: the sum of squares of 16-bit numbers, each squared in float64."""
+    """[] float64, and whether it is right: the sum of squares of 16-bit numbers, each squared in
+    float64."""
     lanes = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, count, _FLIGHT):
@@ -118,7 +132,8 @@ def _two_sum(a, b):
 
 @triton.jit
 def _compensated_sum(here, count, PART: tl.constexpr):
-    """[] float64, and whether it is right: the sum of squares in float32 with what rounding took away beside it, right to 1e-12."""
+    """[] float64, and whether it is right: the sum of squares in float32 with what rounding took
+    away beside it, right to 1e-12."""
     lanes = tl.arange(0, PART)
     acc = tl.zeros((PART,), tl.float32)
     lost = tl.zeros((PART,), tl.float32)
@@ -144,7 +159,16 @@ def _compensated_sum(here, count, PART: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(here, head, body, count, P: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+def _sum_of(
+    here,
+    head,
+    body,
+    count,
+    P: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
     """[] float64: the power sum of `head` elements at `here` and of `count` at `body`."""
     quick = tl.full((), 0, tl.float64)
     start = count * 0
@@ -171,7 +195,8 @@ def _sum_of(here, head, body, count, P: tl.constexpr, DOUBLE: tl.constexpr, BLOC
     if head > 0:
         acc = _joined(acc, tl.load(here + lanes, mask=lanes < head, other=0), P)
     whole = start + (count - start) // BLOCK * BLOCK
-    for at in range(start, whole, BLOCK):  # without a mask, which would keep loads from being vectorised
+    # without a mask, which would keep loads from being vectorised
+    for at in range(start, whole, BLOCK):
         acc = _joined(acc, tl.load(body + at + lanes), P)
     if whole < count:
         acc = _joined(acc, tl.load(body + whole + lanes, mask=whole + lanes < count, other=0), P)
@@ -193,15 +218,28 @@ def _head(address, count, TYPE: tl.constexpr):
 
 @triton.jit
 def _aligned(address, TYPE: tl.constexpr):
-    """A pointer to a multiple of 16 bytes, which the compiler learns of. The hint sticks to the value that it is given: this one is new."""
+    """A pointer to a multiple of 16 bytes, which the compiler learns of. The hint sticks to the
+    value that it is given: this one is new."""
     return tl.multiple_of((address & -16).to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
-def _typed_sum(address, start, count, TYPE: tl.constexpr, P: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+def _typed_sum(
+    address,
+    start,
+    count,
+    TYPE: tl.constexpr,
+    P: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
     head = _head(address, count, TYPE)
-    body = _aligned(address + 15, TYPE) + start  # a chunk's start is a multiple of 16 bytes from the first one's
-    return _sum_of(address.to(tl.pointer_type(TYPE)) + start, head, body, count - head, P, DOUBLE, BLOCK, PART)
+    # a chunk's start is a multiple of 16 bytes from the first one's
+    body = _aligned(address + 15, TYPE) + start
+    return _sum_of(
+        address.to(tl.pointer_type(TYPE)) + start, head, body, count - head, P, DOUBLE, BLOCK, PART
+    )
 
 
 @triton.jit
@@ -209,11 +247,14 @@ def chunk_sums(
     pointers, owners, firsts, counts, codes, partials,
     TYPES: tl.constexpr, P: tl.constexpr, DOUBLE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """partials [chunks] float64: each chunk's sum of |x|^P, or its maximum for P = inf. A grid of one program a chunk.
+    """partials [chunks] float64: each chunk's sum of |x|^P, or its maximum for P = inf. A grid of
+    one program a chunk.
 
-    All of `triton_lists.Layout`: pointers [n] int64 (0: no tensor, its chunks give 0), owners [chunks] int32, firsts [n + 1] int64,
-    counts [n] int64, codes [n] int32. TYPES: bit k is set where dtype code k occurs; only those are compiled. DOUBLE: whether the
-    device computes in float64 at half of float32's rate. Compiled without contraction of multiply and add, which would lose the errors.
+    All of `triton_lists.Layout`: pointers [n] int64 (0: no tensor, its chunks give 0), owners
+    [chunks] int32, firsts [n + 1] int64, counts [n] int64, codes [n] int32. TYPES: bit k is set
+    where dtype code k occurs; only those are compiled. DOUBLE: whether the device computes in
+    float64 at half of float32's rate. Compiled without contraction of multiply and add, which would
+    lose the errors.
     """
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
@@ -256,7 +297,8 @@ def _row_of_sums(partials, at, end, P: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["partials"])
 def tensor_sums(partials, firsts, sums, chunks, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """sums [n, rows] float64 from partials [rows, chunks], always in the same order; the first MOST rows are maxima.
+    """sums [n, rows] float64 from partials [rows, chunks], always in the same order; the first MOST
+    rows are maxima.
 
     A grid of one program a tensor and row.
     """
@@ -293,7 +335,16 @@ def _change_edge(here, count, value, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _typed_change(address, start, count, value, TYPE: tl.constexpr, WIDE: tl.constexpr, CLAMP: tl.constexpr, WRITTEN: tl.constexpr):
+def _typed_change(
+    address,
+    start,
+    count,
+    value,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    WRITTEN: tl.constexpr,
+):
     value = value.to(WIDE)
     if _acts(value, CLAMP):
         head = _head(address, count, TYPE)
@@ -348,10 +399,12 @@ def change(
     pointers, owners, firsts, counts, codes, values, chunks,
     STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies or clamps in place; nothing is read or written where the factor is 1 or the bound inf (or NaN).
+    """Multiplies or clamps in place; nothing is read or written where the factor is 1 or the bound
+    inf (or NaN).
 
-    values: float64, one every STRIDE; with 0 one for all. Tables and TYPES as for `chunk_sums`. A grid of any size: the programs take the
-    chunks in turns, and each looks at the values of many of its own at a time, so that little is left to do where none acts.
+    values: float64, one every STRIDE; with 0 one for all. Tables and TYPES as for `chunk_sums`. A
+    grid of any size: the programs take the chunks in turns, and each looks at the values of many of
+    its own at a time, so that little is left to do where none acts.
     """
     programs = tl.num_programs(0)
     for begin in range(tl.program_id(0), chunks, programs * _AHEAD):
@@ -360,7 +413,20 @@ def change(
         value = tl.load(values + owner * STRIDE, mask=owner >= 0, other=1.0)
         if tl.max((_acts(value, CLAMP) & (owner >= 0)).to(tl.int32), 0) != 0:
             for chunk in range(begin, tl.minimum(begin + programs * _AHEAD, chunks), programs):
-                _change_chunk(pointers, owners, firsts, counts, codes, values, chunk, STRIDE, TYPES, CLAMP, CHUNK, WRITTEN)
+                _change_chunk(
+                    pointers,
+                    owners,
+                    firsts,
+                    counts,
+                    codes,
+                    values,
+                    chunk,
+                    STRIDE,
+                    TYPES,
+                    CLAMP,
+                    CHUNK,
+                    WRITTEN,
+                )
 
 
 @triton.jit
@@ -381,7 +447,17 @@ def _clamp_joined(size, bounded, square, after, product, beyond, x, value, P: tl
 
 
 @triton.jit
-def _clamp_sums(address, start, count, value, partials, stride, TYPE: tl.constexpr, P: tl.constexpr, PART: tl.constexpr):
+def _clamp_sums(
+    address,
+    start,
+    count,
+    value,
+    partials,
+    stride,
+    TYPE: tl.constexpr,
+    P: tl.constexpr,
+    PART: tl.constexpr,
+):
     lanes = tl.arange(0, PART)
     if P == float("inf"):
         size = tl.zeros((PART,), tl.int64)
@@ -395,15 +471,21 @@ def _clamp_sums(address, start, count, value, partials, stride, TYPE: tl.constex
     head = _head(address, count, TYPE)
     if head > 0:
         x = tl.load(address.to(tl.pointer_type(TYPE)) + start + lanes, mask=lanes < head, other=0)
-        size, bounded, square, after, product, beyond = _clamp_joined(size, bounded, square, after, product, beyond, x, value, P)
+        size, bounded, square, after, product, beyond = _clamp_joined(
+            size, bounded, square, after, product, beyond, x, value, P
+        )
     body = _aligned(address + 15, TYPE) + start
     whole = (count - head) // PART * PART
     for at in range(0, whole, PART):
         x = tl.load(body + at + lanes)
-        size, bounded, square, after, product, beyond = _clamp_joined(size, bounded, square, after, product, beyond, x, value, P)
+        size, bounded, square, after, product, beyond = _clamp_joined(
+            size, bounded, square, after, product, beyond, x, value, P
+        )
     if whole < count - head:
         x = tl.load(body + whole + lanes, mask=whole + lanes < count - head, other=0)
-        size, bounded, square, after, product, beyond = _clamp_joined(size, bounded, square, after, product, beyond, x, value, P)
+        size, bounded, square, after, product, beyond = _clamp_joined(
+            size, bounded, square, after, product, beyond, x, value, P
+        )
     if P == 2:
         size = square
         bounded = after
@@ -424,10 +506,12 @@ def chunk_clamps(
     pointers, owners, firsts, counts, codes, values, partials, chunks,
     STRIDE: tl.constexpr, TYPES: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """partials [6, chunks] float64, 0 before: of x and of c, which is x clamped to its tensor's value.
+    """partials [6, chunks] float64, 0 before: of x and of c, which is x clamped to its tensor's
+    value.
 
-    Sums of |x|^P and |c|^P (maxima for P = inf), of x², c² and x·c, and how many x are beyond the value. values: float64, one
-    every STRIDE, used in float32 except for float64 tensors. Tables, TYPES and the grid as for `chunk_sums`.
+    Sums of |x|^P and |c|^P (maxima for P = inf), of x², c² and x·c, and how many x are beyond the
+    value. values: float64, one every STRIDE, used in float32 except for float64 tensors. Tables,
+    TYPES and the grid as for `chunk_sums`.
     """
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)

@@ -1,7 +1,8 @@
 """Stage 3a, at most steps: are a step's gradients as those that were found right before?
 
-What was found is laid out in lists once for each set of parameters that have a gradient; a step then compares list with list, which costs
-half a microsecond a parameter, and less where gradients are the tensors that the step before met, at the same addresses.
+What was found is laid out in lists once for each set of parameters that have a gradient; a step
+then compares list with list, which costs half a microsecond a parameter, and less where gradients
+are the tensors that the step before met, at the same addresses.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from distclip.kernels.tensor_list import PLAIN, GradList, is_block
 from distclip.torch_internals.dtensor import dtensor_class
 
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
-_SHAPE, _DTYPE, _SPEC, _LOCAL = attrgetter("shape"), attrgetter("dtype"), attrgetter("_spec"), attrgetter("_local_tensor")
+_SHAPE, _DTYPE, _SPEC, _LOCAL = (
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    attrgetter("_spec"),
+    attrgetter("_local_tensor"),
+)
 _ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
-# before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which torch warns of
+# before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which
+# torch warns of
 _Ref: Any = TensorWeakRef if versions.before(2, 10) else ref
 
 
 @dataclass(slots=True)
 class _Met:
-    """The gradients of the step before, not kept alive. One that is still the same tensor, with as many bytes at the same address, needs
-    no other look: what `.data =` or `resize_` can make of a tensor shows in one of these."""
+    """The gradients of the step before, not kept alive. One that is still the same tensor, with as
+    many bytes at the same address, needs no other look: what `.data =` or `resize_` can make of a
+    tensor shows in one of these."""
 
     first: Callable[[], Tensor | None]
-    all: list[Callable[[], Tensor | None]]  # empty where the first was another one at the step before: then they are new at every step
+    # empty where the first was another one at the step before: then they are new at every step
+    all: list[Callable[[], Tensor | None]]
     sizes: list[int]  # bytes
     addresses: list[int]
     pointers: array[int]  # the same, as a kernel takes them
@@ -57,7 +66,8 @@ class Expected:
 
     @classmethod
     def of(cls, given: Sequence[Tensor], listed: GradList, device: torch.device) -> Expected | None:
-        """From gradients that are right, if the kernel takes all of them as they are, or torch does.
+        """From gradients that are right, if the kernel takes all of them as they are, or torch
+        does.
 
         Args:
             given: as they were found, DTensors among them; listed: this rank's parts of them.
@@ -101,16 +111,20 @@ class Expected:
             if list(map(type, given)) != self.types:
                 return None
             dtensor = dtensor_class()
-            if [_SPEC(grad) for grad, kind in zip(given, self.types) if kind is dtensor] != self.specs:
+            if [
+                _SPEC(grad) for grad, kind in zip(given, self.types) if kind is dtensor
+            ] != self.specs:
                 return None
         grads = self._locals(given)
-        if not PLAIN.issuperset(map(type, grads)):  # a collective still fills one, or it has no memory of its own
+        # a collective still fills one, or it has no memory of its own
+        if not PLAIN.issuperset(map(type, grads)):
             return None
         if list(map(_SHAPE, grads)) != self.shapes or list(map(_DTYPE, grads)) != self.dtypes:
             return None
         if not all(map(_CONTIGUOUS, grads)) and list(map(_STRIDES, grads)) != self.strides:
             return None
-        # the model was moved, or grad_of looks elsewhere; a process that never used CUDA has nothing to look for
+        # the model was moved, or grad_of looks elsewhere; a process that never used CUDA has
+        # nothing to look for
         if torch.cuda.is_initialized() and set(map(_ON_CPU, grads)) != {self.device.type == "cpu"}:
             return None
         pointers = array("Q", map(_POINTER, grads))
@@ -119,7 +133,9 @@ class Expected:
         if given:
             stay = self.met is not None and self.met.first() is given[0]
             sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
-            self.met = _Met(_Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers)
+            self.met = _Met(
+                _Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers
+            )
         return GradList(grads, self.layout, pointers, self.odd)
 
     def _locals(self, given: list[Any]) -> list[Any]:

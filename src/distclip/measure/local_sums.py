@@ -1,4 +1,5 @@
-"""Stage 3: this rank's part of the message. Whatever goes wrong here travels in it, so that no rank waits for another."""
+"""Stage 3: this rank's part of the message. Whatever goes wrong here travels in it, so that no rank
+waits for another."""
 
 from __future__ import annotations
 
@@ -75,8 +76,11 @@ class Sensor:
     _nothing: Tensor = field(init=False)  # [pieces]
     _none: Tensor = field(init=False)  # [0]
     _everything: Grads = field(init=False)  # all parameters, as if they were gradients
-    _chosen: dict[tuple[int, ...], tuple[Present, tuple[list[int], Tensor, Tensor, Tensor]]] = field(init=False, default_factory=dict)
-    _said: tuple[Tensor, Tensor] | None = field(init=False, default=None)  # which are there, and what the message says of it
+    _chosen: dict[tuple[int, ...], tuple[Present, tuple[list[int], Tensor, Tensor, Tensor]]] = (
+        field(init=False, default_factory=dict)
+    )
+    # which are there, and what the message says of it
+    _said: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._nothing = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
@@ -92,7 +96,8 @@ class Sensor:
         """Never communicates, raises nothing. The message: [words] float64 on the compute device.
 
         Args:
-            last: the token of the decision before: its number where the host reads at once, else [1] float64.
+            last: the token of the decision before: its number where the host reads at once, else
+                [1] float64.
         """
         sums = has = self._nothing
         stats = self._nothing.new_zeros(self.wire.stats) if self.wire.stats else self._none
@@ -110,35 +115,50 @@ class Sensor:
                     or strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
                 )
             if not faults and call.problem is None:
-                own = grads.list.power_sums(self.wire.norm_type).to(self.device) if grads.list.tensors else self._none
+                own = (
+                    grads.list.power_sums(self.wire.norm_type).to(self.device)
+                    if grads.list.tensors
+                    else self._none
+                )
                 if grads.present.portion is not None and math.isfinite(self.wire.norm_type):
                     own = own * grads.present.portion
                 powers = call.powers(grads.present.own, self.wire.norm_type, self.device)
-                sums, has = self._placed(grads, own if powers is None else own * powers), grads.present.has
+                sums, has = (
+                    self._placed(grads, own if powers is None else own * powers),
+                    grads.present.has,
+                )
                 found = self._found(call)
                 if call.of == "grad" and stats.numel():
                     units = self._stats(stats, grads, call.scales(grads.present.own, self.device))
         except Exception as error:
             faults = [*faults, f"{type(error).__name__}: {error}"]
-        message = self.wire.pack(sums, stats, self._words(sums, has, found, bool(faults or call.problem), step, call, last))
+        message = self.wire.pack(
+            sums,
+            stats,
+            self._words(sums, has, found, bool(faults or call.problem), step, call, last),
+        )
         return Seen(step, call, grads, faults, last, sums, has, units), message
 
     def _present(self, has: Tensor) -> Tensor:
-        """What the message says of gradients that are there; worked out anew only when others are."""
+        """What the message says of gradients that are there; worked out anew only when others
+        are."""
         if self._said is None or self._said[0] is not has:
             self._said = (has, self.wire.present(has))
         return self._said[1]
 
     def _left_scaled(self, call: Call, grads: Grads) -> list[str]:
-        """With a scaler every gradient belongs to an optimizer that was passed: its records say whether the gradient is still scaled."""
+        """With a scaler every gradient belongs to an optimizer that was passed: its records say
+        whether the gradient is still scaled."""
         if not call.hands.enabled or call.of == "param":
             return []
         left = sorted(set(grads.present.all).difference(*(owned.pieces for owned in call.owned)))
         if not left:
             return []
         return [
-            f"{self.plan.pieces[left[0]].name} has a scaled gradient and is in none of the optimizers that were passed ({len(left)} "
-            f"parameter{'s' if len(left) > 1 else ''} in all); pass all of the scaler's optimizers in one call"
+            f"{self.plan.pieces[left[0]].name} has a scaled gradient and is in none of the "
+            f"optimizers that were passed ({len(left)} "
+            f"parameter{'s' if len(left) > 1 else ''} in all); pass all of the scaler's optimizers "
+            f"in one call"
         ]
 
     def _parameters(self) -> Grads:
@@ -146,13 +166,16 @@ class Sensor:
         for piece, tensor in zip(self.plan.pieces, local, strict=True):
             if tensor.dtype not in SUMMED or tensor.device.type not in DEVICES:
                 raise GradientError(
-                    f"measure(of='param'): {piece.name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, of which no norm "
+                    f"measure(of='param'): {piece.name} is "
+                    f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, of which no "
+                    f"norm "
                     "can be computed; build a clipper of the parameters that have one"
                 )
         return Grads(self._everything.present, GradList.of(local))
 
     def _found(self, call: Call) -> Tensor | None:
-        """[] float64 above 0: a scaler met inf or NaN here, or a gradient that is stepped and not clipped holds some."""
+        """[] float64 above 0: a scaler met inf or NaN here, or a gradient that is stepped and not
+        clipped holds some."""
         found = call.hands.found(self.device) if call.hands.enabled else None
         others = call.others() if call.guards else []
         if not others:  # an empty answer lies on the CPU, and sending it would make the host wait
@@ -175,7 +198,9 @@ class Sensor:
             if step is not None and hasattr(part.policy, "unit_coefs"):
                 stats[part.stats] = step.table[part.index].flatten()
             elif isinstance(part.policy, LocalStats):
-                stats[part.stats] = checked_stats(part, part.policy.local_stats(self._local(part, grads, scale)))
+                stats[part.stats] = checked_stats(
+                    part, part.policy.local_stats(self._local(part, grads, scale))
+                )
         return step
 
     def _local(self, part: Part, grads: Grads, scale: Tensor) -> LocalGrads:
@@ -184,23 +209,49 @@ class Sensor:
         if known is None or known[0] is not grads.present:
             known = self._chosen[part.groups] = (grads.present, self._choice(part, grads.present))
         mine, at, group, share = known[1]
-        listed = grads.list if len(mine) == len(grads.list.tensors) else GradList.of([grads.list.tensors[n] for n in mine])
+        listed = (
+            grads.list
+            if len(mine) == len(grads.list.tensors)
+            else GradList.of([grads.list.tensors[n] for n in mine])
+        )
         return LocalGrads(listed, group, share, scale[at], len(part.groups), self.wire.norm_type)
 
     def _choice(self, part: Part, present: Present) -> tuple[list[int], Tensor, Tensor, Tensor]:
-        """Positions in the list, and on the compute device: the same, their groups, their shares."""
+        """Positions in the list, and on the compute device: the same, their groups, their
+        shares."""
         place = {group: i for i, group in enumerate(part.groups)}
         mine = [n for n, i in enumerate(present.own) if self.plan.group_of[i] in place]
         pieces = [present.own[n] for n in mine]
-        group = torch.tensor([place[self.plan.group_of[i]] for i in pieces], dtype=torch.int64, device="cpu")
+        group = torch.tensor(
+            [place[self.plan.group_of[i]] for i in pieces], dtype=torch.int64, device="cpu"
+        )
         portions = present.portions or [1.0] * len(present.own)
-        shares = [portions[n] / self.plan.shares[i].holders for n, i in zip(mine, pieces, strict=True)]
+        shares = [
+            portions[n] / self.plan.shares[i].holders for n, i in zip(mine, pieces, strict=True)
+        ]
         share = torch.tensor(shares, dtype=torch.float64, device="cpu")
-        return mine, torch.tensor(mine, dtype=torch.int64, device="cpu").to(self.device), group.to(self.device), share.to(self.device)
+        return (
+            mine,
+            torch.tensor(mine, dtype=torch.int64, device="cpu").to(self.device),
+            group.to(self.device),
+            share.to(self.device),
+        )
 
-    def _words(self, sums: Tensor, has: Tensor, found: Tensor | None, wrong: bool, step: int, call: Call, last: Tensor | float) -> Tensor:
+    def _words(
+        self,
+        sums: Tensor,
+        has: Tensor,
+        found: Tensor | None,
+        wrong: bool,
+        step: int,
+        call: Call,
+        last: Tensor | float,
+    ) -> Tensor:
         """The message behind drift: see `Wire.pack`."""
-        tokens, second = [float(step & 0xFFFF), float(_token(call.text + self.config))], self.wire.second
+        tokens, second = (
+            [float(step & 0xFFFF), float(_token(call.text + self.config))],
+            self.wire.second,
+        )
         present, scale = self._present(has), call.hands.inverse
         mixed: Tensor | float = 0.0
         if scale is not None:  # one that differs between ranks is a disagreement
@@ -218,7 +269,8 @@ class Sensor:
         return torch.cat([present, bad, last.new_full((1,), float(wrong)), v, second(v)])
 
     def read(self, message: Tensor) -> Reduced:
-        """The reduced message, as numbers that are equal on every rank and do not depend on the sharding: rounded. No host sync.
+        """The reduced message, as numbers that are equal on every rank and do not depend on the
+        sharding: rounded. No host sync.
 
         Whether they are finite is read before.
         """
@@ -236,7 +288,9 @@ class Sensor:
             total = groups[0]
         else:
             counted = sums if self.in_total is None else torch.where(self.in_total, sums, 0.0)
-            total = rounded(norm_of(counted.amax() if math.isinf(p) else counted.sum(), p), self.bits)
+            total = rounded(
+                norm_of(counted.amax() if math.isinf(p) else counted.sum(), p), self.bits
+            )
         finite = (power - power).eq(bad)  # bad is 0, and x - x is not NaN as for inf and NaN
         watched = rounded(norm_of(layers, p), self.bits) if len(layers) else layers
         stats = rounded(stats, self.bits) if len(stats) else stats

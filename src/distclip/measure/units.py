@@ -1,7 +1,9 @@
-"""Stage 3d: norms of units (the weights into one output), for policies that scale each unit by a coefficient of its own.
+"""Stage 3d: norms of units (the weights into one output), for policies that scale each unit by a
+coefficient of its own.
 
-A unit that lies whole on a rank is judged there, before the exchange. Of one that is cut over ranks the sums of squares of weights and of
-gradients travel in the step's message, at a place that was agreed at set-up, so that every rank knows its coefficient.
+A unit that lies whole on a rank is judged there, before the exchange. Of one that is cut over ranks
+the sums of squares of weights and of gradients travel in the step's message, at a place that was
+agreed at set-up, so that every rank knows its coefficient.
 """
 
 from __future__ import annotations
@@ -37,13 +39,15 @@ class UnitRule(Protocol):
 class UnitStep:
     """One step's units."""
 
-    table: Tensor  # [groups, 2] float64: units that are clipped, and Σ (coef · |g|)², of whole units on this rank
+    # [groups, 2] float64: units that are clipped, and Σ (coef · |g|)², of whole units on this rank
+    table: Tensor
     words: Tensor  # [2, cut units] float64: this rank's part of Σw² and Σg²
     coefs: dict[int, Tensor]  # piece → [its units], of whole ones
 
 
 class Units:
-    """Prepared at set-up. Building one is a collective if any rank has such pieces; all ranks know by their rules.
+    """Prepared at set-up. Building one is a collective if any rank has such pieces; all ranks know
+    by their rules.
 
     Args:
         params: [pieces].
@@ -62,31 +66,46 @@ class Units:
         bits: int,
         device: torch.device,
     ) -> None:
-        self._plan, self._params, self._ranges, self._rules, self._device = plan, params, ranges, rules, device
+        self._plan, self._params, self._ranges, self._rules, self._device = (
+            plan,
+            params,
+            ranges,
+            rules,
+            device,
+        )
         self._bits = bits
         sizes = torch.zeros(2, plan.slots, dtype=torch.int64, device="cpu")
         for i, span in enumerate(ranges):
             if span is not None and span.cut:
-                sizes[:, plan.slot_of[i]] = torch.tensor([span.whole, plan.group_of[i]], device="cpu")
-        sizes = channel.reduce_(sizes.to(channel.device_for(device)), "max", "the set-up's count of units").cpu()
+                sizes[:, plan.slot_of[i]] = torch.tensor(
+                    [span.whole, plan.group_of[i]], device="cpu"
+                )
+        sizes = channel.reduce_(
+            sizes.to(channel.device_for(device)), "max", "the set-up's count of units"
+        ).cpu()
         starts = (sizes[0].cumsum(0) - sizes[0]).tolist()
         self._start = [starts[slot] for slot in plan.slot_of]
         self._group = sizes[1].repeat_interleave(sizes[0]).to(device)  # [cut units]
         self.cut = int(sizes[0].sum())
 
     def measure(self, grads: Grads, scale: Tensor) -> UnitStep:
-        """Never communicates, reads nothing on the host. `scale`: float64 [own gradients], the factor that unscales each."""
+        """Never communicates, reads nothing on the host. `scale`: float64 [own gradients], the
+        factor that unscales each."""
         table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self._device)
         words = torch.zeros(2, self.cut, dtype=torch.float64, device=self._device)
         coefs: dict[int, Tensor] = {}
-        for i, grad, factor in zip(grads.present.own, grads.list.tensors, scale.unbind(), strict=True):
+        for i, grad, factor in zip(
+            grads.present.own, grads.list.tensors, scale.unbind(), strict=True
+        ):
             span = self._ranges[i]
             if span is None:
                 continue
             if i in grads.present.otherwise:
                 raise GradientError(
-                    f"the gradient of {self._plan.pieces[i].name} is placed otherwise than its parameter, and units are rows of the "
-                    "parameter's part; before clipping: p.grad = p.grad.redistribute(placements=p.placements)"
+                    f"the gradient of {self._plan.pieces[i].name} is placed otherwise than its "
+                    f"parameter, and units are rows of the "
+                    "parameter's part; before clipping: p.grad = "
+                    "p.grad.redistribute(placements=p.placements)"
                 )
             share, group = 1 / self._plan.shares[i].holders, self._plan.group_of[i]
             squares = _squares(grad, span.held).to(self._device) * factor.square()
@@ -95,11 +114,16 @@ class Units:
                 continue
             weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
             norms = rounded(squares.sqrt(), self._bits)
-            coef = coefs[i] = self._rules[group].unit_coefs(rounded(weights.sqrt(), self._bits), norms)
+            coef = coefs[i] = self._rules[group].unit_coefs(
+                rounded(weights.sqrt(), self._bits), norms
+            )
             table[group] += share * torch.stack([(coef < 1).sum(), (coef * norms).square().sum()])
-        for i, span in enumerate(self._ranges):  # also of a part without a gradient: the unit is as large as all its parts
+        # also of a part without a gradient: the unit is as large as all its parts
+        for i, span in enumerate(self._ranges):
             if span is not None and span.cut and self._params[i].requires_grad:
-                weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
+                weights = _squares(local_tensor(self._params[i].detach()), span.held).to(
+                    self._device
+                )
                 words[0, self._words_of(i, span)] += weights / self._plan.shares[i].holders
         return UnitStep(table, words, coefs)
 
@@ -107,7 +131,8 @@ class Units:
         return slice(self._start[i] + span.first, self._start[i] + span.first + span.held)
 
     def judge(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """From the reduced words [2, cut units]: their coefficients [cut units], and their addends to the table, [groups, 2]."""
+        """From the reduced words [2, cut units]: their coefficients [cut units], and their addends
+        to the table, [groups, 2]."""
         weights, grads = rounded(words.sqrt(), self._bits).unbind()
         coefs = torch.ones_like(grads)
         for group, rule in self._rules.items():
@@ -116,14 +141,29 @@ class Units:
         table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self._device)
         return coefs, table.index_add_(0, self._group, both)
 
-    def scale_(self, grads: Grads, step: UnitStep, cut: Tensor, finite: Tensor, factors: Sequence[float | Tensor]) -> None:
-        """Multiply in place, each unit by its coefficient and each gradient by its factor, at float32 or better."""
+    def scale_(
+        self,
+        grads: Grads,
+        step: UnitStep,
+        cut: Tensor,
+        finite: Tensor,
+        factors: Sequence[float | Tensor],
+    ) -> None:
+        """Multiply in place, each unit by its coefficient and each gradient by its factor, at
+        float32 or better."""
         for i, grad, factor in zip(grads.present.own, grads.list.tensors, factors, strict=True):
             span = self._ranges[i]
             if span is None:
                 continue
-            coef = torch.where(finite, cut[self._words_of(i, span)] if span.cut else step.coefs[i], 1.0) * factor
-            by = coef.to(grad.device, wide(grad.dtype)).view([-1] + [1] * (grad.ndim - 1) if grad.ndim else [])
+            coef = (
+                torch.where(
+                    finite, cut[self._words_of(i, span)] if span.cut else step.coefs[i], 1.0
+                )
+                * factor
+            )
+            by = coef.to(grad.device, wide(grad.dtype)).view(
+                [-1] + [1] * (grad.ndim - 1) if grad.ndim else []
+            )
             if grad.dtype in (torch.bfloat16, torch.float16):
                 grad.copy_(grad.to(by.dtype).mul_(by))
             else:
@@ -131,16 +171,23 @@ class Units:
 
 
 def _squares(tensor: Tensor, units: int) -> Tensor:
-    """[units] float64 sums of squares of a local tensor whose first dimension is its units', or that is one unit.
+    """[units] float64 sums of squares of a local tensor whose first dimension is its units', or
+    that is one unit.
 
     Raises:
         GradientError: a sparse tensor.
     """
     if tensor.is_sparse:
         raise GradientError(
-            f"a sparse gradient of shape {tuple(tensor.shape)} cannot be scaled by units; exempt it by "
+            f"a sparse gradient of shape {tuple(tensor.shape)} cannot be scaled by units; exempt "
+            f"it by "
             "groups=by_name({...: Exempt()}), or use sparse=False"
         )
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     rows = tensor.reshape(units, -1) if tensor.numel() else tensor.new_zeros(units, 0)
-    return torch.cat([chunk.double().square().sum(1) for chunk in rows.split(max(1, _CHUNK // max(1, rows.shape[1])))])
+    return torch.cat(
+        [
+            chunk.double().square().sum(1)
+            for chunk in rows.split(max(1, _CHUNK // max(1, rows.shape[1])))
+        ]
+    )

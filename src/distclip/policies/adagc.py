@@ -21,19 +21,23 @@ class AdaGCState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaGC:
-    """g_i ← g_i · h_i with h_i = min(1, λ_rel · γ_i / |g_i|), then γ_i ← β γ_i + (1-β) |h_i g_i|, for each group i.
+    """g_i ← g_i · h_i with h_i = min(1, λ_rel · γ_i / |g_i|), then γ_i ← β γ_i + (1-β) |h_i g_i|,
+    for each group i.
 
-    Wang, Li, Chen, Zeng, Yang, Yu, Ma, Shen 2025 (arXiv:2502.11034), algorithm 1. In the warm-up all groups are scaled by one
-    h = min(1, λ_abs / |g|), with |g| the total norm, and γ_i is the smallest |h g_i| so far. The paper has one group a tensor: use it
-    with `groups=distclip.per_parameter()`.
+    Wang, Li, Chen, Zeng, Yang, Yu, Ma, Shen 2025 (arXiv:2502.11034), algorithm 1. In the warm-up
+    all groups are scaled by one h = min(1, λ_abs / |g|), with |g| the total norm, and γ_i is the
+    smallest |h g_i| so far. The paper has one group a tensor: use it with
+    `groups=distclip.per_parameter()`.
 
-    Tracks the clipped norm and sends nothing. A norm of 0 (a group without gradients at this step) is not taken in, nor counted as
-    warm-up: it would hold γ at 0, and the group would never move again. The reported threshold in the warm-up, λ_abs, is one of the
-    total norm.
+    Tracks the clipped norm and sends nothing. A norm of 0 (a group without gradients at this step)
+    is not taken in, nor counted as warm-up: it would hold γ at 0, and the group would never move
+    again. The reported threshold in the warm-up, λ_abs, is one of the total norm.
 
     Args:
-        lambda_rel: λ_rel, how far above its running mean a group's norm may be; 1.04 in the authors' code (1.05 in early versions).
-        lambda_abs: λ_abs, threshold of the total norm in the warm-up; 1.0 in the paper; `math.inf` only measures.
+        lambda_rel: λ_rel, how far above its running mean a group's norm may be; 1.04 in the
+            authors' code (1.05 in early versions).
+        lambda_abs: λ_abs, threshold of the total norm in the warm-up; 1.0 in the paper; `math.inf`
+            only measures.
         beta: β, how much of γ is kept a step; 0.99 in the authors' code (0.98 in early versions).
         warmup: T_start, how many norms of a group are its warm-up; 100 in the paper.
 
@@ -49,14 +53,23 @@ class AdaGC:
     def __post_init__(self) -> None:
         if not 1 <= self.lambda_rel < math.inf:
             raise ConfigError(
-                f"AdaGC: lambda_rel={self.lambda_rel!r} must be at least 1 and finite, or every norm shrinks to 0; 1.04 is usual"
+                f"AdaGC: lambda_rel={self.lambda_rel!r} must be at least 1 and finite, or every "
+                f"norm shrinks to 0; 1.04 is usual"
             )
         if not self.lambda_abs > 0:
-            raise ConfigError(f"AdaGC: lambda_abs={self.lambda_abs!r} must be positive (math.inf only measures in the warm-up)")
+            raise ConfigError(
+                f"AdaGC: lambda_abs={self.lambda_abs!r} must be positive (math.inf "
+                f"only measures in the warm-up)"
+            )
         if not 0 <= self.beta < 1:
-            raise ConfigError(f"AdaGC: beta={self.beta!r} must be at least 0 and below 1; 0.99 is usual")
+            raise ConfigError(
+                f"AdaGC: beta={self.beta!r} must be at least 0 and below 1; 0.99 is usual"
+            )
         if not isinstance(self.warmup, int) or self.warmup < 1:
-            raise ConfigError(f"AdaGC: warmup={self.warmup!r} must be a whole number of at least 1; the first norm starts γ")
+            raise ConfigError(
+                f"AdaGC: warmup={self.warmup!r} must be a whole number of at least "
+                f"1; the first norm starts γ"
+            )
 
     def init(self, groups: int, device: torch.device) -> AdaGCState:
         gamma = torch.zeros(groups, dtype=torch.float64, device=device)

@@ -22,7 +22,8 @@ class Part:
     policy: Policy
     groups: tuple[int, ...]
     stats: slice  # its words among all stats
-    index: Tensor  # `groups` on the compute device: made once, since making it there waits for the device
+    # `groups` on the compute device: made once, since making it there waits for the device
+    index: Tensor
 
     @property
     def words(self) -> int:
@@ -46,7 +47,9 @@ def policy_of(rule: Rule, main: Policy) -> Policy:
     return main if rule is None else rule
 
 
-def split(groups: Sequence[str], rules: Mapping[str, Rule], main: Policy, device: torch.device) -> tuple[Part, ...]:
+def split(
+    groups: Sequence[str], rules: Mapping[str, Rule], main: Policy, device: torch.device
+) -> tuple[Part, ...]:
     """One part for each policy object, in the order of its first group."""
     governed: dict[int, tuple[Policy, list[int]]] = {}
     for i, name in enumerate(groups):
@@ -57,18 +60,34 @@ def split(groups: Sequence[str], rules: Mapping[str, Rule], main: Policy, device
     start = 0
     for policy, indices in governed.values():
         words = len(indices) * _words(policy)
-        parts.append(Part(policy, tuple(indices), slice(start, start + words), torch.tensor(indices, device=device)))
+        parts.append(
+            Part(
+                policy,
+                tuple(indices),
+                slice(start, start + words),
+                torch.tensor(indices, device=device),
+            )
+        )
         start += words
     return tuple(parts)
 
 
 def in_total(groups: Sequence[str], rules: Mapping[str, Rule]) -> list[bool]:
     """Which groups count in `total_norm`: all but those exempted from it."""
-    return [not (isinstance(rule := rules.get(name), Exempt) and not rule.in_total) for name in groups]
+    return [
+        not (isinstance(rule := rules.get(name), Exempt) and not rule.in_total) for name in groups
+    ]
 
 
 def norms_of(part: Part, norms: Norms) -> Norms:
     """What a part's policy is shown."""
     if len(part.groups) == len(norms.per_group):
         return norms
-    return Norms(norms.per_group[part.index], norms.total, norms.finite, norms.nonfinite, norms.stats[part.stats], norms.norm_type)
+    return Norms(
+        norms.per_group[part.index],
+        norms.total,
+        norms.finite,
+        norms.nonfinite,
+        norms.stats[part.stats],
+        norms.norm_type,
+    )

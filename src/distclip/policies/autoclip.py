@@ -15,24 +15,29 @@ from distclip.records import Norms, Scale
 
 
 class AutoClipState(NamedTuple):
-    history: Tensor  # [groups, window] float64: the latest norms, written round and round; 0 where there is none yet
+    # [groups, window] float64: the latest norms, written round and round; 0 where there is none yet
+    history: Tensor
     seen: Tensor  # [groups] int64: norms taken in so far
 
 
 @dataclass(frozen=True)
 class AutoClip:
-    """g ← g · c / max(|g|, c), where c is the p-th percentile of the norms so far, this step's among them.
+    """g ← g · c / max(|g|, c), where c is the p-th percentile of the norms so far, this step's
+    among them.
 
-    Seetharaman, Wichern, Pardo, Le Roux 2020 (arXiv:2007.14469), algorithm 1: G_h(t) = G_h(t-1).append(|g_t|), η_c(t) = percentile
-    p of G_h(t), interpolated linearly; p = 10 did best there. It clips about 90 % of all steps. The paper keeps all norms; here the
-    latest `window` are kept.
+    Seetharaman, Wichern, Pardo, Le Roux 2020 (arXiv:2007.14469), algorithm 1: G_h(t) =
+    G_h(t-1).append(|g_t|), η_c(t) = percentile p of G_h(t), interpolated linearly; p = 10 did best
+    there. It clips about 90 % of all steps. The paper keeps all norms; here the latest `window` are
+    kept.
 
-    Tracks the raw norm and sends nothing. The first step is not clipped. A norm of 0 (a group without gradients at this step) is
-    not taken in: it would pull the threshold to 0.
+    Tracks the raw norm and sends nothing. The first step is not clipped. A norm of 0 (a group
+    without gradients at this step) is not taken in: it would pull the threshold to 0.
 
     Args:
-        percentile: p, from 0 (the smallest norm so far) to 100 (the largest: clips nothing but what falls out of the window).
-        window: how many norms a group keeps, at 8 bytes each; they are sorted at every step. With thousands of groups take fewer.
+        percentile: p, from 0 (the smallest norm so far) to 100 (the largest: clips nothing but what
+            falls out of the window).
+        window: how many norms a group keeps, at 8 bytes each; they are sorted at every step. With
+            thousands of groups take fewer.
 
     Raises:
         ConfigError: `percentile` outside [0, 100], or `window` that is not a positive whole number.
@@ -43,9 +48,15 @@ class AutoClip:
 
     def __post_init__(self) -> None:
         if not 0 <= self.percentile <= 100:
-            raise ConfigError(f"AutoClip: percentile={self.percentile!r} must be from 0 to 100; the paper takes 10")
+            raise ConfigError(
+                f"AutoClip: percentile={self.percentile!r} must be from 0 to 100; "
+                f"the paper takes 10"
+            )
         if not isinstance(self.window, int) or self.window < 1:
-            raise ConfigError(f"AutoClip: window={self.window!r} must be a whole number of at least 1; it counts the norms that are kept")
+            raise ConfigError(
+                f"AutoClip: window={self.window!r} must be a whole number of at "
+                f"least 1; it counts the norms that are kept"
+            )
 
     def init(self, groups: int, device: torch.device) -> AutoClipState:
         history = torch.zeros(groups, self.window, dtype=torch.float64, device=device)

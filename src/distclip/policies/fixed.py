@@ -13,12 +13,18 @@ from distclip.records import Norms, Scale
 
 
 def checked_threshold(name: str, value: float, allow_zero: bool) -> float:
-    """The threshold as a float. ConfigError (a ValueError) if it is negative, NaN, or a zero that was not asked for."""
+    """The threshold as a float. ConfigError (a ValueError) if it is negative, NaN, or a zero that
+    was not asked for."""
     value = float(value)
     if math.isnan(value) or value < 0:
-        raise ConfigError(f"{name}={value!r} is not a threshold; it must be positive (math.inf only measures)")
+        raise ConfigError(
+            f"{name}={value!r} is not a threshold; it must be positive (math.inf only measures)"
+        )
     if value == 0 and not allow_zero:
-        raise ConfigError(f"{name}=0 sets every gradient to zero; if that is meant, say allow_zero=True on the policy, else use math.inf")
+        raise ConfigError(
+            f"{name}=0 sets every gradient to zero; if that is meant, say "
+            f"allow_zero=True on the policy, else use math.inf"
+        )
     return value
 
 
@@ -26,7 +32,8 @@ def checked_threshold(name: str, value: float, allow_zero: bool) -> float:
 class FixedNorm:
     """g ← g · c / max(|g|, c): the direction is kept, the norm is at most c = `max_norm`.
 
-    Exactly 1, and no gradient is touched, where |g| ≤ c. Pascanu, Mikolov, Bengio 2013 (arXiv:1211.5063), algorithm 1.
+    Exactly 1, and no gradient is touched, where |g| ≤ c. Pascanu, Mikolov, Bengio 2013
+    (arXiv:1211.5063), algorithm 1.
 
     Args:
         max_norm: in the gradients' own unit; `math.inf` only measures.
@@ -54,5 +61,6 @@ class FixedNorm:
 
 
 def coefficient(norm: Tensor, threshold: Tensor) -> Tensor:
-    """threshold / max(norm, threshold), and exactly 1 also where both are 0 or inf. [groups] float64."""
+    """threshold / max(norm, threshold), and exactly 1 also where both are 0 or inf. [groups]
+    float64."""
     return torch.where(norm > threshold, threshold / norm, torch.ones_like(norm))

@@ -15,7 +15,8 @@ from distclip.records import Norms, Scale
 class Normalize:
     """g ← g · c / |g|: small gradients are lengthened too; 1 where |g| = 0.
 
-    Normalised gradient descent, as in Hazan, Levy, Shalev-Shwartz 2015 (arXiv:1507.02030), algorithm 1.
+    Normalised gradient descent, as in Hazan, Levy, Shalev-Shwartz 2015 (arXiv:1507.02030),
+    algorithm 1.
 
     Args:
         norm: c, the length that every group's gradient gets.

@@ -1,4 +1,5 @@
-"""What a policy is: two pure functions. Equal inputs on all ranks, so equal decisions, without a second message."""
+"""What a policy is: two pure functions. Equal inputs on all ranks, so equal decisions, without a
+second message."""
 
 from __future__ import annotations
 
@@ -16,13 +17,16 @@ from distclip.records import Clamp, Norms, Scale, UnitScale
 class Policy(Protocol):
     """`init` makes the state, `decide` turns norms and state into a decision and the next state.
 
-    State is any (named) tuple of tensors, empty if there is none. Both must be pure, must not read tensors on the host, and
-    must answer for [groups] groups at once. A step that is not finite never reaches the state.
+    State is any (named) tuple of tensors, empty if there is none. Both must be pure, must not read
+    tensors on the host, and must answer for [groups] groups at once. A step that is not finite
+    never reaches the state.
     """
 
     def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]: ...
 
-    def decide(self, norms: Norms, state: Any) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]: ...
+    def decide(
+        self, norms: Norms, state: Any
+    ) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +50,18 @@ class LocalGrads:
 
 @runtime_checkable
 class LocalStats(Protocol):
-    """A policy that needs more of the gradients than their norm: its numbers travel in the same message."""
+    """A policy that needs more of the gradients than their norm: its numbers travel in the same
+    message."""
 
     words: int  # numbers per group
 
     def local_stats(self, own: LocalGrads) -> Tensor:
-        """This rank's addends: [groups, words] float64 on the groups' device, reduced by SUM (by MAX for p = inf).
+        """This rank's addends: [groups, words] float64 on the groups' device, reduced by SUM (by
+        MAX for p = inf).
 
-        `decide` finds their sums in `Norms.stats`, rounded as norms are: a count up to 2^24 comes out whole, though shares of 1/h
-        need not add up to it exactly; differences of sums that nearly cancel have no more than float32's digits.
+        `decide` finds their sums in `Norms.stats`, rounded as norms are: a count up to 2^24 comes
+        out whole, though shares of 1/h need not add up to it exactly; differences of sums that
+        nearly cancel have no more than float32's digits.
         """
         ...
 

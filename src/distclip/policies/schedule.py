@@ -25,18 +25,21 @@ class ScheduledState(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Scheduled:
-    """g ← g · c(t) / max(|g|, c(t)), where t is the number of steps taken before this one: 0 at the first.
+    """g ← g · c(t) / max(|g|, c(t)), where t is the number of steps taken before this one: 0 at the
+    first.
 
     Tracks no norm and sends nothing. Steps that were skipped do not count.
 
     Args:
-        schedule: points ((t, threshold), …), linear between them and constant outside; or a function of t, a [] float64 tensor on
-            the norms' device, to a number or a tensor, [] or [groups]. It must be pure and must not read t on the host
-            (`if t < 10`). Its value at 0 is checked; later on a negative value counts as 0 and a NaN clips nothing.
+        schedule: points ((t, threshold), …), linear between them and constant outside; or a
+            function of t, a [] float64 tensor on the norms' device, to a number or a tensor, [] or
+            [groups]. It must be pure and must not read t on the host (`if t < 10`). Its value at 0
+            is checked; later on a negative value counts as 0 and a NaN clips nothing.
         allow_zero: accept 0, which zeroes every gradient.
 
     Raises:
-        ConfigError: no points, steps that do not rise, a threshold that is negative, NaN, infinite, or zero without `allow_zero`.
+        ConfigError: no points, steps that do not rise, a threshold that is negative, NaN, infinite,
+            or zero without `allow_zero`.
     """
 
     schedule: Points | Function
@@ -45,23 +48,36 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         if callable(self.schedule):
-            first = torch.as_tensor(self.schedule(torch.zeros((), dtype=torch.float64, device="cpu")), device="cpu")
+            first = torch.as_tensor(
+                self.schedule(torch.zeros((), dtype=torch.float64, device="cpu")), device="cpu"
+            )
             checked_threshold("Scheduled: schedule(0)", float(first.min()), self.allow_zero)
             return
         points = tuple((float(step), float(threshold)) for step, threshold in self.schedule)
         if not points:
-            raise ConfigError("Scheduled: schedule has no points; give at least one (step, threshold)")
+            raise ConfigError(
+                "Scheduled: schedule has no points; give at least one (step, threshold)"
+            )
         for step, threshold in points:
-            checked_threshold(f"Scheduled: the threshold at step {step:g}", threshold, self.allow_zero)
+            checked_threshold(
+                f"Scheduled: the threshold at step {step:g}", threshold, self.allow_zero
+            )
             if math.isinf(threshold) or not math.isfinite(step):
-                raise ConfigError(f"Scheduled: point ({step:g}, {threshold:g}) is not finite; to clip nothing at first, use Warmup")
+                raise ConfigError(
+                    f"Scheduled: point ({step:g}, {threshold:g}) is not finite; to "
+                    f"clip nothing at first, use Warmup"
+                )
         for (a, _), (b, _) in pairwise(points):
             if not a < b:
-                raise ConfigError(f"Scheduled: step {b:g} comes after step {a:g}; the steps of the points must rise")
+                raise ConfigError(
+                    f"Scheduled: step {b:g} comes after step {a:g}; the steps of the "
+                    f"points must rise"
+                )
         object.__setattr__(self, "schedule", points)
 
     def __repr__(self) -> str:
-        """Equal on all ranks and in the next run: a function is told by its name, not by its address."""
+        """Equal on all ranks and in the next run: a function is told by its name, not by its
+        address."""
         told = self.schedule
         if callable(told):
             named = told if hasattr(told, "__qualname__") else type(told)
@@ -76,7 +92,9 @@ class Scheduled:
         at = step.double()
         value = self.schedule(at) if callable(self.schedule) else _interpolated(self.schedule, at)
         threshold = (torch.zeros_like(norms.per_group) + value).clamp(min=0)
-        return Scale(coefficient(norms.per_group, threshold), threshold), ScheduledState(step + norms.finite)
+        return Scale(coefficient(norms.per_group, threshold), threshold), ScheduledState(
+            step + norms.finite
+        )
 
 
 def _interpolated(points: Points, step: Tensor) -> Tensor:

@@ -16,21 +16,26 @@ from distclip.records import Clamp, Norms, Scale, UnitScale
 
 @dataclass(frozen=True, repr=False)
 class SkipSpikes:
-    """A step with |g| > μ + sigma · σ and |g| > factor · μ is skipped like a bad one; on all others `policy` decides.
+    """A step with |g| > μ + sigma · σ and |g| > factor · μ is skipped like a bad one; on all others
+    `policy` decides.
 
-    μ and σ are the mean and standard deviation (n-1) of the norms of the last `window` steps that were taken; |g| is the norm over the
-    groups that this policy governs, so that the step is judged as a whole. To leave out the steps of a spike is Chowdhery et al. 2022
-    (PaLM, arXiv:2204.02311, section 5.1); this rule and its numbers, but for `factor`, are those of OLMo-core's SkipStepOptimizer (2024).
+    μ and σ are the mean and standard deviation (n-1) of the norms of the last `window` steps that
+    were taken; |g| is the norm over the groups that this policy governs, so that the step is judged
+    as a whole. To leave out the steps of a spike is Chowdhery et al. 2022 (PaLM, arXiv:2204.02311,
+    section 5.1); this rule and its numbers, but for `factor`, are those of OLMo-core's
+    SkipStepOptimizer (2024).
 
-    Tracks the raw norm, of taken steps alone, and sends what `policy` sends. A skipped step changes nothing, the statistics of `policy`
-    included: norms that have risen for good are skipped until the clipper's `skip_limit` ends the run.
+    Tracks the raw norm, of taken steps alone, and sends what `policy` sends. A skipped step changes
+    nothing, the statistics of `policy` included: norms that have risen for good are skipped until
+    the clipper's `skip_limit` ends the run.
 
     Args:
         policy: what happens to the other steps.
         sigma: how many standard deviations above the mean.
         window: how many norms are kept, at 8 bytes each.
         warmup: how many norms must be known before the first step is skipped.
-        factor: how many times the mean, so that norms that hardly vary are not cut off at a hair's breadth; 1 for OLMo-core's rule.
+        factor: how many times the mean, so that norms that hardly vary are not cut off at a hair's
+            breadth; 1 for OLMo-core's rule.
 
     Raises:
         ConfigError: an argument out of range.
@@ -46,25 +51,41 @@ class SkipSpikes:
     def __post_init__(self) -> None:
         check_policy("SkipSpikes", self.policy)
         if not 0 < self.sigma < math.inf:
-            raise ConfigError(f"SkipSpikes: sigma={self.sigma!r} must be positive and finite; 6 is usual")
+            raise ConfigError(
+                f"SkipSpikes: sigma={self.sigma!r} must be positive and finite; 6 is usual"
+            )
         if not isinstance(self.window, int) or self.window < 2:
-            raise ConfigError(f"SkipSpikes: window={self.window!r} must be a whole number of at least 2; it counts the norms that are kept")
+            raise ConfigError(
+                f"SkipSpikes: window={self.window!r} must be a whole number of at "
+                f"least 2; it counts the norms that are kept"
+            )
         if not isinstance(self.warmup, int) or not 2 <= self.warmup <= self.window:
-            raise ConfigError(f"SkipSpikes: warmup={self.warmup!r} must be a whole number from 2 to window={self.window}")
+            raise ConfigError(
+                f"SkipSpikes: warmup={self.warmup!r} must be a whole number from 2 "
+                f"to window={self.window}"
+            )
         if not 1 <= self.factor < math.inf:
-            raise ConfigError(f"SkipSpikes: factor={self.factor!r} must be at least 1 and finite; a spike is above the mean")
+            raise ConfigError(
+                f"SkipSpikes: factor={self.factor!r} must be at least 1 and finite; "
+                f"a spike is above the mean"
+            )
         pass_on_stats(self, self.policy)
 
     def __repr__(self) -> str:
-        numbers = f"sigma={self.sigma}, window={self.window}, warmup={self.warmup}, factor={self.factor}"
+        numbers = (
+            f"sigma={self.sigma}, window={self.window}, warmup={self.warmup}, factor={self.factor}"
+        )
         return f"SkipSpikes({describe(self.policy)}, {numbers})"
 
     def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]:
-        history = torch.zeros(1, self.window, dtype=torch.float64, device=device)  # the latest norms, written round and round
+        # the latest norms, written round and round
+        history = torch.zeros(1, self.window, dtype=torch.float64, device=device)
         seen = torch.zeros(1, dtype=torch.int64, device=device)  # norms taken in so far
         return (history, seen, *first_inner(self, self.policy, groups, device))
 
-    def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]:
+    def decide(
+        self, norms: Norms, state: tuple[Tensor, ...]
+    ) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]:
         history, seen, own = state[0], state[1], self._inner(state[2:])
         answer, new = self.policy.decide(norms, own)
 
@@ -73,7 +94,9 @@ class SkipSpikes:
         filled = seen.clamp(max=self.window)
         mean = history.sum(1) / filled
         off = (history - mean).masked_fill(place >= filled, 0)
-        limit = torch.maximum(mean + self.sigma * (off.square().sum(1) / (filled - 1)).sqrt(), self.factor * mean)
+        limit = torch.maximum(
+            mean + self.sigma * (off.square().sum(1) / (filled - 1)).sqrt(), self.factor * mean
+        )
         spike = norms.finite & ((seen >= self.warmup) & (norm > limit)).any()
         skip = spike if answer.skip is None else spike | answer.skip.any()
 
@@ -85,6 +108,9 @@ class SkipSpikes:
 
 
 def _over_groups(norms: Norms) -> Tensor:
-    """[]: the norm over all groups given. Divided by the largest first, so that no power overflows."""
+    """[]: the norm over all groups given. Divided by the largest first, so that no power
+    overflows."""
     largest = norms.per_group.amax()
-    return largest * torch.linalg.vector_norm(norms.per_group / largest.masked_fill(largest == 0, 1), norms.norm_type)
+    return largest * torch.linalg.vector_norm(
+        norms.per_group / largest.masked_fill(largest == 0, 1), norms.norm_type
+    )

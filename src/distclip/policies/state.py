@@ -13,7 +13,8 @@ State = tuple[tuple[Tensor, ...], ...]
 def kept(old: State, new: State, finite: Tensor) -> State:
     """The new state where the step was finite, else the old one: selected, never multiplied."""
     return tuple(
-        _like(before, (torch.where(finite, n, o) for o, n in zip(before, now, strict=True))) for before, now in zip(old, new, strict=True)
+        _like(before, (torch.where(finite, n, o) for o, n in zip(before, now, strict=True)))
+        for before, now in zip(old, new, strict=True)
     )
 
 

@@ -1,4 +1,5 @@
-"""What a policy returns, checked: a wrong shape would be spread over all groups, a wrong dtype cast, both silently."""
+"""What a policy returns, checked: a wrong shape would be spread over all groups, a wrong dtype
+cast, both silently."""
 
 from __future__ import annotations
 
@@ -29,17 +30,20 @@ def first_state(policy: Any, groups: int, device: torch.device) -> tuple[Tensor,
         ConfigError: it is no tuple of tensors.
     """
     if isinstance(policy, (Warmup, SkipSpikes)):
-        first_state(policy.policy, groups, device)  # theirs holds it flat, in which a wrong one may pass
+        # theirs holds it flat, in which a wrong one may pass
+        first_state(policy.policy, groups, device)
     made = policy.init(groups, device)
     if not isinstance(made, tuple) or not all(isinstance(t, Tensor) for t in made):
         raise ConfigError(
-            f"{describe(policy)}: init() returned {_kind(made)}; return a tuple of tensors, () where there is nothing to remember"
+            f"{describe(policy)}: init() returned {_kind(made)}; return a tuple of tensors, () "
+            f"where there is nothing to remember"
         )
     return copied(made)
 
 
 def check_answers(parts: Sequence[Part], norms: Norms, states: State) -> None:
-    """`decide` once, at set-up, where each policy must answer as `Policy` and the records say. Reads no tensor.
+    """`decide` once, at set-up, where each policy must answer as `Policy` and the records say.
+    Reads no tensor.
 
     Raises:
         ConfigError: an answer or a state of another kind, shape, dtype or device.
@@ -50,44 +54,70 @@ def check_answers(parts: Sequence[Part], norms: Norms, states: State) -> None:
 
 def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     groups, device = len(norms.per_group), norms.per_group.device
-    if isinstance(policy, (Warmup, SkipSpikes)):  # they spread what their policy answers over all groups, whatever its shape
+    # they spread what their policy answers over all groups, whatever its shape
+    if isinstance(policy, (Warmup, SkipSpikes)):
         _check(policy.policy, norms, first_state(policy.policy, groups, device))
     who, answers = describe(policy), "distclip.Scale, Clamp or UnitScale"
     for j, tensor in enumerate(state):
         if tensor.device != device:
-            raise ConfigError(f"{who}: init() made state[{j}] on {tensor.device}; make it on {device}, the device it is given")
+            raise ConfigError(
+                f"{who}: init() made state[{j}] on {tensor.device}; make it on "
+                f"{device}, the device it is given"
+            )
     given = policy.decide(norms, state)
     if not isinstance(given, tuple) or len(given) != 2:
-        raise ConfigError(f"{who}: decide() returned {_kind(given)}; return two things, a {answers} and the next state")
+        raise ConfigError(
+            f"{who}: decide() returned {_kind(given)}; return two things, a "
+            f"{answers} and the next state"
+        )
     answer, new = cast("tuple[Any, ...]", given)
     record = next((record for record in _NUMBERS if isinstance(answer, record)), None)
     if record is None:
-        raise ConfigError(f"{who}: decide() returned {_kind(answer)} as its answer; return a {answers}")
+        raise ConfigError(
+            f"{who}: decide() returned {_kind(answer)} as its answer; return a {answers}"
+        )
     if isinstance(answer, UnitScale) and not hasattr(policy, "unit_coefs"):
-        raise ConfigError(f"{who}: decide() returned a UnitScale, but there is no unit_coefs to scale by; return a Scale or a Clamp")
+        raise ConfigError(
+            f"{who}: decide() returned a UnitScale, but there is no unit_coefs to "
+            f"scale by; return a Scale or a Clamp"
+        )
     name = record.__name__
-    wanted = dict.fromkeys(_NUMBERS[record], torch.float64) | ({} if record is Scale else {"clipped": torch.bool})
+    wanted = dict.fromkeys(_NUMBERS[record], torch.float64) | (
+        {} if record is Scale else {"clipped": torch.bool}
+    )
     for field, dtype in wanted.items():
         value = getattr(answer, field)
         if _kind(value) != (kind := _tensor_kind(dtype, (groups,), device)):
-            raise ConfigError(f"{who}: decide() returned {name}.{field} as {_kind(value)}; return {kind}, an entry for each of its groups")
+            raise ConfigError(
+                f"{who}: decide() returned {name}.{field} as {_kind(value)}; return "
+                f"{kind}, an entry for each of its groups"
+            )
     kinds = [_tensor_kind(torch.bool, shape, device) for shape in ((), (groups,))]
     if answer.skip is not None and _kind(answer.skip) not in kinds:
-        raise ConfigError(f"{who}: decide() returned {name}.skip as {_kind(answer.skip)}; return {' or '.join(kinds)}, or None")
+        raise ConfigError(
+            f"{who}: decide() returned {name}.skip as {_kind(answer.skip)}; return "
+            f"{' or '.join(kinds)}, or None"
+        )
     if not isinstance(new, tuple) or len(new) != len(state):
         raise ConfigError(
-            f"{who}: decide() returned {_kind(new)} as the next state, and init() {_kind(state)}; return a tuple of as many tensors"
+            f"{who}: decide() returned {_kind(new)} as the next state, and init() {_kind(state)}; "
+            f"return a tuple of as many tensors"
         )
     for j, (old, value) in enumerate(zip(state, cast("tuple[Any, ...]", new), strict=True)):
         if _kind(value) != _kind(old):
-            raise ConfigError(f"{who}: decide() returned state[{j}] as {_kind(value)}, and init() made it {_kind(old)}; return the same")
+            raise ConfigError(
+                f"{who}: decide() returned state[{j}] as {_kind(value)}, and init() "
+                f"made it {_kind(old)}; return the same"
+            )
 
 
 def checked_stats(part: Part, given: Any) -> Tensor:
-    """[groups · words]: what `local_stats` returned, flat. ConfigError for another shape, which assignment would spread silently."""
+    """[groups · words]: what `local_stats` returned, flat. ConfigError for another shape, which
+    assignment would spread silently."""
     if not isinstance(given, Tensor) or given.shape != (len(part.groups), part.words):
         raise ConfigError(
-            f"{describe(part.policy)}: local_stats() returned {_kind(given)}; return [groups, words], here {[len(part.groups), part.words]}"
+            f"{describe(part.policy)}: local_stats() returned {_kind(given)}; return [groups, "
+            f"words], here {[len(part.groups), part.words]}"
         )
     return given.flatten()
 

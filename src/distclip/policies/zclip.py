@@ -22,20 +22,26 @@ class ZClipState(NamedTuple):
 
 @dataclass(frozen=True)
 class ZClip:
-    """Only outliers are clipped: with z = (|g| - μ) / σ, a step with z > z_threshold is brought to |g| = μ + σ · z_threshold² / z.
+    """Only outliers are clipped: with z = (|g| - μ) / σ, a step with z > z_threshold is brought to
+    |g| = μ + σ · z_threshold² / z.
 
-    Kumar, Owen, Roy Chowdhury, Güra 2025 (arXiv:2504.02507), reciprocal clipping: the further out, the harder it is clipped. Then, with
-    n the norm after it: μ ← α μ + (1-α) n, and with the new μ: σ² ← α σ² + (1-α) (n - μ)², as in the authors' code. The first `warmup`
-    norms give the first mean and variance.
+    Kumar, Owen, Roy Chowdhury, Güra 2025 (arXiv:2504.02507), reciprocal clipping: the further out,
+    the harder it is clipped. Then, with n the norm after it: μ ← α μ + (1-α) n, and with the new μ:
+    σ² ← α σ² + (1-α) (n - μ)², as in the authors' code. The first `warmup` norms give the first
+    mean and variance.
 
-    Tracks the clipped norm, and in the warm-up the raw one; `max_norm` plays no part in it. Sends nothing. A norm of 0 (a group without
-    gradients at this step) is not taken in. The reported threshold of a step that is no outlier is μ + z_threshold · σ.
+    Tracks the clipped norm, and in the warm-up the raw one; `max_norm` plays no part in it. Sends
+    nothing. A norm of 0 (a group without gradients at this step) is not taken in. The reported
+    threshold of a step that is no outlier is μ + z_threshold · σ.
 
     Args:
-        z_threshold: from how many standard deviations above the mean on a norm is an outlier; 2.5 in the paper.
+        z_threshold: from how many standard deviations above the mean on a norm is an outlier; 2.5
+            in the paper.
         alpha: how much of the statistics is kept a step; 0.97 in the paper.
-        warmup: how many norms start the statistics; 25 in the authors' code. Outliers are not clipped meanwhile.
-        max_norm: a bound on the threshold at all times, in the warm-up too. The paper has none; the authors' code sets 1.0.
+        warmup: how many norms start the statistics; 25 in the authors' code. Outliers are not
+            clipped meanwhile.
+        max_norm: a bound on the threshold at all times, in the warm-up too. The paper has none; the
+            authors' code sets 1.0.
 
     Raises:
         ConfigError: an argument out of range.
@@ -48,13 +54,23 @@ class ZClip:
 
     def __post_init__(self) -> None:
         if not 0 < self.z_threshold < math.inf:
-            raise ConfigError(f"ZClip: z_threshold={self.z_threshold!r} must be positive and finite; the paper takes 2.5")
+            raise ConfigError(
+                f"ZClip: z_threshold={self.z_threshold!r} must be positive and "
+                f"finite; the paper takes 2.5"
+            )
         if not 0 < self.alpha < 1:
-            raise ConfigError(f"ZClip: alpha={self.alpha!r} must be between 0 and 1; the paper takes 0.97")
+            raise ConfigError(
+                f"ZClip: alpha={self.alpha!r} must be between 0 and 1; the paper takes 0.97"
+            )
         if not isinstance(self.warmup, int) or self.warmup < 2:
-            raise ConfigError(f"ZClip: warmup={self.warmup!r} must be a whole number of at least 2; a variance needs two norms")
+            raise ConfigError(
+                f"ZClip: warmup={self.warmup!r} must be a whole number of at least "
+                f"2; a variance needs two norms"
+            )
         if not self.max_norm > 0:
-            raise ConfigError(f"ZClip: max_norm={self.max_norm!r} must be positive (math.inf sets no bound)")
+            raise ConfigError(
+                f"ZClip: max_norm={self.max_norm!r} must be positive (math.inf sets no bound)"
+            )
 
     def init(self, groups: int, device: torch.device) -> ZClipState:
         zeros = torch.zeros(groups, dtype=torch.float64, device=device)
@@ -71,11 +87,16 @@ class ZClip:
         threshold = own.clamp(max=self.max_norm)
 
         used = torch.where(outlier, own, norm)
-        weight = torch.where(warm, (seen + 1).double().reciprocal(), torch.full_like(mean, 1 - self.alpha))
+        weight = torch.where(
+            warm, (seen + 1).double().reciprocal(), torch.full_like(mean, 1 - self.alpha)
+        )
         off = used - mean
         new_mean = mean + weight * off
         rest = used - new_mean
-        new_var = var + weight * (torch.where(warm, off, rest) * rest - var)  # in the warm-up: the variance of all so far
+        # in the warm-up: the variance of all so far
+        new_var = var + weight * (torch.where(warm, off, rest) * rest - var)
         taken = norms.finite & (norm > 0) & new_mean.isfinite() & new_var.isfinite()
-        new = ZClipState(torch.where(taken, new_mean, mean), torch.where(taken, new_var, var), seen + taken)
+        new = ZClipState(
+            torch.where(taken, new_mean, mean), torch.where(taken, new_var, var), seen + taken
+        )
         return Scale(coefficient(norm, threshold), threshold), new

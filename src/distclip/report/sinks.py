@@ -21,13 +21,15 @@ _REMEMBERED = 128  # norms of steps that were taken, to tell by how much a left-
 class JSONLSink:
     """One JSON object a line and step, flushed at once; inf and NaN are written as null.
 
-    A line holds what `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several hundred kB for 10,000 groups: then write
-    those only now and then. `distclip report` and `distclip suggest` read lines of both kinds.
+    A line holds what `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several
+    hundred kB for 10,000 groups: then write those only now and then. `distclip report` and
+    `distclip suggest` read lines of both kinds.
 
     Args:
         path: appended to; folders are made. None on a rank that does not write.
-        groups_every: where there are several groups, write what is one entry a group (`groups`, `group_norms`, `coefs`, `threshold`,
-            `cosine`) only at each `groups_every`-th step, and at all skipped ones.
+        groups_every: where there are several groups, write what is one entry a group (`groups`,
+            `group_norms`, `coefs`, `threshold`, `cosine`) only at each `groups_every`-th step, and
+            at all skipped ones.
 
     Raises:
         ConfigError: `groups_every` is not a whole number of at least 1.
@@ -64,7 +66,9 @@ class LoggingSink:
         ConfigError: `every` is not a whole number of at least 1.
     """
 
-    def __init__(self, logger: logging.Logger | None = None, level: int = logging.INFO, every: int = 1) -> None:
+    def __init__(
+        self, logger: logging.Logger | None = None, level: int = logging.INFO, every: int = 1
+    ) -> None:
         self.logger, self.level = logger or logging.getLogger("distclip"), level
         self.every = checked_every("LoggingSink", every)
         self._taken: deque[float] = deque(maxlen=_REMEMBERED)
@@ -76,8 +80,12 @@ class LoggingSink:
             return
         self._taken.append(norm)
         if report.step % self.every == 0:
-            coefs = ", ".join(f"{c:.4g}" for c in report.coefs[:4].tolist()) + (", …" if len(report.coefs) > 4 else "")
-            self.logger.log(self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs)
+            coefs = ", ".join(f"{c:.4g}" for c in report.coefs[:4].tolist()) + (
+                ", …" if len(report.coefs) > 4 else ""
+            )
+            self.logger.log(
+                self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs
+            )
 
     def _why(self, report: ClipReport, norm: float) -> str:
         bad = int(report.nonfinite.item())
@@ -85,8 +93,13 @@ class LoggingSink:
             who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             what = "1 gradient is" if bad == 1 else f"{bad} gradients are" if bad else "the norm is"
             return f"{what} not finite" + (f": {who}" if who else "")
-        # the threshold does not tell: a policy that leaves steps out may clip at another norm than it skips at
-        before = f", the {len(self._taken)} steps taken before had at most {max(self._taken):.6g}" if self._taken else ""
+        # the threshold does not tell: a policy that leaves steps out may clip at another norm than
+        # it skips at
+        before = (
+            f", the {len(self._taken)} steps taken before had at most {max(self._taken):.6g}"
+            if self._taken
+            else ""
+        )
         return f"left out by the policy: norm {norm:.6g}{before}"
 
 
@@ -97,7 +110,10 @@ def checked_every(sink: str, every: Any, argument: str = "every") -> int:
         ConfigError: it is not a whole number of at least 1.
     """
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ConfigError(f"{sink}: {argument}={every!r} must be a whole number of steps, at least 1; 1 writes at every step")
+        raise ConfigError(
+            f"{sink}: {argument}={every!r} must be a whole number of steps, at least "
+            f"1; 1 writes at every step"
+        )
     return every
 
 

@@ -46,13 +46,22 @@ class Summary:
             fine: the host knows already that the step is finite and taken.
         """
         norms, dtype, coefs = reduced.norms, self.none.dtype, decision.coef
-        after = self._after(norms, decision.norms_after if fine else torch.where(norms.finite, decision.norms_after, norms.per_group))
+        after = self._after(
+            norms,
+            decision.norms_after
+            if fine
+            else torch.where(norms.finite, decision.norms_after, norms.per_group),
+        )
         if not fine:
             coefs = torch.where(fate.skipped, 0.0, torch.where(norms.finite, coefs, 1.0))
             after = torch.where(fate.skipped & norms.finite, 0.0, after)
         shown = self.watch is not None and (passive or taken % self.watch.every == 0)
         total, after, rate = torch.stack([norms.total, after, rate]).to(dtype).unbind()
-        coefs, threshold, before, cosine = torch.stack([coefs, decision.threshold, norms.per_group, decision.cosine]).to(dtype).unbind()
+        coefs, threshold, before, cosine = (
+            torch.stack([coefs, decision.threshold, norms.per_group, decision.cosine])
+            .to(dtype)
+            .unbind()
+        )
         return ClipReport(
             step=step,
             total_norm=total,
@@ -75,7 +84,10 @@ class Summary:
 
     def _after(self, norms: Norms, each: Tensor) -> Tensor:
         """[] float64: from `each` [groups], the norm over the groups that count in the total."""
-        p, after = norms.norm_type, each if self.in_total is None else torch.where(self.in_total, each, 0.0)
+        p, after = (
+            norms.norm_type,
+            each if self.in_total is None else torch.where(self.in_total, each, 0.0),
+        )
         if len(self.plan.groups) == 1:
             return after[0]
         return after.amax() if math.isinf(p) else norm_of(after.pow(p).sum(), p)

@@ -1,4 +1,5 @@
-"""Sinks for experiment trackers. Each needs a package that is imported when the sink is made, not before."""
+"""Sinks for experiment trackers. Each needs a package that is imported when the sink is made, not
+before."""
 
 from __future__ import annotations
 
@@ -12,21 +13,34 @@ from distclip.errors import ConfigError
 from distclip.records import ClipReport
 from distclip.report.sinks import checked_every
 
-_SCALARS = ("total_norm", "norm_after", "clipped", "skipped", "nonfinite", "clip_rate", "skips", "clip_coef")
+_SCALARS = (
+    "total_norm",
+    "norm_after",
+    "clipped",
+    "skipped",
+    "nonfinite",
+    "clip_rate",
+    "skips",
+    "clip_coef",
+)
 _MOST_GROUPS = 50  # more curves than this help nobody; a tracker keeps each as a series of its own
 
 
 def scalars(report: ClipReport) -> dict[str, float]:
-    """What trackers draw, as floats under `clip/…`: norms, coefficient, threshold, clip rate, skips; the norm of each layer where known.
+    """What trackers draw, as floats under `clip/…`: norms, coefficient, threshold, clip rate,
+    skips; the norm of each layer where known.
 
-    With up to 50 groups, norm, coefficient and threshold of each; with more, only the largest group norm and the smallest coefficient.
-    A threshold of inf (no clipping) is left out.
+    With up to 50 groups, norm, coefficient and threshold of each; with more, only the largest group
+    norm and the smallest coefficient. A threshold of inf (no clipping) is left out.
     """
     said = report.to_dict()
     out = {f"clip/{name}": float(said[name]) for name in _SCALARS if name in said}
     groups: list[str] = said["groups"]
     if len(groups) > _MOST_GROUPS:
-        out |= {"clip/largest_group_norm": max(said["group_norms"]), "clip/smallest_coef": min(said["coefs"])}
+        out |= {
+            "clip/largest_group_norm": max(said["group_norms"]),
+            "clip/smallest_coef": min(said["coefs"]),
+        }
     elif len(groups) > 1:
         for name, norm, coef in zip(groups, said["group_norms"], said["coefs"], strict=True):
             out |= {f"clip/group_norm/{name}": norm, f"clip/coef/{name}": coef}
@@ -43,12 +57,13 @@ class TensorBoardSink:
     """Scalars under `clip/…` through torch.utils.tensorboard; culprits of a bad step as text.
 
     Args:
-        log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A writer made here is flushed and
-            closed when the program ends.
+        log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A
+            writer made here is flushed and closed when the program ends.
         every: write each `every`-th step, and all skipped ones.
 
     Raises:
-        ConfigError: the package tensorboard is missing, or `every` is not a whole number of at least 1.
+        ConfigError: the package tensorboard is missing, or `every` is not a whole number of at
+            least 1.
     """
 
     def __init__(self, log_dir: str | PathLike[str] | Any, every: int = 1) -> None:
@@ -66,7 +81,8 @@ class TensorBoardSink:
     def write(self, report: ClipReport) -> None:
         if report.step % self.every and not report.skipped.item():
             return
-        if self._writer is None:  # here and not before: a writer makes its file at once, on ranks that never write too
+        # here and not before: a writer makes its file at once, on ranks that never write too
+        if self._writer is None:
             self._writer = _summary_writer()(self._log_dir)
             weakref.finalize(self, self._writer.close)
         for name, value in scalars(report).items():
@@ -80,7 +96,9 @@ def _summary_writer() -> Any:
     try:
         return import_module("torch.utils.tensorboard.writer").SummaryWriter
     except ImportError as error:
-        raise ConfigError('TensorBoardSink needs the package tensorboard: pip install "distclip[report]"') from error
+        raise ConfigError(
+            'TensorBoardSink needs the package tensorboard: pip install "distclip[report]"'
+        ) from error
 
 
 class _Run(Protocol):
@@ -90,10 +108,12 @@ class _Run(Protocol):
 class WandbSink:
     """Scalars under `clip/…` to a run of Weights & Biases, with the clipper's step as `step=`.
 
-    W&B drops what has a lower step than was logged before: pass `step=report.step` with your own metrics too.
+    W&B drops what has a lower step than was logged before: pass `step=report.step` with your own
+    metrics too.
 
     Args:
-        run: what `wandb.init()` gave; anything with `log(dict, step=)`. You finish it. None on a rank that does not write.
+        run: what `wandb.init()` gave; anything with `log(dict, step=)`. You finish it. None on a
+            rank that does not write.
         every: write each `every`-th step, and all skipped ones.
 
     Raises:
@@ -103,7 +123,9 @@ class WandbSink:
     def __init__(self, run: _Run | None, every: int = 1) -> None:
         self.every = checked_every("WandbSink", every)
         if run is not None and not callable(getattr(run, "log", None)):
-            raise ConfigError(f"WandbSink: {run!r} has no log(dict, step=); pass what wandb.init() gave")
+            raise ConfigError(
+                f"WandbSink: {run!r} has no log(dict, step=); pass what wandb.init() gave"
+            )
         self.run = run
 
     @property

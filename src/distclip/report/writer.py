@@ -15,14 +15,16 @@ from distclip.records import ClipReport, Culprit
 class Sink(Protocol):
     """Takes each report, on the first rank of the clipper's group alone.
 
-    Where it has an attribute `lacks`, a text that is not empty says why it cannot write, and that rank refuses it at set-up.
+    Where it has an attribute `lacks`, a text that is not empty says why it cannot write, and that
+    rank refuses it at set-up.
     """
 
     def write(self, report: ClipReport) -> None: ...
 
 
 class Writer:
-    """Gives reports to the sinks: at once, or one call late where the host is not to wait for the device."""
+    """Gives reports to the sinks: at once, or one call late where the host is not to wait for the
+    device."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
@@ -46,24 +48,31 @@ class Writer:
         """Give what is left, if anything is."""
         left = self._left.taken()
         if left is not None:
-            self._give(replace(left.what.unpacked(left.numbers), culprits=left.what.culprits or self._culprits))
+            self._give(
+                replace(
+                    left.what.unpacked(left.numbers), culprits=left.what.culprits or self._culprits
+                )
+            )
         self._culprits = ()
 
     def _give(self, report: ClipReport) -> None:
-        """One that fails is told once and left out from then on: training is worth more than its log."""
+        """One that fails is told once and left out from then on: training is worth more than its
+        log."""
         for sink in list(self._sinks):
             try:
                 sink.write(report)
             except Exception as error:
                 self._sinks.remove(sink)
                 _tell(
-                    f"{type(sink).__name__} failed at step {report.step} and is off from now on, training goes on: "
+                    f"{type(sink).__name__} failed at step {report.step} and is off from now on, "
+                    f"training goes on: "
                     f"{type(error).__name__}: {error}"
                 )
 
 
 def _tell(text: str) -> None:
-    """A warning; in the log where warnings are errors, since one on this rank alone would leave the others waiting."""
+    """A warning; in the log where warnings are errors, since one on this rank alone would leave the
+    others waiting."""
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=6)
     except RuntimeWarning:

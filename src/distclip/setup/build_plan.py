@@ -1,4 +1,5 @@
-"""Stage 2b: what the caller passed → an agreed plan. What is wrong on one rank is told on all before anything is kept."""
+"""Stage 2b: what the caller passed → an agreed plan. What is wrong on one rank is told on all
+before anything is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from distclip.exchange.channel import Channel
 from distclip.policies.assignment import policy_of
 from distclip.records import Holding, Piece
 from distclip.setup.options import Asked, Options, check_sinks, checked
-from distclip.setup.parameters import Found, Params, named_parameters, passed_modules, passed_tensors
+from distclip.setup.parameters import (
+    Found,
+    Params,
+    named_parameters,
+    passed_modules,
+    passed_tensors,
+)
 from distclip.setup.placement import Declared, pieces
 from distclip.setup.plan import Plan, agree_on_call, make_plan
 from distclip.setup.unfinished_backward import Wrapper, wrappers
@@ -55,14 +62,20 @@ class _Local:
     beside: list[Holding] = field(default_factory=lambda: [])  # of parameters that are no pieces
 
 
-def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Any] = ()) -> Reading:
+def read(
+    params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Any] = ()
+) -> Reading:
     """A collective.
 
     Raises:
-        ConfigError, PlacementError: on the rank where it was found; AgreementError on the others. ConfigError inside `join()`, before
-            anything is sent.
+        ConfigError, PlacementError: on the rank where it was found; AgreementError on the others.
+            ConfigError inside `join()`, before anything is sent.
     """
-    uneven = UnevenInputs(passed_modules(params), passed_tensors(params)) if channel.size > 1 else UnevenInputs(())
+    uneven = (
+        UnevenInputs(passed_modules(params), passed_tensors(params))
+        if channel.size > 1
+        else UnevenInputs(())
+    )
     uneven.refuse("GradClipper")
     local, error = _Local(), None
     try:
@@ -71,31 +84,62 @@ def read(params: Params, asked: Asked, declared: Declared, channel: Channel, sin
         _read_here(local, params, asked, declared, channel)
     except Exception as e:
         error = e
-    device = next((param.device for param in local.members if param.device.type == "cuda"), torch.device("cpu"))
+    device = next(
+        (param.device for param in local.members if param.device.type == "cuda"),
+        torch.device("cpu"),
+    )
     agree_on_call(channel, local.config, error, device)
     assert local.options is not None, "without an error it is there"
     options, watch = local.options, local.options.watch
-    patterns = [*declared.patterns(), *options.grouping.patterns(), *(watch.groups.patterns() if watch else ())]
+    patterns = [
+        *declared.patterns(),
+        *options.grouping.patterns(),
+        *(watch.groups.patterns() if watch else ()),
+    ]
     counts = {pattern: _matches(pattern, local.pieces) for pattern in patterns}
     layers = None if watch is None else local.layers
-    plan = make_plan(channel, local.pieces, local.groups, counts, options.norm_type, device, layers, local.beside)
-    if plan.apart and not local.found.modules:  # a list of parameters may lack those whose meshes join the ranks
-        logging.getLogger("distclip").warning("GradClipper of parameters without their modules: %s", plan.apart_text())
+    plan = make_plan(
+        channel, local.pieces, local.groups, counts, options.norm_type, device, layers, local.beside
+    )
+    # a list of parameters may lack those whose meshes join the ranks
+    if plan.apart and not local.found.modules:
+        logging.getLogger("distclip").warning(
+            "GradClipper of parameters without their modules: %s", plan.apart_text()
+        )
     config = str(sorted(local.config.items()))
-    return Reading(options, config, local.members, local.found, local.ranges, plan, device, uneven, local.wrappers)
+    return Reading(
+        options,
+        config,
+        local.members,
+        local.found,
+        local.ranges,
+        plan,
+        device,
+        uneven,
+        local.wrappers,
+    )
 
 
-def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel) -> None:
+def _read_here(
+    local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel
+) -> None:
     local.options = options = checked(asked)
     local.found = found = named_parameters(params)
     local.wrappers = wrappers(params)
-    if channel.size > 1 and any(n.positional and not hasattr(n.param, "placements") for n in found.named):
+    if channel.size > 1 and any(
+        n.positional and not hasattr(n.param, "placements") for n in found.named
+    ):
         raise ConfigError(
-            "bare parameters have no names, and their positions may mean different parameters on other ranks; "
+            "bare parameters have no names, and their positions may mean different parameters on "
+            "other ranks; "
             "pass the model, or model.named_parameters()"
         )
     held = pieces(found.named, declared, channel.global_rank)
-    local.beside = [piece.holding for _, piece in pieces(found.whole_numbers, declared, channel.global_rank) if piece.placements]
+    local.beside = [
+        piece.holding
+        for _, piece in pieces(found.whole_numbers, declared, channel.global_rank)
+        if piece.placements
+    ]
     local.members, local.pieces = [named.param for named, _ in held], [piece for _, piece in held]
     names = [piece.key_name for piece in local.pieces]
     local.groups = options.grouping.assign(names, local.members)
@@ -103,7 +147,9 @@ def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, 
         local.layers = options.watch.groups.assign(names, local.members)
     rules = options.grouping.rules()
     local.ranges = [
-        unit_range(param, piece) if hasattr(policy_of(rules.get(group), options.policy), "unit_coefs") else None
+        unit_range(param, piece)
+        if hasattr(policy_of(rules.get(group), options.policy), "unit_coefs")
+        else None
         for group, param, piece in zip(local.groups, local.members, local.pieces, strict=True)
     ]
     told = {"replicated_over": ", ".join(declared.replicated_over), "shared": repr(declared.shared)}
@@ -111,4 +157,7 @@ def _read_here(local: _Local, params: Params, asked: Asked, declared: Declared, 
 
 
 def _matches(pattern: str, held: Sequence[Piece]) -> int:
-    return sum(fnmatchcase(name, pattern) for name in {name for piece in held for name in (piece.name, piece.key_name)})
+    return sum(
+        fnmatchcase(name, pattern)
+        for name in {name for piece in held for name in (piece.name, piece.key_name)}
+    )

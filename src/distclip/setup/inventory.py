@@ -1,8 +1,9 @@
 """Stage 2a: every rank's table of what it holds, made known to all by two small all-reduces.
 
-A rank says (1) its holdings: few, each a region and the sets of ranks it is copied over, and (2) its table: for each parameter
-an 8-byte key of the name and which holding it has. Ranks of the same structure have equal tables, so a table travels once however
-many ranks share it: the traffic grows with ranks + distinct tables x parameters, not with ranks x parameters.
+A rank says (1) its holdings: few, each a region and the sets of ranks it is copied over, and (2)
+its table: for each parameter an 8-byte key of the name and which holding it has. Ranks of the same
+structure have equal tables, so a table travels once however many ranks share it: the traffic grows
+with ranks + distinct tables x parameters, not with ranks x parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from distclip.records import Holding, Piece
 _TEXT_WORDS, _SCOPES = 8, 6
 _HOLDING_WORDS = _TEXT_WORDS + 2 + _SCOPES  # text, region, flags, scopes
 _DECLARED = 1 << _SCOPES  # a flag; those below it say which scopes are rank sets
-_ROW_WORDS = 5  # key of the name, holding, key of the shape, key of the group, key of the watched layer
+# key of the name, holding, key of the shape, key of the group, key of the watched layer
+_ROW_WORDS = 5
 
 
 class RemoteHolding(NamedTuple):
@@ -64,30 +66,52 @@ def exchange_tables(
     holdings = list(dict.fromkeys([*(piece.holding for piece in pieces), *beside]))
     ordinal = {holding: i for i, holding in enumerate(holdings)}
     rows = [
-        (hash64(piece.key_name), ordinal[piece.holding], hash64(f"{piece.shape}"), hash64(group), hash64(layer))
+        (
+            hash64(piece.key_name),
+            ordinal[piece.holding],
+            hash64(f"{piece.shape}"),
+            hash64(group),
+            hash64(layer),
+        )
         for piece, group, layer in zip(pieces, group_of, layer_of, strict=True)
     ]
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, _ROW_WORDS)
     digest = hash64(str(rows))
-    heads = channel.slots(torch.tensor([digest, len(rows), len(holdings)], device="cpu"), device, "the set-up's table of sizes").tolist()
+    heads = channel.slots(
+        torch.tensor([digest, len(rows), len(holdings)], device="cpu"),
+        device,
+        "the set-up's table of sizes",
+    ).tolist()
 
-    first = {d: rank for rank, (d, _, _) in reversed(list(enumerate(heads)))}  # digest → first rank that has it
+    # digest → first rank that has it
+    first = {d: rank for rank, (d, _, _) in reversed(list(enumerate(heads)))}
     senders = sorted(set(first.values()))
-    words = [h * _HOLDING_WORDS for _, _, h in heads] + [heads[rank][1] * _ROW_WORDS for rank in senders]
+    words = [h * _HOLDING_WORDS for _, _, h in heads] + [
+        heads[rank][1] * _ROW_WORDS for rank in senders
+    ]
     starts = [0, *accumulate(words)]
     buffer = torch.zeros(starts[-1] + len(counts), dtype=torch.int64, device="cpu")
-    _put(buffer, starts[channel.rank], torch.tensor([_encode(h) for h in holdings], dtype=torch.int64, device="cpu"))
+    _put(
+        buffer,
+        starts[channel.rank],
+        torch.tensor([_encode(h) for h in holdings], dtype=torch.int64, device="cpu"),
+    )
     if channel.rank in senders:
         _put(buffer, starts[channel.size + senders.index(channel.rank)], table)
     _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64, device="cpu"))
-    buffer = channel.reduce_(buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables").cpu()
+    buffer = channel.reduce_(
+        buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables"
+    ).cpu()
 
     ranks_of: dict[int, list[int]] = {sender: [] for sender in senders}
     for rank, head in enumerate(heads):
         ranks_of[first[head[0]]].append(rank)
     blocks = [buffer[a:b] for a, b in pairwise(starts)]
     return Tables(
-        holdings=[[_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()] for block in blocks[: channel.size]],
+        holdings=[
+            [_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()]
+            for block in blocks[: channel.size]
+        ],
         ranks_of=list(ranks_of.values()),
         rows=[block.reshape(-1, _ROW_WORDS) for block in blocks[channel.size :]],
         mine=senders.index(first[digest]),
@@ -104,9 +128,12 @@ def _encode(holding: Holding) -> list[int]:
     scopes = [hash64(scope) for scope in holding.scopes]
     if len(scopes) > _SCOPES:
         raise ConfigError(
-            f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at most {_SCOPES} are supported"
+            f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at "
+            f"most {_SCOPES} are supported"
         )
-    letters = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)]
+    letters = [
+        int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)
+    ]
     flags = sum(1 << i for i, scope in enumerate(holding.scopes) if scope in holding.rank_sets)
     flags |= _DECLARED if holding.declared else 0
     return [*letters, hash64(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]

@@ -1,4 +1,5 @@
-"""Parameters that join the modules after set-up. At a step before which no module got anything new, none is looked at."""
+"""Parameters that join the modules after set-up. At a step before which no module got anything new,
+none is looked at."""
 
 from __future__ import annotations
 
@@ -46,8 +47,9 @@ REGISTRATIONS = _Registrations()
 class Newcomers:
     """Compares the modules with what they held at set-up. Never communicates.
 
-    What counts is a trainable parameter, at a place where none was, that has a gradient: a frozen or unused one is waited for. A parameter
-    that takes a known one's place is none: sharding frameworks swap those in and out, and `Slot.replaced` looks at them.
+    What counts is a trainable parameter, at a place where none was, that has a gradient: a frozen
+    or unused one is waited for. A parameter that takes a known one's place is none: sharding
+    frameworks swap those in and out, and `Slot.replaced` looks at them.
 
     Args:
         modules: that were passed; none where pairs or parameters were.
@@ -55,9 +57,15 @@ class Newcomers:
         grad_of: where a parameter's gradient is.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], slots: Sequence[Slot], grad_of: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        slots: Sequence[Slot],
+        grad_of: Callable[[Tensor], Tensor | None],
+    ) -> None:
         self._modules, self._grad_of = modules, grad_of
-        self._slots = slots  # holds on to the tables and parameters below, so that their identities stay theirs
+        # holds on to the tables and parameters below, so that their identities stay theirs
+        self._slots = slots
         self._places = {(id(slot.table), slot.key) for slot in slots}
         self._params = {id(slot.value) for slot in slots if isinstance(slot.value, Tensor)}
         self._waiting: list[Slot] = []
@@ -66,23 +74,32 @@ class Newcomers:
             REGISTRATIONS.watch(self)
 
     def faults(self, of_params: bool = False) -> list[str]:
-        """A text if parameters joined. `of_params`: parameters are measured, and need no gradient to count."""
+        """A text if parameters joined. `of_params`: parameters are measured, and need no gradient
+        to count."""
         if not self._modules:
             return []
-        # insert() of torch's lists of modules registers nothing; a step after which nothing was registered looks at nothing else
-        if REGISTRATIONS.count != self._seen or (self._lists and sum(map(len, self._lists)) != self._listed):
+        # insert() of torch's lists of modules registers nothing; a step after which nothing was
+        # registered looks at nothing else
+        if REGISTRATIONS.count != self._seen or (
+            self._lists and sum(map(len, self._lists)) != self._listed
+        ):
             self._look()
         if self._joined(of_params):
             self._look()  # unless it was taken away again
         new = self._joined(of_params)
         return (
-            [f"{new[0]} joined the model after the clipper was built ({len(new)} in all); call clipper.rebuild() on all ranks"]
+            [
+                f"{new[0]} joined the model after the clipper was built ({len(new)} in all); call "
+                f"clipper.rebuild() on all ranks"
+            ]
             if new
             else []
         )
 
     def _joined(self, of_params: bool) -> list[str]:
-        return [slot.path for slot in self._waiting if self._counts(slot.table.get(slot.key), of_params)]
+        return [
+            slot.path for slot in self._waiting if self._counts(slot.table.get(slot.key), of_params)
+        ]
 
     def _look(self) -> None:
         now = self._entries()
@@ -93,16 +110,24 @@ class Newcomers:
         self._waiting = [
             slot
             for slot in module_slots(self._modules)
-            if isinstance(slot.value, Tensor) and (id(slot.table), slot.key) not in self._places and id(slot.value) not in self._params
+            if isinstance(slot.value, Tensor)
+            and (id(slot.table), slot.key) not in self._places
+            and id(slot.value) not in self._params
         ]
 
     def _keep(self) -> None:
         """What the modules hold now: the next look compares with it."""
         every = {id(m): m for module in self._modules for m in module.modules()}
-        every |= {id(slot.value): slot.value for slot in self._slots if isinstance(slot.value, nn.Module)}
-        self._tables: list[dict[str, Any]] = [table for m in every.values() for table in (m._parameters, m._modules)]
+        every |= {
+            id(slot.value): slot.value for slot in self._slots if isinstance(slot.value, nn.Module)
+        }
+        self._tables: list[dict[str, Any]] = [
+            table for m in every.values() for table in (m._parameters, m._modules)
+        ]
         self._held = self._entries()
-        self._lists = [m._modules for m in every.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        self._lists = [
+            m._modules for m in every.values() if isinstance(m, (nn.ModuleList, nn.Sequential))
+        ]
         self._listed, self._seen = sum(map(len, self._lists)), REGISTRATIONS.count
 
     def _entries(self) -> list[Any]:

@@ -1,4 +1,5 @@
-"""Stage 0: what the caller passed → named parameters, each with the wrappers around it. Sends nothing."""
+"""Stage 0: what the caller passed → named parameters, each with the wrappers around it. Sends
+nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Slot:
     def replaced(self) -> bool:
         """True if another parameter or module stands here now.
 
-        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only an exchange like for like is a replacement.
+        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only an exchange like for like
+        is a replacement.
         """
         now = self.table.get(self.key)
         if now is self.value:
@@ -59,15 +61,18 @@ class Found:
 
     named: list[Named] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)  # that were passed; none where parameters were
-    whole_numbers: list[Named] = field(default_factory=list)  # quantised parameters, which have no gradients
+    # that were passed; none where parameters were
+    modules: list[nn.Module] = field(default_factory=list)
+    # quantised parameters, which have no gradients
+    whole_numbers: list[Named] = field(default_factory=list)
 
 
 def named_parameters(params: Params) -> Found:
     """Parameters by name, each object once (a tied one under its first name).
 
     Raises:
-        ConfigError: nothing was passed, something else than parameters was, or two parameters have one name.
+        ConfigError: nothing was passed, something else than parameters was, or two parameters have
+            one name.
     """
     if isinstance(params, nn.Module):
         found = _of_modules([params])
@@ -82,15 +87,26 @@ def passed_modules(params: Params) -> list[nn.Module]:
     """The modules among what the caller passed; none where parameters were."""
     if isinstance(params, nn.Module):
         return [params]
-    return [] if isinstance(params, Tensor) or not isinstance(params, Iterable) else [m for m in params if isinstance(m, nn.Module)]
+    return (
+        []
+        if isinstance(params, Tensor) or not isinstance(params, Iterable)
+        else [m for m in params if isinstance(m, nn.Module)]
+    )
 
 
 def passed_tensors(params: Params) -> Iterator[Tensor]:
     """All parameters in what the caller passed, whatever else is wrong with it."""
     for module in passed_modules(params):
         yield from module.parameters()
-    items = [params] if isinstance(params, Tensor) else params if isinstance(params, Iterable) else ()
-    yield from (part for item in items for part in (item if isinstance(item, tuple) else (item,)) if isinstance(part, Tensor))
+    items = (
+        [params] if isinstance(params, Tensor) else params if isinstance(params, Iterable) else ()
+    )
+    yield from (
+        part
+        for item in items
+        for part in (item if isinstance(item, tuple) else (item,))
+        if isinstance(part, Tensor)
+    )
 
 
 def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
@@ -105,14 +121,19 @@ def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
 def _listed(params: Any) -> list[Any]:
     if hasattr(params, "param_groups"):
         raise ConfigError(
-            f"params is a {type(params).__name__}, an optimizer; pass what it steps, GradClipper(model, max_norm=...), and the "
+            f"params is a {type(params).__name__}, an optimizer; pass what it steps, "
+            f"GradClipper(model, max_norm=...), and the "
             "optimizer to clipper.step(optimizer)"
         )
     if isinstance(params, Mapping):
-        raise ConfigError(f"params is a {type(params).__name__}; pass its (name, parameter) pairs: GradClipper(params.items(), ...)")
+        raise ConfigError(
+            f"params is a {type(params).__name__}; pass its (name, parameter) pairs: "
+            f"GradClipper(params.items(), ...)"
+        )
     if not isinstance(params, Iterable) or isinstance(params, (str, bytes)):
         raise ConfigError(
-            f"params is a {type(params).__name__}; pass an nn.Module, a list of modules, (name, parameter) pairs or parameters"
+            f"params is a {type(params).__name__}; pass an nn.Module, a list of modules, (name, "
+            f"parameter) pairs or parameters"
         )
     return list(params)
 
@@ -124,7 +145,12 @@ def _of_items(items: list[Any]) -> Found:
     for i, item in enumerate(items):
         if isinstance(item, Tensor):
             found.named.append(Named(str(i), item, positional=True))
-        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):
+        elif (
+            isinstance(item, tuple)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], Tensor)
+        ):
             found.named.append(Named(strip(item[0]), item[1]))
         else:
             raise ConfigError(
@@ -135,7 +161,8 @@ def _of_items(items: list[Any]) -> Found:
 
 
 def _of_modules(modules: list[nn.Module]) -> Found:
-    """Several modules are the pipeline stages of this rank; only where their names collide does each get its position before them."""
+    """Several modules are the pipeline stages of this rank; only where their names collide does
+    each get its position before them."""
     walked = [_walk_all(module) for module in modules]
     names = Counter(named.name for found in walked for named in _distinct(found.named))
     prefix = any(count > 1 for count in names.values()) and len(modules) > 1
@@ -207,5 +234,8 @@ def _once(found: Found) -> Found:
         (kept if n.param.is_floating_point() or n.param.is_complex() else whole_numbers).append(n)
     twice = [name for name, count in Counter(n.name for n in kept).items() if count > 1]
     if twice:
-        raise ConfigError(f"two different parameters are named {twice[0]!r}; pass (name, parameter) pairs with distinct names")
+        raise ConfigError(
+            f"two different parameters are named {twice[0]!r}; pass (name, "
+            f"parameter) pairs with distinct names"
+        )
     return Found(kept, found.slots, found.modules, whole_numbers)

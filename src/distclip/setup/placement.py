@@ -1,11 +1,14 @@
-"""Stage 1: parameter → piece. What does this rank hold, and together with whom? Reads specs and handles; sends nothing.
+"""Stage 1: parameter → piece. What does this rank hold, and together with whom? Reads specs and
+handles; sends nothing.
 
 Instances of the one idea (name, region, replica set):
   plain tensor          the whole parameter, copied over all ranks that have the name
   inside DDP            the whole parameter, copied over DDP's process group
-  DTensor               the part at this rank's mesh coordinate, copied along the Replicate dimensions of its mesh
+  DTensor               the part at this rank's mesh coordinate, copied along the Replicate
+  dimensions of its mesh
   FSDP1                 the flat shard's part, copied over the replicating group of HYBRID_SHARD
-  declared              as above, and over the group that `replicated_over` names; `PRIVATE`: a parameter of this rank alone
+  declared              as above, and over the group that `replicated_over` names; `PRIVATE`: a
+  parameter of this rank alone
 """
 
 from __future__ import annotations
@@ -56,19 +59,22 @@ class Declared:
 
 
 def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[Named, Piece]]:
-    """The pieces that this rank holds, with their parameters; those on a mesh without this rank are left out.
+    """The pieces that this rank holds, with their parameters; those on a mesh without this rank are
+    left out.
 
-    Frozen parameters are pieces too: their meshes say which ranks work together, and they may be unfrozen. Where they lie is not judged.
+    Frozen parameters are pieces too: their meshes say which ranks work together, and they may be
+    unfrozen. Where they lie is not judged.
 
     Raises:
-        PlacementError: a trainable parameter on a device that is not supported, or that is a DTensor of unreduced sums; an FSDP1
-            parameter outside its root.
+        PlacementError: a trainable parameter on a device that is not supported, or that is a
+            DTensor of unreduced sums; an FSDP1 parameter outside its root.
         ConfigError: a declared group does not contain this rank.
     """
     for n in named:
         if n.param.requires_grad and n.param.device.type not in DEVICES:
             raise PlacementError(
-                f"{n.name} is on the device {n.param.device}; distclip clips on the CPU and on CUDA. A model on `meta` has no values yet: "
+                f"{n.name} is on the device {n.param.device}; distclip clips on the CPU and on "
+                f"CUDA. A model on `meta` has no values yet: "
                 "build the clipper after it was materialised"
             )
     out = [(n, _piece(n, declared, rank)) for n in named]
@@ -84,14 +90,17 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
             key, tied = names[0], ("shared " + " = ".join(names),)
     if over == (private_token(rank),):
         around = ()
-        over = () if tied else over  # what is tied over ranks is none's alone, whatever pattern matches it
+        # what is tied over ranks is none's alone, whatever pattern matches it
+        over = () if tied else over
     scopes = _Scopes(around, over, tied)
     if named.shard is not None:
         return _flat(named, key, named.shard, scopes)
     if is_flattened(named.param):
         raise PlacementError(
-            f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the outermost "
-            "FullyShardedDataParallel module itself: GradClipper(model, ...), neither model.module nor its parameters"
+            f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the "
+            f"outermost "
+            "FullyShardedDataParallel module itself: GradClipper(model, ...), neither model.module "
+            "nor its parameters"
         )
     spec = spec_of(named.param)
     if spec is not None:
@@ -115,7 +124,9 @@ class _Scopes(NamedTuple):
     def holding(self, how: str, region: str, own: tuple[str, ...]) -> Holding:
         """`own`: the parameter's mesh, or its unit's groups."""
         every = (*own, *self.around, *self.declared, *self.tied)
-        return Holding(how, region, every or (EVERYWHERE,), (*own, *self.around), bool(self.declared))
+        return Holding(
+            how, region, every or (EVERYWHERE,), (*own, *self.around), bool(self.declared)
+        )
 
 
 def _flat(named: Named, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
@@ -124,7 +135,11 @@ def _flat(named: Named, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
     region, over = f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups))
     if shard.spec is not None:  # of this rank's part under tensor parallelism
         placed = _placed(shard.spec)
-        how, region, over = f"{how}, of {placed.how}", f"{placed.region} {region}", (placed.mesh, *over)
+        how, region, over = (
+            f"{how}, of {placed.how}",
+            f"{placed.region} {region}",
+            (placed.mesh, *over),
+        )
     holding = scopes.holding(how, region, over)
     return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
@@ -141,11 +156,17 @@ class _Placed(NamedTuple):
 
 
 def _placed(spec: Any) -> _Placed:
-    """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as copies."""
+    """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as
+    copies."""
     mesh = mesh_of(spec)
     sizes, token = _facts(mesh)
-    # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part of its own
-    split = [f"{p}:{c}/{n}" for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True) if not is_copy(p)]
+    # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part
+    # of its own
+    split = [
+        f"{p}:{c}/{n}"
+        for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True)
+        if not is_copy(p)
+    ]
     return _Placed(_described(tuple(spec.placements), sizes), " ".join(split) or "whole", token)
 
 
@@ -159,14 +180,23 @@ def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | 
         return None
     if named.param.requires_grad and any(map(_IS_PARTIAL, placements)):
         raise PlacementError(
-            f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the parameter to Shard or Replicate"
+            f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the "
+            f"parameter to Shard or Replicate"
         )
     placed = _placed(spec)
     param, shape = named.param, tuple(spec.shape)
     local = param._local_tensor if is_dtensor(param) else param
     holding = scopes.holding(placed.how, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
-    return Piece(named.name, key, holding, shape, numel, tuple(local.shape), placements if is_dtensor(param) else None)
+    return Piece(
+        named.name,
+        key,
+        holding,
+        shape,
+        numel,
+        tuple(local.shape),
+        placements if is_dtensor(param) else None,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -175,7 +205,11 @@ def _described(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> str
 
 
 def _short(placement: Placement) -> str:
-    return "Replicate" if placement.is_replicate() else str(placement).replace("S(", "Shard(").lstrip("_")
+    return (
+        "Replicate"
+        if placement.is_replicate()
+        else str(placement).replace("S(", "Shard(").lstrip("_")
+    )
 
 
 def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str, ...]:
@@ -186,7 +220,8 @@ def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str
             ranks = get_process_group_ranks(group)
             if rank not in ranks:
                 raise ConfigError(
-                    f"replicated_over[{pattern!r}] is the group of ranks {ranks}, and this is rank {rank}; "
+                    f"replicated_over[{pattern!r}] is the group of ranks {ranks}, and this is rank "
+                    f"{rank}; "
                     "on each rank pass the group that this rank's copies of the parameter are in"
                 )
             return (ranks_token(group),)
@@ -195,7 +230,8 @@ def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str
 
 @lru_cache(maxsize=64)
 def _facts(mesh: Any) -> tuple[tuple[int, ...], str]:
-    """A mesh's sizes and the token of its ranks, which torch works out anew for each parameter that asks."""
+    """A mesh's sizes and the token of its ranks, which torch works out anew for each parameter that
+    asks."""
     return tuple(mesh.shape), "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
 
 

@@ -1,4 +1,5 @@
-"""Stage 2: the one agreement, made when the clipper is built: holders → shares, the same groups and configuration on every rank."""
+"""Stage 2: the one agreement, made when the clipper is built: holders → shares, the same groups and
+configuration on every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from distclip.setup.replicas import find_holders, rows_of
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What this rank measures and what it counts. Printing it gives the ownership table and never communicates."""
+    """What this rank measures and what it counts. Printing it gives the ownership table and never
+    communicates."""
 
     pieces: tuple[Piece, ...]
     shares: tuple[Share, ...]
@@ -36,12 +38,18 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("parameters", "elements", "held as", "over ranks", "copies")
-        lines = [(f"{r.parameters:,}", f"{r.elements:,}", r.how, brief(r.ranks), str(r.copies)) for r in self.rows]
+        lines = [
+            (f"{r.parameters:,}", f"{r.elements:,}", r.how, brief(r.ranks), str(r.copies))
+            for r in self.rows
+        ]
         width = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
         right = (0, 1, 4)
 
         def text(line: tuple[str, ...]) -> str:
-            return "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()
+            return "  ".join(
+                c.rjust(w) if i in right else c.ljust(w)
+                for i, (c, w) in enumerate(zip(line, width, strict=True))
+            ).rstrip()
 
         names = [piece.name for piece in self.pieces]
         shown = ", ".join(names[:4] + (["…"] if len(names) > 5 else []) + names[4:][-1:])
@@ -53,7 +61,8 @@ class Plan:
         )
         return "\n".join(
             [
-                f"distclip plan: {total:,} parameters, {elements:,} elements, {_count(len(self.groups), 'group')}, "
+                f"distclip plan: {total:,} parameters, {elements:,} elements, "
+                f"{_count(len(self.groups), 'group')}, "
                 f"{self.norm_type:g}-norm over {_count(len(self.ranks), 'rank')}",
                 *map(text, (head, *lines)),
                 *([self.apart_text()] if self.apart else []),
@@ -64,7 +73,8 @@ class Plan:
 
     def apart_text(self) -> str:
         return (
-            f"{_count(self.apart, 'name')} on ranks that no parameter's mesh joins: taken for different parameters there (pipeline "
+            f"{_count(self.apart, 'name')} on ranks that no parameter's mesh joins: taken for "
+            f"different parameters there (pipeline "
             "stages); if they are copies, pass the whole model, or declare replicated_over"
         )
 
@@ -73,8 +83,11 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def agree_on_call(channel: Channel, config: Mapping[str, str], error: Exception | None, device: torch.device) -> None:
-    """A collective of two words a rank: does every rank build the same clipper, without an error of its own?
+def agree_on_call(
+    channel: Channel, config: Mapping[str, str], error: Exception | None, device: torch.device
+) -> None:
+    """A collective of two words a rank: does every rank build the same clipper, without an error of
+    its own?
 
     Raises:
         Exception: `error`, on the rank that had it.
@@ -82,12 +95,24 @@ def agree_on_call(channel: Channel, config: Mapping[str, str], error: Exception 
     """
     if channel.size > 1:
         digest = hash64(str(sorted(config.items()))) if error is None else 0
-        heads = channel.slots(torch.tensor([digest, int(error is not None)], device="cpu"), device, "the set-up's first message")
+        heads = channel.slots(
+            torch.tensor([digest, int(error is not None)], device="cpu"),
+            device,
+            "the set-up's first message",
+        )
         if heads[:, 1].any():
-            said = channel.texts(f"{type(error).__name__}: {error}" if error else "", device, "the report of a set-up error")
+            said = channel.texts(
+                f"{type(error).__name__}: {error}" if error else "",
+                device,
+                "the report of a set-up error",
+            )
             if error is None:
-                who = [f"rank {r}: {text}" for r, text in zip(channel.ranks, said, strict=True) if text]
-                raise AgreementError("another rank could not build its GradClipper:\n" + "\n".join(who))
+                who = [
+                    f"rank {r}: {text}" for r, text in zip(channel.ranks, said, strict=True) if text
+                ]
+                raise AgreementError(
+                    "another rank could not build its GradClipper:\n" + "\n".join(who)
+                )
         elif (heads[:, 0] != heads[0, 0]).any():
             _name_difference(channel, config, device)
     if error is not None:
@@ -95,18 +120,26 @@ def agree_on_call(channel: Channel, config: Mapping[str, str], error: Exception 
 
 
 def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.device) -> None:
-    said = channel.texts("\n".join(f"{k}={v!r}" for k, v in sorted(config.items())), device, "the comparison of configurations")
+    said = channel.texts(
+        "\n".join(f"{k}={v!r}" for k, v in sorted(config.items())),
+        device,
+        "the comparison of configurations",
+    )
     options: dict[str, dict[str, list[int]]] = {}
     for rank, text in zip(channel.ranks, said, strict=True):
         for line in text.splitlines():
             name, _, value = line.partition("=")
             options.setdefault(name, {}).setdefault(value, []).append(rank)
     lines = [
-        f"{name}: " + "; ".join(f"{value} on rank {brief(ranks)}" for value, ranks in values.items())
+        f"{name}: "
+        + "; ".join(f"{value} on rank {brief(ranks)}" for value, ranks in values.items())
         for name, values in options.items()
         if len(values) > 1 or sum(map(len, values.values())) < channel.size
     ]
-    raise AgreementError("ranks built different GradClippers; pass the same options on all of them:\n" + "\n".join(lines))
+    raise AgreementError(
+        "ranks built different GradClippers; pass the same options on all of "
+        "them:\n" + "\n".join(lines)
+    )
 
 
 def make_plan(
@@ -123,7 +156,8 @@ def make_plan(
 
     Args:
         group_of: [pieces] the group's name of each.
-        layer_of: [pieces] the watched layer's name of each; None on all ranks where none is watched.
+        layer_of: [pieces] the watched layer's name of each; None on all ranks where none is
+            watched.
         beside: of parameters that are no pieces, whose meshes join ranks too.
         patterns: pattern or name that must match on some rank → how often it does on this one.
 
@@ -132,35 +166,54 @@ def make_plan(
         ConfigError: a pattern matches nothing on any rank, or no rank has a parameter.
     """
     watched = [""] * len(pieces) if layer_of is None else layer_of
-    tables = exchange_tables(channel, pieces, group_of, watched, list(patterns.values()), device, beside)
+    tables = exchange_tables(
+        channel, pieces, group_of, watched, list(patterns.values()), device, beside
+    )
     for pattern, count in zip(patterns, tables.counts, strict=True):
         if not count:
-            raise ConfigError(f"{pattern!r} matches no parameter on any rank; {_nearest(pattern, pieces)}")
+            raise ConfigError(
+                f"{pattern!r} matches no parameter on any rank; {_nearest(pattern, pieces)}"
+            )
     if not sum(map(len, tables.rows)):
-        raise ConfigError("params holds no parameters on any rank; pass the model, or (name, parameter) pairs")
+        raise ConfigError(
+            "params holds no parameters on any rank; pass the model, or (name, parameter) pairs"
+        )
     holders = find_holders(tables, channel.rank, pieces)
     if holders.misshapen:
-        local = [f"{p.name} has shape {p.shape}" for p in pieces if hash64(p.key_name) in holders.misshapen]
+        local = [
+            f"{p.name} has shape {p.shape}"
+            for p in pieces
+            if hash64(p.key_name) in holders.misshapen
+        ]
         remedy = f"{DECLARE}. If they should be equal, build the same model on all ranks"
         raise_on_all_ranks(channel, local, device, "the comparison of shapes", remedy)
 
     held, whole = [0.0] * holders.slots, [0.0] * holders.slots
-    for piece, share, slot, members in zip(pieces, holders.shares, holders.slot, holders.members, strict=True):
+    for piece, share, slot, members in zip(
+        pieces, holders.shares, holders.slot, holders.members, strict=True
+    ):
         held[slot] += piece.local_numel / share.holders
         whole[slot] += piece.numel / members
     sums = torch.tensor([held, whole], dtype=torch.float64, device="cpu")
-    sums = channel.reduce_(sums.to(channel.device_for(device)), "sum", "the set-up's count of elements").cpu()
+    sums = channel.reduce_(
+        sums.to(channel.device_for(device)), "sum", "the set-up's count of elements"
+    ).cpu()
     lost = (sums[0] - sums[1]).abs() > 1e-6 * sums[1] + 1e-3
     if lost.any():
         local = [
-            f"{p.name} ({p.holding.how}): the parts held add up to {sums[0, s]:.0f} elements of {sums[1, s]:.0f}; every rank that "
+            f"{p.name} ({p.holding.how}): the parts held add up to {sums[0, s]:.0f} elements of "
+            f"{sums[1, s]:.0f}; every rank that "
             "holds a part must be in process_group, and copies must be declared by replicated_over"
             for p, s in zip(pieces, holders.slot, strict=True)
             if lost[s]
         ]
         raise_on_all_ranks(channel, local, device, "the comparison of elements")
     groups = _agreed_names(channel, [rows[:, 3] for rows in tables.rows], group_of, device)
-    layers = () if layer_of is None else _agreed_names(channel, [rows[:, 4] for rows in tables.rows], watched, device)
+    layers = (
+        ()
+        if layer_of is None
+        else _agreed_names(channel, [rows[:, 4] for rows in tables.rows], watched, device)
+    )
     group_at, layer_at = ({name: i for i, name in enumerate(names)} for names in (groups, layers))
     return Plan(
         pieces=tuple(pieces),
@@ -197,7 +250,9 @@ def _nearest(pattern: str, pieces: Sequence[Piece]) -> str:
     return f"the nearest names on this rank: {', '.join(nearest)} ({len(names)} in all)"
 
 
-def _agreed_names(channel: Channel, keys: Sequence[Tensor], own: Sequence[str], device: torch.device) -> tuple[str, ...]:
+def _agreed_names(
+    channel: Channel, keys: Sequence[Tensor], own: Sequence[str], device: torch.device
+) -> tuple[str, ...]:
     """All ranks' names, sorted. Only those that some rank lacks are sent.
 
     Args:

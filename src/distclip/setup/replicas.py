@@ -1,4 +1,5 @@
-"""Stage 2b: who holds what with whom, from the tables that all ranks know: all compute alike, and nothing is sent."""
+"""Stage 2b: who holds what with whom, from the tables that all ranks know: all compute alike, and
+nothing is sent."""
 
 from __future__ import annotations
 
@@ -47,40 +48,59 @@ class Holders:
 
 
 def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
-    """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions. Sends nothing.
+    """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions.
+    Sends nothing.
 
-    Scopes meet also where two ranks work on one set of modules (`_module_sets`): FSDP2 over dp beside tensor parallelism holds what no
-    tensor-parallel plan names on the dp meshes alone, and the ranks of one tp mesh hold copies of it.
+    Scopes meet also where two ranks work on one set of modules (`_module_sets`): FSDP2 over dp
+    beside tensor parallelism holds what no tensor-parallel plan names on the dp meshes alone, and
+    the ranks of one tp mesh hold copies of it.
 
-    Parameters that the same holdings of the same tables hold are one case, so the joining is done once a case, not once a name.
+    Parameters that the same holdings of the same tables hold are one case, so the joining is done
+    once a case, not once a name.
     """
-    owner = torch.cat([torch.full((len(rows),), i, device="cpu") for i, rows in enumerate(tables.rows)])
+    owner = torch.cat(
+        [torch.full((len(rows),), i, device="cpu") for i, rows in enumerate(tables.rows)]
+    )
     rows = torch.cat(tables.rows)
     names, name_of = torch.unique(rows[:, 0], return_inverse=True)
     mark = _mixed(owner * 1_000_003 + rows[:, 1] + 1)
-    signature = torch.zeros(len(names), dtype=torch.int64, device="cpu").index_add_(0, name_of, mark)
+    signature = torch.zeros(len(names), dtype=torch.int64, device="cpu").index_add_(
+        0, name_of, mark
+    )
     cases, case_of = torch.unique(signature, return_inverse=True)
-    places, components, apart = _cases(tables, _module_sets(tables), owner, rows, name_of, case_of, len(cases))
+    places, components, apart = _cases(
+        tables, _module_sets(tables), owner, rows, name_of, case_of, len(cases)
+    )
 
     per_name = torch.tensor([len(c) for c in components], device="cpu")[case_of]
     base = per_name.cumsum(0) - per_name
-    # few of all names are this rank's, where every rank has its own: only those become Python numbers
+    # few of all names are this rank's, where every rank has its own: only those become Python
+    # numbers
     keys = [hash64(piece.key_name) for piece in pieces]
     at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64, device="cpu"))
     shares: list[Share] = []
     slot: list[int] = []
     members: list[int] = []
-    copy_of: dict[tuple[int, int], int] = defaultdict(int)  # a rank may hold a tied parameter under two names
+    # a rank may hold a tied parameter under two names
+    copy_of: dict[tuple[int, int], int] = defaultdict(int)
     ordinals = tables.rows[tables.mine][:, 1].tolist()
-    for name_key, first, case, ordinal in zip(keys, base[at].tolist(), case_of[at].tolist(), ordinals, strict=True):
+    for name_key, first, case, ordinal in zip(
+        keys, base[at].tolist(), case_of[at].tolist(), ordinals, strict=True
+    ):
         found = places[case][rank, ordinal]
         place = found[min(copy_of[name_key, ordinal], len(found) - 1)]
         copy_of[name_key, ordinal] += 1
         shares.append(Share(place.holders, _weight(name_key, place)))
         slot.append(first + place.component)
         members.append(place.members)
-    of_case = case_of.argsort(stable=True).split(torch.bincount(case_of, minlength=len(cases)).tolist())
-    table = [(component, base[at] + i) for at, found in zip(of_case, components, strict=True) for i, component in enumerate(found)]
+    of_case = case_of.argsort(stable=True).split(
+        torch.bincount(case_of, minlength=len(cases)).tolist()
+    )
+    table = [
+        (component, base[at] + i)
+        for at, found in zip(of_case, components, strict=True)
+        for i, component in enumerate(found)
+    ]
     return Holders(
         shares,
         slot,
@@ -104,9 +124,11 @@ _Places = dict[tuple[int, int], list[Place]]
 
 
 def _module_sets(tables: Tables) -> list[Hashable]:
-    """[ranks] equal for ranks that work on one set of modules: some parameter's mesh, or the group of a wrapper, has both, transitively.
+    """[ranks] equal for ranks that work on one set of modules: some parameter's mesh, or the group
+    of a wrapper, has both, transitively.
 
-    What is declared or tied joins no ranks beyond its own parameters: an embedding is tied over stages that are different modules.
+    What is declared or tied joins no ranks beyond its own parameters: an embedding is tied over
+    stages that are different modules.
     """
     joined = _Joined()
     for rank, holdings in enumerate(tables.holdings):
@@ -133,21 +155,41 @@ class _Joined:
 
 
 def _cases(
-    tables: Tables, module_sets: Sequence[Hashable], owner: Tensor, rows: Tensor, name_of: Tensor, case_of: Tensor, count: int
+    tables: Tables,
+    module_sets: Sequence[Hashable],
+    owner: Tensor,
+    rows: Tensor,
+    name_of: Tensor,
+    case_of: Tensor,
+    count: int,
 ) -> tuple[list[_Places], list[list[Component]], list[bool]]:
-    """For each case the place of every (rank, holding) and the components, from one example name."""
-    example = torch.full((count,), -1, device="cpu").scatter_(0, case_of, torch.arange(len(case_of), device="cpu"))
+    """For each case the place of every (rank, holding) and the components, from one example
+    name."""
+    example = torch.full((count,), -1, device="cpu").scatter_(
+        0, case_of, torch.arange(len(case_of), device="cpu")
+    )
     is_example = torch.zeros(len(case_of), dtype=torch.bool, device="cpu")
     is_example[example] = True
     entries: dict[int, list[tuple[int, int]]] = defaultdict(list)
     chosen = is_example[name_of]
-    for table, ordinal, case in zip(owner[chosen].tolist(), rows[chosen, 1].tolist(), case_of[name_of[chosen]].tolist(), strict=True):
+    for table, ordinal, case in zip(
+        owner[chosen].tolist(),
+        rows[chosen, 1].tolist(),
+        case_of[name_of[chosen]].tolist(),
+        strict=True,
+    ):
         entries[case] += [(rank, ordinal) for rank in tables.ranks_of[table]]
     solved = [_joined(tables, module_sets, sorted(entries[case])) for case in range(count)]
-    return [places for places, _, _ in solved], [components for _, components, _ in solved], [apart for _, _, apart in solved]
+    return (
+        [places for places, _, _ in solved],
+        [components for _, components, _ in solved],
+        [apart for _, _, apart in solved],
+    )
 
 
-def _joined(tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]) -> tuple[_Places, list[Component], bool]:
+def _joined(
+    tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]
+) -> tuple[_Places, list[Component], bool]:
     joined = _Joined()
     for rank, ordinal in entries:
         holding = tables.holdings[rank][ordinal]
@@ -172,20 +214,32 @@ def _joined(tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple
         hows = dict.fromkeys(tables.holdings[rank][ordinal].how for rank, ordinal in members)
         ranks = tuple(sorted({rank for rank, _ in members}))
         components.append(Component(ranks, " / ".join(hows), len(next(iter(holders.values())))))
-    read = [any(_widens(tables.holdings[rank][ordinal]) for rank, ordinal in members) for members in together.values()]
+    read = [
+        any(_widens(tables.holdings[rank][ordinal]) for rank, ordinal in members)
+        for members in together.values()
+    ]
     return places, components, sum(read) > 1
 
 
 def _widens(holding: RemoteHolding) -> bool:
-    """Whether it is copied wherever ranks work on the same modules: what is declared is held as it was declared."""
+    """Whether it is copied wherever ranks work on the same modules: what is declared is held as it
+    was declared."""
     return bool(holding.rank_sets) and not holding.declared
 
 
 def _misshapen(
-    tables: Tables, rows: Tensor, names: Tensor, name_of: Tensor, case_of: Tensor, places: list[_Places], owner: Tensor
+    tables: Tables,
+    rows: Tensor,
+    names: Tensor,
+    name_of: Tensor,
+    case_of: Tensor,
+    places: list[_Places],
+    owner: Tensor,
 ) -> set[int]:
     """Keys of names whose copies or parts disagree about the whole parameter's shape."""
-    shape = torch.zeros(len(names), dtype=torch.int64, device="cpu").scatter_(0, name_of, rows[:, 2])
+    shape = torch.zeros(len(names), dtype=torch.int64, device="cpu").scatter_(
+        0, name_of, rows[:, 2]
+    )
     suspects = name_of[rows[:, 2] != shape[name_of]].unique().tolist()
     out: set[int] = set()
     for at in suspects:
@@ -201,7 +255,8 @@ def _misshapen(
 
 
 def _weight(name_key: int, place: Place) -> float:
-    """This holder's weight in the drift sum: between 1/8 and 1 in size, zero-sum over the holders, 0 for a single one."""
+    """This holder's weight in the drift sum: between 1/8 and 1 in size, zero-sum over the holders,
+    0 for a single one."""
     if place.holders == 1:
         return 0.0
     draw = random.Random(name_key)
@@ -213,7 +268,8 @@ _PATTERNS: dict[int, tuple[float, ...]] = {}
 
 
 def pattern(holders: int) -> tuple[float, ...]:
-    """Zero-sum numbers, each between 1/4 and 1 in size, of which no small subset sums to zero (as pairs of +1 and -1 would)."""
+    """Zero-sum numbers, each between 1/4 and 1 in size, of which no small subset sums to zero (as
+    pairs of +1 and -1 would)."""
     if holders not in _PATTERNS:
         draw = random.Random(holders)
         while True:
@@ -229,11 +285,15 @@ def pattern(holders: int) -> tuple[float, ...]:
 
 
 def rows_of(holders: Holders, elements: Tensor, channel: Channel) -> tuple[Row, ...]:
-    """The lines of the ownership table. `elements`: [slots] float64, each parameter's global number of elements."""
+    """The lines of the ownership table. `elements`: [slots] float64, each parameter's global number
+    of elements."""
     merged: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(lambda: [0, 0])
     for component, slots in holders.components:
         ranks = tuple(channel.ranks[position] for position in component.ranks)
         line = merged[component.how, ranks, component.copies]
         line[0] += len(slots)
         line[1] += round(float(elements[slots].sum()))
-    return tuple(Row(count, total, how, ranks, copies) for (how, ranks, copies), (count, total) in merged.items())
+    return tuple(
+        Row(count, total, how, ranks, copies)
+        for (how, ranks, copies), (count, total) in merged.items()
+    )

@@ -1,7 +1,9 @@
-"""Stage 3a: modules whose gradients `backward()` may leave unfinished until `finalize_backward()` is called. Sends nothing.
+"""Stage 3a: modules whose gradients `backward()` may leave unfinished until `finalize_backward()`
+is called. Sends nothing.
 
-torch 2.15 lets the caller of DDP and FSDP2 say when gradients are waited for; before it there is no such module. Pipeline schedules do so
-by themselves, and have finalized all stages when their `step` ends.
+torch 2.15 lets the caller of DDP and FSDP2 say when gradients are waited for; before it there is no
+such module. Pipeline schedules do so by themselves, and have finalized all stages when their `step`
+ends.
 """
 
 from __future__ import annotations
@@ -24,13 +26,26 @@ class Wrapper(NamedTuple):
 
 
 def wrappers(params: Params) -> tuple[Wrapper, ...]:
-    """The outermost ones in what the caller passed; of parameters without their modules none can be found."""
-    fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")  # before its import nothing is one
-    kinds = tuple(kind for kind in (DistributedDataParallel, fsdp2) if kind is not None and hasattr(kind, "finalize_backward"))
-    return tuple(wrapper for module in passed_modules(params) if kinds for wrapper in _outermost(module, kinds, "", seen=set()))
+    """The outermost ones in what the caller passed; of parameters without their modules none can be
+    found."""
+    # before its import nothing is one
+    fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")
+    kinds = tuple(
+        kind
+        for kind in (DistributedDataParallel, fsdp2)
+        if kind is not None and hasattr(kind, "finalize_backward")
+    )
+    return tuple(
+        wrapper
+        for module in passed_modules(params)
+        if kinds
+        for wrapper in _outermost(module, kinds, "", seen=set())
+    )
 
 
-def _outermost(module: nn.Module, kinds: tuple[type, ...], path: str, seen: set[int]) -> Iterator[Wrapper]:
+def _outermost(
+    module: nn.Module, kinds: tuple[type, ...], path: str, seen: set[int]
+) -> Iterator[Wrapper]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -43,7 +58,8 @@ def _outermost(module: nn.Module, kinds: tuple[type, ...], path: str, seen: set[
 
 
 def unfinished(found: Sequence[Wrapper]) -> list[str]:
-    """What is wrong with gradients that are not final, in one text. Reads a flag of each module; nothing of a device."""
+    """What is wrong with gradients that are not final, in one text. Reads a flag of each module;
+    nothing of a device."""
     late = [(name, remedy) for name, module in found if (remedy := _remedy(module))]
     if not late:
         return []
@@ -58,13 +74,21 @@ def _remedy(module: Any) -> str:
         late = module.require_manual_backward_finalization and not _has_reduced(module)
         handed_out = False
     else:
-        context: Any = module._get_fsdp_state()._state_ctx  # the root's, from the first forward pass on
-        late, handed_out = context.manual_backward_finalization_active, context.gradient_reduction_pending
+        # the root's, from the first forward pass on
+        context: Any = module._get_fsdp_state()._state_ctx
+        late, handed_out = (
+            context.manual_backward_finalization_active,
+            context.gradient_reduction_pending,
+        )
     if handed_out:
-        return "call wait() of the handle that its finalize_backward(async_op=True) gave, before the clip"
+        return (
+            "call wait() of the handle that its finalize_backward(async_op=True) gave, before "
+            "the clip"
+        )
     if late:
         return (
-            "it was told to wait for its finalize_backward() (manual backward finalization); call that after backward() and before the clip"
+            "it was told to wait for its finalize_backward() (manual backward finalization); call "
+            "that after backward() and before the clip"
         )
     return ""
 

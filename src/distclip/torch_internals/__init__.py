@@ -1,4 +1,6 @@
-"""Everything of torch that is private, in one room: DTensor's and FSDP1's inside, GradScaler's records, `join()`'s mark.
+"""Everything of torch that is private, in one room: DTensor's and FSDP1's inside, GradScaler's
+records, `join()`'s mark.
 
-Each file checks what it reads and refuses what it does not know by name, so that another release of torch ends in a sentence.
+Each file checks what it reads and refuses what it does not know by name, so that another release of
+torch ends in a sentence.
 """

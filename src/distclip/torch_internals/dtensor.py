@@ -1,4 +1,5 @@
-"""DTensor without importing it: torch.distributed.tensor takes a second to import, and a program that has none needs it nowhere."""
+"""DTensor without importing it: torch.distributed.tensor takes a second to import, and a program
+that has none needs it nowhere."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def imported_class(module: str, name: str) -> type | None:
-    """A class of torch if this program has imported its module; before that nothing can be one, and it is None."""
+    """A class of torch if this program has imported its module; before that nothing can be one, and
+    it is None."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -30,7 +32,8 @@ def is_dtensor(value: object) -> TypeIs[DTensor]:
 
 
 def local_tensor(grad: Tensor) -> Tensor:
-    """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills it."""
+    """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills
+    it."""
     if is_dtensor(grad):
         grad = grad.to_local()
     wait = getattr(grad, "wait", None)  # AsyncCollectiveTensor
@@ -38,7 +41,8 @@ def local_tensor(grad: Tensor) -> Tensor:
 
 
 def spec_of(param: Tensor) -> Any:
-    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other tensor."""
+    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other
+    tensor."""
     return param if is_dtensor(param) else getattr(param, "_st_info", None)
 
 
@@ -48,13 +52,15 @@ def mesh_of(spec: Any) -> Any:
 
 
 def is_contiguous_shard(placement: Placement) -> bool:
-    """Whether a rank's part is one run of indices: Shard, and not what is derived from it (_StridedShard of some releases)."""
+    """Whether a rank's part is one run of indices: Shard, and not what is derived from it
+    (_StridedShard of some releases)."""
     kind = imported_class("torch.distributed.tensor.placement_types", "Shard")
     return kind is not None and isinstance(placement, kind)
 
 
 def offset_of(shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
     """Where this rank's part of a DTensor of that shape begins, by dimension."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # not before there is a DTensor: it takes a second
+    # not before there is a DTensor: it takes a second
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return tuple(compute_local_shape_and_global_offset(shape, mesh_of(spec), spec.placements)[1])

@@ -1,4 +1,5 @@
-"""FSDP1's private handles, read in this file alone: which part of each parameter the flat shards of this rank hold."""
+"""FSDP1's private handles, read in this file alone: which part of each parameter the flat shards of
+this rank hold."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ class FlatShard:
     shape: tuple[int, ...]  # of the whole parameter
     numel: int  # of the whole parameter
     local_shape: tuple[int, ...]  # of this rank's gradient
-    spec: Any = None  # DTensorSpec of a parameter that tensor parallelism had placed before: the unit shards this rank's part of it
+    # DTensorSpec of a parameter that tensor parallelism had placed before: the unit shards this
+    # rank's part of it
+    spec: Any = None
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -56,23 +59,32 @@ def _of_unit(unit: Any) -> dict[int, FlatShard]:
     if handle is None:
         return {}
     flat, group = handle.flat_param, handle.process_group
-    groups = (group,) if getattr(unit, "_inter_node_pg", None) is None else (group, unit._inter_node_pg)
+    groups = (
+        (group,) if getattr(unit, "_inter_node_pg", None) is None else (group, unit._inter_node_pg)
+    )
     sharded = bool(handle.uses_sharded_strategy)
     part = (group.rank(), group.size()) if sharded else (0, 1)
     specs: tuple[Any, ...] = flat._param_extensions
     if not handle._use_orig_params:
         if any(spec is not None for spec in specs):
             raise PlacementError(
-                f"FSDP1 has put {', '.join(flat._fqns)} into one flat parameter, and some of them are DTensors of tensor parallelism: "
-                "parts and copies in one tensor have no common norm; wrap with use_orig_params=True, or use fully_shard (FSDP2)"
+                f"FSDP1 has put {', '.join(flat._fqns)} into one flat parameter, and some of them "
+                f"are DTensors of tensor parallelism: "
+                "parts and copies in one tensor have no common norm; wrap with "
+                "use_orig_params=True, or use fully_shard (FSDP2)"
             )
-        # padding of the flat parameter carries zero gradients: it counts as elements, never in the norm
+        # padding of the flat parameter carries zero gradients: it counts as elements, never in the
+        # norm
         local = tuple(flat._sharded_size) if sharded else tuple(flat._unpadded_unsharded_size)
         numel = local[0] * part[1]
         return {id(flat): FlatShard(groups, part, (numel,), numel, local)}
     shards: dict[int, FlatShard] = {}
-    for param, shape, info, spec in zip(flat._params, flat._shapes, flat._shard_param_infos, specs, strict=True):
-        local = ((info.numel_in_shard or 0,) if info.in_shard else (0,)) if sharded else tuple(shape)
+    for param, shape, info, spec in zip(
+        flat._params, flat._shapes, flat._shard_param_infos, specs, strict=True
+    ):
+        local = (
+            ((info.numel_in_shard or 0,) if info.in_shard else (0,)) if sharded else tuple(shape)
+        )
         whole = shape if spec is None else spec.shape
         shards[id(param)] = FlatShard(groups, part, tuple(whole), whole.numel(), local, spec)
     return shards

@@ -1,7 +1,9 @@
-"""Unscale first: the handshake with GradScaler. What torch keeps of each optimizer is read and written in this file alone.
+"""Unscale first: the handshake with GradScaler. What torch keeps of each optimizer is read and
+written in this file alone.
 
-A scaler knows for each optimizer whether its gradients were unscaled and whether one was not finite. Both are taken over here: the
-inverse scale becomes a factor of the clip's own multiply, and what the scaler is told is the overflow that all ranks agreed on.
+A scaler knows for each optimizer whether its gradients were unscaled and whether one was not
+finite. Both are taken over here: the inverse scale becomes a factor of the clip's own multiply, and
+what the scaler is told is the overflow that all ranks agreed on.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch.amp.grad_scaler import OptState
 
 from distclip.errors import ConfigError
 
-# Their step forwards to the optimizer in `.optimizer` and does nothing else to parameters. They are known by name, since the frameworks
-# need not be installed.
+# Their step forwards to the optimizer in `.optimizer` and does nothing else to parameters. They are
+# known by name, since the frameworks need not be installed.
 _FORWARDING = {
     ("accelerate.optimizer", "AcceleratedOptimizer"),
     ("lightning.pytorch.core.optimizer", "LightningOptimizer"),
@@ -25,41 +27,60 @@ _FORWARDING = {
     ("lightning.fabric.wrappers", "_FabricOptimizer"),
     ("lightning_fabric.wrappers", "_FabricOptimizer"),
 }
-_OWN = ("state", "param_groups", "defaults")  # what each of torch's optimizers keeps: of parameters, and no optimizers
+# what each of torch's optimizers keeps: of parameters, and no optimizers
+_OWN = ("state", "param_groups", "defaults")
 
 
 def unwrapped(optimizer: Any) -> list[Any]:
-    """`optimizer`, and what stands behind it while it is a framework's wrapper that only forwards; the last one is to be stepped.
+    """`optimizer`, and what stands behind it while it is a framework's wrapper that only forwards;
+    the last one is to be stepped.
 
-    Any other wrapper is the last one itself: what it does beside forwarding must happen, and a scaler keeps its records under it.
+    Any other wrapper is the last one itself: what it does beside forwarding must happen, and a
+    scaler keeps its records under it.
     """
     links = [optimizer]
-    while any((kind.__module__, kind.__qualname__) in _FORWARDING for kind in type(links[-1]).__mro__):
+    while any(
+        (kind.__module__, kind.__qualname__) in _FORWARDING for kind in type(links[-1]).__mro__
+    ):
         links.append(links[-1].optimizer)
     return links
 
 
 def inside(optimizer: Any) -> list[Any]:
-    """Optimizers that a wrapper or a container of several keeps, under whatever names, at any depth."""
+    """Optimizers that a wrapper or a container of several keeps, under whatever names, at any
+    depth."""
     found: dict[int, Any] = {id(optimizer): optimizer}
     holders = [optimizer]
     for holder in holders:
         for item in _kept(holder):
-            if id(item) not in found and hasattr(item, "param_groups") and callable(getattr(item, "step", None)):
+            if (
+                id(item) not in found
+                and hasattr(item, "param_groups")
+                and callable(getattr(item, "step", None))
+            ):
                 found[id(item)] = item
                 holders.append(item)
     return list(found.values())[1:]
 
 
 def _kept(holder: Any) -> Iterator[Any]:
-    """What an object keeps in its attributes, in lists and dicts too. No property is read: one may compute, or raise."""
+    """What an object keeps in its attributes, in lists and dicts too. No property is read: one may
+    compute, or raise."""
     if type(holder).__module__.partition(".")[0] == "torch":
         return
     attributes = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
-    for slot in (slot for kind in type(holder).__mro__ for slot in _names(getattr(kind, "__slots__", ()))):
+    for slot in (
+        slot for kind in type(holder).__mro__ for slot in _names(getattr(kind, "__slots__", ()))
+    ):
         attributes[slot] = getattr(holder, slot, None)
     for value in (value for name, value in attributes.items() if name not in _OWN):
-        items: list[Any] = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else [value]
+        items: list[Any] = (
+            list(value.values())
+            if isinstance(value, dict)
+            else list(value)
+            if isinstance(value, (list, tuple))
+            else [value]
+        )
         if items and not isinstance(items[0], Tensor):
             yield from items
 
@@ -72,19 +93,22 @@ class Handshake:
     """What one call has to do with a scaler, or with none.
 
     Args:
-        scaler: a `torch.amp.GradScaler` or `ShardedGradScaler`; None or a disabled one has nothing to say.
+        scaler: a `torch.amp.GradScaler` or `ShardedGradScaler`; None or a disabled one has nothing
+            to say.
         optimizers: as they were given, perhaps wrapped.
         device: where gradients are measured.
 
     Raises:
-        ConfigError: the scaler is of another kind, has scaled no loss yet, or has stepped an optimizer since its update; it has unscaled
-            what is inside a wrapper, and not the wrapper.
+        ConfigError: the scaler is of another kind, has scaled no loss yet, or has stepped an
+            optimizer since its update; it has unscaled what is inside a wrapper, and not the
+            wrapper.
     """
 
     def __init__(self, scaler: Any, optimizers: Sequence[Any], device: torch.device) -> None:
         if scaler is not None and not hasattr(scaler, "is_enabled"):
             raise ConfigError(
-                f"scaler= was given a {type(scaler).__name__}; it is a torch.amp.GradScaler, and optimizers stand before it: "
+                f"scaler= was given a {type(scaler).__name__}; it is a torch.amp.GradScaler, and "
+                f"optimizers stand before it: "
                 "step(optimizer, scaler=scaler), clip_(optimizer, scaler)"
             )
         self.enabled = scaler is not None and bool(scaler.is_enabled())
@@ -95,7 +119,10 @@ class Handshake:
         if scaler is None or not self.enabled:
             return
         if not optimizers:
-            raise ConfigError("scaler= needs the optimizer too: a scaler keeps its records by optimizer; use clip_(optimizer, scaler)")
+            raise ConfigError(
+                "scaler= needs the optimizer too: a scaler keeps its records by "
+                "optimizer; use clip_(optimizer, scaler)"
+            )
         chains = [unwrapped(optimizer) for optimizer in optimizers]
         within = [inside(links[-1]) for links in chains]
         try:
@@ -104,32 +131,52 @@ class Handshake:
             # under which of them the user's own unscale_ and step go is not known yet: all are told
             records = [[known[id(o)] for o in links] for links in chains]
             stages = [{record["stage"] for record in links} for links in records]
-            dealt_with = [[o for o in inner if known[id(o)]["stage"] is not OptState.READY] for inner in within]
-            self._records = [*chain.from_iterable(records), *(known[id(o)] for o in chain.from_iterable(within))]
-            self._found = [tuple(record["found_inf_per_device"].values()) for record in self._records]
+            dealt_with = [
+                [o for o in inner if known[id(o)]["stage"] is not OptState.READY]
+                for inner in within
+            ]
+            self._records = [
+                *chain.from_iterable(records),
+                *(known[id(o)] for o in chain.from_iterable(within)),
+            ]
+            self._found = [
+                tuple(record["found_inf_per_device"].values()) for record in self._records
+            ]
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"scaler is a {type(scaler).__name__} that keeps its records in a way unknown to distclip ({error!r}); "
-                "pass a torch.amp.GradScaler or ShardedGradScaler of a torch that distclip names as supported"
+                f"scaler is a {type(scaler).__name__} that keeps its records in a way unknown to "
+                f"distclip ({error!r}); "
+                "pass a torch.amp.GradScaler or ShardedGradScaler of a torch that distclip names "
+                "as supported"
             ) from error
         if lost:
-            raise ConfigError("this scaler has not scaled a loss yet; call scaler.scale(loss).backward() before clipping")
+            raise ConfigError(
+                "this scaler has not scaled a loss yet; call "
+                "scaler.scale(loss).backward() before clipping"
+            )
         if any(OptState.STEPPED in stage for stage in stages):
-            raise ConfigError("scaler.step() was already called for this optimizer since scaler.update(); clip before it")
+            raise ConfigError(
+                "scaler.step() was already called for this optimizer since "
+                "scaler.update(); clip before it"
+            )
         self.scaled = [stage == {OptState.READY} for stage in stages]
         for k, (scaled, inner) in enumerate(zip(self.scaled, dealt_with, strict=True)):
             if scaled and inner:
                 outer, name = type(chains[k][-1]).__name__, type(inner[0]).__name__
                 raise ConfigError(
-                    f"the scaler has unscaled the {name} inside optimizer {k} ({outer}), and knows nothing of the {outer} that was passed "
-                    f"here: gradients would be unscaled twice. Call scaler.unscale_() with the {outer}, or leave unscaling to the clipper"
+                    f"the scaler has unscaled the {name} inside optimizer {k} ({outer}), and knows "
+                    f"nothing of the {outer} that was passed "
+                    f"here: gradients would be unscaled twice. Call scaler.unscale_() with the "
+                    f"{outer}, or leave unscaling to the clipper"
                 )
-        # on the scale's own device: scale() copies it to another without waiting, and the host would read it before it is there
+        # on the scale's own device: scale() copies it to another without waiting, and the host
+        # would read it before it is there
         one = torch.ones((), dtype=torch.float32, device=scaler._scale.device)
         self.inverse = scaler.scale(one).double().reciprocal().to(device)
 
     def found(self, device: torch.device) -> Tensor:
-        """[] float64: above 0 where the user's own `unscale_` met inf or NaN on this rank, in whichever parameter."""
+        """[] float64: above 0 where the user's own `unscale_` met inf or NaN on this rank, in
+        whichever parameter."""
         found = torch.zeros((), dtype=torch.float64, device=device)
         for values in self._found:  # still empty where nothing was unscaled yet
             for value in values:
@@ -137,11 +184,13 @@ class Handshake:
         return found
 
     def tell(self, bad: Tensor, stepped: bool) -> None:
-        """Record for every optimizer what all ranks agreed on, so that scalers stay equal. Sends nothing, reads nothing on the host.
+        """Record for every optimizer what all ranks agreed on, so that scalers stay equal. Sends
+        nothing, reads nothing on the host.
 
         Args:
             bad: [] bool or float, above 0 where the step is not to be taken.
-            stepped: whether the optimizers were stepped (or skipped) already; else the user's `scaler.step` does it.
+            stepped: whether the optimizers were stepped (or skipped) already; else the user's
+                `scaler.step` does it.
         """
         for record in self._records:
             record["found_inf_per_device"] = {bad.device: bad.to(torch.float32, copy=True)}

@@ -1,4 +1,5 @@
-"""Uneven data: inside torch's `join`, ranks that ran out of batches answer torch's own collectives, and no others."""
+"""Uneven data: inside torch's `join`, ranks that ran out of batches answer torch's own collectives,
+and no others."""
 
 from __future__ import annotations
 
@@ -13,42 +14,58 @@ from distclip.errors import ConfigError
 
 
 class UnevenInputs:
-    """Knows whether a step is taken inside `join()`, which a message over ranks would never come out of.
+    """Knows whether a step is taken inside `join()`, which a message over ranks would never come
+    out of.
 
     Args:
         modules: that the clipper was given.
-        params: its parameters, which a module that was not given (DDP around the one that was) may hold too. Finding such a module looks
-            at every object, once.
+        params: its parameters, which a module that was not given (DDP around the one that was) may
+            hold too. Finding such a module looks at every object, once.
     """
 
     def __init__(self, modules: Iterable[nn.Module], params: Iterable[Tensor] = ()) -> None:
         every = {id(m): m for module in modules for m in module.modules()}
         mine = {id(param) for param in params}
-        around = [thing for thing in gc.get_objects() if mine and issubclass(type(thing), Joinable) and isinstance(thing, nn.Module)]
+        around = [
+            thing
+            for thing in gc.get_objects()
+            if mine and issubclass(type(thing), Joinable) and isinstance(thing, nn.Module)
+        ]
         every |= {id(m): m for m in around if any(id(param) in mine for param in m.parameters())}
         self._joinables = [m for m in every.values() if isinstance(m, Joinable)]
-        self._over: list[Any] = [None] * len(self._joinables)  # each one's latest context, where that is known to be over
+        # each one's latest context, where that is known to be over
+        self._over: list[Any] = [None] * len(self._joinables)
 
     def refuse(self, operation: str) -> None:
-        """ConfigError inside `join()`; on every rank that takes the step, before anything is sent."""
+        """ConfigError inside `join()`; on every rank that takes the step, before anything is
+        sent."""
         for i, joinable in enumerate(self._joinables):
             config = joinable._join_config
             if config.enable and config is not self._over[i]:
                 if _is_open(joinable):
-                    raise ConfigError(_REFUSAL.format(operation=operation, model=type(joinable).__name__))
+                    raise ConfigError(
+                        _REFUSAL.format(operation=operation, model=type(joinable).__name__)
+                    )
                 self._over[i] = config
 
 
 def _is_open(joinable: Joinable) -> bool:
-    """Whether the context is still there: torch leaves its mark on the module afterwards. Looks at every object, once a context."""
+    """Whether the context is still there: torch leaves its mark on the module afterwards. Looks at
+    every object, once a context."""
     contexts = [thing for thing in gc.get_objects() if issubclass(type(thing), Join)]
-    return any(context._enable and any(j is joinable for j in context._joinables) for context in contexts)
+    return any(
+        context._enable and any(j is joinable for j in context._joinables) for context in contexts
+    )
 
 
 _REFUSAL = (
-    "{operation}() inside {model}.join(): ranks that have run out of data take no part in it, and the others would wait for them. Give all "
-    "ranks as many batches (DistributedSampler pads, or drops the rest with drop_last=True) and leave join() out. Where "
-    "DistributedDataParallel alone shares the model out, every rank that is still at work holds the whole gradient, and a clipper of each "
-    "rank's own serves inside join(): GradClipper(model, ..., process_group=distclip.LOCAL), with a fixed threshold, since adaptive ones "
+    "{operation}() inside {model}.join(): ranks that have run out of data take no part in it, and "
+    "the others would wait for them. Give all "
+    "ranks as many batches (DistributedSampler pads, or drops the rest with drop_last=True) and "
+    "leave join() out. Where "
+    "DistributedDataParallel alone shares the model out, every rank that is still at work holds "
+    "the whole gradient, and a clipper of each "
+    "rank's own serves inside join(): GradClipper(model, ..., process_group=distclip.LOCAL), with "
+    "a fixed threshold, since adaptive ones "
     "learn from every step"
 )

@@ -18,12 +18,16 @@ from distclip.testing import count_collectives
 
 TOLERANCE = 1e-6  # relative, of a float32 norm
 NORMS = (2.0, math.inf)
-REPORT = "a fault of distclip or of this torch: report it with the output of `distclip doctor --json`, and do not train in this layout"
+REPORT = (
+    "a fault of distclip or of this torch: report it with the output of `distclip doctor "
+    "--json`, and do not train in this layout"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutCheck:
-    """Norm with p = 2 and inf against float64, equal bits on all ranks, one all-reduce, and gradients = coefficient × before."""
+    """Norm with p = 2 and inf against float64, equal bits on all ranks, one all-reduce, and
+    gradients = coefficient × before."""
 
     layout: Layout
 
@@ -52,25 +56,46 @@ class LayoutCheck:
         expected = ["allreduce_"] if len(seen) > 1 else []
         for p in seen[0]:
             rows = [one[p] for one in seen]
-            wrong = [rank for rank, row in enumerate(rows) if not abs(row["norm"] - row["want"]) <= TOLERANCE * row["want"]]
+            wrong = [
+                rank
+                for rank, row in enumerate(rows)
+                if not abs(row["norm"] - row["want"]) <= TOLERANCE * row["want"]
+            ]
             worst = max(worst, *(abs(row["norm"] / row["want"] - 1) for row in rows))
             if wrong:
                 row = rows[wrong[0]]
-                faults.append(f"the norm with p = {p} is {row['norm']:.9g} on {spans(wrong)}, the oracle's {row['want']:.9g}")
+                faults.append(
+                    f"the norm with p = {p} is {row['norm']:.9g} on {spans(wrong)}, the "
+                    f"oracle's {row['want']:.9g}"
+                )
             for what in ("norm bits", "coefficient bits"):
                 found = by_value([row[what] for row in rows])
                 if len(found) > 1:
-                    faults.append(f"{what} with p = {p}: " + ", ".join(f"{bits} on {spans(ranks)}" for bits, ranks in found.items()))
+                    faults.append(
+                        f"{what} with p = {p}: "
+                        + ", ".join(f"{bits} on {spans(ranks)}" for bits, ranks in found.items())
+                    )
             talkers = [rank for rank, row in enumerate(rows) if row["collectives"] != expected]
             if talkers:
-                faults.append(f"{spans(talkers)} sent {rows[talkers[0]]['collectives']} with p = {p}, not {expected}")
-            unscaled = [rank for rank, row in enumerate(rows) if not row["gradient error"] <= TOLERANCE]
+                faults.append(
+                    f"{spans(talkers)} sent {rows[talkers[0]]['collectives']} with p = "
+                    f"{p}, not {expected}"
+                )
+            unscaled = [
+                rank for rank, row in enumerate(rows) if not row["gradient error"] <= TOLERANCE
+            ]
             if unscaled:
-                faults.append(f"gradients on {spans(unscaled)} are not coefficient × before, with p = {p}")
+                faults.append(
+                    f"gradients on {spans(unscaled)} are not coefficient × before, with p = {p}"
+                )
         if faults:
             return Result(self.name, "fail", "; ".join(faults), REPORT)
-        sent = f"equal bits on {len(seen)} ranks, 1 all_reduce" if len(seen) > 1 else "no collective"
-        return Result(self.name, "pass", f"norms with p = 2 and inf right to {max(worst, 1e-16):.0e}, {sent}")
+        sent = (
+            f"equal bits on {len(seen)} ranks, 1 all_reduce" if len(seen) > 1 else "no collective"
+        )
+        return Result(
+            self.name, "pass", f"norms with p = 2 and inf right to {max(worst, 1e-16):.0e}, {sent}"
+        )
 
 
 def _are(size: int) -> str:
@@ -93,7 +118,11 @@ def _clip(case: Case, p: float, bench: Bench) -> Seen:
     with count_collectives() as sent:
         report = clipper.clip_()
     norm, coef = float(report.total_norm), float(report.clip_coef)
-    errors = [((g.double() - 0.5 * b.double()).abs().max() / want).item() for g, b in zip(grads, before, strict=True) if g.numel()]
+    errors = [
+        ((g.double() - 0.5 * b.double()).abs().max() / want).item()
+        for g, b in zip(grads, before, strict=True)
+        if g.numel()
+    ]
     for grad, old in zip(grads, before, strict=True):
         grad.copy_(old)
     return {
@@ -111,7 +140,9 @@ class Overflow:
     """An inf on one rank: no rank moves, the culprit is named; at the next, good step all move."""
 
     name: str = "overflow"
-    line: str = "an inf in one rank's gradients: the step is skipped on all ranks, and the culprit named"
+    line: str = (
+        "an inf in one rank's gradients: the step is skipped on all ranks, and the culprit named"
+    )
 
     def lacks(self, size: int) -> str:
         return ""
@@ -125,32 +156,62 @@ class Overflow:
         grads = [param.grad.clone() for param in case.own if param.grad is not None]
         if bench.rank == bench.size - 1 and case.own[0].grad is not None:
             case.own[0].grad[0, 0] = math.inf
-        bench.stage("step with an inf", f"all_reduce of {clipper.plan.words} float64, and those that name the culprit")
+        bench.stage(
+            "step with an inf",
+            f"all_reduce of {clipper.plan.words} float64, and those that name the culprit",
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the skipped step, which is meant
             report = clipper.step(optimizer)
-        skipped, culprits = bool(report.skipped.item()), [str(culprit) for culprit in report.culprits]
-        moved = any(not torch.equal(param, old) for param, old in zip(case.own, start, strict=True)) or bool(optimizer.state)
+        skipped, culprits = (
+            bool(report.skipped.item()),
+            [str(culprit) for culprit in report.culprits],
+        )
+        moved = any(
+            not torch.equal(param, old) for param, old in zip(case.own, start, strict=True)
+        ) or bool(optimizer.state)
         for param, grad in zip(case.own, grads, strict=True):
             param.grad = grad
         bench.stage("the step after", f"all_reduce of {clipper.plan.words} float64")
         clipper.step(optimizer)
         after = all(not torch.equal(param, old) for param, old in zip(case.own, start, strict=True))
         ranks = [culprit.rank for culprit in report.culprits]
-        return {"skipped": skipped, "moved": moved, "moves after": after, "culprits": culprits, "ranks": ranks}
+        return {
+            "skipped": skipped,
+            "moved": moved,
+            "moves after": after,
+            "culprits": culprits,
+            "ranks": ranks,
+        }
 
     def judge(self, seen: Sequence[Seen]) -> Result:
         last = len(seen) - 1
         faults = [
             f"{text} on {spans(ranks)}"
             for text, ranks in (
-                ("the step was not reported as skipped", [r for r, one in enumerate(seen) if not one["skipped"]]),
-                ("parameters or optimizer state changed", [r for r, one in enumerate(seen) if one["moved"]]),
-                ("the good step after it moved nothing", [r for r, one in enumerate(seen) if not one["moves after"]]),
-                (f"the culprit on rank {last} was not named", [r for r, one in enumerate(seen) if one["ranks"] != [last]]),
+                (
+                    "the step was not reported as skipped",
+                    [r for r, one in enumerate(seen) if not one["skipped"]],
+                ),
+                (
+                    "parameters or optimizer state changed",
+                    [r for r, one in enumerate(seen) if one["moved"]],
+                ),
+                (
+                    "the good step after it moved nothing",
+                    [r for r, one in enumerate(seen) if not one["moves after"]],
+                ),
+                (
+                    f"the culprit on rank {last} was not named",
+                    [r for r, one in enumerate(seen) if one["ranks"] != [last]],
+                ),
             )
             if ranks
         ]
         if faults:
             return Result(self.name, "fail", "; ".join(faults), REPORT)
-        return Result(self.name, "pass", f"an inf on rank {last}: skipped on every rank, nothing moved, culprit named")
+        return Result(
+            self.name,
+            "pass",
+            f"an inf on rank {last}: skipped on every rank, nothing moved, culprit named",
+        )

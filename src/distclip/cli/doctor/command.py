@@ -1,4 +1,5 @@
-"""`distclip doctor`: does clipping work on this cluster? Facts, checks against a float64 oracle, and what to do where one fails."""
+"""`distclip doctor`: does clipping work on this cluster? Facts, checks against a float64 oracle,
+and what to do where one fails."""
 
 from __future__ import annotations
 
@@ -22,13 +23,28 @@ from distclip.cli.doctor.clip_checks import REPORT, LayoutCheck, Overflow
 from distclip.cli.doctor.facts import cannot_start, device_for, facts, judge_facts
 from distclip.cli.doctor.layouts import LAYOUTS
 from distclip.cli.doctor.output import Findings, as_json, as_table
-from distclip.cli.doctor.records import Bench, CannotRun, Check, Place, Result, Seen, by_value, spans
+from distclip.cli.doctor.records import (
+    Bench,
+    CannotRun,
+    Check,
+    Place,
+    Result,
+    Seen,
+    by_value,
+    spans,
+)
 from distclip.cli.doctor.speed_checks import Latency, Speed
 from distclip.cli.doctor.store import Board, read_place
 from distclip.cli.doctor.watchdog import Watch
 
-CHECKS: tuple[Check, ...] = (*(LayoutCheck(layout) for layout in LAYOUTS), Overflow(), Latency(), Speed())
-BROKEN = re.compile(r"ExchangeError|gloo|nccl|timed? ?out|connection", re.IGNORECASE)  # after these a process group is of no more use
+CHECKS: tuple[Check, ...] = (
+    *(LayoutCheck(layout) for layout in LAYOUTS),
+    Overflow(),
+    Latency(),
+    Speed(),
+)
+# after these a process group is of no more use
+BROKEN = re.compile(r"ExchangeError|gloo|nccl|timed? ?out|connection", re.IGNORECASE)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +59,11 @@ def run(options: argparse.Namespace) -> int:
     def show(stopped: str = "") -> None:
         findings.stopped = stopped
         known = {result.name for result in findings.results}
-        findings.results += [Result(check.name, "not run", "stopped before its end") for check in chosen if check.name not in known]
+        findings.results += [
+            Result(check.name, "not run", "stopped before its end")
+            for check in chosen
+            if check.name not in known
+        ]
         try:
             print(as_json(findings) if options.json else as_table(findings), file=out, flush=True)
         except BrokenPipeError:  # nobody reads on; the exit code still tells
@@ -65,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _answers_alone() -> Generator[TextIO]:
-    """Standard output; what libraries write there meanwhile goes to standard error: gloo, of torch 2.8 and 2.9, tells how it connects."""
+    """Standard output; what libraries write there meanwhile goes to standard error: gloo, of torch
+    2.8 and 2.9, tells how it connects."""
     out = sys.stdout
     try:
         ours = out.fileno() == 1
@@ -84,21 +105,37 @@ def _answers_alone() -> Generator[TextIO]:
 
 
 class Examination:
-    """The checks in turn. Rank 0 judges each by what all ranks saw, and tells them whether to go on."""
+    """The checks in turn. Rank 0 judges each by what all ranks saw, and tells them whether to go
+    on."""
 
-    def __init__(self, place: Place, board: Board, watch: Watch, findings: Findings, show: Callable[[str], None]) -> None:
-        self._place, self._board, self._watch, self._findings, self._show = place, board, watch, findings, show
+    def __init__(
+        self,
+        place: Place,
+        board: Board,
+        watch: Watch,
+        findings: Findings,
+        show: Callable[[str], None],
+    ) -> None:
+        self._place, self._board, self._watch, self._findings, self._show = (
+            place,
+            board,
+            watch,
+            findings,
+            show,
+        )
 
     def run(self, checks: Sequence[Check], backend: str | None) -> int:
         try:
             asked, device = device_for(self._place, backend)
             mine = facts(self._place, asked, device)
-        except (CannotRun, distclip.ConfigError) as error:  # the latter of the kernel that was asked for
+        # the latter of the kernel that was asked for
+        except (CannotRun, distclip.ConfigError) as error:
             asked, device, mine = "", torch.device("cpu"), {"cannot": str(error)}
         stop = self._confer("start", mine, self._judge_facts)
         if not stop and self._place.size > 1:
             self._watch.stage("start of the process group")
-            # NCCL's own watchdog aborts the process after the time-out, without a word on who is missing: ours comes first
+            # NCCL's own watchdog aborts the process after the time-out, without a word on who is
+            # missing: ours comes first
             self._board.start_group(asked, self._place.timeout_s * (3 if "nccl" in asked else 1))
         self._findings.hint = more_ranks(checks, self._place.size)
         broken = ""
@@ -107,7 +144,9 @@ class Examination:
             if lacking:
                 self._findings.results.append(Result(check.name, "not run", lacking))
             else:
-                broken = self._confer(check.name, self._seen(check, device), partial(self._judge, check))
+                broken = self._confer(
+                    check.name, self._seen(check, device), partial(self._judge, check)
+                )
         code = self._confer("end", {}, lambda _: self._conclude(stop))
         self._watch.conclude()
         if broken:  # its threads may hang at the interpreter's end
@@ -121,7 +160,8 @@ class Examination:
     def _confer(self, topic: str, mine: Seen, judge: Callable[[list[Seen]], Any]) -> Any:
         """Tell what this rank saw; the word that rank 0 finds in what all saw."""
         raised = str(mine.get("raised", ""))
-        # who comes out of a broken collective waits for the others a short while only: theirs has ended too
+        # who comes out of a broken collective waits for the others a short while only: theirs has
+        # ended too
         grace = self._place.grace_s
         wait = grace if BROKEN.search(raised) else self._place.timeout_s + grace
         self._watch.meet(raised or f"{topic}: done, waiting for the others", wait)
@@ -147,7 +187,10 @@ class Examination:
         try:
             return check.run(Bench(self._place.rank, self._place.size, device, stage))
         except Exception as error:
-            return {"raised": f"{self._watch.where}: {type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+            return {
+                "raised": f"{self._watch.where}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:600]}"
+            }
 
     def _judge(self, check: Check, everyone: list[Seen]) -> str:
         """Adds the result. What keeps the process group from further use, or an empty text."""
@@ -157,9 +200,20 @@ class Examination:
             self._findings.results.append(check.judge(everyone))
             return ""
         text = "; ".join(f"{spans(ranks)}: {said}" for said, ranks in raised.items())
-        self._findings.results.append(Result(check.name, "fail", text, "do as the error says; if it says nothing to do, " + REPORT))
+        self._findings.results.append(
+            Result(
+                check.name,
+                "fail",
+                text,
+                "do as the error says; if it says nothing to do, " + REPORT,
+            )
+        )
         usable = not untouched and not BROKEN.search(text) and len(raised) == 1
-        return "" if usable else f"after {check.name} the process group is of no more use; run it with --only"
+        return (
+            ""
+            if usable
+            else f"after {check.name} the process group is of no more use; run it with --only"
+        )
 
     def _conclude(self, stop: str) -> int:
         self._show(stop)
@@ -171,6 +225,8 @@ def more_ranks(checks: Sequence[Check], size: int) -> str:
     lacking = [check.name for check in checks if check.lacks(size)]
     if not lacking:
         return ""
-    enough = next(ranks for ranks in itertools.count(size) if not any(check.lacks(ranks) for check in checks))
+    enough = next(
+        ranks for ranks in itertools.count(size) if not any(check.lacks(ranks) for check in checks)
+    )
     count = "1 check needs" if len(lacking) == 1 else f"{len(lacking)} checks need"
     return f"{count} more ranks than {size}: torchrun --nproc-per-node {enough} -m distclip doctor"

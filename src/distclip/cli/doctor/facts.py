@@ -1,4 +1,5 @@
-"""What is installed and works on each rank, and where ranks differ. Sends nothing: the facts travel over the board."""
+"""What is installed and works on each rank, and where ranks differ. Sends nothing: the facts travel
+over the board."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from distclip.cli.doctor.records import CannotRun, Place, Result, by_value, span
 
 PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)  # those whose fused step can take a coefficient
+# those whose fused step can take a coefficient
+OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 ENVIRONMENT = ("OMP_NUM_THREADS", "NCCL_ALGO", "NCCL_PROTO", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
 
 # what must be equal on all ranks → what to do if it is not
@@ -31,9 +33,11 @@ SAME = {
     **dict.fromkeys(PACKAGES, "install one version on every node"),
     "cuda": "install one build of torch on every node",
     "nccl": "install one build of torch on every node",
-    "threads": "set OMP_NUM_THREADS to one value on every rank: a slow rank keeps all others waiting",
+    "threads": "set OMP_NUM_THREADS to one value on every rank: a slow rank keeps all others "
+    "waiting",
     **dict.fromkeys(ENVIRONMENT, "set it to one value on every rank, or unset it"),
-    "kernel": "norms of different kernels differ in their last bits and speed: install distclip in the same way on every node",
+    "kernel": "norms of different kernels differ in their last bits and speed: install distclip in "
+    "the same way on every node",
     "dtypes": "ranks have different devices: train in a dtype that all have",
     "fused": "ranks have different devices: build optimizers alike on all",
 }
@@ -50,7 +54,10 @@ def device_for(place: Place, backend: str | None) -> tuple[str, torch.device]:
     if "nccl" not in asked:
         return asked, torch.device("cpu")
     if not cuda or not dist.is_nccl_available():
-        raise CannotRun(f"rank {place.rank} on {place.host} has no CUDA device or no NCCL; --backend gloo runs on the CPU")
+        raise CannotRun(
+            f"rank {place.rank} on {place.host} has no CUDA device or no NCCL; "
+            f"--backend gloo runs on the CPU"
+        )
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return asked, device
@@ -59,7 +66,11 @@ def device_for(place: Place, backend: str | None) -> tuple[str, torch.device]:
 def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
     """Of this rank."""
     on_cuda = device.type == "cuda"
-    torchs_own = default_pg_nccl_timeout if on_cuda and default_pg_nccl_timeout is not None else default_pg_timeout
+    torchs_own = (
+        default_pg_nccl_timeout
+        if on_cuda and default_pg_nccl_timeout is not None
+        else default_pg_timeout
+    )
     return {
         "host": place.host,
         "device": f"{device} {torch.cuda.get_device_name(device)}" if on_cuda else "cpu",
@@ -75,9 +86,12 @@ def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{name: os.environ.get(name, "not set") for name in ENVIRONMENT},
         "kernel": distclip.kernels.active(),
-        "dtypes": ", ".join(str(d).removeprefix("torch.") for d in DTYPES if _multiplies(d, device)),
+        "dtypes": ", ".join(
+            str(d).removeprefix("torch.") for d in DTYPES if _multiplies(d, device)
+        ),
         "fused": ", ".join(o.__name__ for o in OPTIMIZERS if _steps_fused(o, device)) or "none",
-        "time-out": f"{place.timeout_s:g} s here (--timeout); torch's default is {torchs_own.total_seconds():g} s",
+        "time-out": f"{place.timeout_s:g} s here (--timeout); torch's default is "
+        f"{torchs_own.total_seconds():g} s",
     }
 
 
@@ -88,16 +102,31 @@ def judge_facts(all_facts: Sequence[dict[str, Any]]) -> Result:
     for name, remedy in SAME.items():
         found = by_value([one[name] for one in all_facts])
         if len(found) > 1:
-            problems.append(f"{name}: " + ", ".join(f"{value} on {_where(ranks, all_facts)}" for value, ranks in found.items()))
+            problems.append(
+                f"{name}: "
+                + ", ".join(
+                    f"{value} on {_where(ranks, all_facts)}" for value, ranks in found.items()
+                )
+            )
             remedies.append(f"{name}: {remedy}")
-    devices = by_value([f"{one['host']} {one['device id']}" if one["device id"] else f"rank {r}" for r, one in enumerate(all_facts)])
+    devices = by_value(
+        [
+            f"{one['host']} {one['device id']}" if one["device id"] else f"rank {r}"
+            for r, one in enumerate(all_facts)
+        ]
+    )
     for ranks in devices.values():
         if len(ranks) > 1:
-            problems.append(f"{spans(ranks)} share one GPU ({all_facts[ranks[0]]['device']} on {all_facts[ranks[0]]['host']})")
+            problems.append(
+                f"{spans(ranks)} share one GPU ({all_facts[ranks[0]]['device']} on "
+                f"{all_facts[ranks[0]]['host']})"
+            )
             remedies.append("start as many processes on a node as it has GPUs")
     if problems:
         return Result("alike", "fail", "; ".join(problems), "; ".join(dict.fromkeys(remedies)))
-    return Result("alike", "pass", "versions, threads, kernel, dtypes and optimizers: the same on every rank")
+    return Result(
+        "alike", "pass", "versions, threads, kernel, dtypes and optimizers: the same on every rank"
+    )
 
 
 def cannot_start(all_facts: Sequence[dict[str, Any]]) -> str:
@@ -107,20 +136,32 @@ def cannot_start(all_facts: Sequence[dict[str, Any]]) -> str:
         return "; ".join(refusals)
     backends = by_value([one["backend"] for one in all_facts])
     if len(backends) > 1:
-        which = ", ".join(f"{name} on {_where(ranks, all_facts)}" for name, ranks in backends.items())
-        return f"ranks would use different backends: {which}. See why some have no CUDA device, or pass --backend gloo"
+        which = ", ".join(
+            f"{name} on {_where(ranks, all_facts)}" for name, ranks in backends.items()
+        )
+        return (
+            f"ranks would use different backends: {which}. See why some have no CUDA device, "
+            f"or "
+            f"pass --backend gloo"
+        )
     return ""
 
 
 def nodes(all_facts: Sequence[dict[str, Any]]) -> str:
     """host: ranks 0-7, other: ranks 8-15"""
     hosts = by_value([one["host"] for one in all_facts])
-    return ", ".join(f"{host}: {spans(ranks)}" for host, ranks in sorted(hosts.items(), key=lambda item: item[1]))
+    return ", ".join(
+        f"{host}: {spans(ranks)}" for host, ranks in sorted(hosts.items(), key=lambda item: item[1])
+    )
 
 
 def _where(ranks: Sequence[int], all_facts: Sequence[dict[str, Any]]) -> str:
     hosts = {all_facts[rank]["host"] for rank in ranks}
-    return spans(ranks) + (f" ({hosts.pop()})" if len(hosts) == 1 and len({one["host"] for one in all_facts}) > 1 else "")
+    return spans(ranks) + (
+        f" ({hosts.pop()})"
+        if len(hosts) == 1 and len({one["host"] for one in all_facts}) > 1
+        else ""
+    )
 
 
 def _version(package: str) -> str:
@@ -147,6 +188,8 @@ def _steps_fused(optimizer: type[torch.optim.Optimizer], device: torch.device) -
             param.grad = torch.full_like(param, 0.5)
             optimizer([param], lr=0.25, fused=fused).step()  # pyright: ignore[reportCallIssue]: the base class does not have it
             moved.append(param.detach())
-        return torch.allclose(moved[0], moved[1]) and not torch.equal(moved[0], torch.ones_like(moved[0]))
+        return torch.allclose(moved[0], moved[1]) and not torch.equal(
+            moved[0], torch.ones_like(moved[0])
+        )
     except (RuntimeError, NotImplementedError):
         return False

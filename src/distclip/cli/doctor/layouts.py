@@ -1,7 +1,9 @@
-"""The layouts that the doctor runs: torch's own wrappers around a small network, and the float64 gradients that they must hold.
+"""The layouts that the doctor runs: torch's own wrappers around a small network, and the float64
+gradients that they must hold.
 
-Weights, data and the loss's weights are small whole numbers, so that gradients are exact in float32 whichever way they are summed; the
-oracle is the same network in one process, in float64, on the data of all ranks.
+Weights, data and the loss's weights are small whole numbers, so that gradients are exact in float32
+whichever way they are summed; the oracle is the same network in one process, in float64, on the
+data of all ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Layout:
 
 def drawn(name: str, *shape: int) -> Tensor:
     """Whole numbers from -3 to 3, given by the name."""
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(crc32(name.encode()))).float()
+    return torch.randint(
+        -3, 4, shape, generator=torch.Generator().manual_seed(crc32(name.encode()))
+    ).float()
 
 
 class Net(nn.Module):
@@ -71,11 +75,14 @@ def data(shard: int) -> Tensor:
 
 
 def loss(out: Tensor) -> Tensor:
-    return (out * drawn("pull", BATCH, WIDTH).to(out.device, out.dtype).repeat(out.shape[0] // BATCH, 1)).sum()
+    return (
+        out * drawn("pull", BATCH, WIDTH).to(out.device, out.dtype).repeat(out.shape[0] // BATCH, 1)
+    ).sum()
 
 
 def truth(shards: Iterable[int], hidden: int, name: str = "net") -> list[Tensor]:
-    """Gradients of the whole network, averaged over the data of all shards: one process, float64."""
+    """Gradients of the whole network, averaged over the data of all shards: one process,
+    float64."""
     net, parts = Net(hidden, name).double(), [data(shard).double() for shard in shards]
     (loss(net(torch.cat(parts))) / len(parts)).backward()
     return [param.grad for param in net.parameters() if param.grad is not None]
@@ -120,7 +127,12 @@ def ddp(bench: Bench) -> Case:
 
 def fsdp1(bench: Bench) -> Case:
     def wrap(net: Any) -> nn.Module:
-        unit = partial(FSDP1, use_orig_params=True, device_id=bench.device, device_mesh=mesh(bench.device.type, bench.size))
+        unit = partial(
+            FSDP1,
+            use_orig_params=True,
+            device_id=bench.device,
+            device_mesh=mesh(bench.device.type, bench.size),
+        )
         net.up = unit(net.up)
         return unit(net)
 
@@ -133,11 +145,21 @@ def _fully_sharded(net: Any, on: DeviceMesh) -> nn.Module:
 
 
 def fsdp2(bench: Bench) -> Case:
-    return wrapped(partial(_fully_sharded, on=mesh(bench.device.type, bench.size)), bench, bench.size, bench.rank)
+    return wrapped(
+        partial(_fully_sharded, on=mesh(bench.device.type, bench.size)),
+        bench,
+        bench.size,
+        bench.rank,
+    )
 
 
 def hsdp(bench: Bench) -> Case:
-    return wrapped(partial(_fully_sharded, on=mesh(bench.device.type, 2, bench.size // 2)), bench, bench.size, bench.rank)
+    return wrapped(
+        partial(_fully_sharded, on=mesh(bench.device.type, 2, bench.size // 2)),
+        bench,
+        bench.size,
+        bench.rank,
+    )
 
 
 def _split(net: nn.Module, on: DeviceMesh) -> nn.Module:
@@ -163,8 +185,15 @@ def stages(bench: Bench, without: int | None = None) -> Case:
     own = backward(net, bench, 0)
     if bench.rank == without:
         net.zero_grad(set_to_none=True)
-    want = [grad for rank in range(bench.size) if rank != without for grad in truth([0], 16, f"stage{rank}")]
-    return Case(net, own, want, {"replicated_over": {"*": distclip.PRIVATE}} if bench.size > 1 else {})
+    want = [
+        grad
+        for rank in range(bench.size)
+        if rank != without
+        for grad in truth([0], 16, f"stage{rank}")
+    ]
+    return Case(
+        net, own, want, {"replicated_over": {"*": distclip.PRIVATE}} if bench.size > 1 else {}
+    )
 
 
 def last_without(bench: Bench) -> Case:
@@ -172,7 +201,8 @@ def last_without(bench: Bench) -> Case:
 
 
 def experts(bench: Bench) -> Case:
-    """A gate held by all, an expert by one rank, and, in an even world, an expert that half of the ranks share."""
+    """A gate held by all, an expert by one rank, and, in an even world, an expert that half of the
+    ranks share."""
 
     def given(name: str) -> nn.Parameter:
         param = nn.Parameter(torch.zeros(WIDTH, WIDTH, device=bench.device))
@@ -186,18 +216,49 @@ def experts(bench: Bench) -> Case:
         params.append(("shared", given(f"shared{bench.rank // (bench.size // 2)}")))
         want += ["shared0", "shared1"]
         over["shared"] = mesh(bench.device.type, 2, bench.size // 2)["inner"].get_group()
-    return Case(params, [p for _, p in params], [drawn(name, WIDTH, WIDTH).double() for name in want], {"replicated_over": over})
+    return Case(
+        params,
+        [p for _, p in params],
+        [drawn(name, WIDTH, WIDTH).double() for name in want],
+        {"replicated_over": over},
+    )
 
 
 LAYOUTS = (
-    Layout("copies", "the same gradients on every rank, without a wrapper", "nothing", copies, ranks=1),
+    Layout(
+        "copies", "the same gradients on every rank, without a wrapper", "nothing", copies, ranks=1
+    ),
     Layout("ddp", "DistributedDataParallel", "broadcast, all_reduce", ddp),
     Layout("fsdp1", "FullyShardedDataParallel, nested units", "all_gather, reduce_scatter", fsdp1),
     Layout("fsdp2", "fully_shard, nested units", "all_gather, reduce_scatter", fsdp2),
-    Layout("hsdp", "fully_shard on a mesh of 2 × n", "all_gather, reduce_scatter, all_reduce", hsdp, ranks=4, even=True),
+    Layout(
+        "hsdp",
+        "fully_shard on a mesh of 2 × n",
+        "all_gather, reduce_scatter, all_reduce",
+        hsdp,
+        ranks=4,
+        even=True,
+    ),
     Layout("tp", "tensor parallel, column- and row-wise", "broadcast, scatter, all_reduce", tp),
-    Layout("tp+fsdp2", "tensor parallel over 2 and fully_shard over the rest", "all_gather, reduce_scatter", tp_fsdp2, ranks=4, even=True),
+    Layout(
+        "tp+fsdp2",
+        "tensor parallel over 2 and fully_shard over the rest",
+        "all_gather, reduce_scatter",
+        tp_fsdp2,
+        ranks=4,
+        even=True,
+    ),
     Layout("stages", "pipeline stages: replicated_over={'*': PRIVATE}", "nothing", stages),
-    Layout("experts", "experts of one rank and of a group of ranks, by replicated_over", "nothing", experts),
-    Layout("missing", "one rank has no gradients at all: no hang, the others' norm", "nothing", last_without),
+    Layout(
+        "experts",
+        "experts of one rank and of a group of ranks, by replicated_over",
+        "nothing",
+        experts,
+    ),
+    Layout(
+        "missing",
+        "one rank has no gradients at all: no hang, the others' norm",
+        "nothing",
+        last_without,
+    ),
 )

@@ -1,4 +1,5 @@
-"""The doctor's output: a table of at most 100 columns, or one JSON document. Plain text, no colours."""
+"""The doctor's output: a table of at most 100 columns, or one JSON document. Plain text, no
+colours."""
 
 from __future__ import annotations
 
@@ -40,7 +41,10 @@ class Findings:
         if not self.facts:
             return {}
         names = [name for name in self.facts[0] if name not in HIDDEN]
-        return {name: {v: spans(r) for v, r in by_value([one[name] for one in self.facts]).items()} for name in names}
+        return {
+            name: {v: spans(r) for v, r in by_value([one[name] for one in self.facts]).items()}
+            for name in names
+        }
 
 
 def as_json(findings: Findings) -> str:
@@ -66,17 +70,27 @@ def as_table(findings: Findings) -> str:
         lines += _rows([("ranks", str(size)), ("nodes", nodes(findings.facts))])
         for name, values in findings.shared_facts().items():
             one = len(values) == 1
-            said = next(iter(values)) if one else ", ".join(f"{value} ({ranks})" for value, ranks in values.items())
+            said = (
+                next(iter(values))
+                if one
+                else ", ".join(f"{value} ({ranks})" for value, ranks in values.items())
+            )
             if said not in ("not set", "not installed", "none"):
                 lines += _rows([(name, said)])
         lines.append("")
     lines += [f"{'check':<10}{'result':<10}what was seen", "-" * COLUMNS]
     for result in findings.results:
         first, *rest = wrap(result.seen, COLUMNS - 20) or [""]
-        lines += [f"{result.name:<10}{result.result:<10}{first}", *(" " * 20 + line for line in rest)]
+        lines += [
+            f"{result.name:<10}{result.result:<10}{first}",
+            *(" " * 20 + line for line in rest),
+        ]
         if result.do:
             lines += [" " * 20 + line for line in wrap(f"do: {result.do}", COLUMNS - 20)]
-    lines += ["", ", ".join(f"{count} {kind}" for kind, count in findings.summary().items() if count)]
+    lines += [
+        "",
+        ", ".join(f"{count} {kind}" for kind, count in findings.summary().items() if count),
+    ]
     if findings.hint:
         lines += wrap(findings.hint, COLUMNS)
     if findings.stopped:

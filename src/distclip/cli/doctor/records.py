@@ -28,13 +28,15 @@ class Place:
 
     @property
     def grace_s(self) -> float:
-        """After a time-out: for the collective's own error, and for the other ranks to come out of it; 4 s of the default 40."""
+        """After a time-out: for the collective's own error, and for the other ranks to come out of
+        it; 4 s of the default 40."""
         return min(4.0, self.timeout_s / 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a check works with on this rank. `stage(step, sends)` tells the watch what comes next, and which collectives it sends."""
+    """What a check works with on this rank. `stage(step, sends)` tells the watch what comes next,
+    and which collectives it sends."""
 
     rank: int
     size: int

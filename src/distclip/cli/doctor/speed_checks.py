@@ -47,22 +47,34 @@ class Latency:
         for words, runs in ((SMALL_WORDS, 50), (LARGE_WORDS, 10)):
             bench.stage("measure", f"all_reduce of {words} float64")
             message = torch.zeros(words, dtype=torch.float64, device=bench.device)
-            times = [_seconds(partial(dist.all_reduce, message), bench.device) for _ in range(runs + 3)]
+            times = [
+                _seconds(partial(dist.all_reduce, message), bench.device) for _ in range(runs + 3)
+            ]
             found[str(words)] = median(times[3:])
         return found
 
     def judge(self, seen: Sequence[Seen]) -> Result:
-        parts = [f"{words} float64: {max(one[words] for one in seen) * 1e3:.2f} ms" for words in (str(SMALL_WORDS), str(LARGE_WORDS))]
-        return Result(self.name, "measured", f"all_reduce of {', of '.join(parts)}; the slowest rank's median")
+        parts = [
+            f"{words} float64: {max(one[words] for one in seen) * 1e3:.2f} ms"
+            for words in (str(SMALL_WORDS), str(LARGE_WORDS))
+        ]
+        return Result(
+            self.name, "measured", f"all_reduce of {', of '.join(parts)}; the slowest rank's median"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """`clip_` against torch's clip_grad_norm_ on the same plain gradients, by turns. torch sends nothing there: so distclip's part
-    without the message stands beside it, and the whole of it apart."""
+    """`clip_` against torch's clip_grad_norm_ on the same plain gradients, by turns. torch sends
+    nothing there: so distclip's part without the message stands beside it, and the whole of it
+    apart."""
 
     name: str = "speed"
-    line: str = "median time of clip_ and of torch's clip_grad_norm_, by turns, when nothing is to be clipped and when all is"
+    line: str = (
+        "median time of clip_ and of torch's clip_grad_norm_, by turns, when nothing is "
+        "to "
+        "be clipped and when all is"
+    )
 
     def lacks(self, size: int) -> str:
         return ""
@@ -80,7 +92,11 @@ class Speed:
             clipper = distclip.GradClipper(model, threshold)
             alone = distclip.GradClipper(model, threshold, process_group=distclip.LOCAL)
             bench.stage(f"clip_, {case}", f"all_reduce of {clipper.plan.words} float64")
-            calls = {"all": clipper.clip_, "alone": alone.clip_, "torch": partial(nn.utils.clip_grad_norm_, params, threshold)}
+            calls = {
+                "all": clipper.clip_,
+                "alone": alone.clip_,
+                "torch": partial(nn.utils.clip_grad_norm_, params, threshold),
+            }
             times: dict[str, list[float]] = {who: [] for who in calls}
             for _ in range(RUNS + 1):
                 for who, call in calls.items():
@@ -95,9 +111,16 @@ class Speed:
             return max(one[case][who] for one in seen) * 1e3
 
         cases = {"idle": "nothing to clip", "active": "clipped"}
-        parts = [f"{what} {worst(case, 'alone'):.1f} ms, torch {worst(case, 'torch'):.1f} ms" for case, what in cases.items()]
+        parts = [
+            f"{what} {worst(case, 'alone'):.1f} ms, torch {worst(case, 'torch'):.1f} ms"
+            for case, what in cases.items()
+        ]
         seconds = f"{seen[0]['megabytes']:.0f} MB on each rank: {'; '.join(parts)}"
         if len(seen) > 1:
             whole = " and ".join(f"{worst(case, 'all'):.1f} ms" for case in cases)
-            seconds += f". This is the work on one rank: torch's function sends nothing here. With the all_reduce of a clip {whole}"
+            seconds += (
+                f". This is the work on one rank: torch's function sends nothing here. "
+                f"With "
+                f"the all_reduce of a clip {whole}"
+            )
         return Result(self.name, "measured", seconds)

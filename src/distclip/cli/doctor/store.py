@@ -1,4 +1,5 @@
-"""The board: a key-value store beside the process group, on which ranks say where they are, also when no collective gets through."""
+"""The board: a key-value store beside the process group, on which ranks say where they are, also
+when no collective gets through."""
 
 from __future__ import annotations
 
@@ -27,15 +28,23 @@ def read_place(timeout_s: float) -> Place:
         return Place(0, 1, 0, socket.gethostname(), timeout_s)
     if len(given) < len(names):
         lacking = ", ".join(sorted(set(names) - set(given)))
-        raise CannotRun(f"{', '.join(given)} are set, but not {lacking}; start with torchrun, or set all four on every rank")
+        raise CannotRun(
+            f"{', '.join(given)} are set, but not {lacking}; start with torchrun, or "
+            f"set all four on every rank"
+        )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not 0 <= rank < size:
-        raise CannotRun(f"RANK={rank} does not fit WORLD_SIZE={size}; ranks count from 0 to {size - 1}")
-    return Place(rank, size, int(os.environ.get("LOCAL_RANK", rank)), socket.gethostname(), timeout_s)
+        raise CannotRun(
+            f"RANK={rank} does not fit WORLD_SIZE={size}; ranks count from 0 to {size - 1}"
+        )
+    return Place(
+        rank, size, int(os.environ.get("LOCAL_RANK", rank)), socket.gethostname(), timeout_s
+    )
 
 
 class Board:
-    """A store that all ranks reach: torchrun's own, or one that rank 0 opens at MASTER_ADDR:MASTER_PORT.
+    """A store that all ranks reach: torchrun's own, or one that rank 0 opens at
+    MASTER_ADDR:MASTER_PORT.
 
     Raises:
         CannotRun: it cannot be reached within the time-out.
@@ -53,13 +62,18 @@ class Board:
             try:
                 if not opens:
                     _await_port(host, port, place.timeout_s)
-                # workers are waited for by name, in `collect`: the store itself only knows their number
-                store = dist.TCPStore(host, port, None, opens, wait, wait_for_workers=False, multi_tenant=True)
+                # workers are waited for by name, in `collect`: the store itself only knows their
+                # number
+                store = dist.TCPStore(
+                    host, port, None, opens, wait, wait_for_workers=False, multi_tenant=True
+                )
             except (dist.DistError, RuntimeError, OSError) as error:
                 who = "the launcher's agent on the first node" if by_agent else "rank 0"
                 raise CannotRun(
-                    f"rank {place.rank} on {place.host} did not reach the store at {self.where} within {place.timeout_s:g} s "
-                    f"({str(error).splitlines()[0]}). {who} opens it: see whether it started, whether MASTER_ADDR and MASTER_PORT are "
+                    f"rank {place.rank} on {place.host} did not reach the store at {self.where} "
+                    f"within {place.timeout_s:g} s "
+                    f"({str(error).splitlines()[0]}). {who} opens it: see whether it started, "
+                    f"whether MASTER_ADDR and MASTER_PORT are "
                     "the same on every rank, and whether a firewall stands between"
                 ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -68,13 +82,16 @@ class Board:
 
     def twin(self) -> dist.Store:
         """A connection of its own, for another thread."""
-        return dist.PrefixStore(self._prefix, cast(Any, self._bare).clone())  # in torch, but not in its stubs
+        # in torch, but not in its stubs
+        return dist.PrefixStore(self._prefix, cast(Any, self._bare).clone())
 
     def start_group(self, backend: str, timeout_s: float) -> None:
         """The default process group, met over this store."""
         store = dist.PrefixStore("group", self._store)
         wait = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=store, rank=self.place.rank, world_size=self.place.size, timeout=wait)
+        dist.init_process_group(
+            backend, store=store, rank=self.place.rank, world_size=self.place.size, timeout=wait
+        )
 
     def tell(self, topic: str, said: Any) -> None:
         """This rank's word on a topic."""

@@ -1,4 +1,5 @@
-"""`distclip report RUN...`: one page with the figures of one or several runs, and the figures as PNG."""
+"""`distclip report RUN...`: one page with the figures of one or several runs, and the figures as
+PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from distclip.cli.run_log import RunError, log_files, read_runs
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; 1 if matplotlib is missing or a file cannot be written; 2 if a log cannot be used or an output is refused."""
+    """0; 1 if matplotlib is missing or a file cannot be written; 2 if a log cannot be used or an
+    output is refused."""
     output = Path(options.output)
     folder = Path(options.png) if options.png else output.parent
     try:
@@ -19,13 +21,19 @@ def run(options: argparse.Namespace) -> int:
         check_not_read([output], logs)
         check_page(output)
         if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder} is a file where a folder is needed for {'--png' if options.png else '--output'}")
+            raise OutputError(
+                f"{folder} is a file where a folder is needed for "
+                f"{'--png' if options.png else '--output'}"
+            )
         runs, left_out = read_runs(options.runs)
         try:
             from distclip.cli.report.html import page
             from distclip.cli.report.plots import figures
         except ImportError:
-            print('distclip report: figures need matplotlib: pip install "distclip[report]"', file=sys.stderr)
+            print(
+                'distclip report: figures need matplotlib: pip install "distclip[report]"',
+                file=sys.stderr,
+            )
             return 1
         drawn, without_glyphs = figures(runs)
         pictures = {folder / f"{output.stem}-{figure.name}.png": figure.png for figure in drawn}
@@ -40,5 +48,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     for note in [*left_out, *(note for one in runs for note in one.notes), *without_glyphs]:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(drawn)} figures; PNG: {', '.join(map(str, pictures))}")
+    print(
+        f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(drawn)} figures; PNG: "
+        f"{', '.join(map(str, pictures))}"
+    )
     return 0

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from distclip.cli.report.plotting import INK, STEP, colour, whole_steps
-from distclip.cli.report.thinning import clipped_shares, known_points, spread, stretches_for, thinned
+from distclip.cli.report.thinning import (
+    clipped_shares,
+    known_points,
+    spread,
+    stretches_for,
+    thinned,
+)
 from distclip.cli.run_log import Run
 
 _FAR = (1e-150, 1e150)  # matplotlib's margins overflow beyond
@@ -17,31 +23,62 @@ _FAR = (1e-150, 1e150)  # matplotlib's margins overflow beyond
 def norm(figure: Any, wide: bool, runs: Sequence[Run]) -> None:
     """Norm and threshold, and below them a strip a run that is filled where it was clipped."""
     strip = min(0.22 * len(runs), 1.6) + 0.1
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[figure.get_figheight() - strip, strip])
+    top, below = figure.subplots(
+        2, 1, sharex=True, height_ratios=[figure.get_figheight() - strip, strip]
+    )
     _curves(top, wide, runs, lambda run: run.norm, log=True)
     stretches = stretches_for(len(runs), wide)
     for i, run in enumerate(runs):
         if not run.clamps and len(run.groups) <= 1:
             x, y = known_points(run, run.threshold)
-            top.plot(*thinned(x, y, stretches), color=colour(i), ls=(0, (5, 3)), lw=1.3, drawstyle="steps-mid")
+            top.plot(
+                *thinned(x, y, stretches),
+                color=colour(i),
+                ls=(0, (5, 3)),
+                lw=1.3,
+                drawstyle="steps-mid",
+            )
         gone = spread(run.step[~run.finite].numpy(), stretches)
         if len(gone):
-            marks = top.plot(gone, [0.98] * len(gone), "x", color=colour(i), ms=5, mew=1.4, transform=top.get_xaxis_transform())
+            marks = top.plot(
+                gone,
+                [0.98] * len(gone),
+                "x",
+                color=colour(i),
+                ms=5,
+                mew=1.4,
+                transform=top.get_xaxis_transform(),
+            )
             marks[0].set(clip_on=False, in_layout=False)
         x, share = clipped_shares(run, stretches)
         row = len(runs) - 1 - i
-        below.fill_between(x, row, row + 0.8 * np.where(share > 0, np.maximum(share, 0.3), 0), step="mid", color=colour(i), lw=0)
+        below.fill_between(
+            x,
+            row,
+            row + 0.8 * np.where(share > 0, np.maximum(share, 0.3), 0),
+            step="mid",
+            color=colour(i),
+            lw=0,
+        )
         left = spread(run.step[run.skipped].numpy(), stretches)
         below.plot(left, [row + 0.4] * len(left), "x", color=INK, ms=4, mew=1.2)
     top.set_ylabel("norm (unit of the gradients)")
-    below.set(ylim=(-0.15, len(runs)), yticks=[len(runs) / 2 - 0.1], yticklabels=["clipped"], xlabel=STEP)
+    below.set(
+        ylim=(-0.15, len(runs)), yticks=[len(runs) / 2 - 0.1], yticklabels=["clipped"], xlabel=STEP
+    )
     below.tick_params(axis="y", length=0)
     below.grid(False)
     below.spines["left"].set_visible(False)
 
 
 def lines(
-    figure: Any, wide: bool, runs: Sequence[Run], of: Callable[[Run], Any], label: str, limits: Any = None, log: bool = False
+    figure: Any,
+    wide: bool,
+    runs: Sequence[Run],
+    of: Callable[[Run], Any],
+    label: str,
+    limits: Any = None,
+    log: bool = False,
 ) -> None:
     """One column of the logs."""
     axes = figure.subplots()
@@ -49,12 +86,16 @@ def lines(
     axes.set(xlabel=STEP, ylabel=label, **({"ylim": limits} if limits else {}))
 
 
-def _curves(axes: Any, wide: bool, runs: Sequence[Run], of: Callable[[Run], Any], log: bool) -> None:
-    """One line a run: min and max of each stretch where there are more steps than can be told apart."""
+def _curves(
+    axes: Any, wide: bool, runs: Sequence[Run], of: Callable[[Run], Any], log: bool
+) -> None:
+    """One line a run: min and max of each stretch where there are more steps than can be told
+    apart."""
     positive = False
     for i, run in enumerate(runs):
         values = of(run)
-        # gaps where the norm is not finite; other lines of a log may lack a number, and the line goes on over them
+        # gaps where the norm is not finite; other lines of a log may lack a number, and the line
+        # goes on over them
         keep = values.isfinite() | ~run.finite
         x, y = run.step[keep].numpy(), np.where(run.finite[keep], values[keep], np.nan)
         if log:

@@ -31,7 +31,9 @@ def heat_map(number: int, run: Run, parts: Parts) -> Planned:
         table = shares[np.searchsorted(steps, at, side="right") - 1][:, rows]
         axes = figure.subplots()
         ends = (steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5)
-        image = axes.imshow(table.T, aspect="auto", extent=ends, cmap="viridis", vmin=0, interpolation="none")
+        image = axes.imshow(
+            table.T, aspect="auto", extent=ends, cmap="viridis", vmin=0, interpolation="none"
+        )
         names = [shortened(labels[i], 30 if wide else 16) for i in rows]
         axes.set(yticks=range(len(rows)), yticklabels=names, xlabel=STEP)
         axes.tick_params(axis="y", labelsize=7.5 if wide else 7)
@@ -40,24 +42,44 @@ def heat_map(number: int, run: Run, parts: Parts) -> Planned:
         where: dict[str, Any] = {"pad": 0.01} if wide else {"location": "top", "aspect": 40}
         figure.colorbar(image, ax=axes, label="share (%)", **where)
 
-    what = "squared norm" if run.norm_type == 2 else "norm to the power p" if math.isfinite(run.norm_type) else "largest norm"
-    caption = f"Share of the {what} by {parts.kind}; bright where one dominates, empty where it was not finite."
+    what = (
+        "squared norm"
+        if run.norm_type == 2
+        else "norm to the power p"
+        if math.isfinite(run.norm_type)
+        else "largest norm"
+    )
+    caption = (
+        f"Share of the {what} by {parts.kind}; bright where one dominates, empty where it "
+        f"was not finite."
+    )
     if len(parts.names) > _ROWS[True]:
         rest = mean[largest[_ROWS[True] :]].sum()
         caption += (
-            f" The {_ROWS[True]} largest of {len(parts.names)} ({_ROWS[False]} on a narrow screen); the others have {rest:.1f} % together."
+            f" The {_ROWS[True]} largest of {len(parts.names)} ({_ROWS[False]} on a narrow "
+            f"screen); the others have {rest:.1f} % together."
         )
     caption += common
     height = max(0.7, 0.25 + min(len(parts.names), _ROWS[True]) * 0.055)
-    return Planned(f"{parts.kind}s-{number + 1}", f"{run.name}: which {parts.kind} dominates", caption, draw, [run], height)
+    return Planned(
+        f"{parts.kind}s-{number + 1}",
+        f"{run.name}: which {parts.kind} dominates",
+        caption,
+        draw,
+        [run],
+        height,
+    )
 
 
 def _shares(run: Run, parts: Parts) -> Any:
-    """[steps, names] in percent; NaN where a norm of that step is not finite. With p = inf: of the largest norm."""
+    """[steps, names] in percent; NaN where a norm of that step is not finite. With p = inf: of the
+    largest norm."""
     norms, p = parts.norms.numpy(), run.norm_type
-    norms = np.where(np.isfinite(norms).all(1, keepdims=True), norms, np.nan)  # of an unknown total there is no share
+    # of an unknown total there is no share
+    norms = np.where(np.isfinite(norms).all(1, keepdims=True), norms, np.nan)
     largest = norms.max(1, keepdims=True)
-    scaled = norms / np.where(largest > 0, largest, 1)  # powers of what is at most 1 do not overflow
+    # powers of what is at most 1 do not overflow
+    scaled = norms / np.where(largest > 0, largest, 1)
     if math.isinf(p):
         return 100 * scaled
     powers = scaled**p
@@ -66,7 +88,8 @@ def _shares(run: Run, parts: Parts) -> Any:
 
 
 def _labels(names: Sequence[str]) -> tuple[list[str], str]:
-    """Names without the dotted words that all of them begin or end with, and a sentence that says so."""
+    """Names without the dotted words that all of them begin or end with, and a sentence that says
+    so."""
     words = [name.split(".") for name in names]
     room = min(map(len, words)) - 1  # a word stays of each
     head = next((i for i in range(room) if len({w[i] for w in words}) > 1), room)
@@ -75,4 +98,6 @@ def _labels(names: Sequence[str]) -> tuple[list[str], str]:
     tail = next((i for i in range(room - head) if len({w[-1 - i] for w in words}) > 1), room - head)
     first, last = ".".join(words[0][:head]), ".".join(words[0][len(words[0]) - tail :])
     said = " and ".join([f"“{first}.”"] * bool(first) + [f"“.{last}”"] * bool(last))
-    return [".".join(w[head : len(w) - tail]) for w in words], f" Names without their {said}." if said else ""
+    return [
+        ".".join(w[head : len(w) - tail]) for w in words
+    ], f" Names without their {said}." if said else ""

@@ -1,4 +1,5 @@
-"""The page of `distclip report`: one file without anything from outside, readable at any width, in light and dark."""
+"""The page of `distclip report`: one file without anything from outside, readable at any width, in
+light and dark."""
 
 from __future__ import annotations
 
@@ -48,13 +49,18 @@ td {{ font-variant-numeric: tabular-nums }} thead th {{ white-space: nowrap }}
 
 def page(runs: Sequence[Run], drawn: Sequence[Drawn]) -> str:
     """The whole HTML text."""
-    title = "distclip: " + ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
+    title = (
+        "distclip: "
+        + ", ".join(run.name for run in runs[:4])
+        + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
+    )
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>",
-            f'<h1>What clipping did</h1>\n<div class="runs">\n{"".join(_card(i, run) for i, run in enumerate(runs))}</div>',
+            f"<h1>What clipping did</h1>\n<div "
+            f'class="runs">\n{"".join(_card(i, run) for i, run in enumerate(runs))}</div>',
             *(_figure(figure, runs) for figure in drawn),
             f"<h2>Main numbers</h2>\n{_numbers(runs)}",
             *(_skips(run) for run in runs if run.skips),
@@ -65,12 +71,19 @@ def page(runs: Sequence[Run], drawn: Sequence[Drawn]) -> str:
 
 def _card(i: int, run: Run) -> str:
     advice = recommend(run)
-    suggested = f"<li>suggested: {'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, {escape(advice.reason)}</li>"
+    suggested = (
+        f"<li>suggested: "
+        f"{'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, "
+        f"{escape(advice.reason)}</li>"
+    )
     items = "".join(f'<li class="warn">{escape(text)}</li>' for text in warnings(run)) + suggested
     items += "".join(f'<li class="note">{escape(text)}</li>' for text in run.notes)
     said = "".join(f"<p>{escape(text)}</p>" for text in summary(run))
     colour = f"border-left-color: var(--s{i % len(SERIES)})"
-    return f'<section class="run" style="{colour}"><h2 style="margin-top: 0">{escape(run.name)}</h2>{said}<ul>{items}</ul></section>\n'
+    return (
+        f'<section class="run" style="{colour}"><h2 style="margin-top: '
+        f'0">{escape(run.name)}</h2>{said}<ul>{items}</ul></section>\n'
+    )
 
 
 def summary(run: Run) -> Iterable[str]:
@@ -81,15 +94,28 @@ def summary(run: Run) -> Iterable[str]:
     if not limits:
         what = "No threshold was set: it only measured."
     elif len(set(limits)) > 1:
-        what = f"{rate:.1%} were clipped; {len(limits)} groups have thresholds from {min(limits):.4g} to {max(limits):.4g}."
+        what = (
+            f"{rate:.1%} were clipped; {len(limits)} groups have thresholds from "
+            f"{min(limits):.4g} to {max(limits):.4g}."
+        )
     elif len(known) and float(known.max()) > float(known.min()):
-        what = f"{rate:.1%} were clipped, to a threshold between {float(known.min()):.4g} and {float(known.max()):.4g}."
+        what = (
+            f"{rate:.1%} were clipped, to a threshold between {float(known.min()):.4g} and "
+            f"{float(known.max()):.4g}."
+        )
     elif run.clamps:
         what = f"At {rate:.1%} elements were clamped to ±{limits[0]:.4g}."
     else:
-        what = f"{rate:.1%} were clipped, to a norm of {limits[0]:.4g}{' in each group' if len(limits) > 1 else ''}."
+        what = (
+            f"{rate:.1%} were clipped, to a norm of "
+            f"{limits[0]:.4g}{' in each group' if len(limits) > 1 else ''}."
+        )
     skipped = int(run.skipped.sum())
-    left = "None was skipped." if not skipped else f"{skipped} {'was' if skipped == 1 else 'were'} skipped."
+    left = (
+        "None was skipped."
+        if not skipped
+        else f"{skipped} {'was' if skipped == 1 else 'were'} skipped."
+    )
     yield f"{steps:,} step{'s' if steps > 1 else ''}. {what} {left}"
     norms = run.norm[run.finite]
     if len(norms):
@@ -108,7 +134,10 @@ def _largest(norms: torch.Tensor) -> float:
 
 
 def _figure(figure: Drawn, runs: Sequence[Run]) -> str:
-    items = "".join(f'<li><span style="background: var(--s{i % len(SERIES)})"></span>{escape(run.name)}</li>' for i, run in enumerate(runs))
+    items = "".join(
+        f'<li><span style="background: var(--s{i % len(SERIES)})"></span>{escape(run.name)}</li>'
+        for i, run in enumerate(runs)
+    )
     own = not figure.name.startswith(("groups-", "layers-")) and len(runs) > 1
     legend = f'<ul class="legend">{items}</ul>' if own else ""
     caption = f"<figcaption>{escape(figure.caption)}</figcaption>"
@@ -132,10 +161,12 @@ def _numbers(runs: Sequence[Run]) -> str:
     ]
     head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(v)}</td>" for v in values)}</tr>\n' for name, values in rows
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(v)}</td>" for v in values)}</tr>\n'
+        for name, values in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Main numbers"><table><thead><tr><td></td>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Main '
+        f'numbers"><table><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>\n{body}</tbody></table></div>"
     )
 
@@ -166,14 +197,23 @@ def _skips(run: Run) -> str:
     more = len(run.skips) - _MOST_SKIPS
     rest = f'<p class="muted">and {more:,} more</p>' if more > 0 else ""
     return (
-        f'<h2>{escape(run.name)}: skipped steps</h2>\n<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="Skipped steps of {escape(run.name)}"><table class="skips"><thead><tr><th scope="col">step</th>'
-        f'<th scope="col">why</th><th scope="col">culprits, named at the first of a streak</th></tr></thead>'
+        f'<h2>{escape(run.name)}: skipped steps</h2>\n<div class="scroll" tabindex="0" '
+        f'role="region" '
+        f'aria-label="Skipped steps of {escape(run.name)}"><table class="skips"><thead><tr><th '
+        f'scope="col">step</th>'
+        f'<th scope="col">why</th><th scope="col">culprits, named at the first of a '
+        f"streak</th></tr></thead>"
         f"<tbody>\n{rows}</tbody></table></div>{rest}"
     )
 
 
 def _why(nonfinite: int, norm: float) -> str:
     if nonfinite:
-        return "1 gradient is not finite" if nonfinite == 1 else f"{nonfinite} gradients are not finite"
-    return "the norm is not finite" if math.isnan(norm) else f"left out by the policy: norm {norm:.5g}"
+        return (
+            "1 gradient is not finite"
+            if nonfinite == 1
+            else f"{nonfinite} gradients are not finite"
+        )
+    return (
+        "the norm is not finite" if math.isnan(norm) else f"left out by the policy: norm {norm:.5g}"
+    )

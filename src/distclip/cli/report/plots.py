@@ -13,26 +13,45 @@ from distclip.cli.run_log import Run
 
 
 def figures(runs: Sequence[Run]) -> tuple[list[Drawn], list[str]]:
-    """All figures that these runs have the numbers for, and what could not be drawn as it should."""
+    """All figures that these runs have the numbers for, and what could not be drawn as it
+    should."""
     p = f"{runs[0].norm_type:g}"
-    marks = "Dashed: the threshold, where it is one of this norm. ×: a step whose norm was not finite. "
-    strip = "The strip below is filled where steps were clipped (higher: more of them), × where one was skipped."
+    marks = (
+        "Dashed: the threshold, where it is one of this norm. ×: a step whose norm was not finite. "
+    )
+    strip = (
+        "The strip below is filled where steps were clipped (higher: more of them), × where "
+        "one was skipped."
+    )
     plans = [
         Planned("norm", f"Gradient norm before clipping (p = {p})", marks + strip, lambda f, w: norm(f, w, runs), runs, 1.15),
         Planned(
-            "coefficient", "Clip coefficient", "What the gradients were multiplied by; of several groups the smallest. 1: not clipped.",
+            "coefficient", "Clip coefficient", "What the gradients were multiplied by; of several "
+                                               "groups the smallest. 1: not clipped.",
             lambda f, w: lines(f, w, runs, lambda run: run.coef, "coefficient (factor)", log=True), runs,
         ),
         Planned(
-            "clip_rate", "Clip rate", "Share of the last 500 steps (from the start: of all so far) that were clipped.",
+            "clip_rate", "Clip rate", "Share of the last 500 steps (from the start: of all so far) "
+                                      "that were clipped.",
             lambda f, w: lines(f, w, runs, lambda run: 100 * run.clip_rate, "clipped steps (%)", (-3, 103)), runs,
         ),
     ]  # fmt: skip
     if any(bool((run.cosine < 0.9999).any()) for run in runs):
-        caption = "How far value clipping bends the direction; of several groups the smallest. 1: not at all."
-        draw: Callable[[Any, bool], None] = lambda f, w: lines(f, w, runs, lambda r: r.cosine, "cosine", (-0.03, 1.03))  # noqa: E731
-        plans.append(Planned("cosine", "Cosine between raw and clipped gradient", caption, draw, runs))
+        caption = (
+            "How far value clipping bends the direction; of several groups the smallest. 1: "
+            "not at all."
+        )
+        draw: Callable[[Any, bool], None] = lambda f, w: lines(  # noqa: E731
+            f, w, runs, lambda r: r.cosine, "cosine", (-0.03, 1.03)
+        )
+        plans.append(
+            Planned("cosine", "Cosine between raw and clipped gradient", caption, draw, runs)
+        )
     plans += [heat_map(i, run, parts) for i, run in enumerate(runs) for parts in run.parts]
     made, unknown = drawn(plans)
-    note = f"no font here has {shortened(unknown, 40)}: boxes stand for them in the PNGs; the page shows them"
+    note = (
+        f"no font here has {shortened(unknown, 40)}: boxes stand for them in the PNGs; the "
+        f"page "
+        f"shows them"
+    )
     return made, [note] if unknown else []

@@ -17,14 +17,20 @@ from distclip.cli.run_log import Run
 
 INK, MUTED, GRID = "#1b1f24", "#5c6671", "#d4dae1"
 SERIES = ("#0f5fa9", "#c2410d", "#12805d", "#8a3ffd", "#a16208", "#be185e", "#0e7491", "#57606b")
-COLOURS = {"ink": INK, "muted": MUTED, "grid": GRID, **{f"s{i}": colour for i, colour in enumerate(SERIES)}}
+COLOURS = {
+    "ink": INK,
+    "muted": MUTED,
+    "grid": GRID,
+    **{f"s{i}": colour for i, colour in enumerate(SERIES)},
+}
 STEP = "step (optimizer steps)"
 _WIDE, _NARROW = (10.4, 3.7), (3.6, 3.0)  # inches
 _RULES: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED,
     "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.linewidth": 1.1, "savefig.transparent": True,
-    "legend.frameon": False, "svg.hashsalt": "distclip", "text.parse_math": False,  # a $ is a part of a name
+    # a $ is a part of a name
+    "legend.frameon": False, "svg.hashsalt": "distclip", "text.parse_math": False,
 }  # fmt: skip
 _ACROSS = 72  # columns of the widest letters that fit into a PNG
 
@@ -62,9 +68,12 @@ def whole_steps(axes: Any, wide: bool) -> None:
 
 
 def drawn(plans: Sequence[Planned]) -> tuple[list[Drawn], str]:
-    """All of them, and the characters of names for which this machine has no font: boxes in the PNGs, right on the page."""
+    """All of them, and the characters of names for which this machine has no font: boxes in the
+    PNGs, right on the page."""
     runs = [run for plan in plans for run in plan.runs]
-    names = {run.name for run in runs} | {name for run in runs for parts in run.parts for name in parts.names}
+    names = {run.name for run in runs} | {
+        name for run in runs for parts in run.parts for name in parts.names
+    }
     families, unknown = families_for(names)
     with matplotlib.rc_context({**_RULES, "font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # once a glyph and figure

@@ -1,4 +1,5 @@
-"""matplotlib's SVG made fit for a page: the page's colours and font, identifiers of its own, no outside names."""
+"""matplotlib's SVG made fit for a page: the page's colours and font, identifiers of its own, no
+outside names."""
 
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ def inline(svg: str, prefix: str, css_class: str, label: str, colours: Mapping[s
     # between the tags stand names and numbers as they are to be read
     svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], prefix, colours), svg)
     box = re.search(r'viewBox="[^"]*"', svg)
-    head = f'<svg class="{css_class}" role="img" aria-label="{escape(label)}" {box[0] if box else ""}>'
-    return re.sub(r"\s*\n\s*", "\n", re.sub(r"^<svg.*?>", lambda _: head, svg, count=1, flags=re.DOTALL)).strip()
+    head = (
+        f'<svg class="{css_class}" role="img" aria-label="{escape(label)}" {box[0] if box else ""}>'
+    )
+    return re.sub(
+        r"\s*\n\s*", "\n", re.sub(r"^<svg.*?>", lambda _: head, svg, count=1, flags=re.DOTALL)
+    ).strip()
 
 
 def _tag(tag: str, prefix: str, colours: Mapping[str, str]) -> str:

@@ -42,7 +42,9 @@ def clipped_shares(run: Run, stretches: int) -> tuple[Any, Any]:
     if len(x) <= 2 * stretches:
         return x, clipped
     edges = np.linspace(0, len(x), stretches + 1).astype(int)
-    return x[(edges[:-1] + edges[1:]) // 2], np.array([clipped[a:b].mean() for a, b in pairwise(edges)])
+    return x[(edges[:-1] + edges[1:]) // 2], np.array(
+        [clipped[a:b].mean() for a, b in pairwise(edges)]
+    )
 
 
 def spread(steps: Any, most: int) -> Any:

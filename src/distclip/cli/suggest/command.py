@@ -29,7 +29,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(one: Run) -> None:
     if not bool((one.norm > 0).any()):
-        raise RunError(f"{one.path}: none of its {len(one.step)} steps has a finite norm above 0; log a run that trains")
+        raise RunError(
+            f"{one.path}: none of its {len(one.step)} steps has a finite norm above 0; "
+            f"log a run that trains"
+        )
 
 
 def _record(one: Run) -> dict[str, Any]:
@@ -48,10 +51,22 @@ def _record(one: Run) -> dict[str, Any]:
 
 def _text(one: Run) -> str:
     steps = "1 step" if len(one.step) == 1 else f"{len(one.step)} steps"
-    lines = [f"{one.path}: {steps}, {float(one.clipped.double().mean()):.1%} clipped; norms before clipping", ""]
-    lines += [f"{'percentile':>10}  {'max_norm':>10}  would have clipped", *map(_row, candidates(one)), ""]
+    lines = [
+        f"{one.path}: {steps}, {float(one.clipped.double().mean()):.1%} clipped; norms before "
+        f"clipping",
+        "",
+    ]
+    lines += [
+        f"{'percentile':>10}  {'max_norm':>10}  would have clipped",
+        *map(_row, candidates(one)),
+        "",
+    ]
     advice = recommend(one)
-    lines.append(f"recommendation: {'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, {advice.reason}")
+    lines.append(
+        f"recommendation: "
+        f"{'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, "
+        f"{advice.reason}"
+    )
     lines += [f"warning: {text}" for text in warnings(one)]
     lines += [f"note: {text}" for text in one.notes]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""What the norms of a run say about a threshold: candidates, one recommendation, and what to look at."""
+"""What the norms of a run say about a threshold: candidates, one recommendation, and what to look
+at."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def rounded(value: float, digits: int = 4, up: bool = False) -> float:
 
 
 def candidates(run: Run) -> list[Candidate]:
-    """Percentiles of the finite norms before clipping, interpolated linearly. Empty where there are none."""
+    """Percentiles of the finite norms before clipping, interpolated linearly. Empty where there are
+    none."""
     norms = run.norm[run.finite]
     out: list[Candidate] = []
     for percentile in PERCENTILES if len(norms) else ():
@@ -57,29 +59,43 @@ def candidates(run: Run) -> list[Candidate]:
 def recommend(run: Run) -> Recommendation:
     """One max_norm.
 
-    The 95th percentile of the late norms, or less where spikes reach down to it. Of a run that was clipped at nearly every step, the
-    length that it gave its steps: there the threshold is a part of the learning rate.
+    The 95th percentile of the late norms, or less where spikes reach down to it. Of a run that was
+    clipped at nearly every step, the length that it gave its steps: there the threshold is a part
+    of the learning rate.
     """
     norms = run.norm[run.finite]
     if (blown := _blown_up(run)) is not None:
-        return Recommendation(None, f"the run blew up at step {blown} and its norms tell nothing; log one that is clipped, say at 1")
+        return Recommendation(
+            None,
+            f"the run blew up at step {blown} and its norms tell nothing; "
+            f"log one that is clipped, say at 1",
+        )
     late, where = norms, ""
     if _drift(norms) is not None:
-        late, where = norms[2 * len(norms) // 3 :], " of the last third of the run, since the norm drifts"
+        late, where = (
+            norms[2 * len(norms) // 3 :],
+            " of the last third of the run, since the norm drifts",
+        )
     middle = percentile_of(late, 50) if len(late) else 0.0
     if middle <= 0:
         return Recommendation(None, "at least half of the norms are 0")
     lengths = run.after[run.finite & run.clipped & ~run.skipped]
     if _rate(run) > _ALWAYS and len(lengths) and (length := percentile_of(lengths, 50)) > 0:
         times = rounded(percentile_of(norms, 50) / length, 3)
-        reason = f"the length of this run's clipped steps; norms were {times:g} times that, so anything higher lengthens nearly every step"
+        reason = (
+            f"the length of this run's clipped steps; norms were {times:g} times that, so "
+            f"anything higher lengthens nearly every step"
+        )
         return Recommendation(rounded(length), f"{reason}: lower the learning rate by as much")
     for percentile in (95.0, 90.0, 75.0, 50.0):
         bound = rounded(percentile_of(late, percentile))
         if bound <= _SPIKE * middle:
             break
     clipped = float((late > bound).double().mean())
-    reason = f"the {percentile:g}th percentile{where}: ordinary steps pass, {clipped:.1%} would have been clipped there"
+    reason = (
+        f"the {percentile:g}th percentile{where}: ordinary steps pass, {clipped:.1%} would "
+        f"have been clipped there"
+    )
     if percentile < 95:
         reason += "; spikes are so frequent that higher percentiles lie among them"
     return Recommendation(bound, reason)
@@ -100,13 +116,21 @@ def warnings(run: Run) -> Iterator[str]:
     bent = run.cosine[run.cosine < _BENT]
     if len(bent):
         yield (
-            f"value clipping bends the direction: at {len(bent) / steps:.1%} of the steps the cosine between raw and clipped gradient is "
+            f"value clipping bends the direction: at {len(bent) / steps:.1%} of the steps the "
+            f"cosine between raw and clipped gradient is "
             f"below {_BENT}, down to {float(bent.min()):.2g}; a norm threshold keeps the direction"
         )
     if (ratio := _drift(norms)) is not None:
-        way = f"rises {ratio:.3g}-fold" if ratio > 1 else f"falls to {ratio:.0%}" if ratio > 0.005 else f"falls to {ratio:.1e} of that"
+        way = (
+            f"rises {ratio:.3g}-fold"
+            if ratio > 1
+            else f"falls to {ratio:.0%}"
+            if ratio > 0.005
+            else f"falls to {ratio:.1e} of that"
+        )
         yield (
-            f"the median norm {way} from the first to the last third of the run: one fixed threshold does not fit both; look at "
+            f"the median norm {way} from the first to the last third of the run: one fixed "
+            f"threshold does not fit both; look at "
             "AutoClip, ZClip or Scheduled"
         )
 
@@ -140,7 +164,8 @@ def _rate(run: Run) -> float:
 
 
 def _blown_up(run: Run) -> int | None:
-    """The step of the largest norm, where it is a spike beyond all measure that nothing held back."""
+    """The step of the largest norm, where it is a spike beyond all measure that nothing held
+    back."""
     at = spikes(run)
     held = run.clipped[at] | run.skipped[at]
     beyond = at[~held & (run.norm[at] > _BEYOND * _running_median(run.norm)[at])]
@@ -153,15 +178,19 @@ def spikes(run: Run) -> Tensor:
 
 
 def _running_median(norms: Tensor) -> Tensor:
-    """[steps]: median of the finite norms among the 101 nearest; at both ends those of the first and last 101."""
+    """[steps]: median of the finite norms among the 101 nearest; at both ends those of the first
+    and last 101."""
     width = min(_NEAR, len(norms))
     inside = norms.unfold(0, width, 1).nanmedian(1).values
     before = width // 2
-    return torch.cat([inside[:1].expand(before), inside, inside[-1:].expand(len(norms) - len(inside) - before)])
+    return torch.cat(
+        [inside[:1].expand(before), inside, inside[-1:].expand(len(norms) - len(inside) - before)]
+    )
 
 
 def _drift(norms: Tensor) -> float | None:
-    """Median of the last third over that of the first, where it is at least twice or at most half; None else."""
+    """Median of the last third over that of the first, where it is at least twice or at most half;
+    None else."""
     third = len(norms) // 3
     if 3 * third < _FEW // 2:
         return None

@@ -1,11 +1,19 @@
-"""What stands of DeepSpeed's inside in distclip, all of it: where gradients are, and where a step lets a clipper in.
+"""What stands of DeepSpeed's inside in distclip, all of it: where gradients are, and where a step
+lets a clipper in.
 
 `engine.py` has what all kinds of engine share, `sharded.py` stages 1 to 3, `whole.py` stage 0.
 """
 
 from typing import Any
 
-from distclip.integrations.deepspeed_internals.engine import OF_ENGINE, Inside, end_own_clipping, missing, own_clipping, unsupported
+from distclip.integrations.deepspeed_internals.engine import (
+    OF_ENGINE,
+    Inside,
+    end_own_clipping,
+    missing,
+    own_clipping,
+    unsupported,
+)
 from distclip.integrations.deepspeed_internals.sharded import BF16, ZeRO3, ZeRO12
 from distclip.integrations.deepspeed_internals.whole import Fused, Plain, Unfused
 
@@ -25,4 +33,13 @@ def kind_of(engine: Any) -> type[Inside] | None:
     return KINDS.get(type(engine.optimizer).__name__)
 
 
-__all__ = ["KINDS", "OF_ENGINE", "Inside", "end_own_clipping", "kind_of", "missing", "own_clipping", "unsupported"]
+__all__ = [
+    "KINDS",
+    "OF_ENGINE",
+    "Inside",
+    "end_own_clipping",
+    "kind_of",
+    "missing",
+    "own_clipping",
+    "unsupported",
+]

@@ -1,8 +1,9 @@
 """What all kinds of DeepSpeed engine share.
 
-Each kind of DeepSpeed optimizer reduces and partitions gradients during backward. Its `step` then measures a norm, moves the loss
-scale, and multiplies float32 copies of the gradients by clip and inverse scale. The first and the last are replaced here; the loss
-scale is read before it moves, since gradients carry the one of their backward.
+Each kind of DeepSpeed optimizer reduces and partitions gradients during backward. Its `step` then
+measures a norm, moves the loss scale, and multiplies float32 copies of the gradients by clip and
+inverse scale. The first and the last are replaced here; the loss scale is read before it moves,
+since gradients carry the one of their backward.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ OF_ENGINE = (
 )  # fmt: skip
 
 _OWN_CLIPPING = (
-    'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train such a model under FSDP2 with its experts, '
+    'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train '
+    "such a model under FSDP2 with its experts, "
     "stages or tensor-parallel parts as torch has them, where GradClipper(model, ...) knows them"
 )
 
@@ -42,13 +44,15 @@ def missing(holder: Any, names: Sequence[str]) -> list[str]:
 
 
 def unsupported(engine: Any) -> list[str]:
-    """What this engine has, of whatever kind, that distclip cannot clip under, and what serves instead."""
+    """What this engine has, of whatever kind, that distclip cannot clip under, and what serves
+    instead."""
     muon = "muon" in type(engine.basic_optimizer).__name__.lower()
     found = {
         f"a model-parallel mpu; {_OWN_CLIPPING}": engine.mpu is not None,
         f"DeepSpeed's mixture-of-experts layers; {_OWN_CLIPPING}": engine.has_moe_layers,
         f"pipeline parallelism; {_OWN_CLIPPING}": engine.pipeline_parallelism,
-        "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16": engine.torch_autocast_z0_gradscaler is not None,
+        "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16": engine.torch_autocast_z0_gradscaler
+        is not None,
         "Muon with fp16; use bf16": engine.fp16_enabled() and muon,
     }
     return [what for what, has in found.items() if has]
@@ -109,7 +113,8 @@ class Inside:
 
     @contextmanager
     def original_param_groups(self) -> Generator[None]:
-        """Param groups hold the model's parameters again; DeepSpeed leaves flat buffers there, or nothing."""
+        """Param groups hold the model's parameters again; DeepSpeed leaves flat buffers there, or
+        nothing."""
         groups = self.optimizer.param_groups
         saved = [group["params"] for group in groups]
         try:
@@ -120,13 +125,18 @@ class Inside:
             for group, params in zip(groups, saved, strict=True):
                 group["params"] = params
 
-    def part(self, param: Tensor, group: int, flat: int, buffer: Tensor, start: int, count: int) -> Part:
-        return Part(self.name(param), param, group, flat, start, buffer.detach().narrow(0, start, count))
+    def part(
+        self, param: Tensor, group: int, flat: int, buffer: Tensor, start: int, count: int
+    ) -> Part:
+        return Part(
+            self.name(param), param, group, flat, start, buffer.detach().narrow(0, start, count)
+        )
 
     def name(self, param: Tensor) -> str:
         if id(param) not in self._names:
             raise ConfigError(
-                f"the engine's optimizer steps a parameter of shape {tuple(param.shape)} that is not in the model; put it into the model "
+                f"the engine's optimizer steps a parameter of shape {tuple(param.shape)} that is "
+                f"not in the model; put it into the model "
                 "that deepspeed.initialize gets"
             )
         return self._names[id(param)]
@@ -134,13 +144,19 @@ class Inside:
     def slices(self, flat: int, grad: Tensor) -> list[Part]:
         """The parts of one flat buffer; their gradients are from now on those of `grad`."""
         mine = [part for part in self.parts if part.flat == flat]
-        self._grads |= {id(part.master): grad.narrow(0, part.start, part.master.numel()) for part in mine}
+        self._grads |= {
+            id(part.master): grad.narrow(0, part.start, part.master.numel()) for part in mine
+        }
         return mine
 
     def decide(self, scale: float = 1.0) -> ClipReport:
         dynamic = bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
         report = self.clipper.decide(1 / scale, rescaled=dynamic)
-        self._spike = bool(report.skipped) and not int(report.nonfinite) and bool(report.total_norm.isfinite())
+        self._spike = (
+            bool(report.skipped)
+            and not int(report.nonfinite)
+            and bool(report.total_norm.isfinite())
+        )
         return report
 
     def replace(self, name: str, new: Callable[..., Any]) -> None:
@@ -150,12 +166,14 @@ class Inside:
             return new(*args, **kwargs)
 
         setattr(self, f"own_{name}", getattr(self.optimizer, name))
-        # bound to the optimizer: a learning-rate scheduler takes the function out of `optimizer.step` and binds it anew
+        # bound to the optimizer: a learning-rate scheduler takes the function out of
+        # `optimizer.step` and binds it anew
         setattr(self.optimizer, name, MethodType(instead, self.optimizer))
 
     def _update_scale(self, *args: Any, **kwargs: Any) -> None:
         """A spike that a policy leaves out is no overflow."""
-        getattr(self, "own__update_scale")(*((False,) if self._spike else args), **({} if self._spike else kwargs))  # noqa: B009
+        given, named = ((False,), {}) if self._spike else (args, kwargs)
+        self.own__update_scale(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         before = self.clipper.last_report
@@ -166,8 +184,11 @@ class Inside:
             self._grads.clear()
             report = self.clipper.last_report
             if report is not None and report is not before:
-                norm = float(report.total_norm)  # a step that is not finite reads inf, as DeepSpeed's own
-                self.optimizer._global_grad_norm = math.inf if int(report.nonfinite) or math.isnan(norm) else norm
+                # a step that is not finite reads inf, as DeepSpeed's own
+                norm = float(report.total_norm)
+                self.optimizer._global_grad_norm = (
+                    math.inf if int(report.nonfinite) or math.isnan(norm) else norm
+                )
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.own_step(*args, **kwargs)

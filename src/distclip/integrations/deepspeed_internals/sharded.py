@@ -15,12 +15,18 @@ from distclip.integrations.deepspeed_internals.engine import Inside, Part, unask
 
 def _flat_norm(report: ClipReport) -> Tensor:
     """What DeepSpeed's step takes for its norm: it goes on where it is finite, whatever it is."""
-    return report.total_norm.new_full((), float("inf")) if bool(report.skipped) else torch.ones_like(report.total_norm)
+    return (
+        report.total_norm.new_full((), float("inf"))
+        if bool(report.skipped)
+        else torch.ones_like(report.total_norm)
+    )
 
 
 def _autocast(optimizer: Any) -> list[str]:
     return (
-        ["torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"] if optimizer.torch_autocast_gradscaler is not None else []
+        ["torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"]
+        if optimizer.torch_autocast_gradscaler is not None
+        else []
     )
 
 
@@ -35,7 +41,11 @@ class ZeRO12(Inside):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        without = ['"zero_optimization": {"compute_grad_norm": false}; leave that out'] if not optimizer.compute_grad_norm else []
+        without = (
+            ['"zero_optimization": {"compute_grad_norm": false}; leave that out']
+            if not optimizer.compute_grad_norm
+            else []
+        )
         return [*without, *_autocast(optimizer)]
 
     def found_parts(self) -> Iterator[Part]:
@@ -45,7 +55,10 @@ class ZeRO12(Inside):
             for param in params:
                 key = o.get_param_id(param)
                 start = int(o.grad_partition_insertion_offset[i][rank][key])
-                count = min(param.numel() - int(o.grad_start_offset[i][rank][key]), int(o.partition_size[i]) - start)
+                count = min(
+                    param.numel() - int(o.grad_start_offset[i][rank][key]),
+                    int(o.partition_size[i]) - start,
+                )
                 yield self.part(param, i, i, o.single_partition_of_fp32_groups[i], start, count)
 
     def install(self, clipper: GradClipper) -> None:
@@ -62,7 +75,11 @@ class ZeRO12(Inside):
                 if flat.grad is not None:
                     self.slices(i, flat.grad)
                 continue
-            grads = [g for g in o.averaged_gradients.get(i) or () if not getattr(g, "_zero_padding", False)]
+            grads = [
+                g
+                for g in o.averaged_gradients.get(i) or ()
+                if not getattr(g, "_zero_padding", False)
+            ]
             mine = [part for part in self.parts if part.flat == i]
             self._grads |= {id(part.master): grad.reshape(-1) for part, grad in zip(mine, grads)}
         report = self.decide(float(o.loss_scale))
@@ -72,7 +89,11 @@ class ZeRO12(Inside):
 
     def clip(self, grad_groups_flat: Sequence[Tensor], total_norm: Any) -> None:
         for grad in grad_groups_flat:
-            i = next(i for i, flat in enumerate(self.optimizer.single_partition_of_fp32_groups) if flat.grad is grad)
+            i = next(
+                i
+                for i, flat in enumerate(self.optimizer.single_partition_of_fp32_groups)
+                if flat.grad is grad
+            )
             self.clipper.apply_([part.master for part in self.slices(i, grad)])
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +113,14 @@ class ZeRO3(Inside):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        return [*(["an optimizer swapped to NVMe; offload it to the CPU"] if optimizer.swap_optimizer else []), *_autocast(optimizer)]
+        return [
+            *(
+                ["an optimizer swapped to NVMe; offload it to the CPU"]
+                if optimizer.swap_optimizer
+                else []
+            ),
+            *_autocast(optimizer),
+        ]
 
     def found_parts(self) -> Iterator[Part]:
         o = self.optimizer
@@ -100,7 +128,14 @@ class ZeRO3(Inside):
             start = 0
             for param in params:
                 count = int(param.partition_numel())
-                yield self.part(param, int(o.sub_group_to_group_id[i]), i, o.fp32_partitioned_groups_flat[i], start, count)
+                yield self.part(
+                    param,
+                    int(o.sub_group_to_group_id[i]),
+                    i,
+                    o.fp32_partitioned_groups_flat[i],
+                    start,
+                    count,
+                )
                 start += count
 
     def install(self, clipper: GradClipper) -> None:
@@ -117,7 +152,10 @@ class ZeRO3(Inside):
                     self.slices(i, flat.grad)
                 continue
             mine = [part for part in self.parts if part.flat == i]
-            self._grads |= {id(part.master): grad.reshape(-1) for part, grad in zip(mine, o.averaged_gradients.get(i) or ())}
+            self._grads |= {
+                id(part.master): grad.reshape(-1)
+                for part, grad in zip(mine, o.averaged_gradients.get(i) or ())
+            }
         return [_flat_norm(self.decide(float(o.loss_scale)))]
 
     def clip(self, sub_group_id: int, total_norm: Any) -> None:

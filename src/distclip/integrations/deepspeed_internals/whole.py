@@ -14,14 +14,26 @@ from distclip.integrations.deepspeed_internals.engine import Inside, Part, unask
 class Whole(Inside):
     """Stage 0 in fp16 or bf16: every rank steps float32 copies of all parameters.
 
-    DeepSpeed 0.19 does not scale the loss of these optimizers, and yet divides their gradients by the loss scale. Here they are not.
+    DeepSpeed 0.19 does not scale the loss of these optimizers, and yet divides their gradients by
+    the loss scale. Here they are not.
     """
 
-    needs = ("fp16_groups", "unscale_and_clip_grads", "_skip_invalid_grad_norm", "_update_scale", "overflow_checker", "loss_scale_config")
+    needs = (
+        "fp16_groups",
+        "unscale_and_clip_grads",
+        "_skip_invalid_grad_norm",
+        "_update_scale",
+        "overflow_checker",
+        "loss_scale_config",
+    )
     sharded = False
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._grads |= {id(part.master): part.param.grad.reshape(part.master.shape) for part in self.parts if part.param.grad is not None}
+        self._grads |= {
+            id(part.master): part.param.grad.reshape(part.master.shape)
+            for part in self.parts
+            if part.param.grad is not None
+        }
         if bool(self.decide().skipped):
             return self.optimizer._skip_invalid_grad_norm()
         return self.own_step(*args, **kwargs)
@@ -32,10 +44,14 @@ class Unfused(Whole):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        return ["DeepSpeed's own Lamb; use another optimizer"] if optimizer.fused_lamb_legacy else []
+        return (
+            ["DeepSpeed's own Lamb; use another optimizer"] if optimizer.fused_lamb_legacy else []
+        )
 
     def found_parts(self) -> Iterator[Part]:
-        for i, (params, masters) in enumerate(zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)):
+        for i, (params, masters) in enumerate(
+            zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
+        ):
             for param, master in zip(params, masters, strict=True):
                 yield Part(self.name(param), param, i, i, 0, master)
 
@@ -45,7 +61,9 @@ class Unfused(Whole):
         self.replace("unscale_and_clip_grads", self.clip)
 
     def clip(self, total_norm: Any, apply_scale: bool = True) -> float:
-        self._grads = {id(part.master): part.master.grad for part in self.parts if part.master.grad is not None}
+        self._grads = {
+            id(part.master): part.master.grad for part in self.parts if part.master.grad is not None
+        }
         self.clipper.apply_([part.master for part in self.parts])
         return 1.0
 
@@ -55,10 +73,16 @@ class Fused(Whole):
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
-        return ['a legacy fused optimizer; take "legacy_fusion" out of its config'] if optimizer.fused_adam_legacy else []
+        return (
+            ['a legacy fused optimizer; take "legacy_fusion" out of its config']
+            if optimizer.fused_adam_legacy
+            else []
+        )
 
     def found_parts(self) -> Iterator[Part]:
-        for i, (params, flat) in enumerate(zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups_flat, strict=True)):
+        for i, (params, flat) in enumerate(
+            zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups_flat, strict=True)
+        ):
             start = 0
             for param in params:
                 yield self.part(param, i, i, flat, start, param.numel())
@@ -69,7 +93,9 @@ class Fused(Whole):
         self.optimizer.overflow_checker.has_overflow = unasked
         self.replace("unscale_and_clip_grads", self.clip)
 
-    def clip(self, grad_groups_flat: Sequence[Tensor], total_norm: Any, apply_scale: bool = True) -> float:
+    def clip(
+        self, grad_groups_flat: Sequence[Tensor], total_norm: Any, apply_scale: bool = True
+    ) -> float:
         for i, grad in enumerate(grad_groups_flat):
             self.clipper.apply_([part.master for part in self.slices(i, grad)])
         return 1.0
@@ -89,7 +115,8 @@ class Plain(Inside):
         return master.grad
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.optimizer.overflow = bool(self.decide().skipped)  # the engine counts a skipped step by it
+        # the engine counts a skipped step by it
+        self.optimizer.overflow = bool(self.decide().skipped)
         if self.optimizer.overflow:
             self.optimizer.zero_grad(set_to_none=True)
             return None
