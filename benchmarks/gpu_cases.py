@@ -19,7 +19,7 @@ from benchmarks.gpu_timing import Cache, Times, counts, interleaved
 from benchmarks.problems import named
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, ratios
-from distclip.kernels.tensor_list import GradList
+from distclip.kernels.tensor_list import TensorList
 
 CLIP, PROPAGATE, DROP_IN = (
     "GradClipper.clip_",
@@ -155,7 +155,7 @@ def contenders(
 
 def kernels(bench: Bench, case: str, what: str, grads: list[torch.Tensor], size: int) -> list[Row]:
     """The library's kernels by themselves."""
-    listed = GradList.of(grads)
+    listed = TensorList.of(grads)
     factors = {
         value: torch.full((len(grads),), value, dtype=torch.float64, device="cuda")
         for value in (0.999, 1.0)

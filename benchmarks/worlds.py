@@ -19,7 +19,7 @@ from distclip.exchange.channel import Channel, hash64
 from distclip.records import Holding, Piece
 from distclip.setup.inventory import RemoteHolding, Tables
 from distclip.setup.plan import make_plan
-from distclip.setup.replicas import find_holders
+from distclip.setup.replicas import find_replicas
 from distclip.testing import ThreadGroup, run_threads
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def arithmetic(quick: bool) -> list[dict[str, Any]]:
             tables = tables_of(layout, ranks, count)
             pieces = LAYOUTS[layout](0, ranks, count)
             start = time.process_time()
-            find_holders(tables, 0, pieces)
+            find_replicas(tables, 0, pieces)
             seconds = time.process_time() - start
             sent = 8 * (
                 3 * ranks

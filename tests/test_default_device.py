@@ -19,7 +19,7 @@ import distclip
 import skips
 from distclip.decide.audit import fingerprint, name_culprits
 from distclip.exchange.channel import Channel
-from distclip.exchange.readback import Mirror
+from distclip.exchange.readback import Readback
 from distclip.kernels import triton_lists
 from distclip.records import Holding, Piece
 from distclip.setup.plan import agree_on_call, make_plan
@@ -163,7 +163,7 @@ def agreed(group, elsewhere):
     with elsewhere():
         agree_on_call(channel, {"a": "1"}, None, CPU)
         plan = make_plan(channel, pieces, [piece.name for piece in pieces], {"w": 1}, 2.0, CPU)
-        said = channel.texts("a" * channel.rank, CPU, "a test's texts")
+        said = channel.gather_texts("a" * channel.rank, CPU, "a test's texts")
         culprits = name_culprits(channel, plan, [1.0, math.nan, 2.0], CPU)
         prints = fingerprint(torch.arange(6.0, device="cpu"))
     return plan.shares, plan.groups, plan.rows, plan.slot_of, said, culprits, prints
@@ -232,11 +232,11 @@ def test_the_check_of_a_schedule_takes_any_number():
 
 @under
 def test_host_copies(elsewhere):
-    mirror, vector = Mirror(), torch.tensor([1.0, 2.0])
+    mirror, vector = Readback(), torch.tensor([1.0, 2.0])
     with elsewhere():
         mirror.leave(vector, "step 1")
         late = mirror.taken()
-    assert late is not None and late.numbers == [1.0, 2.0] and Mirror.now(vector) == [[1.0, 2.0]]
+    assert late is not None and late.numbers == [1.0, 2.0] and Readback.now(vector) == [[1.0, 2.0]]
 
 
 @pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")

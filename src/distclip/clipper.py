@@ -15,27 +15,27 @@ from torch.optim import Optimizer
 
 from distclip import versions
 from distclip.apply import fused
-from distclip.apply.gradients import Outcome, taken_away
+from distclip.apply.gradients import Outcome, drop_step_grads
 from distclip.decide.saving import Saved, loaded, saved
-from distclip.decide.state import Memory
+from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf, Grads
 from distclip.measure.grad_placements import PartialReducer
-from distclip.measure.local_sums import Seen
-from distclip.optimizers import Owned, check_arguments, check_given, listed
+from distclip.measure.local_sums import LocalMeasurement
+from distclip.optimizers import OptimizerParams, check_optimizers, check_step_signatures, listed
 from distclip.policies import Policy
 from distclip.records import ClipReport
 from distclip.report.writer import Sink, Writer
-from distclip.request import Call
+from distclip.request import Request
 from distclip.setup.build_plan import Reading, read
 from distclip.setup.options import Asked, OnNonfinite
 from distclip.setup.parameters import Params
-from distclip.setup.placement import Declared, ReplicatedOver, Shared
+from distclip.setup.placement import ReplicaDeclarations, ReplicatedOver, Shared
 from distclip.stages import prepare
-from distclip.step import Stepper
-from distclip.torch_internals.grad_scaler import Handshake
+from distclip.step import StepRunner
+from distclip.torch_internals.grad_scaler import ScalerState
 
 
 class GradClipper:
@@ -119,12 +119,12 @@ class GradClipper:
             grad_of,
         )
         self._params = _lasting(params)
-        self._declared = Declared(
+        self._declared = ReplicaDeclarations(
             dict(replicated_over or {}), tuple(tuple(names) for names in shared)
         )
         self._grad_of = grad_of
         self._writer = Writer(())
-        self._decided: tuple[Call, Outcome] | None = None
+        self._decided: tuple[Request, Outcome] | None = None
         # of clip_, step or decide: for those who do not make these calls themselves
         self.last_report: ClipReport | None = None
         self.rebuild()
@@ -155,15 +155,15 @@ class GradClipper:
     def _adopt(self, reading: Reading) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
             self._now = now = prepare(reading, self._channel, self._grad_of, len(self._sinks or ()))
-            old: Memory | None = getattr(self, "_memory", None)
+            old: ClipperState | None = getattr(self, "_memory", None)
             if old is not None and old.groups == now.plan.groups:
                 self._memory = old.moved(now.mixers)
             else:
-                self._memory = Memory(
+                self._memory = ClipperState(
                     now.plan.groups, now.first, now.mixers, 0 if old is None else old.step
                 )
         self.plan = now.plan
-        self._steps = Stepper(self._channel, now, self._memory, self._writer)
+        self._steps = StepRunner(self._channel, now, self._memory, self._writer)
         reduces = now.options.partial_grads == "reduce"
         self._partials = (
             PartialReducer(self._channel, now.members, now.plan.pieces, now.device)
@@ -205,7 +205,7 @@ class GradClipper:
         call = self._call("clip_", listed(optimizer), scaler, grad_scale)
         outcome = self._run(call, may_wait=self._now.propagates)
         if outcome.known is not None and outcome.known.skip:
-            taken_away(call, self._reachable(call))
+            drop_step_grads(call, self._reachable(call))
         elif call.problem is None:
             self._now.actor.act(call, outcome, frozenset())
         call.hands.tell(outcome.overflow, stepped=False)
@@ -367,10 +367,10 @@ class GradClipper:
         outcome = self._run(call, may_wait=False)
         nothing = outcome.finite.new_zeros(0, dtype=torch.float64)
         self._now.judge.compare(
-            Seen(self._memory.step, call, outcome.grads, [], 0.0, nothing, nothing)
+            LocalMeasurement(self._memory.step, call, outcome.grads, [], 0.0, nothing, nothing)
         )
 
-    def _reachable(self, call: Call) -> list[Tensor]:
+    def _reachable(self, call: Request) -> list[Tensor]:
         """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where
         they cannot.
 
@@ -380,7 +380,7 @@ class GradClipper:
             return self._now.members
         gone = [p for p in self._now.members if self._grad_of(p) is not None]
         out_of_reach = not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone)
-        told = self._channel.slots(
+        told = self._channel.gather_ints(
             torch.tensor([int(out_of_reach)], device="cpu"),
             self._now.device,
             "the question who can skip a step",
@@ -403,26 +403,26 @@ class GradClipper:
         optimizers: Sequence[Any] = (),
         scaler: Any = None,
         grad_scale: float = 1.0,
-    ) -> Call:
+    ) -> Request:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
         of them alone."""
         propagates = self._now.options.on_nonfinite == "propagate"
-        owned = tuple[Owned, ...]()
+        owned = tuple[OptimizerParams, ...]()
         problem: ConfigError | None = None
-        hands: Handshake | None = None
+        hands: ScalerState | None = None
         try:
             if operation == "step" and not optimizers:
                 raise ConfigError(
                     "step() was given no optimizer; pass those that hold the clipped "
                     "parameters, or use clip_()"
                 )
-            check_given(operation, optimizers)
+            check_optimizers(operation, optimizers)
             owned = tuple(map(self._owned, optimizers))
             if operation == "step":
-                check_arguments(owned)
+                check_step_signatures(owned)
             if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
                 raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
-            hands = Handshake(scaler, optimizers, self._now.device)
+            hands = ScalerState(scaler, optimizers, self._now.device)
             if hands.enabled and propagates:
                 raise ConfigError(
                     "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that "
@@ -434,8 +434,8 @@ class GradClipper:
         except Exception as error:  # an argument that answers otherwise than its kind does
             problem = ConfigError(f"{operation}(): {type(error).__name__}: {error}")
             problem.__cause__ = error
-        hands = hands or Handshake(None, owned, self._now.device)
-        return Call(
+        hands = hands or ScalerState(None, owned, self._now.device)
+        return Request(
             operation,
             owned,
             hands,
@@ -444,7 +444,7 @@ class GradClipper:
             guards=not propagates,
         )
 
-    def _owned(self, optimizer: Any) -> Owned:
+    def _owned(self, optimizer: Any) -> OptimizerParams:
         owned = self._now.owners.of(optimizer)
         if self._grad_of is None:
             return owned
@@ -454,7 +454,7 @@ class GradClipper:
             hidden=tuple(p for p in params if p.grad is not None and self._grad_of(p) is None),
         )
 
-    def _folding(self, call: Call) -> dict[int, int]:
+    def _folding(self, call: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""
         if self._now.options.fold == "never" or self._grad_of is not None:
             return {}
@@ -464,10 +464,10 @@ class GradClipper:
             if owned.group is not None
             and owned.group not in self._now.clamped
             and fused.can_fold(owned.optimizer, self._now.alike[owned.group])
-            and (not self._steps.may_wait or fused.may_stop(owned.optimizer))
+            and (not self._steps.may_wait or fused.skip_is_safe(owned.optimizer))
         }
 
-    def _run(self, call: Call, may_wait: bool) -> Outcome:
+    def _run(self, call: Request, may_wait: bool) -> Outcome:
         self._decided = None
         self._now.uneven.refuse(call.operation)
         if self._partials is not None:

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_ as torchs_clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as torchs_get_total_norm
 
 from distclip.errors import ConfigError, PlacementError
-from distclip.kernels.tensor_list import GradList
+from distclip.kernels.tensor_list import TensorList
 from distclip.p_norm import norm_of
 from distclip.setup.placement import DEVICES
 from distclip.torch_internals.dtensor import dtensor_class, is_dtensor, local_tensor
@@ -144,7 +144,7 @@ def _scale_(
     if on_host and coef == 1:
         return
     with torch.no_grad():
-        GradList.of(_local(grads)).scale_(float(coef) if on_host else coef.expand(len(grads)))
+        TensorList.of(_local(grads)).scale_(float(coef) if on_host else coef.expand(len(grads)))
 
 
 def clip_grad_value_(
@@ -163,7 +163,7 @@ def clip_grad_value_(
     if not grads:
         return
     with torch.no_grad():
-        GradList.of(_local(grads)).clamp_(
+        TensorList.of(_local(grads)).clamp_(
             torch.full((len(grads),), value, dtype=torch.float64, device=grads[0].device)
         )
 
@@ -213,7 +213,7 @@ def _global_norm(sharded: list[DTensor], plain: list[Tensor], p: float) -> Tenso
         dtype = torch.promote_types(dtype, own.to_real())
     parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
     if plain:
-        parts.append(_combined(GradList.of(plain).power_sums(p), p).to(device))
+        parts.append(_combined(TensorList.of(plain).power_sums(p), p).to(device))
     norm = norm_of(_combined(torch.stack(parts), p), p).to(dtype)
     if len(meshes) == 1 and not plain:
         from torch.distributed.tensor import DTensor, Replicate
@@ -232,7 +232,7 @@ def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
     its dimensions."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    sums = GradList.of(_local(tensors)).power_sums(p)
+    sums = TensorList.of(_local(tensors)).power_sums(p)
     if math.isinf(p):
         # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
         packed, op = (

@@ -20,7 +20,7 @@ from distclip.torch_internals.grad_scaler import inside, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
-class Owned:
+class OptimizerParams:
     """One optimizer, seen from the plan."""
 
     given: Any  # as the caller passed it, perhaps a wrapper
@@ -57,7 +57,7 @@ class Share(NamedTuple):
     needs: str | None
 
 
-class Owners:
+class OptimizerIndex:
     """Remembers what each optimizer owns, for as long as it lives and its param groups stay.
 
     Args:
@@ -72,7 +72,7 @@ class Owners:
         self._by_tensor = by_tensor
         self._known: dict[int, Share] = {}
 
-    def of(self, given: Any) -> Owned:
+    def of(self, given: Any) -> OptimizerParams:
         optimizer = unwrapped(given)[-1]
         groups = _groups(optimizer)
         known = self._known.get(id(optimizer))
@@ -84,7 +84,7 @@ class Owners:
             or (self._by_tensor and not _same(known.params, groups))
         ):
             known = self._known[id(optimizer)] = self._share(optimizer, groups, known)
-        return Owned(
+        return OptimizerParams(
             given, optimizer, known.pieces, known.others, known.joined, known.group, known.needs
         )
 
@@ -177,7 +177,7 @@ def _names(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
     }
 
 
-def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:
+def params_without_plan(owned: Sequence[OptimizerParams], pieces: Sequence[Piece]) -> list[str]:
     """A text for each optimizer that holds none of the clipper's parameters."""
     return [
         f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters "
@@ -188,7 +188,7 @@ def strangers(owned: Sequence[Owned], pieces: Sequence[Piece]) -> list[str]:
     ]
 
 
-def joined_later(owned: Sequence[Owned]) -> list[str]:
+def params_added_later(owned: Sequence[OptimizerParams]) -> list[str]:
     """A text for each optimizer that was given parameters, after the clipper first saw it, that the
     clipper does not know."""
     return [
@@ -202,7 +202,7 @@ def joined_later(owned: Sequence[Owned]) -> list[str]:
     ]
 
 
-def steps_more(owned: Sequence[Owned]) -> list[str]:
+def unmanaged_params(owned: Sequence[OptimizerParams]) -> list[str]:
     """A text for each optimizer that steps more than the clipper knows, by intent or not."""
     return [
         f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count(len(more), 'parameter')} that "
@@ -247,7 +247,7 @@ def is_optimizer(thing: Any) -> bool:
     )
 
 
-def check_given(operation: str, optimizers: Sequence[Any]) -> None:
+def check_optimizers(operation: str, optimizers: Sequence[Any]) -> None:
     """ConfigError if something else than an optimizer was passed, or one twice."""
     for thing in optimizers:
         if not is_optimizer(thing):
@@ -260,7 +260,7 @@ def check_given(operation: str, optimizers: Sequence[Any]) -> None:
             raise ConfigError(f"{operation}() was given one optimizer twice{again}")
 
 
-def check_arguments(owned: Sequence[Owned]) -> None:
+def check_step_signatures(owned: Sequence[OptimizerParams]) -> None:
     """ConfigError if `step()` without arguments is not what an optimizer can do."""
     for o in owned:
         if o.needs:

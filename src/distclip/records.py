@@ -19,7 +19,7 @@ class Holding:
     """How this rank holds a part of a parameter. Pieces of one parameter are copies if their
     regions are equal and their scopes meet."""
 
-    how: str  # as the plan prints it
+    description: str  # as the plan prints it
     region: str  # which part: equal if and only if the data is the same
     # identities of the sets of ranks that hold copies or sibling parts; a set that two ranks share
     # joins them
@@ -64,7 +64,7 @@ class Row:
 
     parameters: int
     elements: int  # of the whole parameters
-    how: str
+    description: str
     ranks: tuple[int, ...]
     copies: int  # h
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.optimizers import Owned
+from distclip.optimizers import OptimizerParams
 from distclip.torch_internals.dtensor import local_tensor
-from distclip.torch_internals.grad_scaler import Handshake
+from distclip.torch_internals.grad_scaler import ScalerState
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Request:
     """Equal on every rank, or the call is refused: `text` travels as a hash in the message."""
 
     operation: str
-    owned: tuple[Owned, ...]
-    hands: Handshake
+    owned: tuple[OptimizerParams, ...]
+    hands: ScalerState
     grad_scale: float
     problem: ConfigError | None  # raised on all ranks once they agreed that they made this call
     # a loss scale will be lowered after a bad step: an error only after several

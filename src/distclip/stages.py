@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distclip.apply.gradients import Actor
+from distclip.apply.gradients import GradientApplier
 from distclip.decide.decision import decide, may_skip
-from distclip.decide.enforce import Judge
+from distclip.decide.enforce import StepChecker
 from distclip.decide.guard import Streak
 from distclip.exchange.channel import Channel
-from distclip.exchange.message import Wire, extra_words
+from distclip.exchange.message import MessageLayout, num_check_words
 from distclip.measure.collect import Collector, GradOf
-from distclip.measure.local_sums import Sensor
+from distclip.measure.local_sums import LocalMeasurer
 from distclip.measure.units import Units
-from distclip.optimizers import Owners
-from distclip.policies.assignment import Part, in_total, split
+from distclip.optimizers import OptimizerIndex
+from distclip.policies.assignment import PolicyAssignment, in_total, split
 from distclip.policies.state import State
-from distclip.policies.validate import check_answers, first_state
+from distclip.policies.validate import initial_state, validate_policies
 from distclip.records import Norms
 from distclip.report.summary import Summary
 from distclip.setup.build_plan import Reading
-from distclip.setup.late_parameters import Newcomers
+from distclip.setup.late_parameters import LateParameters
 from distclip.setup.options import Options
 from distclip.setup.plan import Plan
 from distclip.torch_internals.join import UnevenInputs
@@ -34,7 +34,7 @@ SINGLE, DOUBLE = 24, 48
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Stages:
     """Made anew by `rebuild`."""
 
     options: Options
@@ -42,14 +42,14 @@ class Prepared:
     members: list[Tensor]  # [pieces] the parameters
     device: torch.device  # where is computed
     tolerance: float | None  # of drift, relative to the total power sum
-    parts: tuple[Part, ...]
+    parts: tuple[PolicyAssignment, ...]
     first: State  # the policies' states at the start
-    wire: Wire
-    sensor: Sensor
-    judge: Judge
-    actor: Actor
+    wire: MessageLayout
+    sensor: LocalMeasurer
+    judge: StepChecker
+    actor: GradientApplier
     summary: Summary
-    owners: Owners
+    owners: OptimizerIndex
     alike: list[frozenset[int]]  # [groups] identities of the parameters
     clamped: frozenset[int]  # groups whose elements are clamped
     uneven: UnevenInputs
@@ -57,7 +57,7 @@ class Prepared:
     mixers: Tensor  # [2, groups] int64: of the decision's hash
 
 
-def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: int) -> Prepared:
+def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: int) -> Stages:
     """A collective: a few small all-reduces.
 
     Args:
@@ -78,13 +78,13 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
     if by_units:
         units = Units(channel, plan, members, reading.ranges, by_units, bits, device)  # pyright: ignore[reportArgumentType]
     stats = sum(part.words * len(part.groups) for part in parts) + 2 * (units.cut if units else 0)
-    plan = replace(plan, words=len(plan.groups) + len(plan.layers) + extra_words(p, stats))
+    plan = replace(plan, words=len(plan.groups) + len(plan.layers) + num_check_words(p, stats))
     wire = _wire(plan, stats, channel, device)
     in_sum = in_total(plan.groups, rules)
     counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
     collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
-    newcomers = Newcomers(reading.found.modules, reading.found.slots, collector.grad_of)
-    sensor = Sensor(
+    newcomers = LateParameters(reading.found.modules, reading.found.slots, collector.grad_of)
+    sensor = LocalMeasurer(
         plan,
         collector,
         wire,
@@ -97,20 +97,20 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
         newcomers,
         reading.wrappers,
     )
-    first = tuple(first_state(part.policy, len(part.groups), device) for part in parts)
+    first = tuple(initial_state(part.policy, len(part.groups), device) for part in parts)
     idle = _idle(wire.groups, sensor.policy_words, p, device)
-    check_answers(parts, idle, first)
+    validate_policies(parts, idle, first)
     decision = decide(parts, idle, first)[0]
     # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
     tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
     streak = Streak(options.on_nonfinite, options.skip_limit)
     draw = torch.Generator().manual_seed(1)
-    return Prepared(
+    return Stages(
         options, plan, members, device, tolerance, parts, first, wire, sensor,
-        Judge(channel, plan, wire, parts, streak, tolerance, device, reading.config, heard),
-        Actor(plan, units, wire.group),
+        StepChecker(channel, plan, wire, parts, streak, tolerance, device, reading.config, heard),
+        GradientApplier(plan, units, wire.group),
         Summary(plan, options.watch, counted, torch.zeros(0, dtype=dtype, device=device)),
-        Owners(members, plan.group_of, by_tensor=not reading.found.modules),
+        OptimizerIndex(members, plan.group_of, by_tensor=not reading.found.modules),
         [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
         decision.clamped,
         reading.uneven,
@@ -121,8 +121,8 @@ def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: i
     )  # fmt: skip
 
 
-def _wire(plan: Plan, stats: int, channel: Channel, device: torch.device) -> Wire:
-    return Wire(
+def _wire(plan: Plan, stats: int, channel: Channel, device: torch.device) -> MessageLayout:
+    return MessageLayout(
         plan.norm_type, len(plan.groups), len(plan.layers), stats, channel.size,
         torch.tensor([1 / share.holders for share in plan.shares], dtype=torch.float64, device=device),
         torch.tensor([share.weight for share in plan.shares], dtype=torch.float64, device=device),
@@ -153,5 +153,5 @@ def _agreed(
     if channel.size == 1:
         return wide, bool(sinks)
     own = torch.tensor([int(wide), int(sinks > 0)], device="cpu")
-    told = channel.slots(own, device, "the set-up's choice of the report's dtype")
+    told = channel.gather_ints(own, device, "the set-up's choice of the report's dtype")
     return bool(told[:, 0].any()), bool(told[0, 1])

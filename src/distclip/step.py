@@ -9,32 +9,32 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distclip.apply.gradients import Known, Outcome
-from distclip.decide.decision import Fate, decide, fate
+from distclip.apply.gradients import HostDecision, Outcome
+from distclip.decide.decision import StepFlags, decide, fate
 from distclip.decide.enforce import Watched
-from distclip.decide.state import Memory
+from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel
-from distclip.exchange.readback import Mirror
+from distclip.exchange.readback import Readback
 from distclip.measure.collect import Grads
-from distclip.measure.local_sums import Reduced, Seen
+from distclip.measure.local_sums import GlobalNorms, LocalMeasurement
 from distclip.records import Culprit, Decision, Norms
 from distclip.report.writer import Writer
-from distclip.request import Call
-from distclip.stages import Prepared
+from distclip.request import Request
+from distclip.stages import Stages
 
 
-class Stepper:
+class StepRunner:
     """Made at set-up.
 
     Args:
         writer: learns the culprits of a step that is judged late.
     """
 
-    def __init__(self, channel: Channel, now: Prepared, memory: Memory, writer: Writer) -> None:
+    def __init__(self, channel: Channel, now: Stages, memory: ClipperState, writer: Writer) -> None:
         self._channel, self._now, self._memory, self._writer = channel, now, memory, writer
         self._propagates = now.options.on_nonfinite == "propagate"
-        self._unjudged: Mirror[Seen] = Mirror()
+        self._unjudged: Readback[LocalMeasurement] = Readback()
         self.may_wait = now.device.type == "cuda"  # elsewhere reading a number costs nothing
 
     def capturing(self) -> bool:
@@ -42,7 +42,7 @@ class Stepper:
         later."""
         return self._now.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def run(self, call: Call, may_wait: bool) -> Outcome:
+    def run(self, call: Request, may_wait: bool) -> Outcome:
         """A collective: one all-reduce.
 
         Args:
@@ -103,20 +103,25 @@ class Stepper:
             report,
         )
 
-    def _exchanged(self, message: Tensor, call: Call) -> Tensor:
-        there = message.to(self._channel.device_for(self._now.device))
+    def _exchanged(self, message: Tensor, call: Request) -> Tensor:
+        there = message.to(self._channel.comm_device(self._now.device))
         op = "sum" if math.isfinite(self._now.options.norm_type) else "max"
         return self._channel.reduce_(there, op, f"{call.operation} at step {self._memory.step}").to(
             self._now.device
         )
 
     def _told(
-        self, seen: Seen, message: Tensor, reduced: Reduced, decision: Decision, will: Fate
-    ) -> tuple[Known, tuple[Culprit, ...]]:
+        self,
+        seen: LocalMeasurement,
+        message: Tensor,
+        reduced: GlobalNorms,
+        decision: Decision,
+        will: StepFlags,
+    ) -> tuple[HostDecision, tuple[Culprit, ...]]:
         """Reads on the host, in one go, what all ranks agreed on, and judges it."""
         call, none = seen.call, reduced.power  # a stand-in for what there is not
         cosine = decision.cosine.amin() if decision.clamped else none
-        (power,), rest, coefs, (acts,), (rate,), (left,), (inverse,), (least,) = Mirror.now(
+        (power,), rest, coefs, (acts,), (rate,), (left,), (inverse,), (least,) = Readback.now(
             reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._memory.rate,
             none if decision.skip is None else decision.skip, none if call.hands.inverse is None else call.hands.inverse, cosine,
         )  # fmt: skip
@@ -129,11 +134,11 @@ class Stepper:
         finite = flags.finite
         skip = not call.passive and (left_out if finite else not self._propagates)
         scale = 1.0 if call.hands.inverse is None else inverse
-        return Known(
+        return HostDecision(
             coefs if finite else [1.0] * len(coefs), scale, bool(acts), skip, finite and not skip
         ), culprits
 
-    def _told_late(self, message: Tensor, reduced: Reduced, decision: Decision) -> Tensor:
+    def _told_late(self, message: Tensor, reduced: GlobalNorms, decision: Decision) -> Tensor:
         """The same for the next call, which judges it: float64, read by `_settle`."""
         left_out = (
             torch.zeros_like(reduced.power) if decision.skip is None else decision.skip.double()

@@ -5,7 +5,7 @@ from array import array
 
 import torch
 
-from distclip.kernels.native import CODES, Layout, library
+from distclip.kernels.native import CODES, KernelPlan, library
 
 DTYPES = list(CODES)
 NORMS = [0.5, 1.0, 2.0, 2.5, 3.0, 7.0, 8.0, math.inf]
@@ -18,7 +18,7 @@ def addresses(tensors):
 
 
 def layout_of(tensors):
-    return Layout([tensor.numel() for tensor in tensors], [tensor.dtype for tensor in tensors])
+    return KernelPlan([tensor.numel() for tensor in tensors], [tensor.dtype for tensor in tensors])
 
 
 def power_sum(tensor, p):

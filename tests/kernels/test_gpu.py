@@ -18,7 +18,7 @@ import distclip
 import skips
 from distclip.kernels import triton_lists
 from distclip.kernels.reference import power_sums
-from distclip.kernels.tensor_list import GradList
+from distclip.kernels.tensor_list import TensorList
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,8 +75,8 @@ def test_the_guard_catches_a_wait():
 @pytest.mark.parametrize("p", [2.0, math.inf, 1.0, 0.5, 3.0, 2.5, 8.0])
 def test_power_sums_are_those_of_the_cpu(p):
     here, there = lists()
-    found = GradList.of(there).power_sums(p)
-    assert found.device.type == "cuda" and torch.equal(found, GradList.of(there).power_sums(p)), (
+    found = TensorList.of(there).power_sums(p)
+    assert found.device.type == "cuda" and torch.equal(found, TensorList.of(there).power_sums(p)), (
         "the same bits each time"
     )
     torch.testing.assert_close(
@@ -88,7 +88,7 @@ def test_power_sums_are_those_of_the_cpu(p):
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_extreme_sizes_inf_and_nan(p):
     values = ([1e20] * 5, [1e-25] * 5, [math.inf, 1.0], [math.nan, math.inf], [1e-45])
-    found = GradList.of([torch.tensor(v, device="cuda") for v in values]).power_sums(p).tolist()
+    found = TensorList.of([torch.tensor(v, device="cuda") for v in values]).power_sums(p).tolist()
     expected = power_sums(
         [torch.tensor(v, dtype=torch.float32).double() for v in values], p
     ).tolist()
@@ -108,7 +108,9 @@ def test_scaling_is_done_in_float32(monkeypatch, choice, factor):
     monkeypatch.setenv("DISTCLIP_KERNELS", choice)
     _, there = lists()
     want = [multiplied(t, factor) for t in there]
-    GradList.of(there).scale_(torch.full((len(there),), factor, dtype=torch.float64, device="cuda"))
+    TensorList.of(there).scale_(
+        torch.full((len(there),), factor, dtype=torch.float64, device="cuda")
+    )
     assert all(torch.equal(a, b) for a, b in zip(there, want, strict=True))
 
 
@@ -123,7 +125,7 @@ def test_both_ways_of_squaring(monkeypatch, double):
         torch.zeros(100_000, device="cuda")
     ]
     try:
-        found, tiny = GradList.of(there).power_sums(2.0), GradList.of(shifted).power_sums(2.0)
+        found, tiny = TensorList.of(there).power_sums(2.0), TensorList.of(shifted).power_sums(2.0)
     finally:
         triton_lists.layout.cache_clear()
     torch.testing.assert_close(
@@ -147,10 +149,10 @@ def test_later_launches_are_those_of_other_arguments_too():
             (many[:1, 0].expand(count), 0.25),
             (many[:, 0].float(), 0.125),
         ):
-            GradList.of(tensors).scale_(factors)
+            TensorList.of(tensors).scale_(factors)
             assert all(bool((t == left).all()) for t in tensors)
         for p, each in ((1.0, 0.125), (2.0, 0.125**2), (1.0, 0.125)):
-            assert GradList.of(tensors).power_sums(p).tolist() == [
+            assert TensorList.of(tensors).power_sums(p).tolist() == [
                 each * (1000 + i) for i in range(count)
             ]
 
@@ -159,7 +161,7 @@ def test_later_launches_are_those_of_other_arguments_too():
 def test_clamping():
     _, there = lists()
     want = [t.clamp(-0.5, 0.5) for t in there]
-    GradList.of(there).clamp_(torch.full((len(there),), 0.5, dtype=torch.float64, device="cuda"))
+    TensorList.of(there).clamp_(torch.full((len(there),), 0.5, dtype=torch.float64, device="cuda"))
     assert all(torch.equal(a, b) for a, b in zip(there, want, strict=True))
 
 
@@ -167,13 +169,13 @@ def test_clamping():
 def test_new_addresses_wait_for_nothing_and_overwrite_none_that_are_on_their_way():
     half = torch.full((2,), 0.5, dtype=torch.float64, device="cuda")
     many = [[torch.ones(1000, device="cuda"), torch.ones(5, device="cuda")] for _ in range(40)]
-    GradList.of(many[0]).scale_(half)
+    TensorList.of(many[0]).scale_(half)
     torch.cuda.synchronize()
     with nothing_waits():
         torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the host sends all that follows
         for tensors in many[1:]:
-            GradList.of(tensors).scale_(half)
-        sums = [GradList.of(tensors).power_sums(1.0) for tensors in many]
+            TensorList.of(tensors).scale_(half)
+        sums = [TensorList.of(tensors).power_sums(1.0) for tensors in many]
     assert [s.tolist() for s in sums] == [[500.0, 2.5]] * len(many)
 
 
@@ -184,10 +186,10 @@ def test_more_than_2_to_the_31_elements():
         pytest.skip("too little memory on the device")
     tensor = torch.zeros(count, dtype=torch.float16, device="cuda")
     tensor[-100:] = 2.0
-    assert GradList.of([tensor]).power_sums(2.0).item() == 400
-    GradList.of([tensor]).scale_(0.5)
+    assert TensorList.of([tensor]).power_sums(2.0).item() == 400
+    TensorList.of([tensor]).scale_(0.5)
     assert (
-        GradList.of([tensor]).power_sums(2.0).item() == 100
+        TensorList.of([tensor]).power_sums(2.0).item() == 100
         and tensor[-100:].tolist() == [1.0] * 100
     )
 
@@ -496,7 +498,7 @@ def test_what_a_capture_needs_is_prepared_before():
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         torch.zeros(1, device="cuda")  # torch warns of a graph that is empty
-        GradList.of(tensors).power_sums(2.0)
+        TensorList.of(tensors).power_sums(2.0)
 
 
 @KERNELS
@@ -504,19 +506,19 @@ def test_captured_kernels_find_their_tensors():
     """Those of the warm-up, and others that were made in the capture."""
     half = torch.full((2,), 0.5, dtype=torch.float64, device="cuda")
     old = [torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")]
-    GradList.of(old).scale_(half)
-    GradList.of(old).power_sums(1.0)
+    TensorList.of(old).scale_(half)
+    TensorList.of(old).power_sums(1.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         new = [
             torch.full((40_000,), 8.0, device="cuda"),
             torch.full((3,), 8.0, dtype=torch.bfloat16, device="cuda"),
         ]
-        GradList.of(new).scale_(half)
-        GradList.of(old).scale_(half)
-        sums = GradList.of(new).power_sums(1.0), GradList.of(old).power_sums(1.0)
+        TensorList.of(new).scale_(half)
+        TensorList.of(old).scale_(half)
+        sums = TensorList.of(new).power_sums(1.0), TensorList.of(old).power_sums(1.0)
     for other in range(3):  # eager calls between the replays do not disturb them
-        GradList.of(
+        TensorList.of(
             [torch.ones(40_000, device="cuda"), torch.ones(3, dtype=torch.bfloat16, device="cuda")]
         ).scale_(half)
         graph.replay()

@@ -16,7 +16,7 @@ import torch
 
 from distclip.errors import ConfigError
 from distclip.kernels import reference, triton_lists
-from distclip.kernels.triton_lists import Layout
+from distclip.kernels.triton_lists import KernelPlan
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # of triton_programs, compared with it in `sizes`
@@ -196,7 +196,9 @@ def absent():
         numbers(CHUNK + 1, torch.bfloat16),
         numbers(4, torch.float64),
     ]
-    layout = Layout([t.numel() for t in tensors], [t.dtype for t in tensors], torch.device("cpu"))
+    layout = KernelPlan(
+        [t.numel() for t in tensors], [t.dtype for t in tensors], torch.device("cpu")
+    )
     sums = layout.power_sums([tensors[0].data_ptr(), 0, tensors[2].data_ptr()], 2.0).tolist()
     before = [t.clone() for t in tensors]
     layout.scale_([0, tensors[1].data_ptr(), 0], torch.tensor(0.5, dtype=torch.float64))
@@ -391,7 +393,7 @@ def beyond_two_to_the_31():
 def in_a_capture():
     """The host's part of a capture, with memory of the CPU: which addresses are used, and what is
     refused."""
-    layout = Layout([4], [torch.float32], torch.device("cpu"))
+    layout = KernelPlan([4], [torch.float32], torch.device("cpu"))
     known, other = torch.ones(4), torch.full((4,), 2.0)
     eager = layout._there([known.data_ptr()])
     triton_lists._capturing = lambda device: True
@@ -402,7 +404,7 @@ def in_a_capture():
     texts = []
     for call in (
         lambda: layout._there([64]),
-        lambda: Layout([5], [torch.float32], torch.device("cpu")),
+        lambda: KernelPlan([5], [torch.float32], torch.device("cpu")),
     ):
         try:
             call()

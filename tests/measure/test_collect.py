@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 import distclip
 from distclip.measure.collect import Collector
-from distclip.measure.gradient_cache import Expected
+from distclip.measure.gradient_cache import GradientCache
 
 
 def params_of(*grads):
@@ -105,17 +105,17 @@ def test_what_changes_between_steps_is_noticed():
 def fast(clipper):
     """Steps that were not looked at one by one."""
     collector, slow = clipper._now.sensor.collector, []
-    looked = Collector._looked_at
+    looked = Collector._collect_checked
 
     def counted(self, *args):
         slow.append(1)
         return looked(self, *args)
 
-    Collector._looked_at = counted
+    Collector._collect_checked = counted
     try:
         yield collector, slow
     finally:
-        Collector._looked_at = looked
+        Collector._collect_checked = looked
 
 
 def test_channels_last_and_changing_sets_are_compared_in_one_go():
@@ -141,9 +141,13 @@ def test_channels_last_and_changing_sets_are_compared_in_one_go():
 def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
     named = params_of(torch.full((2, 2), 1.0), torch.full((4,), 2.0))
     (_, p), (_, q) = named
-    clipper, compared, compare = distclip.GradClipper(named, math.inf), [], Expected._compared
+    clipper, compared, compare = (
+        distclip.GradClipper(named, math.inf),
+        [],
+        GradientCache._match_layout,
+    )
     monkeypatch.setattr(
-        Expected, "_compared", lambda *args: (compared.append(1), compare(*args))[1]
+        GradientCache, "_compared", lambda *args: (compared.append(1), compare(*args))[1]
     )
     assert [norm(clipper) ** 2 for _ in range(5)] == pytest.approx([20.0] * 5) and len(
         compared

@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from test_refusals import refusal
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -22,6 +21,7 @@ import distclip
 from distclip.testing import count_collectives
 from parity.layouts import mesh
 from parity.oracle import NORMS, total_norm
+from setup.test_refusals import refusal
 
 BOUND = 1.3  # of elements, which are normal numbers
 LOOP = (

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from test_refusals import refusal
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -19,6 +18,7 @@ import distclip
 from distclip.testing import count_collectives, fully_shard
 from parity.layouts import given, mesh, twins
 from parity.oracle import NORMS, total_norm
+from setup.test_refusals import refusal
 
 
 def drawn(seed, *shape):

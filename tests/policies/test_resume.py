@@ -62,7 +62,7 @@ def drawn(name, step=None):
     return values * (0.5 + torch.rand((), generator=sizes)) * SPIKES.get(step, 1.0)
 
 
-class Part(nn.Module):
+class PolicyAssignment(nn.Module):
     def __init__(self, name):
         super().__init__()
         self.weight, self.bias = (
@@ -73,7 +73,7 @@ class Part(nn.Module):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = Part("first"), Part("second")
+        self.first, self.second = PolicyAssignment("first"), PolicyAssignment("second")
 
 
 def fsdp2(over):

@@ -375,16 +375,16 @@ def test_states_that_move_on_and_are_answers_too(policy, waits):
 
 
 def test_copies_and_kept_states_are_of_the_same_kind():
-    from distclip.policies.state import copied, kept
+    from distclip.policies.state import clone_state, select_state
 
     old, new = Count(ones(2), ones()), Count(2 * ones(2), 2 * ones())
     assert (
-        isinstance(copied(old), Count)
-        and copied(old).total is not old.total
-        and copied((ones(),)) == (ones(),)
+        isinstance(clone_state(old), Count)
+        and clone_state(old).total is not old.total
+        and clone_state((ones(),)) == (ones(),)
     )
     for finite, want in ((True, new), (False, old)):
-        (state,) = kept((old,), (new,), torch.tensor(finite))
+        (state,) = select_state((old,), (new,), torch.tensor(finite))
         assert isinstance(state, Count) and all(
             torch.equal(a, b) for a, b in zip(state, want, strict=True)
         )

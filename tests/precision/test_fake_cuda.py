@@ -21,7 +21,7 @@ import distclip
 from distclip import functional
 from distclip.exchange import readback as host
 from distclip.setup.build_plan import Reading
-from distclip.setup.parameters import Found
+from distclip.setup.parameters import ParamScan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 aten = torch.ops.aten
@@ -118,7 +118,7 @@ def fake(monkeypatch):
     routed("copy_", aten.copy_.default)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("DISTCLIP_KERNELS", "torch")  # there are no addresses
-    monkeypatch.setattr(host.Mirror, "leave", left)
+    monkeypatch.setattr(host.Readback, "leave", left)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -150,7 +150,7 @@ def clipped(shapes=((4, 5), (3,)), **options):
             now.options,
             "",
             members,
-            Found(),
+            ParamScan(),
             [None] * len(shapes),
             clipper.plan,
             torch.device("cuda", 0),

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip.decide.guard import Verdict, judge
-from distclip.exchange.message import Wire
-from distclip.exchange.readback import Mirror
+from distclip.exchange.message import MessageLayout
+from distclip.exchange.readback import Readback
 from parity.layouts import given
 
 
@@ -185,7 +185,7 @@ def test_what_was_clipped_is_said_to_be(ranks):
 @pytest.mark.parametrize("mode", ["skip", "raise"])
 def test_a_clip_reads_once(mode, monkeypatch):
     p = nn.Parameter(torch.zeros(2))
-    clipper, reads, now = waiting([("w", p)], on_nonfinite=mode), [], Mirror.now
+    clipper, reads, now = waiting([("w", p)], on_nonfinite=mode), [], Readback.now
     for _ in range(3):
         p.grad = torch.tensor([3.0, 4.0])
         with NoHostReads() as guard:
@@ -198,7 +198,7 @@ def test_a_clip_reads_once(mode, monkeypatch):
                 finally:
                     guard.__enter__()
 
-            monkeypatch.setattr(Mirror, "now", staticmethod(allowed))
+            monkeypatch.setattr(Readback, "now", staticmethod(allowed))
             clipper.decide()
     assert len(reads) == 3 and float(clipper.last_report.total_norm) == 5.0
 
@@ -225,7 +225,7 @@ def test_a_folded_step_reads_nothing(scaler):
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_device_and_host_judge_alike(p):
     one = torch.zeros(1, dtype=torch.int64)
-    wire = Wire(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0])
+    wire = MessageLayout(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0])
     good = (
         [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
         if math.isinf(p)

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import distclip
 import skips
 from distclip.setup import late_parameters
-from distclip.setup.late_parameters import REGISTRATIONS, Newcomers
+from distclip.setup.late_parameters import REGISTRATIONS, LateParameters
 from distclip.testing import count_collectives
 from parity.oracle import total_norm
 
@@ -240,8 +240,8 @@ def test_gradients_elsewhere(knows):
 def test_modules_are_looked_at_when_something_was_registered_and_no_more_often(monkeypatch):
     net = Net()
     optimizer, clipper = torch.optim.SGD(net.parameters(), 0.1), distclip.GradClipper(net, 0.5)
-    looks, walks, look, walk = [], [], Newcomers._look, late_parameters.module_slots
-    monkeypatch.setattr(Newcomers, "_look", lambda self: (looks.append(1), look(self)))
+    looks, walks, look, walk = [], [], LateParameters._look, late_parameters.module_entries
+    monkeypatch.setattr(LateParameters, "_look", lambda self: (looks.append(1), look(self)))
     monkeypatch.setattr(
         late_parameters, "module_slots", lambda modules: (walks.append(1), walk(modules))[1]
     )

@@ -9,7 +9,7 @@ from distclip.exchange.channel import Channel
 from distclip.records import Holding, Piece
 from distclip.setup.inventory import exchange_tables
 from distclip.setup.plan import make_plan
-from distclip.setup.replicas import find_holders, pattern
+from distclip.setup.replicas import find_replicas, pattern
 from distclip.testing import run_threads
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def work_of(group, count):
     pieces = sharded(channel.rank, channel.size, count)
     tables = exchange_tables(channel, pieces, ["all"] * count, [""] * count, [], CPU)
     start = time.thread_time()
-    find_holders(tables, channel.rank, pieces)
+    find_replicas(tables, channel.rank, pieces)
     return time.thread_time() - start
 
 

@@ -81,7 +81,7 @@ def _prepare_momentum(optimizer: Optimizer) -> None:
                 optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
-def may_stop(optimizer: Optimizer) -> bool:
+def skip_is_safe(optimizer: Optimizer) -> bool:
     """Whether a step that `stop` suppresses leaves the optimizer as it was: zero buffers are a
     first step only without dampening."""
     if not isinstance(optimizer, SGD):

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.kernels.tensor_list import GradList
+from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import Grads, Present
 from distclip.measure.units import Units, UnitStep
 from distclip.records import ClipReport, Decision
-from distclip.request import Call
+from distclip.request import Request
 from distclip.setup.plan import Plan
 
 
-class Known(NamedTuple):
+class HostDecision(NamedTuple):
     """What the host has read of an outcome."""
 
     coefs: list[float]  # [groups]
@@ -40,7 +40,7 @@ class Outcome:
     overflow: Tensor
     cut: Tensor  # [cut units] float64: coefficients of units that are cut over ranks
     units: UnitStep | None
-    known: Known | None  # None where the host has not read anything
+    known: HostDecision | None  # None where the host has not read anything
     report: ClipReport
 
     def coef(self) -> Tensor:
@@ -49,7 +49,7 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Actor:
+class GradientApplier:
     """Prepared at set-up."""
 
     plan: Plan
@@ -59,7 +59,7 @@ class Actor:
     _own: tuple[Present, list[int], Tensor] | None = field(init=False, default=None)
 
     def folded_factor(
-        self, call: Call, outcome: Outcome, group: int, scaled: bool
+        self, call: Request, outcome: Outcome, group: int, scaled: bool
     ) -> Tensor | None:
         """[] float64: what an optimizer multiplies its gradients by, or None where that is known to
         be 1."""
@@ -73,7 +73,7 @@ class Actor:
             call.inverse * call.grad_scale if scaled else call.grad_scale
         )
 
-    def act(self, call: Call, outcome: Outcome, folded: frozenset[int]) -> None:
+    def act(self, call: Request, outcome: Outcome, folded: frozenset[int]) -> None:
         """In place. `folded` pieces are left to their optimizers."""
         decision, grads = outcome.decision, outcome.grads
         if not folded.issuperset(grads.present.own):
@@ -87,10 +87,10 @@ class Actor:
             if decision.clamped and (outcome.known is None or outcome.known.acts):
                 self._clamp_(outcome, grads)
         if call.hands.inverse is not None and (others := call.others()):
-            GradList.of(others).scale_(call.hands.inverse.expand(len(others)))
+            TensorList.of(others).scale_(call.hands.inverse.expand(len(others)))
 
     def _known_factors(
-        self, call: Call, known: Known, present: Present, folded: frozenset[int]
+        self, call: Request, known: HostDecision, present: Present, folded: frozenset[int]
     ) -> float | list[float]:
         scale, unscaled = known.inverse * call.grad_scale, call.unscaled()
         if not folded and not unscaled and (len(known.coefs) == 1 or not known.acts):
@@ -106,7 +106,7 @@ class Actor:
         return factors
 
     def _device_factors(
-        self, call: Call, outcome: Outcome, present: Present, folded: frozenset[int]
+        self, call: Request, outcome: Outcome, present: Present, folded: frozenset[int]
     ) -> Tensor:
         """[own gradients] float64: nothing is read on the host."""
         scale = call.scales(present.own, outcome.finite.device)
@@ -150,7 +150,7 @@ class Actor:
             grads.list.clamp_(bounds)
             return
         mine = [n for n, group in enumerate(groups) if group in clamped]
-        GradList.of([grads.list.tensors[n] for n in mine]).clamp_(
+        TensorList.of([grads.list.tensors[n] for n in mine]).clamp_(
             bounds[torch.tensor(mine, dtype=torch.int64, device="cpu").to(bounds.device)]
         )
 
@@ -163,7 +163,7 @@ class Actor:
         return self._own[1], self._own[2]
 
 
-def taken_away(call: Call, members: Sequence[Tensor]) -> None:
+def drop_step_grads(call: Request, members: Sequence[Tensor]) -> None:
     """A skipped step's gradients: the clipper's, and all others of the optimizers that were
     given."""
     drop_grads([*members, *(p for owned in call.owned for p in owned.unclipped)])

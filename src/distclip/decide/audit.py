@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import AgreementError
-from distclip.exchange.channel import Channel, brief
+from distclip.exchange.channel import Channel, format_ranks
 from distclip.records import Culprit
 from distclip.setup.inventory import DECLARE
 from distclip.setup.plan import Plan
@@ -69,7 +69,7 @@ def compare_replicas(
         lambda: defaultdict(list)
     )
     for rank, text in zip(
-        channel.ranks, channel.texts("\n".join(lines), device, "the audit"), strict=True
+        channel.ranks, channel.gather_texts("\n".join(lines), device, "the audit"), strict=True
     ):
         for line in text.splitlines():
             name, slot, region, norm, signed = line.split("\t")
@@ -91,10 +91,10 @@ def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
         by_norm[norm] += ranks
     if len(by_norm) == 1 < len(seen):
         return ", ".join(
-            f"{norm} with signed sum {signed} on rank {brief(ranks)}"
+            f"{norm} with signed sum {signed} on rank {format_ranks(ranks)}"
             for (norm, signed), ranks in seen.items()
         )
-    return ", ".join(f"{norm} on rank {brief(ranks)}" for norm, ranks in by_norm.items())
+    return ", ".join(f"{norm} on rank {format_ranks(ranks)}" for norm, ranks in by_norm.items())
 
 
 def _suspects(
@@ -118,7 +118,7 @@ def _suspects(
             table[2, slot] += share.weight
             table[3, slot] += square / share.holders
     table = channel.reduce_(
-        table.to(channel.device_for(device)), "sum", "the audit's comparison"
+        table.to(channel.comm_device(device)), "sum", "the audit's comparison"
     ).cpu()
     off = torch.maximum(table[0].abs(), table[1].abs()) / table[3].clamp(min=1e-300)
     off = torch.where(table[2].abs() > 1e-6, torch.inf, off.nan_to_num(nan=torch.inf))
@@ -157,7 +157,7 @@ def name_culprits(
     found: list[tuple[int, Culprit]] = []
     for rank, text in zip(
         channel.ranks,
-        channel.texts("\n".join(lines), device, "the search for culprits"),
+        channel.gather_texts("\n".join(lines), device, "the search for culprits"),
         strict=True,
     ):
         for i, line in enumerate(text.splitlines()):
@@ -170,10 +170,10 @@ def name_disagreement(channel: Channel, doing: str, device: torch.device) -> Agr
     """A collective: the error that says which rank did what."""
     said: dict[str, list[int]] = defaultdict(list)
     for rank, text in zip(
-        channel.ranks, channel.texts(doing, device, "the comparison of calls"), strict=True
+        channel.ranks, channel.gather_texts(doing, device, "the comparison of calls"), strict=True
     ):
         said[text].append(rank)
-    lines = [f"rank {brief(ranks)}: {text}" for text, ranks in said.items()]
+    lines = [f"rank {format_ranks(ranks)}: {text}" for text, ranks in said.items()]
     return AgreementError(
         "ranks did not do the same; every rank must make the same calls of the clipper in the same "
         "order, and decide alike:\n" + "\n".join(lines)
@@ -184,8 +184,10 @@ def name_faults(channel: Channel, faults: Sequence[str], device: torch.device) -
     """A collective: what each rank found wrong, one line each."""
     said: dict[str, list[int]] = defaultdict(list)
     for rank, text in zip(
-        channel.ranks, channel.texts("\n".join(faults), device, "the report of faults"), strict=True
+        channel.ranks,
+        channel.gather_texts("\n".join(faults), device, "the report of faults"),
+        strict=True,
     ):
         for line in text.splitlines():
             said[line].append(rank)
-    return "\n".join(f"rank {brief(ranks)}: {line}" for line, ranks in said.items())
+    return "\n".join(f"rank {format_ranks(ranks)}: {line}" for line, ranks in said.items())

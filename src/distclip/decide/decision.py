@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.assignment import Part, norms_of
+from distclip.policies.assignment import PolicyAssignment, norms_of
 from distclip.policies.state import State
 from distclip.records import Clamp, Decision, Norms, Scale, UnitScale
 
 
-def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision, State]:
+def decide(
+    parts: Sequence[PolicyAssignment], norms: Norms, states: State
+) -> tuple[Decision, State]:
     """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms'
     device."""
     rows: list[tuple[Tensor, ...]] = []
@@ -40,7 +42,7 @@ def decide(parts: Sequence[Part], norms: Norms, states: State) -> tuple[Decision
     return Decision(*fields, clamped=clamped, unitwise=unitwise, skip=skip), tuple(new)
 
 
-class Fate(NamedTuple):
+class StepFlags(NamedTuple):
     """What becomes of a step, on the device. [] bool each."""
 
     go: Tensor  # finite, and as far as the device judges it nothing else is wrong
@@ -49,7 +51,9 @@ class Fate(NamedTuple):
     clipped: Tensor  # some gradient is scaled or clamped
 
 
-def fate(decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagates: bool) -> Fate:
+def fate(
+    decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagates: bool
+) -> StepFlags:
     """Pure, without a host read.
 
     Args:
@@ -59,11 +63,11 @@ def fate(decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagat
     """
     if passive:
         nothing = torch.zeros_like(go)
-        return Fate(go, nothing, nothing, nothing)
+        return StepFlags(go, nothing, nothing, nothing)
     overflow, acts = (torch.zeros_like(go), finite) if propagates else (~go, go)
     if decision.skip is None:
-        return Fate(go, overflow, overflow, decision.clipped.any() & acts)
-    return Fate(
+        return StepFlags(go, overflow, overflow, decision.clipped.any() & acts)
+    return StepFlags(
         go,
         overflow,
         overflow | (decision.skip & finite),
@@ -71,7 +75,7 @@ def fate(decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagat
     )
 
 
-def may_skip(parts: Sequence[Part], norms: Norms, states: State) -> bool:
+def may_skip(parts: Sequence[PolicyAssignment], norms: Norms, states: State) -> bool:
     """Whether some policy ever leaves a step out, from an answer to any norms."""
     return any(
         part.policy.decide(norms_of(part, norms), s)[0].skip is not None
@@ -97,7 +101,7 @@ def _row(
     return one, answer.threshold, answer.clipped, answer.norm_after, one
 
 
-def _placed(parts: Sequence[Part], values: Sequence[Tensor], like: Tensor) -> Tensor:
+def _placed(parts: Sequence[PolicyAssignment], values: Sequence[Tensor], like: Tensor) -> Tensor:
     """[groups]: the parts' values side by side."""
     out = torch.empty_like(like, dtype=values[0].dtype)
     for part, value in zip(parts, values, strict=True):

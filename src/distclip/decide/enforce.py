@@ -16,13 +16,13 @@ from distclip.decide.guard import Streak, Verdict, judge
 from distclip.decide.history import WINDOW
 from distclip.errors import AgreementError, GradientError
 from distclip.exchange.channel import Channel, hash64
-from distclip.exchange.message import Flags, Wire
-from distclip.exchange.readback import Mirror
-from distclip.measure.local_sums import Seen
-from distclip.optimizers import steps_more
+from distclip.exchange.message import Flags, MessageLayout
+from distclip.exchange.readback import Readback
+from distclip.measure.local_sums import LocalMeasurement
+from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
 from distclip.policies import describe
-from distclip.policies.assignment import Part
+from distclip.policies.assignment import PolicyAssignment
 from distclip.records import Culprit
 from distclip.setup.plan import Plan
 
@@ -39,13 +39,13 @@ class Watched(NamedTuple):
 
 
 @dataclass(slots=True)
-class Judge:
+class StepChecker:
     """Prepared at set-up."""
 
     channel: Channel
     plan: Plan
-    wire: Wire
-    parts: Sequence[Part]
+    wire: MessageLayout
+    parts: Sequence[PolicyAssignment]
     streak: Streak
     tolerance: float | None
     device: torch.device
@@ -53,7 +53,9 @@ class Judge:
     heard: bool  # the first rank has sinks, which report each step
     _told: set[str] = field(default_factory=set[str])  # warnings that were given
 
-    def judge(self, seen: Seen, flags: Flags, watched: Watched, taken: int) -> tuple[Culprit, ...]:
+    def judge(
+        self, seen: LocalMeasurement, flags: Flags, watched: Watched, taken: int
+    ) -> tuple[Culprit, ...]:
         """Raises on all ranks alike, or returns the culprits of a first bad step. `taken`: steps
         that `watched.rate` counts."""
         call, step = seen.call, seen.step
@@ -72,7 +74,7 @@ class Judge:
             raise GradientError(
                 f"step {step}: " + audit.name_faults(self.channel, seen.faults, self.device)
             )
-        if verdict in (Verdict.RAGGED, Verdict.DRIFT):
+        if verdict in (Verdict.PRESENCE_TOLERANCE, Verdict.DRIFT):
             self.compare(seen)
             raise AgreementError(
                 f"step {step}: copies of {_things(seen)} differ (drift {flags.drift:.3g} of "
@@ -86,7 +88,7 @@ class Judge:
                 "no parameter has a gradient on any rank: nothing was clipped. Call it after "
                 "backward() and before zero_grad()",
             )
-        if "more" not in self._told and (more := steps_more(call.owned)):
+        if "more" not in self._told and (more := unmanaged_params(call.owned)):
             self._warn("more", "; ".join(more))
         if verdict is not Verdict.NONFINITE:
             self._notice(watched, taken)
@@ -102,7 +104,7 @@ class Judge:
         culprits: tuple[Culprit, ...] = ()
         if self.streak.length == 1 or must_raise:
             culprits = audit.name_culprits(
-                self.channel, self.plan, Mirror.now(seen.sums)[0], self.device
+                self.channel, self.plan, Readback.now(seen.sums)[0], self.device
             )
         if must_raise:
             raise self.streak.error(step, int(flags.bad), culprits)
@@ -120,7 +122,7 @@ class Judge:
         else:
             self._say(self.streak.notice(step, nonfinite, culprits, patient))
 
-    def compare(self, seen: Seen) -> None:
+    def compare(self, seen: LocalMeasurement) -> None:
         """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by
         their norms where they are gone."""
         tolerance, otherwise = (
@@ -138,11 +140,11 @@ class Judge:
             otherwise,
         )
 
-    def _prints(self, seen: Seen) -> audit.Prints:
+    def _prints(self, seen: LocalMeasurement) -> audit.Prints:
         if seen.grads is not None:
             here = zip(seen.grads.present.own, seen.grads.list.tensors, strict=True)
             return {i: audit.fingerprint(grad) for i, grad in here}
-        squares, present = Mirror.now(norm_of(seen.sums, self.wire.norm_type).square(), seen.has)
+        squares, present = Readback.now(norm_of(seen.sums, self.wire.norm_type).square(), seen.has)
         return {i: (squares[i], 0.0) for i, has in enumerate(present) if has}
 
     def _notice(self, watched: Watched, taken: int) -> None:
@@ -177,10 +179,10 @@ class Judge:
             self._say(text)
 
     def _say(self, text: str) -> None:
-        warnings.warn(text, RuntimeWarning, stacklevel=callers_level())
+        warnings.warn(text, RuntimeWarning, stacklevel=user_stacklevel())
 
 
-def callers_level() -> int:
+def user_stacklevel() -> int:
     """The stack level, seen from the caller, of the first frame that is neither distclip's nor
     torch's: the user's line."""
     frame, level = sys._getframe(1), 1
@@ -192,5 +194,5 @@ def callers_level() -> int:
     return level
 
 
-def _things(seen: Seen) -> str:
+def _things(seen: LocalMeasurement) -> str:
     return "gradients" if seen.call.of == "grad" else "parameters"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from distclip.errors import GradientError, NonFiniteError
-from distclip.exchange.message import RAGGED, Flags
+from distclip.exchange.message import PRESENCE_TOLERANCE, Flags
 from distclip.records import Culprit
 from distclip.setup.options import OnNonfinite
 
@@ -17,7 +17,7 @@ class Verdict(Enum):
     DISAGREE = "ranks made different calls"
     FAULT = "a rank found something wrong"
     NONFINITE = "inf or NaN"
-    RAGGED = "only some holders have a gradient"
+    PRESENCE_TOLERANCE = "only some holders have a gradient"
     DRIFT = "copies differ"
     FINE = "go on"
 
@@ -31,8 +31,8 @@ def judge(flags: Flags, tolerance: float | None) -> Verdict:
         return Verdict.FAULT
     if not flags.finite:
         return Verdict.NONFINITE
-    if not abs(flags.ragged) <= RAGGED:
-        return Verdict.RAGGED
+    if not abs(flags.ragged) <= PRESENCE_TOLERANCE:
+        return Verdict.PRESENCE_TOLERANCE
     if tolerance is not None and not abs(flags.drift) <= tolerance * flags.total:
         return Verdict.DRIFT
     return Verdict.FINE

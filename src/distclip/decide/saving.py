@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.decide.enforce import callers_level
+from distclip.decide.enforce import user_stacklevel
 from distclip.decide.history import History
 from distclip.errors import ConfigError
 from distclip.policies import describe
-from distclip.policies.assignment import Part
+from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.state import State
 from distclip.setup.options import Options
 
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 
 def saved(
-    of: Saved, options: Options, parts: Sequence[Part], groups: Sequence[str]
+    of: Saved, options: Options, parts: Sequence[PolicyAssignment], groups: Sequence[str]
 ) -> dict[str, Any]:
     """Loads with `weights_only`."""
     counters = {
@@ -110,7 +110,7 @@ def loaded(given: Mapping[str, Any], now: Mapping[str, Any], like: Saved) -> Sav
             "meant there is nothing to do; to start the statistics anew, resume without the "
             "clipper's state",
             RuntimeWarning,
-            stacklevel=callers_level(),
+            stacklevel=user_stacklevel(),
         )
     return Saved(
         int(given["step"]),

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Fate
+from distclip.decide.decision import StepFlags
 from distclip.decide.history import History, empty
-from distclip.policies.state import State, copied, kept, moved
+from distclip.policies.state import State, clone_state, moved, select_state
 from distclip.records import Decision
 
 
-class Memory:
+class ClipperState:
     """Equal on all ranks.
 
     Args:
@@ -36,9 +36,9 @@ class Memory:
         # token of the last decision
         self._last = torch.zeros(1, dtype=torch.float64, device=mixers.device)
 
-    def moved(self, mixers: Tensor) -> Memory:
+    def moved(self, mixers: Tensor) -> ClipperState:
         """The same for a new plan of the same groups, perhaps on another device."""
-        there = Memory(self.groups, moved(self.state, mixers.device), mixers, self.step)
+        there = ClipperState(self.groups, moved(self.state, mixers.device), mixers, self.step)
         there.load(self.step, self.history, there.state)
         return there
 
@@ -50,10 +50,10 @@ class Memory:
     def states(self) -> State:
         """Copies for policies: an answer may hold on to its state, and is put to use after
         `remember`."""
-        return tuple(map(copied, self.state))
+        return tuple(map(clone_state, self.state))
 
     def remember(
-        self, decision: Decision, state: State, will: Fate, fine: bool | None, reads: bool
+        self, decision: Decision, state: State, will: StepFlags, fine: bool | None, reads: bool
     ) -> None:
         """One more step that is not passive.
 
@@ -74,7 +74,7 @@ class Memory:
             self.rate.copy_(self.history.record_(will.clipped, will.skipped))
             self._last.copy_(_middle(token))
         if fine is None and any(state):
-            self._keep(kept(self.state, state, will.go & ~will.skipped))
+            self._keep(select_state(self.state, state, will.go & ~will.skipped))
         elif fine:
             self._keep(state)
 

@@ -40,7 +40,7 @@ class Channel:
         self.group, self.ranks, self.rank = group, tuple(ranks), rank
         self.size = len(self.ranks)
         self.global_rank = self.ranks[rank]
-        self._device_for: dict[torch.device, torch.device] = {}
+        self._comm_devices: dict[torch.device, torch.device] = {}
 
     @classmethod
     def over(cls, process_group: dist.ProcessGroup | _Local | None) -> Channel:
@@ -65,12 +65,12 @@ class Channel:
             )
         return cls(process_group, dist.get_process_group_ranks(process_group), process_group.rank())
 
-    def device_for(self, compute: torch.device) -> torch.device:
+    def comm_device(self, compute: torch.device) -> torch.device:
         """Where a message from `compute` is reduced: there, if the group has a backend for it, else
         where it has one."""
-        if compute not in self._device_for:
-            self._device_for[compute] = self._looked_up(compute)
-        return self._device_for[compute]
+        if compute not in self._comm_devices:
+            self._comm_devices[compute] = self._looked_up(compute)
+        return self._comm_devices[compute]
 
     def _looked_up(self, compute: torch.device) -> torch.device:
         if self.group is None:
@@ -102,33 +102,37 @@ class Channel:
             raise ExchangeError(
                 f"distclip: {what} failed on rank {self.global_rank}: all_reduce({op.upper()}) of "
                 f"{vector.numel()} "
-                f"{str(vector.dtype).removeprefix('torch.')} over ranks {brief(self.ranks)}: "
+                f"{str(vector.dtype).removeprefix('torch.')} over ranks {format_ranks(self.ranks)}: "
                 f"{error}. A rank was lost, is stuck, or "
                 "did not make this call: look at the logs of the others"
             ) from error
         return vector
 
-    def slots(self, words: Tensor, device: torch.device, what: str) -> Tensor:
+    def gather_ints(self, words: Tensor, device: torch.device, what: str) -> Tensor:
         """[n] int64 of equal length on every rank → [ranks, n] on the CPU. One all-reduce."""
         table = torch.zeros(self.size, words.numel(), dtype=torch.int64, device="cpu")
         table[self.rank] = words
-        return self.reduce_(table.to(self.device_for(device)), "sum", what).cpu()
+        return self.reduce_(table.to(self.comm_device(device)), "sum", what).cpu()
 
-    def texts(self, text: str, device: torch.device, what: str) -> list[str]:
+    def gather_texts(self, text: str, device: torch.device, what: str) -> list[str]:
         """Every rank's text. Two all-reduces; for set-up and failure paths."""
         data = text.encode()
-        sizes = self.slots(torch.tensor([len(data)], device="cpu"), device, what).flatten().tolist()
+        sizes = (
+            self.gather_ints(torch.tensor([len(data)], device="cpu"), device, what)
+            .flatten()
+            .tolist()
+        )
         start = sum(sizes[: self.rank])
         joined = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
         joined[start : start + len(data)] = torch.tensor(
             list(data), dtype=torch.int32, device="cpu"
         )
-        whole = bytes(self.reduce_(joined.to(self.device_for(device)), "sum", what).cpu().tolist())
+        whole = bytes(self.reduce_(joined.to(self.comm_device(device)), "sum", what).cpu().tolist())
         ends = accumulate(sizes)
         return [whole[end - size : end].decode() for size, end in zip(sizes, ends, strict=True)]
 
 
-def brief(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """0-3,6 for (0, 1, 2, 3, 6)."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
@@ -155,10 +159,10 @@ def raise_on_all_ranks(
     """
     said: dict[str, list[int]] = defaultdict(list)
     for rank, text in zip(
-        channel.ranks, channel.texts("\n".join(problems), device, what), strict=True
+        channel.ranks, channel.gather_texts("\n".join(problems), device, what), strict=True
     ):
         for line in text.splitlines():
             said[line].append(rank)
     if said:
-        lines = [f"rank {brief(ranks)}: {line}" for line, ranks in said.items()]
+        lines = [f"rank {format_ranks(ranks)}: {line}" for line, ranks in said.items()]
         raise AgreementError("\n".join([*lines, remedy] if remedy else lines))

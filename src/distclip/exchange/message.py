@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 TOKENS = 3  # call counter, operation, last decision
-RAGGED = 1e-6  # the weights are at least 1/8: one missing gradient shows, and rounding does not
+PRESENCE_TOLERANCE = (
+    1e-6  # the weights are at least 1/8: one missing gradient shows, and rounding does not
+)
 
 
-def extra_words(norm_type: float, stats: int) -> int:
+def num_check_words(norm_type: float, stats: int) -> int:
     """Words of the message beside one for each group and watched layer."""
     return stats + (3 if math.isinf(norm_type) else 5) + 2 * TOKENS
 
@@ -46,7 +48,7 @@ class Flags(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class MessageLayout:
     """Prepared at set-up; packs and unpacks vectors of one fixed length.
 
     Args:
@@ -171,7 +173,7 @@ class Wire:
             go = (v == -other).all()
         else:
             drift, ragged, _, bad, fault = rest[:5].unbind()
-            go = (self.ranks * other == v * v).all() & (ragged.abs() <= RAGGED)
+            go = (self.ranks * other == v * v).all() & (ragged.abs() <= PRESENCE_TOLERANCE)
             if tolerance is not None:
                 go = go & (drift.abs() <= tolerance * total)
         return go & (bad == 0) & (fault == 0) & total.isfinite()

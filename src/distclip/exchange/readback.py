@@ -21,7 +21,7 @@ class Late(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
     what: T
 
 
-class Mirror(Generic[T]):
+class Readback(Generic[T]):
     """Host copies of one vector a call.
 
     A call either reads its own vector (`now`, on CUDA a synchronisation) or leaves it and takes the

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import lacking
-from distclip.integrations.deferred_scaler_update import LaterUpdate, unscale
+from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
 
 try:
@@ -212,7 +212,7 @@ class _Clipping:
     accelerator: Any
     prepared: list[_Prepared] = field(default_factory=list)
     parts: OrderedDict[_Part, GradClipper] = field(default_factory=OrderedDict)
-    later: LaterUpdate | None = None
+    later: DeferredScalerUpdate | None = None
     told: bool = False  # that some of the parameters are in no optimizer
 
     def __post_init__(self) -> None:
@@ -395,7 +395,7 @@ class _Clipping:
                 "parameters, so they cannot be unscaled"
             )
         if self.later is None and len(self.accelerator._optimizers) > 1:
-            self.later = LaterUpdate(scaler)
+            self.later = DeferredScalerUpdate(scaler)
         for owner in owners:
             if not owner.held.keys() <= asked.keys():
                 unscale(scaler, owner.optimizer.optimizer)

@@ -22,7 +22,7 @@ from distclip.integrations import lacking
 from distclip.integrations.deepspeed_internals import (
     KINDS,
     OF_ENGINE,
-    Inside,
+    EngineAdapter,
     end_own_clipping,
     kind_of,
     missing,
@@ -109,7 +109,7 @@ def attach(
     return clipper
 
 
-def _checked_kind(engine: Any) -> type[Inside]:
+def _checked_kind(engine: Any) -> type[EngineAdapter]:
     """ConfigError unless this is an engine of a kind, with a layout and of a DeepSpeed that
     distclip knows."""
     _refuse_missing(missing(engine, OF_ENGINE))
@@ -146,7 +146,7 @@ class _ByOriginal:
     """A grouping that is asked about the model's parameters: the clipper's own are the parts of
     DeepSpeed's flat float32 copies."""
 
-    def __init__(self, grouping: Any, inside: Inside) -> None:
+    def __init__(self, grouping: Any, inside: EngineAdapter) -> None:
         self.grouping, self.inside = grouping, inside
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:

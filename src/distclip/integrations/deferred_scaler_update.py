@@ -19,7 +19,7 @@ def unscale(scaler: Any, optimizer: Any) -> None:
             raise
 
 
-class LaterUpdate:
+class DeferredScalerUpdate:
     """Puts `scaler.update()` off until the next loss is scaled.
 
     Where there are several optimizers, an update after each one's step forgets which others are

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import lacking
-from distclip.integrations.deferred_scaler_update import LaterUpdate
+from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
 
 try:
@@ -386,7 +386,7 @@ class _Clipping:
         self.prepared: list[_Prepared] = []
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.later = None if self.scaler is None else LaterUpdate(self.scaler)
+        self.later = None if self.scaler is None else DeferredScalerUpdate(self.scaler)
 
     def take_over(self, new: _Prepared) -> None:
         self.prepared = [

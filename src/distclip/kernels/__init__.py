@@ -20,7 +20,7 @@ from distclip.kernels.triton_lists import layout as triton_layout
 CHOICE = "DISTCLIP_KERNELS"
 
 
-class Layout(Protocol):
+class KernelPlan(Protocol):
     """A list of tensors of known sizes and dtypes, prepared once; pointers change from step to step
     (0: no tensor)."""
 
@@ -61,7 +61,7 @@ def active() -> str:
 
 def layout(
     counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device
-) -> Layout | None:
+) -> KernelPlan | None:
     """The kernels prepared for tensors of these sizes and dtypes on `device`, or None where torch's
     operations serve.
 

@@ -1,6 +1,6 @@
 """Gradients through the compiled kernels: one call for a whole list of tensors of mixed dtypes.
 
-Everything that does not depend on the step is prepared in a `Layout`. A call then takes addresses,
+Everything that does not depend on the step is prepared in a `KernelPlan`. A call then takes addresses,
 and reads or writes each gradient once; ctypes releases the interpreter's lock meanwhile. Nothing
 here communicates. Results do not depend on the number of threads: a tensor is cut into blocks of
 2^16 elements, whose partial sums are added in order.
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL | str:
 class _Job:
     """The C side's record of one call at a time, with its partial results."""
 
-    def __init__(self, lib: ctypes.CDLL, layout: Layout) -> None:
+    def __init__(self, lib: ctypes.CDLL, layout: KernelPlan) -> None:
         self._memory = ctypes.create_string_buffer(lib.distclip_job_size())
         self._parts = (ctypes.c_double * (COLUMNS * layout.parts))()
         self._layout = layout.tables  # the C side points into them
@@ -86,7 +86,7 @@ class _Job:
         self._help(self.address)
 
 
-class Layout:
+class KernelPlan:
     """Sizes and dtypes of a list of gradients, prepared once. Calls may come from several threads
     at once.
 
@@ -212,6 +212,6 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Layout:
-    """The `Layout` of these sizes and dtypes, prepared once."""
-    return Layout(counts, dtypes)
+def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> KernelPlan:
+    """The `KernelPlan` of these sizes and dtypes, prepared once."""
+    return KernelPlan(counts, dtypes)

@@ -15,13 +15,15 @@ from torch import Tensor
 _UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 ROW = 64
 CHUNK = 1 << 20
-MANY = 1 << 18  # elements in float64 at a time
-SMALL = 2048  # up to here float64 costs less than to fill up the last row, or than a call for each
+FLOAT64_CHUNK = 1 << 18  # elements in float64 at a time
+SMALL_NUMEL = (
+    2048  # up to here float64 costs less than to fill up the last row, or than a call for each
+)
 # Flushed or subnormal squares cost a row at most 64 * 2^-126 < 1e-36, which is 1e-9 of this.
 ROW_FLOOR = 1e-27
 
 
-class _Room:
+class _Workspace:
     """Memory for one chunk, made when first needed: new copies of each chunk would cost more in
     page faults than its sum."""
 
@@ -46,7 +48,7 @@ class _Room:
     def powers(self, values: Tensor, p: float) -> Tensor:
         """float64 |x|^p of up to MANY elements."""
         if not self._double.numel():
-            self._double = torch.empty(MANY, dtype=torch.float64, device="cpu")
+            self._double = torch.empty(FLOAT64_CHUNK, dtype=torch.float64, device="cpu")
         size = self._double[: values.numel()].copy_(values)
         return size.mul_(size) if p == 2 else size.abs_() if p == 1 else size.abs_().pow_(p)
 
@@ -59,7 +61,7 @@ class _Room:
 def sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
     """[n] float64: small and middling tensors side by side, each large one in chunks."""
     sums: list[float] = [0.0] * len(tensors)
-    room = _Room()
+    workspace = _Workspace()
     lone: list[int] = []
     small: dict[tuple[torch.dtype, int], list[int]] = {}
     middling: dict[torch.dtype, list[int]] = {}
@@ -68,20 +70,22 @@ def sums_on_cpu(tensors: list[Tensor], p: float) -> Tensor:
         if count > CHUNK or dtype.is_complex or not tensor.is_contiguous():
             lone.append(index)
         elif dtype in _UP_TO_FLOAT32 and (
-            p == math.inf or (p == 2 and (count > SMALL or count % ROW == 0))
+            p == math.inf or (p == 2 and (count > SMALL_NUMEL or count % ROW == 0))
         ):
             middling.setdefault(dtype, []).append(index)
-        elif count <= SMALL and p != math.inf:
+        elif count <= SMALL_NUMEL and p != math.inf:
             small.setdefault((dtype, count), []).append(index)
         else:
             lone.append(index)
     for several, compute in ((small, _sums_of_equals), (middling, _sums_of_rows)):
         for same in several.values():
             flat = [t if (t := tensors[index]).ndim == 1 else t.view(-1) for index in same]
-            for index, value in zip(same, compute(flat, p, room), strict=True):
+            for index, value in zip(same, compute(flat, p, workspace), strict=True):
                 sums[index] = value
     for index in lone:
-        sums[index] = _combine([_chunk_sum(chunk, p, room) for chunk in chunks(tensors[index])], p)
+        sums[index] = _combine(
+            [_chunk_sum(chunk, p, workspace) for chunk in chunks(tensors[index])], p
+        )
     return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
@@ -96,27 +100,31 @@ def _batches(sizes: list[int], most: int) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _sums_of_equals(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
+def _sums_of_equals(tensors: list[Tensor], p: float, workspace: _Workspace) -> list[float]:
     """Of small 1-D tensors of one dtype and size, finite p, all in float64: to fill up rows would
     cost more."""
     count = tensors[0].numel()
     sums: list[float] = []
-    for batch in _batches([count] * len(tensors), MANY):
-        sums += room.powers(room.joined(tensors[batch]), p).view(-1, count).sum(1).tolist()
+    for batch in _batches([count] * len(tensors), FLOAT64_CHUNK):
+        sums += (
+            workspace.powers(workspace.joined(tensors[batch]), p).view(-1, count).sum(1).tolist()
+        )
     return sums
 
 
-def _sums_of_rows(tensors: list[Tensor], p: float, room: _Room) -> list[float]:
+def _sums_of_rows(tensors: list[Tensor], p: float, workspace: _Workspace) -> list[float]:
     """Of 1-D tensors of one dtype up to float32, p = 2 or inf, put side by side: a call for each
     would cost more."""
     rows = [-(-tensor.numel() // ROW) for tensor in tensors]
     sums: list[float] = []
     for batch in _batches([count * ROW for count in rows], CHUNK + ROW):
-        sums += _sums_of_batch(tensors[batch], rows[batch], p, room)
+        sums += _sums_of_batch(tensors[batch], rows[batch], p, workspace)
     return sums
 
 
-def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room) -> list[float]:
+def _sums_of_batch(
+    tensors: list[Tensor], rows: list[int], p: float, workspace: _Workspace
+) -> list[float]:
     """Each tensor fills so many rows, the last one with zeros."""
     filler = _filler(tensors[0].dtype)
     parts: list[Tensor] = []
@@ -124,7 +132,7 @@ def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room
         parts.append(tensor)
         if short := count * ROW - tensor.numel():
             parts.append(filler[short])
-    norms = torch.linalg.vector_norm(room.joined(parts).view(-1, ROW), p, dim=1).double()
+    norms = torch.linalg.vector_norm(workspace.joined(parts).view(-1, ROW), p, dim=1).double()
     counts = torch.tensor(rows, device="cpu")
     owner = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
     if p == math.inf:
@@ -139,7 +147,7 @@ def _sums_of_batch(tensors: list[Tensor], rows: list[int], p: float, room: _Room
     if (bodies >= counts * ROW_FLOOR).all() and bodies.amax() < math.inf:
         return bodies.tolist()
     return [
-        _redone(x, count, body, p)
+        _recompute_float64(x, count, body, p)
         for x, count, body in zip(tensors, rows, bodies.tolist(), strict=True)
     ]
 
@@ -151,7 +159,7 @@ def _filler(dtype: torch.dtype) -> list[Tensor]:
     return [zeros[:length] for length in range(ROW)]
 
 
-def _redone(flat: Tensor, rows: int, body: float, p: float) -> float:
+def _recompute_float64(flat: Tensor, rows: int, body: float, p: float) -> float:
     """The sum of so many rows, read again in float64 where float32 cannot hold it."""
     if p == math.inf or rows * ROW_FLOOR <= body < math.inf or (body == 0 and not flat.any()):
         return body
@@ -178,16 +186,18 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
             yield from chunks(half)
 
 
-def _chunk_sum(chunk: Tensor, p: float, room: _Room) -> float:
+def _chunk_sum(chunk: Tensor, p: float, workspace: _Workspace) -> float:
     """The power sum of a contiguous 1-D piece of any dtype."""
     exact = chunk.is_complex() or chunk.dtype == torch.float64 or p not in (2, math.inf)
     if exact:
         return _exact_sum(chunk, p)
-    chunk = room.wide(chunk)
+    chunk = workspace.wide(chunk)
     whole = chunk.numel() // ROW * ROW
     if not whole:
         return _exact_sum(chunk, p)
-    body = _redone(chunk[:whole], whole // ROW, _row_sum(chunk[:whole].view(-1, ROW), p), p)
+    body = _recompute_float64(
+        chunk[:whole], whole // ROW, _row_sum(chunk[:whole].view(-1, ROW), p), p
+    )
     return body if whole == chunk.numel() else _combine([body, _exact_sum(chunk[whole:], p)], p)
 
 

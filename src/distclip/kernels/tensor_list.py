@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
-from distclip.kernels import Layout, reference
+from distclip.kernels import KernelPlan, reference
 
 # others may have no memory of their own, or not yet
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -23,7 +23,7 @@ _DTYPE, _DEVICE, _LAYOUT, _ON_CPU = (
 )
 
 
-class GradList:
+class TensorList:
     """Local tensors (no DTensors) and how they are computed with. All results are float64, on the
     first tensor's device.
 
@@ -39,14 +39,14 @@ class GradList:
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        layout: Layout | None,
+        layout: KernelPlan | None,
         pointers: array[int],
         odd: Sequence[int],
     ) -> None:
         self.tensors, self.layout, self.pointers, self.odd = tensors, layout, pointers, odd
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> GradList:
+    def of(cls, tensors: Sequence[Tensor]) -> TensorList:
         """Of any tensors: those that are one dense block of memory of a dtype that the kernel knows
         are left to it."""
         if not tensors:

@@ -1,7 +1,7 @@
 """Lists of tensors on a CUDA device: one launch measures them, one scales them. Triton is optional,
 and imported on use.
 
-What does not depend on the step is prepared once for a list's sizes and dtypes (`Layout`). A step
+What does not depend on the step is prepared once for a list's sizes and dtypes (`KernelPlan`). A step
 sends the addresses alone, and only where they changed; nothing waits for the device, and all of it
 can be captured in a CUDA graph.
 
@@ -41,7 +41,7 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-class Layout:
+class KernelPlan:
     """The tables of one list of tensors, on their device: which program works on which chunk of
     which tensor.
 
@@ -236,9 +236,9 @@ class Layout:
 @lru_cache(maxsize=_LISTS)
 def layout(
     counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> Layout:
+) -> KernelPlan:
     """Prepared once for each list of sizes and dtypes."""
-    return Layout(counts, dtypes, device)
+    return KernelPlan(counts, dtypes, device)
 
 
 _WARM_UP = (

@@ -14,16 +14,16 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor
 
-from distclip.kernels.tensor_list import PLAIN, GradList
+from distclip.kernels.tensor_list import PLAIN, TensorList
 from distclip.measure.grad_placements import (
     kind_error,
     placed_otherwise,
     portion_of,
     redistribute_advice,
 )
-from distclip.measure.gradient_cache import Expected
+from distclip.measure.gradient_cache import GradientCache
 from distclip.records import Piece
-from distclip.setup.parameters import Slot
+from distclip.setup.parameters import ModuleEntry
 from distclip.setup.placement import DEVICES
 from distclip.torch_internals.dtensor import local_tensor
 
@@ -55,13 +55,13 @@ class Grads:
     """One step's gradients of this rank."""
 
     present: Present
-    list: GradList
+    list: TensorList
     faults: list[str] = field(default_factory=lambda: [])
 
     @classmethod
     def none(cls) -> Grads:
         nothing = torch.zeros(0, device="cpu")
-        return cls(Present((), (), nothing.long(), nothing), GradList.of(()))
+        return cls(Present((), (), nothing.long(), nothing), TensorList.of(()))
 
 
 class Collector:
@@ -77,7 +77,7 @@ class Collector:
         self,
         members: Sequence[Tensor],
         pieces: Sequence[Piece],
-        slots: Sequence[Slot],
+        slots: Sequence[ModuleEntry],
         grad_of: GradOf | None,
         device: torch.device,
     ) -> None:
@@ -86,7 +86,9 @@ class Collector:
         self._tables = [slot.table for slot in slots]
         self._keys = [slot.key for slot in slots]
         self._held = [slot.value for slot in slots]
-        self._expected: dict[bytes, tuple[Present, Expected]] = {}  # by which gradients are there
+        self._expected: dict[
+            bytes, tuple[Present, GradientCache]
+        ] = {}  # by which gradients are there
         self._present: Present | None = None
 
     def collect(self) -> Grads:
@@ -103,7 +105,7 @@ class Collector:
             )
             if found is not None:
                 return Grads(present, found)
-        return self._looked_at(grads, has)
+        return self._collect_checked(grads, has)
 
     def some(self, mine: Sequence[int]) -> Grads:
         """Of these pieces alone, as they are now; one that two share is taken once."""
@@ -114,9 +116,11 @@ class Collector:
         ]
         own = list({_memory(grad): i for i, grad in reversed(found)}.values())[::-1]
         local = {i: grad for i, grad in found}
-        return Grads(self.present(own, [i for i, _ in found]), GradList.of([local[i] for i in own]))
+        return Grads(
+            self.present(own, [i for i, _ in found]), TensorList.of([local[i] for i in own])
+        )
 
-    def _looked_at(self, grads: Sequence[Tensor | None], has: bytes) -> Grads:
+    def _collect_checked(self, grads: Sequence[Tensor | None], has: bytes) -> Grads:
         own: list[int] = []
         every: list[int] = []
         local: list[Tensor] = []
@@ -151,7 +155,7 @@ class Collector:
                 fault = (
                     f"the gradient of {piece.name} has local shape {tuple(tensor.shape)}, the plan "
                     f"says {piece.local_shape} "
-                    f"({piece.holding.how}); it is not sharded or reduced yet (no_sync?): clip "
+                    f"({piece.holding.description}); it is not sharded or reduced yet (no_sync?): clip "
                     f"after the reduction, or call "
                     "clipper.rebuild() if the parameter was changed"
                 )
@@ -173,7 +177,7 @@ class Collector:
                 "backward leaves nothing to clip, and the global norm is not known yet there; step "
                 "after the clip, without this hook"
             )
-        if self.grad_of is not own_grad and local and (fault := self._fleeting(every[0])):
+        if self.grad_of is not own_grad and local and (fault := self._returns_new_tensor(every[0])):
             faults.append(fault)
         replaced = [slot.path for slot in self.slots if slot.replaced()]
         if replaced:
@@ -186,19 +190,19 @@ class Collector:
         # making one sends its tensors to the device
         if self._present is None or self._present.key() != key:
             self._present = self.present(*key)
-        found = Grads(self._present, GradList.of(local), faults)
+        found = Grads(self._present, TensorList.of(local), faults)
         if len(self._expected) >= _REMEMBERED:
             self._expected.clear()
         self._expected.pop(has, None)
         if not faults and len(own) == len(every):
-            expected = Expected.of(
+            expected = GradientCache.of(
                 [grad for grad in grads if grad is not None], found.list, self.device
             )
             if expected is not None:
                 self._expected[has] = self._present, expected
         return found
 
-    def _fleeting(self, i: int) -> str | None:
+    def _returns_new_tensor(self, i: int) -> str | None:
         """What is wrong with a `grad_of` that makes a new tensor at each call."""
         first, second = self.grad_of(self.members[i]), self.grad_of(self.members[i])
         if (

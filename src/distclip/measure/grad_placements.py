@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError, GradientError
-from distclip.exchange.channel import Channel, brief, hash64
+from distclip.exchange.channel import Channel, format_ranks, hash64
 from distclip.records import Piece
 from distclip.torch_internals.dtensor import is_dtensor
 
@@ -128,7 +128,7 @@ class PartialReducer:
         self._by_mesh = {
             mesh: sorted(by_mesh[mesh], key=lambda member: member[0]) for mesh in sorted(by_mesh)
         }
-        meshes = channel.slots(
+        meshes = channel.gather_ints(
             torch.tensor([len(by_mesh)], device="cpu"), device, "the set-up's count of meshes"
         )
         self._rows = int(meshes.max())
@@ -175,7 +175,7 @@ class PartialReducer:
             rows[1 + 2 * i : 3 + 2 * i] = torch.tensor(
                 [mesh, hash64("\n".join(placed))], device="cpu"
             )
-        table = self._channel.slots(
+        table = self._channel.gather_ints(
             rows, self._device, f"the agreement on Partial gradients at step {step}"
         )
         if (table[:, 0] != table[0, 0]).any():
@@ -187,7 +187,7 @@ class PartialReducer:
                     found[mesh][digest].append(rank)
         apart = [sorted(sides.values()) for sides in found.values() if len(sides) > 1]
         if apart:
-            sides = " and ".join(f"rank {brief(ranks)}" for ranks in apart[0])
+            sides = " and ".join(f"rank {format_ranks(ranks)}" for ranks in apart[0])
             raise GradientError(
                 f"step {step}: {sides} share a mesh and have different Partial gradients, which "
                 f"cannot be reduced together; the loss must "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from distclip import kernels, versions
-from distclip.kernels.tensor_list import PLAIN, GradList, is_block
+from distclip.kernels.tensor_list import PLAIN, TensorList, is_block
 from distclip.torch_internals.dtensor import dtensor_class
 
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
@@ -36,7 +36,7 @@ _Ref: Any = TensorWeakRef if versions.before(2, 10) else ref
 
 
 @dataclass(slots=True)
-class _Met:
+class _LastStep:
     """The gradients of the step before, not kept alive. One that is still the same tensor, with as
     many bytes at the same address, needs no other look: what `.data =` or `resize_` can make of a
     tensor shows in one of these."""
@@ -50,7 +50,7 @@ class _Met:
 
 
 @dataclass(slots=True)
-class Expected:
+class GradientCache:
     """What the lists of a step are compared with."""
 
     types: list[type]
@@ -58,14 +58,16 @@ class Expected:
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     specs: list[object]  # of the DTensors among them
-    layout: kernels.Layout | None
+    layout: kernels.KernelPlan | None
     odd: Sequence[int]  # positions that torch computes: all, or none
     filled: int  # distinct addresses: tensors that are not empty, and one for those that are
     device: torch.device
-    met: _Met | None = None
+    met: _LastStep | None = None
 
     @classmethod
-    def of(cls, given: Sequence[Tensor], listed: GradList, device: torch.device) -> Expected | None:
+    def of(
+        cls, given: Sequence[Tensor], listed: TensorList, device: torch.device
+    ) -> GradientCache | None:
         """From gradients that are right, if the kernel takes all of them as they are, or torch
         does.
 
@@ -88,14 +90,14 @@ class Expected:
             device=device,
         )
 
-    def found(self, given: list[Any]) -> GradList | None:
+    def found(self, given: list[Any]) -> TensorList | None:
         """This rank's parts of the gradients; None where anything is not as expected."""
         try:
-            return self._met_again(given) or self._compared(given)
+            return self._match_identity(given) or self._match_layout(given)
         except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
             return None
 
-    def _met_again(self, given: list[Any]) -> GradList | None:
+    def _match_identity(self, given: list[Any]) -> TensorList | None:
         """None where a gradient is another tensor than at the step before, or lies elsewhere."""
         met = self.met
         if met is None or not met.all or not all(map(is_, map(_Ref.__call__, met.all), given)):
@@ -103,9 +105,9 @@ class Expected:
         grads = self._locals(given)
         if list(map(_POINTER, grads)) != met.addresses or list(map(_BYTES, grads)) != met.sizes:
             return None
-        return GradList(grads, self.layout, met.pointers, self.odd)
+        return TensorList(grads, self.layout, met.pointers, self.odd)
 
-    def _compared(self, given: list[Any]) -> GradList | None:
+    def _match_layout(self, given: list[Any]) -> TensorList | None:
         """None where anything is not as expected."""
         if self.specs:
             if list(map(type, given)) != self.types:
@@ -133,10 +135,10 @@ class Expected:
         if given:
             stay = self.met is not None and self.met.first() is given[0]
             sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
-            self.met = _Met(
+            self.met = _LastStep(
                 _Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers
             )
-        return GradList(grads, self.layout, pointers, self.odd)
+        return TensorList(grads, self.layout, pointers, self.odd)
 
     def _locals(self, given: list[Any]) -> list[Any]:
         """DTensors as this rank's part of them."""

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from distclip.errors import GradientError
 from distclip.exchange.channel import hash64
-from distclip.exchange.message import Wire
+from distclip.exchange.message import MessageLayout
 from distclip.kernels.reference import SUMMED
-from distclip.kernels.tensor_list import GradList
+from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import Collector, Grads, Present
 from distclip.measure.units import Units, UnitStep
-from distclip.optimizers import joined_later, strangers
+from distclip.optimizers import params_added_later, params_without_plan
 from distclip.p_norm import norm_of, rounded
 from distclip.policies import LocalGrads, LocalStats
-from distclip.policies.assignment import Part
-from distclip.policies.validate import checked_stats
+from distclip.policies.assignment import PolicyAssignment
+from distclip.policies.validate import validate_stats
 from distclip.records import Norms
-from distclip.request import Call
-from distclip.setup.late_parameters import Newcomers
+from distclip.request import Request
+from distclip.setup.late_parameters import LateParameters
 from distclip.setup.placement import DEVICES
 from distclip.setup.plan import Plan
 from distclip.setup.unfinished_backward import Wrapper, unfinished
@@ -36,11 +36,11 @@ _MIXER = -7046029254386353131
 
 
 @dataclass(slots=True)
-class Seen:
+class LocalMeasurement:
     """What one call measured on this rank; kept until it is judged."""
 
     step: int
-    call: Call
+    call: Request
     grads: Grads | None  # None once they may have changed
     faults: list[str]  # what this rank found wrong
     last: Tensor | float  # [1] float64: the token of the decision before
@@ -49,7 +49,7 @@ class Seen:
     units: UnitStep | None = None
 
 
-class Reduced(NamedTuple):
+class GlobalNorms(NamedTuple):
     """What all ranks learned."""
 
     norms: Norms
@@ -59,19 +59,19 @@ class Reduced(NamedTuple):
 
 
 @dataclass(slots=True)
-class Sensor:
+class LocalMeasurer:
     """Prepared at set-up."""
 
     plan: Plan
     collector: Collector
-    wire: Wire
-    parts: Sequence[Part]
+    wire: MessageLayout
+    parts: Sequence[PolicyAssignment]
     units: Units | None
     in_total: Tensor | None  # [groups] bool: which groups count in the total; None where all do
     device: torch.device
     config: str  # the options as a text, equal on all ranks
     bits: int  # of what policies see: see `measure.rounded`
-    newcomers: Newcomers
+    newcomers: LateParameters
     wrappers: Sequence[Wrapper]  # modules that may leave gradients unfinished
     _nothing: Tensor = field(init=False)  # [pieces]
     _none: Tensor = field(init=False)  # [0]
@@ -86,13 +86,15 @@ class Sensor:
         self._nothing = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
         self._none = self._nothing[:0]
         every = range(len(self.plan.pieces))
-        self._everything = Grads(self.collector.present(every, every), GradList.of(()))
+        self._everything = Grads(self.collector.present(every, every), TensorList.of(()))
 
     @property
     def policy_words(self) -> int:
         return self.wire.stats - 2 * (self.units.cut if self.units else 0)
 
-    def sense(self, step: int, call: Call, last: Tensor | float) -> tuple[Seen, Tensor]:
+    def sense(
+        self, step: int, call: Request, last: Tensor | float
+    ) -> tuple[LocalMeasurement, Tensor]:
         """Never communicates, raises nothing. The message: [words] float64 on the compute device.
 
         Args:
@@ -111,8 +113,9 @@ class Sensor:
                 faults = (
                     grads.faults
                     or self.newcomers.faults(of_params=call.of == "param")
-                    or joined_later(call.owned)
-                    or strangers(call.owned, self.plan.pieces) + self._left_scaled(call, grads)
+                    or params_added_later(call.owned)
+                    or params_without_plan(call.owned, self.plan.pieces)
+                    + self._left_scaled(call, grads)
                 )
             if not faults and call.problem is None:
                 own = (
@@ -137,7 +140,7 @@ class Sensor:
             stats,
             self._words(sums, has, found, bool(faults or call.problem), step, call, last),
         )
-        return Seen(step, call, grads, faults, last, sums, has, units), message
+        return LocalMeasurement(step, call, grads, faults, last, sums, has, units), message
 
     def _present(self, has: Tensor) -> Tensor:
         """What the message says of gradients that are there; worked out anew only when others
@@ -146,7 +149,7 @@ class Sensor:
             self._said = (has, self.wire.present(has))
         return self._said[1]
 
-    def _left_scaled(self, call: Call, grads: Grads) -> list[str]:
+    def _left_scaled(self, call: Request, grads: Grads) -> list[str]:
         """With a scaler every gradient belongs to an optimizer that was passed: its records say
         whether the gradient is still scaled."""
         if not call.hands.enabled or call.of == "param":
@@ -171,16 +174,18 @@ class Sensor:
                     f"norm "
                     "can be computed; build a clipper of the parameters that have one"
                 )
-        return Grads(self._everything.present, GradList.of(local))
+        return Grads(self._everything.present, TensorList.of(local))
 
-    def _found(self, call: Call) -> Tensor | None:
+    def _found(self, call: Request) -> Tensor | None:
         """[] float64 above 0: a scaler met inf or NaN here, or a gradient that is stepped and not
         clipped holds some."""
         found = call.hands.found(self.device) if call.hands.enabled else None
         others = call.others() if call.guards else []
         if not others:  # an empty answer lies on the CPU, and sending it would make the host wait
             return found
-        bad = (~GradList.of(others).power_sums(math.inf).to(self.device).isfinite()).sum().double()
+        bad = (
+            (~TensorList.of(others).power_sums(math.inf).to(self.device).isfinite()).sum().double()
+        )
         return bad if found is None else torch.maximum(found, bad)
 
     def _placed(self, grads: Grads, values: Tensor) -> Tensor:
@@ -198,12 +203,12 @@ class Sensor:
             if step is not None and hasattr(part.policy, "unit_coefs"):
                 stats[part.stats] = step.table[part.index].flatten()
             elif isinstance(part.policy, LocalStats):
-                stats[part.stats] = checked_stats(
+                stats[part.stats] = validate_stats(
                     part, part.policy.local_stats(self._local(part, grads, scale))
                 )
         return step
 
-    def _local(self, part: Part, grads: Grads, scale: Tensor) -> LocalGrads:
+    def _local(self, part: PolicyAssignment, grads: Grads, scale: Tensor) -> LocalGrads:
         """The gradients of one policy's groups."""
         known = self._chosen.get(part.groups)
         if known is None or known[0] is not grads.present:
@@ -212,11 +217,13 @@ class Sensor:
         listed = (
             grads.list
             if len(mine) == len(grads.list.tensors)
-            else GradList.of([grads.list.tensors[n] for n in mine])
+            else TensorList.of([grads.list.tensors[n] for n in mine])
         )
         return LocalGrads(listed, group, share, scale[at], len(part.groups), self.wire.norm_type)
 
-    def _choice(self, part: Part, present: Present) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    def _choice(
+        self, part: PolicyAssignment, present: Present
+    ) -> tuple[list[int], Tensor, Tensor, Tensor]:
         """Positions in the list, and on the compute device: the same, their groups, their
         shares."""
         place = {group: i for i, group in enumerate(part.groups)}
@@ -244,10 +251,10 @@ class Sensor:
         found: Tensor | None,
         wrong: bool,
         step: int,
-        call: Call,
+        call: Request,
         last: Tensor | float,
     ) -> Tensor:
-        """The message behind drift: see `Wire.pack`."""
+        """The message behind drift: see `MessageLayout.pack`."""
         tokens, second = (
             [float(step & 0xFFFF), float(_token(call.text + self.config))],
             self.wire.second,
@@ -268,7 +275,7 @@ class Sensor:
         v = torch.cat([*(last.new_full((1,), token) for token in tokens), (last + mixed) % 0x10000])
         return torch.cat([present, bad, last.new_full((1,), float(wrong)), v, second(v)])
 
-    def read(self, message: Tensor) -> Reduced:
+    def read(self, message: Tensor) -> GlobalNorms:
         """The reduced message, as numbers that are equal on every rank and do not depend on the
         sharding: rounded. No host sync.
 
@@ -294,7 +301,7 @@ class Sensor:
         finite = (power - power).eq(bad)  # bad is 0, and x - x is not NaN as for inf and NaN
         watched = rounded(norm_of(layers, p), self.bits) if len(layers) else layers
         stats = rounded(stats, self.bits) if len(stats) else stats
-        return Reduced(Norms(groups, total, finite, bad.long(), stats, p), power, watched, cut)
+        return GlobalNorms(Norms(groups, total, finite, bad.long(), stats, p), power, watched, cut)
 
 
 @lru_cache(maxsize=64)

@@ -81,7 +81,7 @@ class Units:
                     [span.whole, plan.group_of[i]], device="cpu"
                 )
         sizes = channel.reduce_(
-            sizes.to(channel.device_for(device)), "max", "the set-up's count of units"
+            sizes.to(channel.comm_device(device)), "max", "the set-up's count of units"
         ).cpu()
         starts = (sizes[0].cumsum(0) - sizes[0]).tolist()
         self._start = [starts[slot] for slot in plan.slot_of]

@@ -16,7 +16,7 @@ from distclip.records import Norms
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PolicyAssignment:
     """The groups of one policy."""
 
     policy: Policy
@@ -49,19 +49,19 @@ def policy_of(rule: Rule, main: Policy) -> Policy:
 
 def split(
     groups: Sequence[str], rules: Mapping[str, Rule], main: Policy, device: torch.device
-) -> tuple[Part, ...]:
+) -> tuple[PolicyAssignment, ...]:
     """One part for each policy object, in the order of its first group."""
     governed: dict[int, tuple[Policy, list[int]]] = {}
     for i, name in enumerate(groups):
         policy = policy_of(rules.get(name), main)
         # numbers and exempt groups make a new object each: a part of their own
         governed.setdefault(id(policy), (policy, []))[1].append(i)
-    parts: list[Part] = []
+    parts: list[PolicyAssignment] = []
     start = 0
     for policy, indices in governed.values():
         words = len(indices) * _words(policy)
         parts.append(
-            Part(
+            PolicyAssignment(
                 policy,
                 tuple(indices),
                 slice(start, start + words),
@@ -79,7 +79,7 @@ def in_total(groups: Sequence[str], rules: Mapping[str, Rule]) -> list[bool]:
     ]
 
 
-def norms_of(part: Part, norms: Norms) -> Norms:
+def norms_of(part: PolicyAssignment, norms: Norms) -> Norms:
     """What a part's policy is shown."""
     if len(part.groups) == len(norms.per_group):
         return norms

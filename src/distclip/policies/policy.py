@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from distclip.kernels.tensor_list import GradList
+from distclip.kernels.tensor_list import TensorList
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
 
@@ -33,7 +33,7 @@ class Policy(Protocol):
 class LocalGrads:
     """What this rank holds of a policy's groups at one step: n gradient tensors."""
 
-    grads: GradList  # [n], not unscaled; its `tensors` are plain and local
+    grads: TensorList  # [n], not unscaled; its `tensors` are plain and local
     group: Tensor  # [n] int64: which of the policy's groups
     share: Tensor  # [n] float64: what each counts here, 1/h
     scale: Tensor  # [n] float64: the factor that unscales each

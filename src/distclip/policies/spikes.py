@@ -100,10 +100,10 @@ class SkipSpikes:
         spike = norms.finite & ((seen >= self.warmup) & (norm > limit)).any()
         skip = spike if answer.skip is None else spike | answer.skip.any()
 
-        kept = norms.finite & ~skip
-        taken = kept & norm.isfinite() & (norm > 0)
+        select_state = norms.finite & ~skip
+        taken = select_state & norm.isfinite() & (norm > 0)
         history = torch.where((place == seen % self.window) & taken, norm, history)
-        inner = tuple(torch.where(kept, n, o) for n, o in zip(new, own, strict=True))
+        inner = tuple(torch.where(select_state, n, o) for n, o in zip(new, own, strict=True))
         return replace(answer, skip=skip), (history, seen + taken, *inner)
 
 

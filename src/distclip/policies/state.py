@@ -10,7 +10,7 @@ from torch import Tensor
 State = tuple[tuple[Tensor, ...], ...]
 
 
-def kept(old: State, new: State, finite: Tensor) -> State:
+def select_state(old: State, new: State, finite: Tensor) -> State:
     """The new state where the step was finite, else the old one: selected, never multiplied."""
     return tuple(
         _like(before, (torch.where(finite, n, o) for o, n in zip(before, now, strict=True)))
@@ -18,7 +18,7 @@ def kept(old: State, new: State, finite: Tensor) -> State:
     )
 
 
-def copied(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def clone_state(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Clones, in a named tuple of the same kind where it is one."""
     return _like(state, (t.clone() for t in state))
 

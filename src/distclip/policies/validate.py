@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.policies import SkipSpikes, Warmup
-from distclip.policies.assignment import Part, norms_of
+from distclip.policies.assignment import PolicyAssignment, norms_of
 from distclip.policies.policy import describe
-from distclip.policies.state import State, copied
+from distclip.policies.state import State, clone_state
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
 _NUMBERS = {  # the float64 fields of each answer; `clipped` is bool
@@ -23,7 +23,7 @@ _NUMBERS = {  # the float64 fields of each answer; `clipped` is bool
 }
 
 
-def first_state(policy: Any, groups: int, device: torch.device) -> tuple[Tensor, ...]:
+def initial_state(policy: Any, groups: int, device: torch.device) -> tuple[Tensor, ...]:
     """What `init` makes, copied, since it is written in place.
 
     Raises:
@@ -31,17 +31,17 @@ def first_state(policy: Any, groups: int, device: torch.device) -> tuple[Tensor,
     """
     if isinstance(policy, (Warmup, SkipSpikes)):
         # theirs holds it flat, in which a wrong one may pass
-        first_state(policy.policy, groups, device)
+        initial_state(policy.policy, groups, device)
     made = policy.init(groups, device)
     if not isinstance(made, tuple) or not all(isinstance(t, Tensor) for t in made):
         raise ConfigError(
             f"{describe(policy)}: init() returned {_kind(made)}; return a tuple of tensors, () "
             f"where there is nothing to remember"
         )
-    return copied(made)
+    return clone_state(made)
 
 
-def check_answers(parts: Sequence[Part], norms: Norms, states: State) -> None:
+def validate_policies(parts: Sequence[PolicyAssignment], norms: Norms, states: State) -> None:
     """`decide` once, at set-up, where each policy must answer as `Policy` and the records say.
     Reads no tensor.
 
@@ -56,7 +56,7 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     groups, device = len(norms.per_group), norms.per_group.device
     # they spread what their policy answers over all groups, whatever its shape
     if isinstance(policy, (Warmup, SkipSpikes)):
-        _check(policy.policy, norms, first_state(policy.policy, groups, device))
+        _check(policy.policy, norms, initial_state(policy.policy, groups, device))
     who, answers = describe(policy), "distclip.Scale, Clamp or UnitScale"
     for j, tensor in enumerate(state):
         if tensor.device != device:
@@ -111,7 +111,7 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
             )
 
 
-def checked_stats(part: Part, given: Any) -> Tensor:
+def validate_stats(part: PolicyAssignment, given: Any) -> Tensor:
     """[groups · words]: what `local_stats` returned, flat. ConfigError for another shape, which
     assignment would spread silently."""
     if not isinstance(given, Tensor) or given.shape != (len(part.groups), part.words):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Fate
+from distclip.decide.decision import StepFlags
 from distclip.groups import Watch
-from distclip.measure.local_sums import Reduced
+from distclip.measure.local_sums import GlobalNorms
 from distclip.p_norm import norm_of
 from distclip.records import ClipReport, Culprit, Decision, Norms
 from distclip.setup.plan import Plan
@@ -28,9 +28,9 @@ class Summary:
     def of(
         self,
         step: int,
-        reduced: Reduced,
+        reduced: GlobalNorms,
         decision: Decision,
-        fate: Fate,
+        fate: StepFlags,
         rate: Tensor,
         skips: Tensor,
         culprits: tuple[Culprit, ...],

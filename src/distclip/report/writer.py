@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from distclip.exchange.readback import Mirror
+from distclip.exchange.readback import Readback
 from distclip.records import ClipReport, Culprit
 
 
@@ -28,7 +28,7 @@ class Writer:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
-        self._left: Mirror[ClipReport] = Mirror()
+        self._left: Readback[ClipReport] = Readback()
         self._culprits: tuple[Culprit, ...] = ()
 
     def write(self, report: ClipReport, late: bool) -> None:

@@ -18,13 +18,13 @@ from distclip.policies.assignment import policy_of
 from distclip.records import Holding, Piece
 from distclip.setup.options import Asked, Options, check_sinks, checked
 from distclip.setup.parameters import (
-    Found,
     Params,
+    ParamScan,
+    modules_in,
     named_parameters,
-    passed_modules,
-    passed_tensors,
+    tensors_in,
 )
-from distclip.setup.placement import Declared, pieces
+from distclip.setup.placement import ReplicaDeclarations, pieces
 from distclip.setup.plan import Plan, agree_on_call, make_plan
 from distclip.setup.unfinished_backward import Wrapper, wrappers
 from distclip.setup.units import UnitRange, unit_range
@@ -38,7 +38,7 @@ class Reading:
     options: Options
     config: str  # the options as a text, equal on all ranks
     members: list[Tensor]  # [pieces] the parameters
-    found: Found
+    found: ParamScan
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
@@ -52,7 +52,7 @@ class _Local:
 
     options: Options | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
-    found: Found = field(default_factory=Found)
+    found: ParamScan = field(default_factory=ParamScan)
     wrappers: tuple[Wrapper, ...] = ()
     members: list[Tensor] = field(default_factory=lambda: [])
     pieces: list[Piece] = field(default_factory=lambda: [])
@@ -63,7 +63,11 @@ class _Local:
 
 
 def read(
-    params: Params, asked: Asked, declared: Declared, channel: Channel, sinks: Sequence[Any] = ()
+    params: Params,
+    asked: Asked,
+    declared: ReplicaDeclarations,
+    channel: Channel,
+    sinks: Sequence[Any] = (),
 ) -> Reading:
     """A collective.
 
@@ -72,7 +76,7 @@ def read(
             ConfigError inside `join()`, before anything is sent.
     """
     uneven = (
-        UnevenInputs(passed_modules(params), passed_tensors(params))
+        UnevenInputs(modules_in(params), tensors_in(params))
         if channel.size > 1
         else UnevenInputs(())
     )
@@ -121,7 +125,7 @@ def read(
 
 
 def _read_here(
-    local: _Local, params: Params, asked: Asked, declared: Declared, channel: Channel
+    local: _Local, params: Params, asked: Asked, declared: ReplicaDeclarations, channel: Channel
 ) -> None:
     local.options = options = checked(asked)
     local.found = found = named_parameters(params)

@@ -30,7 +30,7 @@ _ROW_WORDS = 5
 class RemoteHolding(NamedTuple):
     """A holding of another rank, as it came over the wire."""
 
-    how: str
+    description: str
     region: int
     scopes: tuple[int, ...]
     rank_sets: tuple[int, ...]
@@ -77,7 +77,7 @@ def exchange_tables(
     ]
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, _ROW_WORDS)
     digest = hash64(str(rows))
-    heads = channel.slots(
+    heads = channel.gather_ints(
         torch.tensor([digest, len(rows), len(holdings)], device="cpu"),
         device,
         "the set-up's table of sizes",
@@ -100,7 +100,7 @@ def exchange_tables(
         _put(buffer, starts[channel.size + senders.index(channel.rank)], table)
     _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64, device="cpu"))
     buffer = channel.reduce_(
-        buffer.to(channel.device_for(device)), "sum", "the set-up's exchange of tables"
+        buffer.to(channel.comm_device(device)), "sum", "the set-up's exchange of tables"
     ).cpu()
 
     ranks_of: dict[int, list[int]] = {sender: [] for sender in senders}
@@ -124,7 +124,7 @@ def _put(buffer: Tensor, start: int, words: Tensor) -> None:
 
 
 def _encode(holding: Holding) -> list[int]:
-    text = holding.how.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
+    text = holding.description.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
     scopes = [hash64(scope) for scope in holding.scopes]
     if len(scopes) > _SCOPES:
         raise ConfigError(
@@ -143,7 +143,7 @@ def _decode(words: list[int]) -> RemoteHolding:
     text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[:_TEXT_WORDS])
     region, flags, *scopes = words[_TEXT_WORDS:]
     return RemoteHolding(
-        how=text.decode(errors="replace").rstrip(),
+        description=text.decode(errors="replace").rstrip(),
         region=region,
         scopes=tuple(scope for scope in scopes if scope),
         rank_sets=tuple(scope for i, scope in enumerate(scopes) if flags & (1 << i)),

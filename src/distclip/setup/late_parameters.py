@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from distclip.setup.parameters import Slot, module_slots
+from distclip.setup.parameters import ModuleEntry, module_entries
 
 
 class _Registrations:
@@ -44,12 +44,12 @@ class _Registrations:
 REGISTRATIONS = _Registrations()
 
 
-class Newcomers:
+class LateParameters:
     """Compares the modules with what they held at set-up. Never communicates.
 
     What counts is a trainable parameter, at a place where none was, that has a gradient: a frozen
     or unused one is waited for. A parameter that takes a known one's place is none: sharding
-    frameworks swap those in and out, and `Slot.replaced` looks at them.
+    frameworks swap those in and out, and `ModuleEntry.replaced` looks at them.
 
     Args:
         modules: that were passed; none where pairs or parameters were.
@@ -60,7 +60,7 @@ class Newcomers:
     def __init__(
         self,
         modules: Sequence[nn.Module],
-        slots: Sequence[Slot],
+        slots: Sequence[ModuleEntry],
         grad_of: Callable[[Tensor], Tensor | None],
     ) -> None:
         self._modules, self._grad_of = modules, grad_of
@@ -68,7 +68,7 @@ class Newcomers:
         self._slots = slots
         self._places = {(id(slot.table), slot.key) for slot in slots}
         self._params = {id(slot.value) for slot in slots if isinstance(slot.value, Tensor)}
-        self._waiting: list[Slot] = []
+        self._waiting: list[ModuleEntry] = []
         self._keep()
         if modules:
             REGISTRATIONS.watch(self)
@@ -109,7 +109,7 @@ class Newcomers:
         self._keep()
         self._waiting = [
             slot
-            for slot in module_slots(self._modules)
+            for slot in module_entries(self._modules)
             if isinstance(slot.value, Tensor)
             and (id(slot.table), slot.key) not in self._places
             and id(slot.value) not in self._params

@@ -22,18 +22,18 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class NamedParam:
     """A parameter, its name with wrapper prefixes stripped, and what stands around it."""
 
     name: str
     param: Tensor
-    around: tuple[ProcessGroup, ...] = ()  # of the DDP modules around it
+    ddp_groups: tuple[ProcessGroup, ...] = ()  # of the DDP modules around it
     shard: FlatShard | None = None  # its FSDP1 unit's
     positional: bool = False  # the name is only a number
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class ModuleEntry:
     """Where a module keeps a parameter or a child, so that a replacement is noticed."""
 
     table: dict[str, Any]
@@ -56,18 +56,18 @@ class Slot:
 
 
 @dataclass(slots=True)
-class Found:
+class ParamScan:
     """All that was found in what the caller passed."""
 
-    named: list[Named] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
+    named: list[NamedParam] = field(default_factory=list)
+    slots: list[ModuleEntry] = field(default_factory=list)
     # that were passed; none where parameters were
     modules: list[nn.Module] = field(default_factory=list)
     # quantised parameters, which have no gradients
-    whole_numbers: list[Named] = field(default_factory=list)
+    whole_numbers: list[NamedParam] = field(default_factory=list)
 
 
-def named_parameters(params: Params) -> Found:
+def named_parameters(params: Params) -> ParamScan:
     """Parameters by name, each object once (a tied one under its first name).
 
     Raises:
@@ -77,13 +77,13 @@ def named_parameters(params: Params) -> Found:
     if isinstance(params, nn.Module):
         found = _of_modules([params])
     elif isinstance(params, Tensor):
-        found = Found([Named("0", params, positional=True)])
+        found = ParamScan([NamedParam("0", params, positional=True)])
     else:
         found = _of_items(_listed(params))
     return _once(found)
 
 
-def passed_modules(params: Params) -> list[nn.Module]:
+def modules_in(params: Params) -> list[nn.Module]:
     """The modules among what the caller passed; none where parameters were."""
     if isinstance(params, nn.Module):
         return [params]
@@ -94,9 +94,9 @@ def passed_modules(params: Params) -> list[nn.Module]:
     )
 
 
-def passed_tensors(params: Params) -> Iterator[Tensor]:
+def tensors_in(params: Params) -> Iterator[Tensor]:
     """All parameters in what the caller passed, whatever else is wrong with it."""
-    for module in passed_modules(params):
+    for module in modules_in(params):
         yield from module.parameters()
     items = (
         [params] if isinstance(params, Tensor) else params if isinstance(params, Iterable) else ()
@@ -109,9 +109,9 @@ def passed_tensors(params: Params) -> Iterator[Tensor]:
     )
 
 
-def module_slots(modules: Iterable[nn.Module]) -> list[Slot]:
+def module_entries(modules: Iterable[nn.Module]) -> list[ModuleEntry]:
     """Where modules keep their parameters and children now."""
-    slots: list[Slot] = []
+    slots: list[ModuleEntry] = []
     for module in modules:
         for _ in _walk(module, "", (), slots, {}, seen=set()):
             pass
@@ -138,20 +138,20 @@ def _listed(params: Any) -> list[Any]:
     return list(params)
 
 
-def _of_items(items: list[Any]) -> Found:
+def _of_items(items: list[Any]) -> ParamScan:
     if items and all(isinstance(item, nn.Module) for item in items):
         return _of_modules(items)
-    found = Found()
+    found = ParamScan()
     for i, item in enumerate(items):
         if isinstance(item, Tensor):
-            found.named.append(Named(str(i), item, positional=True))
+            found.named.append(NamedParam(str(i), item, positional=True))
         elif (
             isinstance(item, tuple)
             and len(item) == 2
             and isinstance(item[0], str)
             and isinstance(item[1], Tensor)
         ):
-            found.named.append(Named(strip(item[0]), item[1]))
+            found.named.append(NamedParam(strip(item[0]), item[1]))
         else:
             raise ConfigError(
                 f"params[{i}] is a {type(item).__name__}; pass an nn.Module, a list of modules, "
@@ -160,23 +160,23 @@ def _of_items(items: list[Any]) -> Found:
     return found
 
 
-def _of_modules(modules: list[nn.Module]) -> Found:
+def _of_modules(modules: list[nn.Module]) -> ParamScan:
     """Several modules are the pipeline stages of this rank; only where their names collide does
     each get its position before them."""
     walked = [_walk_all(module) for module in modules]
     names = Counter(named.name for found in walked for named in _distinct(found.named))
     prefix = any(count > 1 for count in names.values()) and len(modules) > 1
-    out = Found(modules=modules)
+    out = ParamScan(modules=modules)
     for i, found in enumerate(walked):
         out.slots += found.slots
         for named in found.named:
             name = f"{i}.{named.name}" if prefix else named.name
-            out.named.append(Named(name, named.param, named.around, named.shard))
+            out.named.append(NamedParam(name, named.param, named.ddp_groups, named.shard))
     return out
 
 
-def _walk_all(module: nn.Module) -> Found:
-    found = Found()
+def _walk_all(module: nn.Module) -> ParamScan:
+    found = ParamScan()
     shards = flat_shards(module)
     for named in _walk(module, "", (), found.slots, shards, seen=set()):
         found.named.append(named)
@@ -186,30 +186,32 @@ def _walk_all(module: nn.Module) -> Found:
 def _walk(
     module: nn.Module,
     path: str,
-    around: tuple[ProcessGroup, ...],
-    slots: list[Slot],
+    ddp_groups: tuple[ProcessGroup, ...],
+    slots: list[ModuleEntry],
     shards: dict[int, FlatShard],
     seen: set[int],
-) -> Iterator[Named]:
+) -> Iterator[NamedParam]:
     if id(module) in seen:
         return
     seen.add(id(module))
     if isinstance(module, DistributedDataParallel):
-        around = (*around, cast(ProcessGroup, module.process_group))
+        ddp_groups = (*ddp_groups, cast(ProcessGroup, module.process_group))
         for name, param in module.module.named_parameters():
             if name in module.parameters_to_ignore:  # DDP does not synchronise these
-                yield Named(strip(f"{path}{name}"), param, around[:-1], shards.get(id(param)))
+                yield NamedParam(
+                    strip(f"{path}{name}"), param, ddp_groups[:-1], shards.get(id(param))
+                )
     for key, param in module._parameters.items():
         if param is not None:
             name = strip(f"{path}{key}")
-            slots.append(Slot(module._parameters, key, param, name))
-            yield Named(name, param, around, shards.get(id(param)))
+            slots.append(ModuleEntry(module._parameters, key, param, name))
+            yield NamedParam(name, param, ddp_groups, shards.get(id(param)))
     for key, child in module._modules.items():
         if child is not None:
             transparent = isinstance(module, (DistributedDataParallel, DataParallel))
             below = path if transparent or key in _WRAPPERS else f"{path}{key}."
-            slots.append(Slot(module._modules, key, child, strip(below).rstrip(".") or key))
-            yield from _walk(child, below, around, slots, shards, seen)
+            slots.append(ModuleEntry(module._modules, key, child, strip(below).rstrip(".") or key))
+            yield from _walk(child, below, ddp_groups, slots, shards, seen)
 
 
 def strip(name: str) -> str:
@@ -220,22 +222,24 @@ def strip(name: str) -> str:
     return ".".join(parts)
 
 
-def _distinct(named: list[Named]) -> list[Named]:
-    first: dict[int, Named] = {}
+def _distinct(named: list[NamedParam]) -> list[NamedParam]:
+    first: dict[int, NamedParam] = {}
     for n in named:
         first.setdefault(id(n.param), n)
     return list(first.values())
 
 
-def _once(found: Found) -> Found:
+def _once(found: ParamScan) -> ParamScan:
     """Each parameter object once; integer (quantised) ones apart."""
-    kept, whole_numbers = [], []
+    select_state, whole_numbers = [], []
     for n in _distinct(found.named):
-        (kept if n.param.is_floating_point() or n.param.is_complex() else whole_numbers).append(n)
-    twice = [name for name, count in Counter(n.name for n in kept).items() if count > 1]
+        (
+            select_state if n.param.is_floating_point() or n.param.is_complex() else whole_numbers
+        ).append(n)
+    twice = [name for name, count in Counter(n.name for n in select_state).items() if count > 1]
     if twice:
         raise ConfigError(
             f"two different parameters are named {twice[0]!r}; pass (name, "
             f"parameter) pairs with distinct names"
         )
-    return Found(kept, found.slots, found.modules, whole_numbers)
+    return ParamScan(select_state, found.slots, found.modules, whole_numbers)

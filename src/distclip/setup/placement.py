@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from distclip.errors import ConfigError, PlacementError
 from distclip.records import Holding, Piece
-from distclip.setup.parameters import Named
+from distclip.setup.parameters import NamedParam
 from distclip.torch_internals.dtensor import is_dtensor, mesh_of, spec_of
 from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
 
@@ -47,7 +47,7 @@ EVERYWHERE = "all ranks with the name"
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class ReplicaDeclarations:
     """What the caller declared beyond what can be read from the parameters."""
 
     replicated_over: ReplicatedOver
@@ -58,7 +58,9 @@ class Declared:
         return [*self.replicated_over, *(name for names in self.shared for name in names)]
 
 
-def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[Named, Piece]]:
+def pieces(
+    named: Sequence[NamedParam], declared: ReplicaDeclarations, rank: int
+) -> list[tuple[NamedParam, Piece]]:
     """The pieces that this rank holds, with their parameters; those on a mesh without this rank are
     left out.
 
@@ -81,9 +83,9 @@ def pieces(named: Sequence[Named], declared: Declared, rank: int) -> list[tuple[
     return [(n, piece) for n, piece in out if piece is not None]
 
 
-def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
+def _piece(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Piece | None:
     over = _declared_scope(named.name, declared.replicated_over, rank)
-    around = tuple(ranks_token(group) for group in named.around)
+    around = tuple(ranks_token(group) for group in named.ddp_groups)
     key, tied = named.name, ()
     for names in declared.shared:
         if named.name in names:
@@ -106,10 +108,10 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
     if spec is not None:
         return _distributed(named, key, spec, scopes)
     param = named.param
-    how = "whole, in DDP" if around else "whole"
+    description = "whole, in DDP" if around else "whole"
     if over:
-        how = "private" if over == (private_token(rank),) else "whole, declared"
-    holding = scopes.holding(how, "whole", ())
+        description = "private" if over == (private_token(rank),) else "whole, declared"
+    holding = scopes.holding(description, "whole", ())
     shape = tuple(param.shape)
     return Piece(named.name, key, holding, shape, param.numel(), shape, None)
 
@@ -117,30 +119,34 @@ def _piece(named: Named, declared: Declared, rank: int) -> Piece | None:
 class _Scopes(NamedTuple):
     """Sets of ranks around a parameter, besides those of the parameter itself."""
 
-    around: tuple[str, ...]  # groups of DDP modules
+    ddp_groups: tuple[str, ...]  # groups of DDP modules
     declared: tuple[str, ...]  # by `replicated_over`
     tied: tuple[str, ...]  # by `shared`
 
-    def holding(self, how: str, region: str, own: tuple[str, ...]) -> Holding:
+    def holding(self, description: str, region: str, own: tuple[str, ...]) -> Holding:
         """`own`: the parameter's mesh, or its unit's groups."""
-        every = (*own, *self.around, *self.declared, *self.tied)
+        every = (*own, *self.ddp_groups, *self.declared, *self.tied)
         return Holding(
-            how, region, every or (EVERYWHERE,), (*own, *self.around), bool(self.declared)
+            description,
+            region,
+            every or (EVERYWHERE,),
+            (*own, *self.ddp_groups),
+            bool(self.declared),
         )
 
 
-def _flat(named: Named, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
+def _flat(named: NamedParam, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
     index, parts = shard.part
-    how = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
+    description = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
     region, over = f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups))
     if shard.spec is not None:  # of this rank's part under tensor parallelism
         placed = _placed(shard.spec)
-        how, region, over = (
-            f"{how}, of {placed.how}",
+        description, region, over = (
+            f"{description}, of {placed.description}",
             f"{placed.region} {region}",
             (placed.mesh, *over),
         )
-    holding = scopes.holding(how, region, over)
+    holding = scopes.holding(description, region, over)
     return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
 
@@ -150,7 +156,7 @@ _IS_PARTIAL = methodcaller("is_partial")
 class _Placed(NamedTuple):
     """Which part of a DTensor this rank holds."""
 
-    how: str
+    description: str
     region: str
     mesh: str  # token of its ranks
 
@@ -174,7 +180,7 @@ def is_copy(placement: Placement) -> bool:
     return placement.is_replicate() or placement.is_partial()
 
 
-def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
+def _distributed(named: NamedParam, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
     placements: tuple[Placement, ...] = tuple(spec.placements)
     if mesh_of(spec).get_coordinate() is None:
         return None
@@ -186,7 +192,7 @@ def _distributed(named: Named, key: str, spec: Any, scopes: _Scopes) -> Piece | 
     placed = _placed(spec)
     param, shape = named.param, tuple(spec.shape)
     local = param._local_tensor if is_dtensor(param) else param
-    holding = scopes.holding(placed.how, placed.region, (placed.mesh,))
+    holding = scopes.holding(placed.description, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return Piece(
         named.name,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from distclip.errors import AgreementError, ConfigError
-from distclip.exchange.channel import Channel, brief, hash64, raise_on_all_ranks
+from distclip.exchange.channel import Channel, format_ranks, hash64, raise_on_all_ranks
 from distclip.records import Holding, Piece, Row, Share
 from distclip.setup.inventory import DECLARE, exchange_tables
-from distclip.setup.replicas import find_holders, rows_of
+from distclip.setup.replicas import find_replicas, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,13 @@ class Plan:
     def __str__(self) -> str:
         head = ("parameters", "elements", "held as", "over ranks", "copies")
         lines = [
-            (f"{r.parameters:,}", f"{r.elements:,}", r.how, brief(r.ranks), str(r.copies))
+            (
+                f"{r.parameters:,}",
+                f"{r.elements:,}",
+                r.description,
+                format_ranks(r.ranks),
+                str(r.copies),
+            )
             for r in self.rows
         ]
         width = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
@@ -95,13 +101,13 @@ def agree_on_call(
     """
     if channel.size > 1:
         digest = hash64(str(sorted(config.items()))) if error is None else 0
-        heads = channel.slots(
+        heads = channel.gather_ints(
             torch.tensor([digest, int(error is not None)], device="cpu"),
             device,
             "the set-up's first message",
         )
         if heads[:, 1].any():
-            said = channel.texts(
+            said = channel.gather_texts(
                 f"{type(error).__name__}: {error}" if error else "",
                 device,
                 "the report of a set-up error",
@@ -120,7 +126,7 @@ def agree_on_call(
 
 
 def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.device) -> None:
-    said = channel.texts(
+    said = channel.gather_texts(
         "\n".join(f"{k}={v!r}" for k, v in sorted(config.items())),
         device,
         "the comparison of configurations",
@@ -132,7 +138,7 @@ def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.
             options.setdefault(name, {}).setdefault(value, []).append(rank)
     lines = [
         f"{name}: "
-        + "; ".join(f"{value} on rank {brief(ranks)}" for value, ranks in values.items())
+        + "; ".join(f"{value} on rank {format_ranks(ranks)}" for value, ranks in values.items())
         for name, values in options.items()
         if len(values) > 1 or sum(map(len, values.values())) < channel.size
     ]
@@ -178,12 +184,12 @@ def make_plan(
         raise ConfigError(
             "params holds no parameters on any rank; pass the model, or (name, parameter) pairs"
         )
-    holders = find_holders(tables, channel.rank, pieces)
-    if holders.misshapen:
+    holders = find_replicas(tables, channel.rank, pieces)
+    if holders.shape_conflicts:
         local = [
             f"{p.name} has shape {p.shape}"
             for p in pieces
-            if hash64(p.key_name) in holders.misshapen
+            if hash64(p.key_name) in holders.shape_conflicts
         ]
         remedy = f"{DECLARE}. If they should be equal, build the same model on all ranks"
         raise_on_all_ranks(channel, local, device, "the comparison of shapes", remedy)
@@ -196,12 +202,12 @@ def make_plan(
         whole[slot] += piece.numel / members
     sums = torch.tensor([held, whole], dtype=torch.float64, device="cpu")
     sums = channel.reduce_(
-        sums.to(channel.device_for(device)), "sum", "the set-up's count of elements"
+        sums.to(channel.comm_device(device)), "sum", "the set-up's count of elements"
     ).cpu()
     lost = (sums[0] - sums[1]).abs() > 1e-6 * sums[1] + 1e-3
     if lost.any():
         local = [
-            f"{p.name} ({p.holding.how}): the parts held add up to {sums[0, s]:.0f} elements of "
+            f"{p.name} ({p.holding.description}): the parts held add up to {sums[0, s]:.0f} elements of "
             f"{sums[1, s]:.0f}; every rank that "
             "holds a part must be in process_group, and copies must be declared by replicated_over"
             for p, s in zip(pieces, holders.slot, strict=True)
@@ -265,6 +271,6 @@ def _agreed_names(
     names = set(here.values())
     if set.union(*known) != everywhere:
         some = sorted(name for k, name in here.items() if k not in everywhere)
-        for text in channel.texts("\n".join(some), device, "the exchange of names"):
+        for text in channel.gather_texts("\n".join(some), device, "the exchange of names"):
             names |= set(text.splitlines())
     return tuple(sorted(names))

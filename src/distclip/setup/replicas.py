@@ -17,15 +17,15 @@ from distclip.records import Piece, Row, Share
 from distclip.setup.inventory import RemoteHolding, Tables
 
 
-class Component(NamedTuple):
+class ReplicaSet(NamedTuple):
     """Ranks that hold one parameter together: copies and sibling parts."""
 
     ranks: tuple[int, ...]  # positions
-    how: str
+    description: str
     copies: int  # h of its first part
 
 
-class Place(NamedTuple):
+class ReplicaPosition(NamedTuple):
     """One holder's place among those that hold the same part."""
 
     component: int
@@ -35,19 +35,19 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Holders:
+class ReplicaMap:
     """The holders of every parameter, computed alike on all ranks."""
 
     shares: list[Share]  # [this rank's pieces]
     slot: list[int]  # [this rank's pieces]: position in the vector that checks the tiling
     members: list[int]  # [this rank's pieces]
     slots: int
-    components: list[tuple[Component, Tensor]]  # with the slots of its parameters, [n] int64
-    misshapen: set[int]  # keys of names that have several shapes
+    components: list[tuple[ReplicaSet, Tensor]]  # with the slots of its parameters, [n] int64
+    shape_conflicts: set[int]  # keys of names that have several shapes
     apart: int  # names that DTensors or wrapped parameters have on ranks that nothing joins
 
 
-def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
+def find_replicas(tables: Tables, rank: int, pieces: Sequence[Piece]) -> ReplicaMap:
     """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions.
     Sends nothing.
 
@@ -101,7 +101,7 @@ def find_holders(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Holders:
         for at, found in zip(of_case, components, strict=True)
         for i, component in enumerate(found)
     ]
-    return Holders(
+    return ReplicaMap(
         shares,
         slot,
         members,
@@ -120,7 +120,7 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 31)
 
 
-_Places = dict[tuple[int, int], list[Place]]
+_Positions = dict[tuple[int, int], list[ReplicaPosition]]
 
 
 def _module_sets(tables: Tables) -> list[Hashable]:
@@ -162,7 +162,7 @@ def _cases(
     name_of: Tensor,
     case_of: Tensor,
     count: int,
-) -> tuple[list[_Places], list[list[Component]], list[bool]]:
+) -> tuple[list[_Positions], list[list[ReplicaSet]], list[bool]]:
     """For each case the place of every (rank, holding) and the components, from one example
     name."""
     example = torch.full((count,), -1, device="cpu").scatter_(
@@ -189,7 +189,7 @@ def _cases(
 
 def _joined(
     tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]
-) -> tuple[_Places, list[Component], bool]:
+) -> tuple[_Positions, list[ReplicaSet], bool]:
     joined = _Joined()
     for rank, ordinal in entries:
         holding = tables.holdings[rank][ordinal]
@@ -202,18 +202,22 @@ def _joined(
     for rank, ordinal in entries:
         together[joined.root(tables.holdings[rank][ordinal].scopes[0])].append((rank, ordinal))
 
-    places: _Places = defaultdict(list)
-    components: list[Component] = []
+    places: _Positions = defaultdict(list)
+    components: list[ReplicaSet] = []
     for number, members in enumerate(together.values()):
         holders: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for rank, ordinal in members:
             holders[tables.holdings[rank][ordinal].region].append((rank, ordinal))
         for same in holders.values():
             for i, (rank, ordinal) in enumerate(same):
-                places[rank, ordinal].append(Place(number, len(same), i, len(members)))
-        hows = dict.fromkeys(tables.holdings[rank][ordinal].how for rank, ordinal in members)
+                places[rank, ordinal].append(ReplicaPosition(number, len(same), i, len(members)))
+        descriptions = dict.fromkeys(
+            tables.holdings[rank][ordinal].description for rank, ordinal in members
+        )
         ranks = tuple(sorted({rank for rank, _ in members}))
-        components.append(Component(ranks, " / ".join(hows), len(next(iter(holders.values())))))
+        components.append(
+            ReplicaSet(ranks, " / ".join(descriptions), len(next(iter(holders.values()))))
+        )
     read = [
         any(_widens(tables.holdings[rank][ordinal]) for rank, ordinal in members)
         for members in together.values()
@@ -233,7 +237,7 @@ def _misshapen(
     names: Tensor,
     name_of: Tensor,
     case_of: Tensor,
-    places: list[_Places],
+    places: list[_Positions],
     owner: Tensor,
 ) -> set[int]:
     """Keys of names whose copies or parts disagree about the whole parameter's shape."""
@@ -254,7 +258,7 @@ def _misshapen(
     return out
 
 
-def _weight(name_key: int, place: Place) -> float:
+def _weight(name_key: int, place: ReplicaPosition) -> float:
     """This holder's weight in the drift sum: between 1/8 and 1 in size, zero-sum over the holders,
     0 for a single one."""
     if place.holders == 1:
@@ -284,16 +288,16 @@ def pattern(holders: int) -> tuple[float, ...]:
     return _PATTERNS[holders]
 
 
-def rows_of(holders: Holders, elements: Tensor, channel: Channel) -> tuple[Row, ...]:
+def rows_of(holders: ReplicaMap, elements: Tensor, channel: Channel) -> tuple[Row, ...]:
     """The lines of the ownership table. `elements`: [slots] float64, each parameter's global number
     of elements."""
     merged: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(lambda: [0, 0])
     for component, slots in holders.components:
         ranks = tuple(channel.ranks[position] for position in component.ranks)
-        line = merged[component.how, ranks, component.copies]
+        line = merged[component.description, ranks, component.copies]
         line[0] += len(slots)
         line[1] += round(float(elements[slots].sum()))
     return tuple(
-        Row(count, total, how, ranks, copies)
-        for (how, ranks, copies), (count, total) in merged.items()
+        Row(count, total, description, ranks, copies)
+        for (description, ranks, copies), (count, total) in merged.items()
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distclip.setup.parameters import Params, passed_modules, strip
+from distclip.setup.parameters import Params, modules_in, strip
 from distclip.torch_internals.dtensor import imported_class
 
 
@@ -37,7 +37,7 @@ def wrappers(params: Params) -> tuple[Wrapper, ...]:
     )
     return tuple(
         wrapper
-        for module in passed_modules(params)
+        for module in modules_in(params)
         if kinds
         for wrapper in _outermost(module, kinds, "", seen=set())
     )

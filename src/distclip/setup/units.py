@@ -30,7 +30,7 @@ def unit_range(param: Tensor, piece: Piece) -> UnitRange:
     held = 1 if vector else piece.local_shape[0]
     if "flat " in piece.holding.region:
         raise PlacementError(
-            f"{piece.name} is {piece.holding.how}, which cuts units anywhere; "
+            f"{piece.name} is {piece.holding.description}, which cuts units anywhere; "
             f"clip by units under fully_shard (FSDP2)"
         )
     spec = spec_of(param)
@@ -45,7 +45,7 @@ def unit_range(param: Tensor, piece: Piece) -> UnitRange:
         return UnitRange(0, 1, True, whole)
     if any(not (is_copy(p) or is_contiguous_shard(p)) and p.dim == 0 for p in spec.placements):
         raise PlacementError(
-            f"{piece.name} is {piece.holding.how}; clipping by units does not "
+            f"{piece.name} is {piece.holding.description}; clipping by units does not "
             f"know which rows these are"
         )
     return UnitRange(offset_of(piece.shape, spec)[0], held, True, whole)

@@ -89,7 +89,7 @@ def _names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-class Handshake:
+class ScalerState:
     """What one call has to do with a scaler, or with none.
 
     Args:

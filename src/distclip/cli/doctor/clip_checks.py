@@ -13,7 +13,7 @@ from torch import Tensor
 
 import distclip
 from distclip.cli.doctor.layouts import Case, Layout, stages
-from distclip.cli.doctor.records import Bench, Result, Seen, by_value, spans
+from distclip.cli.doctor.records import CheckContext, Observation, Result, by_value, spans
 from distclip.testing import count_collectives
 
 TOLERANCE = 1e-6  # relative, of a float32 norm
@@ -45,12 +45,12 @@ class LayoutCheck:
         number = f"at least {self.layout.ranks} ranks" + ", an even number" * self.layout.even
         return f"needs {number}; there {_are(size)}"
 
-    def run(self, bench: Bench) -> Seen:
+    def run(self, bench: CheckContext) -> Observation:
         bench.stage("wrap, forward and backward", self.layout.sends)
         case = self.layout.build(bench)
         return {f"{p:g}": _clip(case, p, bench) for p in NORMS}
 
-    def judge(self, seen: Sequence[Seen]) -> Result:
+    def judge(self, seen: Sequence[Observation]) -> Result:
         faults: list[str] = []
         worst = 0.0
         expected = ["allreduce_"] if len(seen) > 1 else []
@@ -106,7 +106,7 @@ def _local(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _clip(case: Case, p: float, bench: Bench) -> Seen:
+def _clip(case: Case, p: float, bench: CheckContext) -> Observation:
     """Clip at half of the oracle's norm, look, and put the gradients back."""
     flat = torch.cat([grad.flatten() for grad in case.want])
     want = float(flat.abs().max() if math.isinf(p) else flat.square().sum().sqrt())
@@ -147,7 +147,7 @@ class Overflow:
     def lacks(self, size: int) -> str:
         return ""
 
-    def run(self, bench: Bench) -> Seen:
+    def run(self, bench: CheckContext) -> Observation:
         case = stages(bench)
         bench.stage("GradClipper set-up", "all_reduce")
         clipper = distclip.GradClipper(case.params, 1.0, **case.options)
@@ -184,7 +184,7 @@ class Overflow:
             "ranks": ranks,
         }
 
-    def judge(self, seen: Sequence[Seen]) -> Result:
+    def judge(self, seen: Sequence[Observation]) -> Result:
         last = len(seen) - 1
         faults = [
             f"{text} on {spans(ranks)}"

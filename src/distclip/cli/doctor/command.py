@@ -24,18 +24,18 @@ from distclip.cli.doctor.facts import cannot_start, device_for, facts, judge_fac
 from distclip.cli.doctor.layouts import LAYOUTS
 from distclip.cli.doctor.output import Findings, as_json, as_table
 from distclip.cli.doctor.records import (
-    Bench,
     CannotRun,
     Check,
-    Place,
+    CheckContext,
+    Observation,
+    RankInfo,
     Result,
-    Seen,
     by_value,
     spans,
 )
 from distclip.cli.doctor.speed_checks import Latency, Speed
-from distclip.cli.doctor.store import Board, read_place
-from distclip.cli.doctor.watchdog import Watch
+from distclip.cli.doctor.store import StatusStore, read_place
+from distclip.cli.doctor.watchdog import Watchdog
 
 CHECKS: tuple[Check, ...] = (
     *(LayoutCheck(layout) for layout in LAYOUTS),
@@ -71,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         place = read_place(options.timeout)
-        board = Board(place)
+        board = StatusStore(place)
     except CannotRun as error:
         print(f"distclip doctor: {error}", file=sys.stderr)
         return 2
-    with _answers_alone() as out, Watch(board, show) as watch:
+    with _answers_alone() as out, Watchdog(board, show) as watch:
         try:
             return Examination(place, board, watch, findings, show).run(chosen, options.backend)
         except Exception as error:
@@ -110,9 +110,9 @@ class Examination:
 
     def __init__(
         self,
-        place: Place,
-        board: Board,
-        watch: Watch,
+        place: RankInfo,
+        board: StatusStore,
+        watch: Watchdog,
         findings: Findings,
         show: Callable[[str], None],
     ) -> None:
@@ -157,7 +157,9 @@ class Examination:
         self._watch.part("done")
         return int(code)
 
-    def _confer(self, topic: str, mine: Seen, judge: Callable[[list[Seen]], Any]) -> Any:
+    def _confer(
+        self, topic: str, mine: Observation, judge: Callable[[list[Observation]], Any]
+    ) -> Any:
         """Tell what this rank saw; the word that rank 0 finds in what all saw."""
         raised = str(mine.get("raised", ""))
         # who comes out of a broken collective waits for the others a short while only: theirs has
@@ -173,26 +175,26 @@ class Examination:
         except TimeoutError:
             self._watch.end(raised or f"not every rank came to the end of {topic}")
 
-    def _judge_facts(self, everyone: list[Seen]) -> str:
+    def _judge_facts(self, everyone: list[Observation]) -> str:
         stop = cannot_start(everyone)
         if not stop:
             self._findings.facts = everyone
             self._findings.results.append(judge_facts(everyone))
         return stop
 
-    def _seen(self, check: Check, device: torch.device) -> Seen:
+    def _seen(self, check: Check, device: torch.device) -> Observation:
         def stage(step: str, sends: str) -> None:
             self._watch.stage(f"{check.name}: {step} ({sends})")
 
         try:
-            return check.run(Bench(self._place.rank, self._place.size, device, stage))
+            return check.run(CheckContext(self._place.rank, self._place.size, device, stage))
         except Exception as error:
             return {
                 "raised": f"{self._watch.where}: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:600]}"
             }
 
-    def _judge(self, check: Check, everyone: list[Seen]) -> str:
+    def _judge(self, check: Check, everyone: list[Observation]) -> str:
         """Adds the result. What keeps the process group from further use, or an empty text."""
         raised = by_value([one.get("raised", "") for one in everyone])
         untouched = raised.pop("", [])

@@ -17,7 +17,7 @@ from torch.distributed.constants import default_pg_nccl_timeout, default_pg_time
 import distclip
 import distclip.kernels
 import distclip.versions
-from distclip.cli.doctor.records import CannotRun, Place, Result, by_value, spans
+from distclip.cli.doctor.records import CannotRun, RankInfo, Result, by_value, spans
 
 PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ SAME = {
 }
 
 
-def device_for(place: Place, backend: str | None) -> tuple[str, torch.device]:
+def device_for(place: RankInfo, backend: str | None) -> tuple[str, torch.device]:
     """The backend and this rank's device: nccl on CUDA, gloo on the CPU, unless asked otherwise.
 
     Raises:
@@ -63,7 +63,7 @@ def device_for(place: Place, backend: str | None) -> tuple[str, torch.device]:
     return asked, device
 
 
-def facts(place: Place, backend: str, device: torch.device) -> dict[str, Any]:
+def facts(place: RankInfo, backend: str, device: torch.device) -> dict[str, Any]:
     """Of this rank."""
     on_cuda = device.type == "cuda"
     torchs_own = (

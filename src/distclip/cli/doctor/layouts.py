@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
-from distclip.cli.doctor.records import Bench
+from distclip.cli.doctor.records import CheckContext
 from distclip.testing import fully_shard
 
 WIDTH, BATCH = 8, 3
@@ -45,7 +45,7 @@ class Layout:
     name: str
     line: str
     sends: str  # by torch's wrapper, in `build`
-    build: Callable[[Bench], Case]
+    build: Callable[[CheckContext], Case]
     ranks: int = 2  # the least
     even: bool = False
 
@@ -88,12 +88,12 @@ def truth(shards: Iterable[int], hidden: int, name: str = "net") -> list[Tensor]
     return [param.grad for param in net.parameters() if param.grad is not None]
 
 
-def hidden_of(bench: Bench) -> int:
+def hidden_of(bench: CheckContext) -> int:
     """A multiple of the ranks: tensor parallelism splits it."""
     return max(16 // bench.size, 2) * bench.size
 
 
-def backward(model: nn.Module, bench: Bench, shard: int) -> list[nn.Parameter]:
+def backward(model: nn.Module, bench: CheckContext, shard: int) -> list[nn.Parameter]:
     """One backward pass on a shard's data; the model's parameters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's wrappers, about themselves
@@ -106,7 +106,7 @@ def mesh(device: str, *shape: int) -> DeviceMesh:
     return init_device_mesh(device, shape, mesh_dim_names=("outer", "inner")[: len(shape)])
 
 
-def wrapped(wrap: Callable[[Net], nn.Module], bench: Bench, shards: int, shard: int) -> Case:
+def wrapped(wrap: Callable[[Net], nn.Module], bench: CheckContext, shards: int, shard: int) -> Case:
     hidden = hidden_of(bench)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,18 +114,18 @@ def wrapped(wrap: Callable[[Net], nn.Module], bench: Bench, shards: int, shard: 
     return Case(model, backward(model, bench, shard), truth(range(shards), hidden))
 
 
-def copies(bench: Bench) -> Case:
+def copies(bench: CheckContext) -> Case:
     def same(net: Net) -> nn.Module:
         return net
 
     return wrapped(same, bench, 1, 0)
 
 
-def ddp(bench: Bench) -> Case:
+def ddp(bench: CheckContext) -> Case:
     return wrapped(DDP, bench, bench.size, bench.rank)
 
 
-def fsdp1(bench: Bench) -> Case:
+def fsdp1(bench: CheckContext) -> Case:
     def wrap(net: Any) -> nn.Module:
         unit = partial(
             FSDP1,
@@ -144,7 +144,7 @@ def _fully_sharded(net: Any, on: DeviceMesh) -> nn.Module:
     return fully_shard(net, mesh=on)
 
 
-def fsdp2(bench: Bench) -> Case:
+def fsdp2(bench: CheckContext) -> Case:
     return wrapped(
         partial(_fully_sharded, on=mesh(bench.device.type, bench.size)),
         bench,
@@ -153,7 +153,7 @@ def fsdp2(bench: Bench) -> Case:
     )
 
 
-def hsdp(bench: Bench) -> Case:
+def hsdp(bench: CheckContext) -> Case:
     return wrapped(
         partial(_fully_sharded, on=mesh(bench.device.type, 2, bench.size // 2)),
         bench,
@@ -166,11 +166,11 @@ def _split(net: nn.Module, on: DeviceMesh) -> nn.Module:
     return parallelize_module(net, on, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-def tp(bench: Bench) -> Case:
+def tp(bench: CheckContext) -> Case:
     return wrapped(partial(_split, on=mesh(bench.device.type, bench.size)), bench, 1, 0)
 
 
-def tp_fsdp2(bench: Bench) -> Case:
+def tp_fsdp2(bench: CheckContext) -> Case:
     grid = mesh(bench.device.type, bench.size // 2, 2)
 
     def wrap(net: Net) -> nn.Module:
@@ -179,7 +179,7 @@ def tp_fsdp2(bench: Bench) -> Case:
     return wrapped(wrap, bench, bench.size // 2, bench.rank // 2)
 
 
-def stages(bench: Bench, without: int | None = None) -> Case:
+def stages(bench: CheckContext, without: int | None = None) -> Case:
     """Each rank a network of its own under the same names; rank `without` has no gradients."""
     net = Net(16, f"stage{bench.rank}").to(bench.device)
     own = backward(net, bench, 0)
@@ -196,11 +196,11 @@ def stages(bench: Bench, without: int | None = None) -> Case:
     )
 
 
-def last_without(bench: Bench) -> Case:
+def last_without(bench: CheckContext) -> Case:
     return stages(bench, without=bench.size - 1)
 
 
-def experts(bench: Bench) -> Case:
+def experts(bench: CheckContext) -> Case:
     """A gate held by all, an expert by one rank, and, in an even world, an expert that half of the
     ranks share."""
 

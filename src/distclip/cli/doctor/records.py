@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 # What one rank saw in a check; travels to rank 0 as JSON.
-Seen = dict[str, Any]
+Observation = dict[str, Any]
 
 
 class CannotRun(Exception):
@@ -17,7 +17,7 @@ class CannotRun(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankInfo:
     """Where this process stands in the job, from the launcher's environment variables."""
 
     rank: int
@@ -34,7 +34,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class CheckContext:
     """What a check works with on this rank. `stage(step, sends)` tells the watch what comes next,
     and which collectives it sends."""
 
@@ -69,9 +69,9 @@ class Check(Protocol):
         """What a world of `size` ranks lacks for this check, or an empty text."""
         ...
 
-    def run(self, bench: Bench) -> Seen: ...
+    def run(self, bench: CheckContext) -> Observation: ...
 
-    def judge(self, seen: Sequence[Seen]) -> Result:
+    def judge(self, seen: Sequence[Observation]) -> Result:
         """`seen` by rank, of ranks that raised nothing."""
         ...
 

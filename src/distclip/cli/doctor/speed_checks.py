@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
-from distclip.cli.doctor.records import Bench, Result, Seen
+from distclip.cli.doctor.records import CheckContext, Observation, Result
 
 SMALL_WORDS, LARGE_WORDS = 16, 1 << 19  # float64: a clip's message with one group, and 4 MiB
 LAYERS, SIZE = 12, 1024  # 12 × (1024 × 1024 + 1024) float32: 50 MB of gradients
@@ -42,8 +42,8 @@ class Latency:
     def lacks(self, size: int) -> str:
         return "" if size > 1 else "needs at least 2 ranks; there is 1"
 
-    def run(self, bench: Bench) -> Seen:
-        found: Seen = {}
+    def run(self, bench: CheckContext) -> Observation:
+        found: Observation = {}
         for words, runs in ((SMALL_WORDS, 50), (LARGE_WORDS, 10)):
             bench.stage("measure", f"all_reduce of {words} float64")
             message = torch.zeros(words, dtype=torch.float64, device=bench.device)
@@ -53,7 +53,7 @@ class Latency:
             found[str(words)] = median(times[3:])
         return found
 
-    def judge(self, seen: Sequence[Seen]) -> Result:
+    def judge(self, seen: Sequence[Observation]) -> Result:
         parts = [
             f"{words} float64: {max(one[words] for one in seen) * 1e3:.2f} ms"
             for words in (str(SMALL_WORDS), str(LARGE_WORDS))
@@ -79,14 +79,16 @@ class Speed:
     def lacks(self, size: int) -> str:
         return ""
 
-    def run(self, bench: Bench) -> Seen:
+    def run(self, bench: CheckContext) -> Observation:
         model = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(LAYERS))).to(bench.device)
         params = list(model.parameters())
         for param in params:
             param.grad = torch.empty_like(param)
         grads = [param.grad for param in params if param.grad is not None]
         norm = math.sqrt(sum(grad.numel() for grad in grads)) * LEVEL
-        found: Seen = {"megabytes": sum(grad.numel() * grad.element_size() for grad in grads) / 1e6}
+        found: Observation = {
+            "megabytes": sum(grad.numel() * grad.element_size() for grad in grads) / 1e6
+        }
         for case, threshold in (("idle", norm * 1e3), ("active", norm / 2)):
             bench.stage(f"GradClipper set-up, {case}", "all_reduce")
             clipper = distclip.GradClipper(model, threshold)
@@ -106,7 +108,7 @@ class Speed:
             found[case] = {who: median(spent[1:]) for who, spent in times.items()}
         return found
 
-    def judge(self, seen: Sequence[Seen]) -> Result:
+    def judge(self, seen: Sequence[Observation]) -> Result:
         def worst(case: str, who: str) -> float:
             return max(one[case][who] for one in seen) * 1e3
 

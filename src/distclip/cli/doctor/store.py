@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from distclip.cli.doctor.records import CannotRun, Place
+from distclip.cli.doctor.records import CannotRun, RankInfo
 
 
-def read_place(timeout_s: float) -> Place:
+def read_place(timeout_s: float) -> RankInfo:
     """From RANK, WORLD_SIZE and LOCAL_RANK; without them this process is a world of one.
 
     Raises:
@@ -25,7 +25,7 @@ def read_place(timeout_s: float) -> Place:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        return Place(0, 1, 0, socket.gethostname(), timeout_s)
+        return RankInfo(0, 1, 0, socket.gethostname(), timeout_s)
     if len(given) < len(names):
         lacking = ", ".join(sorted(set(names) - set(given)))
         raise CannotRun(
@@ -37,12 +37,12 @@ def read_place(timeout_s: float) -> Place:
         raise CannotRun(
             f"RANK={rank} does not fit WORLD_SIZE={size}; ranks count from 0 to {size - 1}"
         )
-    return Place(
+    return RankInfo(
         rank, size, int(os.environ.get("LOCAL_RANK", rank)), socket.gethostname(), timeout_s
     )
 
 
-class Board:
+class StatusStore:
     """A store that all ranks reach: torchrun's own, or one that rank 0 opens at
     MASTER_ADDR:MASTER_PORT.
 
@@ -50,7 +50,7 @@ class Board:
         CannotRun: it cannot be reached within the time-out.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: RankInfo) -> None:
         self.place = place
         if place.size == 1:
             self.where, self.hosted, store = "this process", True, dist.HashStore()

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from distclip.cli.doctor.store import Board
+from distclip.cli.doctor.store import StatusStore
 
 BEAT_S = 1.0
 SILENT_S = 2.5  # a rank whose beat stands still that long gives no sign of life
@@ -37,7 +37,7 @@ class Sign:
     ended: str  # empty while it runs
 
 
-class Watch:
+class Watchdog:
     """Beats on the board while it is open; `with Watch(...) as watch`.
 
     Args:
@@ -45,7 +45,7 @@ class Watch:
             show what is known by then.
     """
 
-    def __init__(self, board: Board, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, board: StatusStore, on_lost: Callable[[str], None]) -> None:
         self._board, self._place, self._on_lost = board, board.place, on_lost
         self._beats, self._asks = board.twin(), board.twin()
         # of the ending: the main thread's or the watch's, whoever comes first
@@ -62,7 +62,7 @@ class Watch:
         self._silent = set[int]()  # ranks that give no sign of life
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         # torchrun ends the others by SIGTERM when a rank dies. The main thread may be inside a
         # collective and never run a handler: the signal's number is written to the pipe in any
         # case, and the watch reads it.

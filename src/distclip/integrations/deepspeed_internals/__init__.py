@@ -8,7 +8,7 @@ from typing import Any
 
 from distclip.integrations.deepspeed_internals.engine import (
     OF_ENGINE,
-    Inside,
+    EngineAdapter,
     end_own_clipping,
     missing,
     own_clipping,
@@ -17,7 +17,7 @@ from distclip.integrations.deepspeed_internals.engine import (
 from distclip.integrations.deepspeed_internals.sharded import BF16, ZeRO3, ZeRO12
 from distclip.integrations.deepspeed_internals.whole import Fused, Plain, Unfused
 
-KINDS: dict[str, type[Inside]] = {
+KINDS: dict[str, type[EngineAdapter]] = {
     "DeepSpeedZeroOptimizer": ZeRO12,
     "DeepSpeedZeroOptimizer_Stage3": ZeRO3,
     "BF16_Optimizer": BF16,
@@ -27,7 +27,7 @@ KINDS: dict[str, type[Inside]] = {
 }
 
 
-def kind_of(engine: Any) -> type[Inside] | None:
+def kind_of(engine: Any) -> type[EngineAdapter] | None:
     if engine.optimizer is not None and engine.optimizer is engine.basic_optimizer:
         return KINDS["plain"]
     return KINDS.get(type(engine.optimizer).__name__)
@@ -36,7 +36,7 @@ def kind_of(engine: Any) -> type[Inside] | None:
 __all__ = [
     "KINDS",
     "OF_ENGINE",
-    "Inside",
+    "EngineAdapter",
     "end_own_clipping",
     "kind_of",
     "missing",

@@ -80,7 +80,7 @@ class Part:
     master: Tensor  # float32, as a rule a view of the flat buffer
 
 
-class Inside:
+class EngineAdapter:
     """One attached engine."""
 
     needs: ClassVar[tuple[str, ...]] = ()  # of the optimizer
@@ -196,6 +196,6 @@ class Inside:
     own_step: Callable[..., Any]
 
 
-def unasked(*args: Any, **kwargs: Any) -> bool:
+def never_overflows(*args: Any, **kwargs: Any) -> bool:
     """In place of DeepSpeed's checks for overflow."""
     return False

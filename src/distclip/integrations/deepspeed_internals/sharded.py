@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip import ClipReport, GradClipper
-from distclip.integrations.deepspeed_internals.engine import Inside, Part, unasked
+from distclip.integrations.deepspeed_internals.engine import EngineAdapter, Part, never_overflows
 
 
 def _flat_norm(report: ClipReport) -> Tensor:
@@ -30,7 +30,7 @@ def _autocast(optimizer: Any) -> list[str]:
     )
 
 
-class ZeRO12(Inside):
+class ZeRO12(EngineAdapter):
     """Stages 1 and 2: each rank steps a contiguous part of every param group, laid out flat."""
 
     needs = (
@@ -63,7 +63,9 @@ class ZeRO12(Inside):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.replace("check_overflow", unasked)  # the norm tells, by one message instead of two
+        self.replace(
+            "check_overflow", never_overflows
+        )  # the norm tells, by one message instead of two
         self.replace("scaled_global_norm", self.norm)
         self.replace("unscale_and_clip_grads", self.clip)
         self._checks = self.optimizer.check_grad_overflow
@@ -103,7 +105,7 @@ class ZeRO12(Inside):
             self.optimizer.check_grad_overflow = self._checks
 
 
-class ZeRO3(Inside):
+class ZeRO3(EngineAdapter):
     """Stage 3: each rank steps a slice of every parameter, sub-groups of them laid out flat."""
 
     needs = (
@@ -140,7 +142,7 @@ class ZeRO3(Inside):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.replace("check_overflow", unasked)
+        self.replace("check_overflow", never_overflows)
         self.replace("_get_norm_groups", self.norms)
         self.replace("unscale_and_clip_grads", self.clip)
 
@@ -163,7 +165,7 @@ class ZeRO3(Inside):
         self.clipper.apply_([part.master for part in self.slices(sub_group_id, grad)])
 
 
-class BF16(Inside):
+class BF16(EngineAdapter):
     """Stage 1 in bf16 with float32 accumulation: gradients are float32 and flat from the first."""
 
     needs = (

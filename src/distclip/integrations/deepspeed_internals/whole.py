@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from distclip import GradClipper
-from distclip.integrations.deepspeed_internals.engine import Inside, Part, unasked
+from distclip.integrations.deepspeed_internals.engine import EngineAdapter, Part, never_overflows
 
 
-class Whole(Inside):
+class Whole(EngineAdapter):
     """Stage 0 in fp16 or bf16: every rank steps float32 copies of all parameters.
 
     DeepSpeed 0.19 does not scale the loss of these optimizers, and yet divides their gradients by
@@ -57,7 +57,7 @@ class Unfused(Whole):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.optimizer.overflow_checker.check = unasked
+        self.optimizer.overflow_checker.check = never_overflows
         self.replace("unscale_and_clip_grads", self.clip)
 
     def clip(self, total_norm: Any, apply_scale: bool = True) -> float:
@@ -90,7 +90,7 @@ class Fused(Whole):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.optimizer.overflow_checker.has_overflow = unasked
+        self.optimizer.overflow_checker.has_overflow = never_overflows
         self.replace("unscale_and_clip_grads", self.clip)
 
     def clip(
@@ -101,7 +101,7 @@ class Fused(Whole):
         return 1.0
 
 
-class Plain(Inside):
+class Plain(EngineAdapter):
     """Stage 0 in float32: the user's own optimizer on the model's own parameters."""
 
     sharded = False
