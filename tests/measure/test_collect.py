@@ -147,7 +147,7 @@ def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
         GradientCache._match_layout,
     )
     monkeypatch.setattr(
-        GradientCache, "_compared", lambda *args: (compared.append(1), compare(*args))[1]
+        GradientCache, "_match_layout", lambda *args: (compared.append(1), compare(*args))[1]
     )
     assert [norm(clipper) ** 2 for _ in range(5)] == pytest.approx([20.0] * 5) and len(
         compared

@@ -246,7 +246,7 @@ def test_a_step_in_place_reads_once(fake):
     clipper, _, optimizer = clipped(max_norm=1.0, fold="never")
     with Watched() as seen, pytest.raises(Exception, match="_local_scalar_dense"):
         clipper.step(optimizer)
-    assert "host.py: read" in seen.found
+    assert "readback.py: read" in seen.found
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_modules_are_looked_at_when_something_was_registered_and_no_more_often(m
     looks, walks, look, walk = [], [], LateParameters._look, late_parameters.module_entries
     monkeypatch.setattr(LateParameters, "_look", lambda self: (looks.append(1), look(self)))
     monkeypatch.setattr(
-        late_parameters, "module_slots", lambda modules: (walks.append(1), walk(modules))[1]
+        late_parameters, "module_entries", lambda modules: (walks.append(1), walk(modules))[1]
     )
 
     def steps():
