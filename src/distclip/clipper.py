@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,27 +14,25 @@ from torch.optim import Optimizer
 
 from distclip import versions
 from distclip.apply import fused
-from distclip.apply.gradients import Outcome, drop_step_grads
-from distclip.decide.saving import Saved, loaded, saved
+from distclip.apply.gradients import StepOutcome, drop_step_grads
 from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
-from distclip.measure.collect import GradOf, Grads
+from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
-from distclip.measure.local_sums import LocalMeasurement
-from distclip.optimizers import OptimizerParams, check_optimizers, check_step_signatures, listed
+from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
 from distclip.records import ClipReport
-from distclip.report.writer import Sink, Writer
+from distclip.report.writer import ReportWriter, Sink
 from distclip.request import Request
-from distclip.setup.build_plan import Reading, read
-from distclip.setup.options import Asked, OnNonfinite
+from distclip.setup.build_plan import SetupInputs, build_plan
+from distclip.setup.options import OnNonfinite, PassedOptions
 from distclip.setup.parameters import Params
 from distclip.setup.placement import ReplicaDeclarations, ReplicatedOver, Shared
-from distclip.stages import prepare
+from distclip.stages import build_stages
 from distclip.step import StepRunner
-from distclip.torch_internals.grad_scaler import ScalerState
+from distclip.torch_internals.compile import outside_compile
 
 
 class GradClipper:
@@ -105,26 +102,26 @@ class GradClipper:
         sinks: Sequence[Sink] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
-        self._asked = Asked(
-            max_norm,
-            policy,
-            norm_type,
-            groups,
-            on_nonfinite,
-            drift_tolerance,
-            skip_limit,
-            fold,
-            watch,
-            partial_grads,
-            grad_of,
+        self._passed = PassedOptions(
+            max_norm=max_norm,
+            policy=policy,
+            norm_type=norm_type,
+            groups=groups,
+            on_nonfinite=on_nonfinite,
+            drift_tolerance=drift_tolerance,
+            skip_limit=skip_limit,
+            fold=fold,
+            watch=watch,
+            partial_grads=partial_grads,
+            grad_of=grad_of,
         )
-        self._params = _lasting(params)
+        self._params = _reusable(params)
         self._declared = ReplicaDeclarations(
             dict(replicated_over or {}), tuple(tuple(names) for names in shared)
         )
         self._grad_of = grad_of
-        self._writer = Writer(())
-        self._decided: tuple[Request, Outcome] | None = None
+        self._writer = ReportWriter(())
+        self._decided: StepOutcome | None = None
         # of clip_, step or decide: for those who do not make these calls themselves
         self.last_report: ClipReport | None = None
         self.rebuild()
@@ -143,38 +140,42 @@ class GradClipper:
             params: in place of those that were passed before. A module knows what it holds now; a
                 list of pairs or parameters does not.
         """
-        params = self._params if params is None else _lasting(params)
+        params = self._params if params is None else _reusable(params)
         self._channel = Channel.over(self._process_group)
         self._writer.flush()
-        reading = read(params, self._asked, self._declared, self._channel, self._sinks)
-        self._writer = Writer(self._sinks if self._channel.rank == 0 else ())
+        inputs = build_plan(params, self._passed, self._declared, self._channel, self._sinks)
+        self._writer = ReportWriter(self._sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
-        self._adopt(reading)
+        self._adopt(inputs)
         self._params = params
 
-    def _adopt(self, reading: Reading) -> None:
+    def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            self._now = now = prepare(reading, self._channel, self._grad_of, len(self._sinks or ()))
-            old: ClipperState | None = getattr(self, "_memory", None)
-            if old is not None and old.groups == now.plan.groups:
-                self._memory = old.moved(now.mixers)
+            num_sinks = len(self._sinks or ())
+            stages = build_stages(inputs, self._channel, self._grad_of, num_sinks)
+            old: ClipperState | None = getattr(self, "_state", None)
+            if old is not None and old.groups == stages.plan.groups:
+                self._state = old.to(stages.hash_weights, stages.checker.streak, stages.on_host)
             else:
-                self._memory = ClipperState(
-                    now.plan.groups, now.first, now.mixers, 0 if old is None else old.step
+                self._state = ClipperState(
+                    groups=stages.plan.groups,
+                    initial=stages.initial,
+                    hash_weights=stages.hash_weights,
+                    streak=stages.checker.streak,
+                    on_host=stages.on_host,
+                    step=0 if old is None else old.step,
                 )
-        self.plan = now.plan
-        self._steps = StepRunner(self._channel, now, self._memory, self._writer)
-        reduces = now.options.partial_grads == "reduce"
-        self._partials = (
-            PartialReducer(self._channel, now.members, now.plan.pieces, now.device)
-            if reduces
-            else None
-        )
+        self._stages, self.plan = stages, stages.plan
+        self._runner = StepRunner(self._channel, stages, self._state, self._writer)
+        self._partials: PartialReducer | None = None
+        if stages.options.partial_grads == "reduce":
+            self._partials = PartialReducer(
+                self._channel, inputs.members, stages.plan.pieces, stages.device
+            )
 
     # Each step
 
-    # torch.compiler.disable, but without importing the compiler when distclip is imported
-    @torch._disable_dynamo
+    @outside_compile
     @torch.no_grad()
     def clip_(
         self,
@@ -202,18 +203,17 @@ class GradClipper:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        call = self._call("clip_", listed(optimizer), scaler, grad_scale)
-        outcome = self._run(call, may_wait=self._now.propagates)
-        if outcome.known is not None and outcome.known.skip:
-            drop_step_grads(call, self._reachable(call))
-        elif call.problem is None:
-            self._now.actor.act(call, outcome, frozenset())
-        call.hands.tell(outcome.overflow, stepped=False)
+        request = self._stages.requests.make("clip_", as_optimizers(optimizer), scaler, grad_scale)
+        outcome = self._run(request, allow_late=self._stages.always_steps)
+        if outcome.is_skipped:
+            drop_step_grads(request, self._params_to_drop(request))
+        elif request.error is None:
+            self._stages.applier.apply_(outcome)
+        request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
         self._write(outcome.report)
         return outcome.report
 
-    # torch.compiler.disable, but without importing the compiler when distclip is imported
-    @torch._disable_dynamo
+    @outside_compile
     @torch.no_grad()
     def step(
         self,
@@ -247,38 +247,37 @@ class GradClipper:
                 touched. With "propagate" on CUDA a fault is told one call late, and optimizers that
                 do not fold have then taken that step.
         """
-        call = self._call("step", optimizers, scaler, grad_scale)
-        folding = self._folding(call)
-        outcome = self._run(call, len(folding) == len(call.owned) or self._now.propagates)
-        if call.problem is None and (outcome.known is None or not outcome.known.skip):
-            self._now.actor.act(
-                call, outcome, frozenset[int]().union(*(call.owned[k].pieces for k in folding))
-            )
-            for k, owned in enumerate(call.owned):
-                # a framework's wrapper would ask the scaler again
-                step = (owned.optimizer if call.hands.enabled else owned.given).step
-                if k in folding:
-                    factor = self._now.actor.folded_factor(
-                        call, outcome, folding[k], bool(call.hands.scaled[k])
-                    )
-                    fused.step_folded(
-                        owned.optimizer,
-                        factor,
-                        outcome.stop.float() if outcome.known is None else None,
-                        step,
-                    )
-                else:
-                    step()
-        call.hands.tell(outcome.overflow, stepped=True)
-        if call.hands.enabled and update_scaler:
+        request = self._stages.requests.make("step", optimizers, scaler, grad_scale)
+        fused_groups = self._fused_groups(request)
+        all_fused = len(fused_groups) == len(request.optimizers)
+        outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
+        if request.error is None and not outcome.is_skipped:
+            self._step_optimizers(outcome, fused_groups)
+        request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
+        if request.scaler.enabled and update_scaler:
             scaler.update()
         self._write(outcome.report)
         return outcome.report
 
-    # torch.compiler.disable, but without importing the compiler when distclip is imported
-    @torch._disable_dynamo
+    def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
+        """Clip what no optimizer clips by itself, and step them all."""
+        request, applier = outcome.request, self._stages.applier
+        pieces = (request.optimizers[k].pieces for k in fused_groups)
+        applier.apply_(outcome, frozenset[int]().union(*pieces))
+        stop: Any = None if outcome.on_host else outcome.flags.skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
+        for k, owned in enumerate(request.optimizers):
+            # a framework's wrapper would ask the scaler again
+            step = (owned.optimizer if request.scaler.enabled else owned.given).step
+            if k in fused_groups:
+                scaled = bool(request.scaler.is_scaled[k])
+                factor = applier.fused_factor(outcome, fused_groups[k], scaled)
+                fused.step_fused(owned.optimizer, factor, stop, step)
+            else:
+                step()
+
+    @outside_compile
     @torch.no_grad()
-    def decide(self, grad_scale: float = 1.0, rescaled: bool = False) -> ClipReport:
+    def decide(self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False) -> ClipReport:
         """`clip_` up to the decision, for engines that own the step: no gradient is touched. One
         all-reduce, on every rank.
 
@@ -288,20 +287,22 @@ class GradClipper:
         Args:
             grad_scale: 1 / the engine's loss scale, where gradients still carry it; norms are after
                 it.
-            rescaled: the engine lowers its loss scale after a step that is not finite: `raise` then
-                waits for `skip_limit` in a row.
+            dynamic_loss_scale: the engine lowers its loss scale after a step that is not finite:
+                `raise` then waits for `skip_limit` in a row.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        call = replace(self._call("decide", grad_scale=grad_scale), patient=rescaled)
-        outcome = self._run(call, may_wait=self._now.propagates)
+        request = self._stages.requests.make("decide", grad_scale=grad_scale)
+        request = replace(request, tolerate_backoff=dynamic_loss_scale)
+        outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step
-        self._decided = call, replace(outcome, grads=Grads.none())
+        self._decided = replace(outcome, grads=None)
         self._applied = set[int]()
         self._write(outcome.report)
         return outcome.report
 
+    @outside_compile
     @torch.no_grad()
     def apply_(self, params: Iterable[Tensor]) -> None:
         """What the last `decide` decided, on the gradients that these parameters have now; in
@@ -320,27 +321,25 @@ class GradClipper:
             raise ConfigError(
                 "apply_() applies what decide() decided; call decide() first, on all ranks"
             )
-        call, outcome = self._decided
-        if outcome.known is not None and outcome.known.skip:
+        if self._decided.is_skipped:
             raise ConfigError(
-                f"step {self._memory.step} is to be left out (report.skipped); there "
-                f"is nothing to apply"
+                f"step {self._state.step} is to be left out (report.skipped); there is nothing to "
+                "apply"
             )
         asked = {id(param) for param in params}
-        mine = [i for i, param in enumerate(self._now.members) if id(param) in asked]
+        members = self._stages.inputs.members
+        mine = [i for i, param in enumerate(members) if id(param) in asked]
         again = [self.plan.pieces[i].name for i in mine if i in self._applied]
         if again:
             raise ConfigError(
-                f"apply_() got {again[0]} twice since decide() ({len(again)} in "
-                f"all); it would be clipped twice"
+                f"apply_() got {again[0]} twice since decide() ({len(again)} in all); it would be "
+                "clipped twice"
             )
         self._applied.update(mine)
-        self._now.actor.act(
-            call, replace(outcome, grads=self._now.sensor.collector.some(mine)), frozenset()
-        )
+        grads = self._stages.measurer.collector.collect_subset(mine)
+        self._stages.applier.apply_(replace(self._decided, grads=grads))
 
-    # torch.compiler.disable, but without importing the compiler when distclip is imported
-    @torch._disable_dynamo
+    @outside_compile
     @torch.no_grad()
     def measure(self, of: Literal["grad", "param"] = "grad") -> ClipReport:
         """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One
@@ -357,125 +356,68 @@ class GradClipper:
         """
         if of not in ("grad", "param"):
             raise ConfigError(f"measure(of={of!r}): it is 'grad' or 'param'")
-        return self._run(replace(self._call("measure"), of=of), may_wait=True).report
+        request = replace(self._stages.requests.make("measure"), target=of)
+        return self._run(request, allow_late=True).report
 
+    @outside_compile
     @torch.no_grad()
     def audit(self) -> None:
         """A collective: AgreementError, naming parameters and ranks, if gradients that should be
         copies are not equal."""
-        call = self._call("audit")
-        outcome = self._run(call, may_wait=False)
-        nothing = outcome.finite.new_zeros(0, dtype=torch.float64)
-        self._now.judge.compare(
-            LocalMeasurement(self._memory.step, call, outcome.grads, [], 0.0, nothing, nothing)
-        )
+        request = self._stages.requests.make("audit")
+        outcome = self._run(request, allow_late=False)
+        self._stages.checker.compare_replicas(request, self._state.step, outcome.grads)
 
-    def _reachable(self, call: Request) -> list[Tensor]:
-        """Parameters whose gradients can be taken away. GradientError, on all ranks alike, where
-        they cannot.
+    def _params_to_drop(self, request: Request) -> list[Tensor]:
+        """Parameters whose `.grad` can be set to None. GradientError, on all ranks alike, where
+        that does not skip a step.
 
-        With `grad_of` this is a collective: a rank may have no gradients to take away.
+        With `grad_of` this is a collective: a rank may have no gradients.
         """
-        if self._grad_of is None:
-            return self._now.members
-        gone = [p for p in self._now.members if self._grad_of(p) is not None]
-        out_of_reach = not call.hands.enabled and any(p.grad is not self._grad_of(p) for p in gone)
+        members, grad_of = self._stages.inputs.members, self._grad_of
+        if grad_of is None:
+            return members
+        gone = [param for param in members if grad_of(param) is not None]
+        out_of_reach = not request.scaler.enabled and any(p.grad is not grad_of(p) for p in gone)
         told = self._channel.gather_ints(
             torch.tensor([int(out_of_reach)], device="cpu"),
-            self._now.device,
+            self._stages.device,
             "the question who can skip a step",
         )
         if told.any():
             raise GradientError(
-                f"step {self._memory.step} is to be skipped, and clip_ cannot take away gradients "
-                f"that grad_of finds elsewhere; "
-                "use clipper.step(optimizer), which leaves the optimizer out"
+                f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
+                "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "
+                "optimizer out"
             )
         return gone
 
     def _write(self, report: ClipReport) -> None:
-        if not self._steps.capturing():
-            self._writer.write(report, late=self._steps.may_wait)
+        if not self._runner.is_capturing:
+            self._writer.write(report, late=self._runner.reads_late)
 
-    def _call(
-        self,
-        operation: str,
-        optimizers: Sequence[Any] = (),
-        scaler: Any = None,
-        grad_scale: float = 1.0,
-    ) -> Request:
-        """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
-        of them alone."""
-        propagates = self._now.options.on_nonfinite == "propagate"
-        owned = tuple[OptimizerParams, ...]()
-        problem: ConfigError | None = None
-        hands: ScalerState | None = None
-        try:
-            if operation == "step" and not optimizers:
-                raise ConfigError(
-                    "step() was given no optimizer; pass those that hold the clipped "
-                    "parameters, or use clip_()"
-                )
-            check_optimizers(operation, optimizers)
-            owned = tuple(map(self._owned, optimizers))
-            if operation == "step":
-                check_step_signatures(owned)
-            if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
-                raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
-            hands = ScalerState(scaler, optimizers, self._now.device)
-            if hands.enabled and propagates:
-                raise ConfigError(
-                    "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that "
-                    "overflow must be skipped, else the "
-                    "scaler never finds its scale; use 'skip'"
-                )
-        except ConfigError as error:
-            problem = error
-        except Exception as error:  # an argument that answers otherwise than its kind does
-            problem = ConfigError(f"{operation}(): {type(error).__name__}: {error}")
-            problem.__cause__ = error
-        hands = hands or ScalerState(None, owned, self._now.device)
-        return Request(
-            operation,
-            owned,
-            hands,
-            1.0 if problem else float(grad_scale),
-            problem,
-            guards=not propagates,
-        )
-
-    def _owned(self, optimizer: Any) -> OptimizerParams:
-        owned = self._now.owners.of(optimizer)
-        if self._grad_of is None:
-            return owned
-        params = (self._now.members[i] for i in owned.pieces)
-        return replace(
-            owned,
-            hidden=tuple(p for p in params if p.grad is not None and self._grad_of(p) is None),
-        )
-
-    def _folding(self, call: Request) -> dict[int, int]:
+    def _fused_groups(self, request: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""
-        if self._now.options.fold == "never" or self._grad_of is not None:
+        stages = self._stages
+        if stages.options.fold == "never" or self._grad_of is not None:
             return {}
         return {
             k: owned.group
-            for k, owned in enumerate(call.owned)
+            for k, owned in enumerate(request.optimizers)
             if owned.group is not None
-            and owned.group not in self._now.clamped
-            and fused.can_fold(owned.optimizer, self._now.alike[owned.group])
-            and (not self._steps.may_wait or fused.skip_is_safe(owned.optimizer))
+            and owned.group not in stages.clamped
+            and fused.can_fold(owned.optimizer, stages.param_ids[owned.group])
+            and (not self._runner.reads_late or fused.skip_is_safe(owned.optimizer))
         }
 
-    def _run(self, call: Request, may_wait: bool) -> Outcome:
+    def _run(self, request: Request, allow_late: bool) -> StepOutcome:
         self._decided = None
-        self._now.uneven.refuse(call.operation)
+        self._stages.inputs.join.refuse(request.operation)
         if self._partials is not None:
-            self._partials.reduce_(
-                self._memory.step + 1, call.text, reduces=call.of == "grad" and call.problem is None
-            )
-        outcome = self._steps.run(call, may_wait)
-        if not call.passive:
+            reduces = request.target == "grad" and request.error is None
+            self._partials.reduce_(self._state.step + 1, request.description, reduces)
+        outcome = self._runner.run(request, allow_late)
+        if not request.read_only:
             self.last_report = outcome.report
         return outcome
 
@@ -484,7 +426,7 @@ class GradClipper:
     def state_dict(self) -> dict[str, Any]:
         """A flat record of tensors and strings: equal on all ranks, independent of world size and
         sharding. Loads with `weights_only`."""
-        return saved(self._saved(), self._now.options, self._now.parts, self.plan.groups)
+        return self._state.state_dict(self._stages.options, self._stages.assignments)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, on another world size or sharding too. Sends nothing.
@@ -497,20 +439,10 @@ class GradClipper:
                 groups, or a number changed that the state's size depends on (AutoClip's window);
                 nothing was taken over.
         """
-        new = loaded(state, self.state_dict(), self._saved())
-        self._now.judge.streak.length = new.bad_in_a_row
-        self._memory.load(new.step, new.history, new.state)
-
-    def _saved(self) -> Saved:
-        return Saved(
-            self._memory.step,
-            self._now.judge.streak.length,
-            self._memory.history,
-            self._memory.state,
-        )
+        self._state.load_state_dict(state, self.state_dict())
 
 
-def _lasting(params: Params) -> Params:
+def _reusable(params: Params) -> Params:
     """What can be read again by `rebuild`: a generator is listed, a module or a list is taken as it
     will be then."""
     return list(params) if isinstance(params, Iterator) else params

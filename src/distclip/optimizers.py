@@ -1,4 +1,4 @@
-"""Stage 3b: which optimizer steps which pieces. Worked out once for each optimizer, and anew when
+"""Which optimizer steps which pieces. Worked out once for each optimizer, and anew when
 its param groups change."""
 
 from __future__ import annotations
@@ -16,108 +16,116 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from distclip.errors import ConfigError
 from distclip.records import Piece
-from distclip.torch_internals.grad_scaler import inside, unwrapped
+from distclip.torch_internals.grad_scaler import inner_optimizers, unwrap_optimizer
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerParams:
+class OptimizerParams(NamedTuple):
     """One optimizer, seen from the plan."""
 
     given: Any  # as the caller passed it, perhaps a wrapper
     optimizer: Any  # what is stepped: a wrapper that does more than forward is stepped itself
     pieces: frozenset[int]  # that it steps
-    others: tuple[Tensor, ...]  # parameters that it steps and the clipper does not know
-    # those of `others` that it was given after the clipper first saw it
-    joined: tuple[tuple[str, Tensor], ...]
+    unmanaged: tuple[Tensor, ...]  # parameters that it steps and the clipper does not know
+    # names and parameters, of the unmanaged ones, that it got after the clipper first saw it
+    added_later: tuple[tuple[str, Tensor], ...]
     group: int | None  # the one group of all its pieces
-    needs: str | None  # what its `step` cannot do without
+    step_needs: str | None  # what its `step` cannot do without
     # those of its pieces that have a gradient and, as `grad_of` says, none for the clipper
     hidden: tuple[Tensor, ...] = ()
 
     @property
     def unclipped(self) -> tuple[Tensor, ...]:
         """What it steps beside what is clipped."""
-        return (*self.others, *self.hidden)
+        return (*self.unmanaged, *self.hidden)
 
 
-class Share(NamedTuple):
+class _IndexEntry(NamedTuple):
     """What is remembered of an optimizer: nothing that would keep it alive."""
 
     optimizer: Callable[[], Any]
-    lists: tuple[
-        tuple[Any, int], ...
-        # of its param groups, with their lengths: the objects, since a list's identity may be
-        # another's next
-    ]
+    # the lists of its param groups, with their lengths: the objects, since a list's identity may
+    # be another's next
+    lists: tuple[tuple[Any, int], ...]
     params: tuple[Tensor, ...]  # empty where they are not compared one by one
-    pieces: frozenset[int]
-    others: tuple[Tensor, ...]
-    joined: tuple[tuple[str, Tensor], ...]
-    group: int | None
-    needs: str | None
+    found: OptimizerParams  # without the optimizer
 
 
 class OptimizerIndex:
-    """Remembers what each optimizer owns, for as long as it lives and its param groups stay.
+    """Remembers what each optimizer steps, for as long as it lives and its param groups stay.
 
     Args:
         members: [pieces] the parameters; group_of: [pieces] their groups.
         by_tensor: no module tells of a parameter that takes another's place, so optimizers'
             parameters are compared at each call.
+        grad_of: where a parameter's gradient is; None for `.grad`.
     """
 
-    def __init__(self, members: Sequence[Tensor], group_of: Sequence[int], by_tensor: bool) -> None:
-        self._piece = {id(param): i for i, param in enumerate(members)}
+    def __init__(
+        self,
+        members: Sequence[Tensor],
+        group_of: Sequence[int],
+        by_tensor: bool,
+        grad_of: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        self._members = members
+        self._piece_of = {id(param): i for i, param in enumerate(members)}
         self._group_of = group_of
-        self._by_tensor = by_tensor
-        self._known: dict[int, Share] = {}
+        self._by_tensor, self._grad_of = by_tensor, grad_of
+        self._entries: dict[int, _IndexEntry] = {}
 
-    def of(self, given: Any) -> OptimizerParams:
-        optimizer = unwrapped(given)[-1]
-        groups = _groups(optimizer)
-        known = self._known.get(id(optimizer))
-        if known is not None and known.optimizer() is not optimizer:
-            known = None
+    def lookup(self, given: Any) -> OptimizerParams:
+        """What the optimizer steps, a wrapper's inner ones too."""
+        optimizer = unwrap_optimizer(given)[-1]
+        groups = _param_groups_of(optimizer)
+        entry = self._entries.get(id(optimizer))
+        if entry is not None and entry.optimizer() is not optimizer:
+            entry = None
         if (
-            known is None
-            or not _as_before(known.lists, groups)
-            or (self._by_tensor and not _same(known.params, groups))
+            entry is None
+            or not _same_lists(entry.lists, groups)
+            or (self._by_tensor and not _same_params(entry.params, groups))
         ):
-            known = self._known[id(optimizer)] = self._share(optimizer, groups, known)
-        return OptimizerParams(
-            given, optimizer, known.pieces, known.others, known.joined, known.group, known.needs
-        )
+            entry = self._entries[id(optimizer)] = self._look_at(optimizer, groups, entry)
+        found = entry.found._replace(given=given, optimizer=optimizer)
+        return found if self._grad_of is None else found._replace(hidden=self._hidden(found))
 
-    def _share(
-        self, optimizer: Any, groups: Sequence[dict[str, Any]], before: Share | None
-    ) -> Share:
+    def _hidden(self, found: OptimizerParams) -> tuple[Tensor, ...]:
+        assert self._grad_of is not None
+        params = (self._members[i] for i in found.pieces)
+        return tuple(p for p in params if p.grad is not None and self._grad_of(p) is None)
+
+    def _look_at(
+        self, optimizer: Any, groups: Sequence[dict[str, Any]], before: _IndexEntry | None
+    ) -> _IndexEntry:
         params = {id(param): param for group in groups for param in group["params"]}
-        pieces = frozenset(i for key in params if (i := self._piece.get(key)) is not None)
-        others = {key: param for key, param in params.items() if key not in self._piece}
-        joined: list[tuple[str, Tensor]] = []
+        pieces = frozenset(i for key in params if (i := self._piece_of.get(key)) is not None)
+        unmanaged = {key: param for key, param in params.items() if key not in self._piece_of}
+        added: list[tuple[str, Tensor]] = []
         if before is not None:
-            accepted = {id(param) for param in before.others}.difference(
-                id(param) for _, param in before.joined
-            )
-            names = _names(groups)
-            joined = [
-                (names.get(key, f"shape {tuple(p.shape)}"), p)
-                for key, p in others.items()
+            added_before = {id(param) for _, param in before.found.added_later}
+            accepted = {id(param) for param in before.found.unmanaged} - added_before
+            names = _param_names(groups)
+            added = [
+                (names.get(key, f"shape {tuple(param.shape)}"), param)
+                for key, param in unmanaged.items()
                 if key not in accepted
             ]
-        of = {self._group_of[i] for i in pieces}
-        forget = _Forget(self._known, id(optimizer))
-        return Share(
-            optimizer=_reference(optimizer, forget),
-            lists=tuple((group["params"], len(group["params"])) for group in groups),
-            params=tuple(_params(groups)) if self._by_tensor else (),
+        its_groups = {self._group_of[i] for i in pieces}
+        every = (optimizer, *inner_optimizers(optimizer))
+        found = OptimizerParams(
+            given=None,
+            optimizer=None,
             pieces=pieces,
-            others=tuple(others.values()),
-            joined=tuple(joined),
-            group=of.pop() if len(of) == 1 else None,
-            needs=next(
-                (needs for o in (optimizer, *inside(optimizer)) if (needs := _needs(o))), None
-            ),
+            unmanaged=tuple(unmanaged.values()),
+            added_later=tuple(added),
+            group=its_groups.pop() if len(its_groups) == 1 else None,
+            step_needs=next((needs for each in every if (needs := _step_needs(each))), None),
+        )
+        return _IndexEntry(
+            optimizer=_reference(optimizer, _Forget(self._entries, id(optimizer))),
+            lists=tuple((group["params"], len(group["params"])) for group in groups),
+            params=tuple(_params_in(groups)) if self._by_tensor else (),
+            found=found,
         )
 
 
@@ -125,11 +133,11 @@ class OptimizerIndex:
 class _Forget:
     """Called when an optimizer is gone: its identity may be another's next."""
 
-    known: dict[int, Share]
+    entries: dict[int, _IndexEntry]
     key: int
 
     def __call__(self, _: Any) -> None:
-        self.known.pop(self.key, None)
+        self.entries.pop(self.key, None)
 
 
 def _reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[], Any]:
@@ -139,11 +147,11 @@ def _reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[], Any]
         return lambda: optimizer
 
 
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
+def _param_groups_of(optimizer: Any) -> list[dict[str, Any]]:
     """Its own param groups, and those of the optimizers inside it, which may have got more
     since."""
     holders = (
-        [optimizer, *inside(optimizer)]
+        [optimizer, *inner_optimizers(optimizer)]
         if type(optimizer).__module__.partition(".")[0] != "torch"
         else [optimizer]
     )
@@ -151,11 +159,11 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return list({id(group): group for group in groups}.values())
 
 
-def _params(groups: Sequence[dict[str, Any]]) -> Iterable[Tensor]:
+def _params_in(groups: Sequence[dict[str, Any]]) -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in groups)
 
 
-def _as_before(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]]) -> bool:
+def _same_lists(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]]) -> bool:
     """Whether param groups hold the same lists, of the same lengths."""
     return len(lists) == len(groups) and all(
         params is group["params"] and length == len(params)
@@ -163,12 +171,12 @@ def _as_before(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]
     )
 
 
-def _same(before: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> bool:
+def _same_params(before: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> bool:
     """Of as many as before: whether they are the same objects."""
-    return all(map(is_, before, _params(groups)))
+    return all(map(is_, before, _params_in(groups)))
 
 
-def _names(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
+def _param_names(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
     """Parameter → its name, where the optimizer was given names."""
     return {
         id(param): name
@@ -198,7 +206,7 @@ def params_added_later(owned: Sequence[OptimizerParams]) -> list[str]:
         f"are now where pairs or a list were "
         "passed: clipper.rebuild(params)"
         for i, o in enumerate(owned)
-        if (new := [name for name, param in o.joined if param.requires_grad])
+        if (new := [name for name, param in o.added_later if param.requires_grad])
     ]
 
 
@@ -210,7 +218,11 @@ def unmanaged_params(owned: Sequence[OptimizerParams]) -> list[str]:
         f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the "
         f"clipper with them if that is not meant"
         for i, o in enumerate(owned)
-        if (more := [param for param in o.others if param.requires_grad and param.grad is not None])
+        if (
+            more := [
+                param for param in o.unmanaged if param.requires_grad and param.grad is not None
+            ]
+        )
     ]
 
 
@@ -221,7 +233,7 @@ def _count(n: int, noun: str) -> str:
 # What was passed in an optimizer's place
 
 
-def listed(given: Any) -> tuple[Any, ...]:
+def as_optimizers(given: Any) -> tuple[Any, ...]:
     """`clip_` takes one optimizer, several, or none. A container that steps is one, even if its
     optimizers can be listed."""
     if given is None:
@@ -243,7 +255,7 @@ def is_optimizer(thing: Any) -> bool:
     ):
         return False
     return hasattr(thing, "param_groups") or (
-        bool(inside(thing)) and not hasattr(thing, "get_last_lr")
+        bool(inner_optimizers(thing)) and not hasattr(thing, "get_last_lr")
     )
 
 
@@ -251,10 +263,10 @@ def check_optimizers(operation: str, optimizers: Sequence[Any]) -> None:
     """ConfigError if something else than an optimizer was passed, or one twice."""
     for thing in optimizers:
         if not is_optimizer(thing):
-            raise ConfigError(f"{operation}() was given {_what(thing)}")
+            raise ConfigError(f"{operation}() was given {_describe_mistake(thing)}")
     if len(optimizers) > 1:
-        steps = [unwrapped(optimizer)[-1] for optimizer in optimizers]
-        every = [id(o) for optimizer in steps for o in (optimizer, *inside(optimizer))]
+        steps = [unwrap_optimizer(optimizer)[-1] for optimizer in optimizers]
+        every = [id(o) for optimizer in steps for o in (optimizer, *inner_optimizers(optimizer))]
         if len(set(every)) < len(every):
             again = "; it would step twice" if operation == "step" else ""
             raise ConfigError(f"{operation}() was given one optimizer twice{again}")
@@ -263,9 +275,9 @@ def check_optimizers(operation: str, optimizers: Sequence[Any]) -> None:
 def check_step_signatures(owned: Sequence[OptimizerParams]) -> None:
     """ConfigError if `step()` without arguments is not what an optimizer can do."""
     for o in owned:
-        if o.needs:
+        if o.step_needs:
             raise ConfigError(
-                f"{type(o.optimizer).__name__}.{o.needs}, and the clipper calls it "
+                f"{type(o.optimizer).__name__}.{o.step_needs}, and the clipper calls it "
                 f"once, with nothing; {_IN_THE_CLOSURE}"
             )
 
@@ -277,7 +289,7 @@ _IN_THE_CLOSURE = (
 )
 
 
-def _needs(optimizer: Any) -> str | None:
+def _step_needs(optimizer: Any) -> str | None:
     """What its `step` cannot do without, as a text. Read off the class: schedulers put wrappers of
     another signature on the object."""
     kind = type(optimizer)
@@ -298,7 +310,7 @@ def _needs(optimizer: Any) -> str | None:
     return f"step() needs {', '.join(required)}" if required else None
 
 
-def _what(thing: Any) -> str:
+def _describe_mistake(thing: Any) -> str:
     """What it is, and what to write instead."""
     name = type(thing).__name__
     if hasattr(thing, "unscale_"):

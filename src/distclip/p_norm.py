@@ -1,39 +1,123 @@
-"""The p-norm's arithmetic, behind the sums: root and rounding."""
+"""The p-norm's arithmetic behind the sums, over Python floats or tensors: combine, root, round."""
 
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from distclip.values import Column, Number, each, largest_of, sum_of
+
+T = TypeVar("T", float, Tensor)
+
+# Policies see norms of so many bits: what the parameters' precision warrants, less those that
+# depend on the order of a sum.
+SINGLE_BITS, DOUBLE_BITS = 24, 48
+_FLOAT, _INT = struct.Struct("<d"), struct.Struct("<q")
+
+
+@dataclass(frozen=True, slots=True)
+class PNorm:
+    """A norm of order `p`: what is added up for it, and what it is of that.
+
+    Power sums are Σ|g|^p; where p is inf they are maxima. A gradient's factor f changes its power
+    sum by |f|^p, and a maximum by |f|.
+    """
+
+    p: float
+
+    @property
+    def is_max(self) -> bool:
+        return self.p == math.inf
+
+    @property
+    def reduce_op(self) -> Literal["sum", "max"]:
+        """By which ranks' power sums become one."""
+        return "max" if self.is_max else "sum"
+
+    def power_of(self, factor: Any) -> Any:
+        """What a factor of gradients does to their power sum."""
+        return factor if self.is_max else factor**self.p
+
+    def combine(self, power_sums: Column) -> Number:
+        """One power sum of several."""
+        return largest_of(power_sums) if self.is_max else sum_of(power_sums)
+
+    def finish(self, power_sums: Any) -> Any:
+        """Power sums, of any shape, to norms."""
+        p = self.p
+        if isinstance(power_sums, Tensor):
+            if p in (1, math.inf):
+                return power_sums.clone()
+            return power_sums.sqrt() if p == 2 else power_sums.pow(1 / p)
+        if p in (1, math.inf):
+            return power_sums
+        if p == 2:
+            return math.sqrt(power_sums)
+        try:
+            return power_sums ** (1 / p)
+        except OverflowError:
+            return math.inf
+
+
+@lru_cache(maxsize=16)
+def p_norm(p: float) -> PNorm:
+    """The `PNorm` of order `p`, made once."""
+    return PNorm(p)
+
 
 def norm_of(sums: Tensor, p: float) -> Tensor:
-    """Turn float64 power sums (maxima where `p` is inf) of any shape into norms of the same shape
-    and dtype."""
-    if p == math.inf or p == 1:
-        return sums.clone()
-    return sums.sqrt() if p == 2 else sums.pow(1 / p)
+    """Turn float64 power sums (maxima where `p` is inf) into norms of the same shape and dtype."""
+    return p_norm(p).finish(sums)
 
 
-def rounded(norms: Tensor, bits: int) -> Tensor:
-    """The nearest numbers of so many bits (the leading one counted): float64 of the same shape. No
-    host sync.
+def norm_of_norms(norms: Column, p: float) -> Number:
+    """The norm of parts whose norms are known."""
+    order = p_norm(p)
+    if order.is_max:
+        return order.combine(norms)
+    return order.finish(order.combine(each(order.power_of, norms)))
+
+
+def rounded(norms: T, bits: int) -> T:
+    """The nearest numbers of so many bits (the leading one counted): a float, or float64 of any
+    shape. No host sync.
 
     The order in which power sums are added changes with the sharding, and their last bits with it;
     a decision must not. Norms of gradients that are all alike lie on ties more often than by
     chance: what is within `near` last places of one counts as one, and goes to even. Only the
     precision is bounded, not the range: inf, NaN and what would round up to inf stay as they are.
     """
-    drop, given = 53 - bits, norms.view(torch.int64)
+    if isinstance(norms, Tensor):
+        whole = _round_bits(norms.view(torch.int64), bits).view(torch.float64)
+        return torch.where(norms <= _largest(bits), whole, norms)
+    if not norms <= _largest(bits):
+        return norms
+    (given,) = _INT.unpack(_FLOAT.pack(norms))
+    return _FLOAT.unpack(_INT.pack(_round_bits(given, bits)))[0]
+
+
+def _round_bits(given: Any, bits: int) -> Any:
+    """On the bits of float64 numbers, as int64."""
+    drop = 53 - bits
     place = min(9, drop - 4)
     near = 1 << place
-    # twice `near` where rounding down would leave an odd number
-    odd = given >> drop - place - 1 & 2 * near
-    whole = (given + odd + ((1 << drop - 1) - near) & -(1 << drop)).view(torch.float64)
-    return torch.where(norms <= _largest(bits), whole, norms)
+    odd = given >> drop - place - 1 & 2 * near  # twice `near` where down would leave an odd number
+    return given + odd + ((1 << drop - 1) - near) & -(1 << drop)
 
 
+@lru_cache(maxsize=4)
 def _largest(bits: int) -> float:
     """The largest float64 of so many bits."""
     return math.ldexp(2 - 2.0 ** (1 - bits), 1023)
+
+
+def bits_of(numbers: Sequence[float]) -> list[int]:
+    """Python floats as the int64 that `view(torch.int64)` makes of float64."""
+    return list(struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers)))

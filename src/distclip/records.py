@@ -54,8 +54,10 @@ class Piece:
 class Share(NamedTuple):
     """What the set-up agreed on for one piece."""
 
-    holders: int  # h: it counts 1/h here
-    weight: float  # of the drift sum: zero-sum over the holders, at least 1/8 in size where h > 1
+    num_replicas: int  # h: it counts 1/h here
+    drift_weight: (
+        float  # of the drift sum: zero-sum over the holders, at least 1/8 in size where h > 1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +124,6 @@ class UnitScale:
     skip: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What happens to the gradients: the policies' answers side by side, one entry a group."""
-
-    coef: Tensor  # [groups] float64: 1 where the group is clamped or scaled by units
-    threshold: Tensor  # [groups] float64
-    clipped: Tensor  # [groups] bool
-    norms_after: Tensor  # [groups] float64
-    # [groups] float64: between raw and clipped gradient; 1 where the direction is kept
-    cosine: Tensor
-    clamped: frozenset[int]  # groups whose elements are clamped to the threshold
-    unitwise: frozenset[int]  # groups that are scaled by units
-    skip: Tensor | None  # [] bool: a policy leaves this step out; None where no policy answered so
-
-
 class Culprit(NamedTuple):
     """A gradient tensor that is not finite."""
 
@@ -145,22 +132,42 @@ class Culprit(NamedTuple):
     kind: str  # "inf" or "NaN"
 
 
+class _Numbers:
+    """A field of a report: a tensor, or Python's numbers, which become one when it is read."""
+
+    def __init__(self, name: str, dtype: torch.dtype | None) -> None:
+        self._name, self._dtype = name, dtype  # None: the report's own
+
+    def __get__(self, report: ClipReport | None, owner: type | None = None) -> Any:
+        if report is None:
+            return self
+        value = report.__dict__[self._name]
+        if not isinstance(value, Tensor):
+            dtype = self._dtype or report.dtype
+            value = report.__dict__[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
+        return value
+
+    def __set__(self, report: ClipReport, value: Any) -> None:
+        report.__dict__[self._name] = value
+
+
 _TENSORS = (
-    "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold", "group_norms", "cosine", "clip_rate", "skips",
-    "layer_norms",
+    "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
+    "group_norms", "cosine", "clip_rate", "skips", "layer_norms",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class ClipReport:
     """What one call saw and did. All tensors are on the compute device and equal on every rank;
-    reading one there is a host sync.
+    reading one there is a host sync. On the CPU a tensor is made when it is first read.
 
     Norms are those after unscaling and `grad_scale`.
     """
 
     step: int  # calls of this clipper, from 1
-    total_norm: Tensor  # [] float32 (float64 for float64 parameters): before clipping
+    # [] float32 (float64 for float64 parameters): before clipping
+    total_norm: Tensor
     norm_after: Tensor  # []: after it
     clipped: Tensor  # [] bool: some group was scaled or clamped
     # [] bool: the step is not taken: gradients were not finite, or (with nonfinite 0) the policy
@@ -181,6 +188,7 @@ class ClipReport:
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
+    dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @property
     def clip_coef(self) -> Tensor:
@@ -233,3 +241,13 @@ class ClipReport:
         }
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    "clipped": torch.bool,
+    "skipped": torch.bool,
+    "nonfinite": torch.int64,
+    "skips": torch.int64,
+}
+for _name in _TENSORS:
+    setattr(ClipReport, _name, _Numbers(_name, _DTYPES.get(_name)))

@@ -1,10 +1,10 @@
-"""Stage 3c: one call of the clipper: what was asked, and by what gradients are multiplied before
-anything else."""
+"""One call of the clipper: what was asked, whether it can be honoured, and by what gradients are
+multiplied before anything else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,95 +12,185 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.optimizers import OptimizerParams
+from distclip.kernels.tensor_list import TensorList
+from distclip.optimizers import (
+    OptimizerIndex,
+    OptimizerParams,
+    check_optimizers,
+    check_step_signatures,
+)
+from distclip.p_norm import PNorm
+from distclip.records import Piece
 from distclip.torch_internals.dtensor import local_tensor
-from distclip.torch_internals.grad_scaler import ScalerState
+from distclip.torch_internals.grad_scaler import NO_SCALER, ScalerState
+from distclip.values import Column, Number
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Equal on every rank, or the call is refused: `text` travels as a hash in the message."""
+    """Equal on every rank, or the call is refused: `description` travels as a hash in the
+    message."""
 
     operation: str
-    owned: tuple[OptimizerParams, ...]
-    hands: ScalerState
-    grad_scale: float
-    problem: ConfigError | None  # raised on all ranks once they agreed that they made this call
+    optimizers: tuple[OptimizerParams, ...] = ()
+    scaler: ScalerState = NO_SCALER
+    grad_scale: float = 1.0
+    # raised on all ranks once they agreed that they made this call
+    error: ConfigError | None = None
     # a loss scale will be lowered after a bad step: an error only after several
-    patient: bool = False
-    of: Literal["grad", "param"] = "grad"  # what is measured
-    guards: bool = True  # what optimizers step beside what is clipped has to be finite
+    tolerate_backoff: bool = False
+    target: Literal["grad", "param"] = "grad"  # what is measured
+    # what optimizers step beside what is clipped has to be finite
+    guards_unmanaged: bool = True
 
     @property
-    def passive(self) -> bool:
+    def read_only(self) -> bool:
         """Nothing is touched, skipped or counted."""
         return self.operation in ("measure", "audit")
 
     @property
-    def text(self) -> str:
-        said = [self.operation if self.of == "grad" else f"{self.operation} of parameters"]
-        if self.owned:
-            said.append(f"{len(self.owned)} optimizer{'s' if len(self.owned) > 1 else ''}")
-        if self.hands.enabled:
-            before = [str(i) for i, scaled in enumerate(self.hands.scaled) if not scaled]
-            said.append(
-                "a scaler"
-                + (f" that unscaled optimizer {', '.join(before)} before" if before else "")
-            )
+    def description(self) -> str:
+        """What this rank called, in words."""
+        what = self.operation if self.target == "grad" else f"{self.operation} of parameters"
+        details: list[str] = []
+        if self.optimizers:
+            count = len(self.optimizers)
+            details.append(f"{count} optimizer{'s' if count > 1 else ''}")
+        if self.scaler.enabled:
+            before = [str(i) for i, scaled in enumerate(self.scaler.is_scaled) if not scaled]
+            unscaled = f" that unscaled optimizer {', '.join(before)} before" if before else ""
+            details.append(f"a scaler{unscaled}")
         if self.grad_scale != 1:
-            said.append(f"grad_scale {self.grad_scale!r}")
-        return " with ".join([said[0], ", ".join(said[1:])] if said[1:] else said) + (
-            f" [{self.problem}]" if self.problem else ""
-        )
+            details.append(f"grad_scale {self.grad_scale!r}")
+        text = f"{what} with {', '.join(details)}" if details else what
+        return f"{text} [{self.error}]" if self.error else text
 
-    @property
-    def inverse(self) -> Tensor | float:
-        return 1.0 if self.hands.inverse is None else self.hands.inverse
-
-    def unscaled(self) -> frozenset[int]:
-        """Pieces whose gradients the user's own `unscale_` has dealt with."""
-        if not self.hands.enabled or all(self.hands.scaled):
+    def _unscaled_pieces(self) -> frozenset[int]:
+        """Whose gradients the user's own `unscale_` has dealt with."""
+        if not self.scaler.enabled or all(self.scaler.is_scaled):
             return frozenset()
-        return frozenset().union(
-            *(
-                o.pieces
-                for o, scaled in zip(self.owned, self.hands.scaled, strict=True)
-                if not scaled
-            )
-        )
+        owned = zip(self.optimizers, self.scaler.is_scaled, strict=True)
+        return frozenset().union(*(o.pieces for o, scaled in owned if not scaled))
 
-    def others(self) -> list[Tensor]:
+    def factor(self, scaled: bool = True) -> Number:
+        """What unscales a gradient that still carries the loss scale, or one that does not;
+        `grad_scale` included."""
+        inv_scale = self.scaler.inv_scale
+        return self.grad_scale if inv_scale is None or not scaled else inv_scale * self.grad_scale
+
+    def common_factor(self) -> Number | None:
+        """The factor of all gradients; None where they differ."""
+        return None if self._unscaled_pieces() else self.factor()
+
+    def grad_factors(self, pieces: Sequence[int]) -> Column:
+        """[pieces]: of each gradient."""
+        factor, unscaled = self.factor(), self._unscaled_pieces()
+        if isinstance(factor, Tensor):
+            if not unscaled:
+                return factor.expand(len(pieces))
+            plain = torch.full_like(factor, self.grad_scale)
+            # put side by side there: a mask made here would have to be sent
+            return torch.stack([plain if i in unscaled else factor for i in pieces])
+        return [self.grad_scale if i in unscaled else factor for i in pieces]
+
+    def power_factors(self, pieces: Sequence[int], norm: PNorm) -> Number | Column | None:
+        """What power sums are multiplied by: all, or each; None where that is 1."""
+        common = self.common_factor()
+        if common is None:
+            factors = self.grad_factors(pieces)
+            if isinstance(factors, Tensor):
+                return norm.power_of(factors)
+            return [norm.power_of(factor) for factor in factors]
+        if not isinstance(common, Tensor) and common == 1:
+            return None
+        return norm.power_of(common)
+
+    def unmanaged_grads(self) -> list[Tensor]:
         """This rank's gradients, each once, that the optimizers step and the clipper does not clip:
         without a scaler all of them, with one those that still carry the scale."""
-        owned = zip(self.owned, self.hands.scaled, strict=True)
-        params = (p for o, scaled in owned if scaled or not self.hands.enabled for p in o.unclipped)
+        owned = zip(self.optimizers, self.scaler.is_scaled, strict=True)
+        params = (
+            param
+            for o, scaled in owned
+            if scaled or not self.scaler.enabled
+            for param in o.unclipped
+        )
         return list(
             {id(p.grad): local_tensor(p.grad) for p in params if p.grad is not None}.values()
         )
 
-    def powers(
-        self, pieces: Sequence[int], p: float, device: torch.device
-    ) -> Tensor | float | None:
-        """What power sums are multiplied by: for all alike, or [pieces] float64; None where that is
-        1."""
-        if self.hands.inverse is None:
-            return None if self.grad_scale == 1 else _power(self.grad_scale, p)
-        scaled = _power(self.hands.inverse * self.grad_scale, p)
-        before = self.unscaled()
-        if not before:
-            return scaled
-        plain = torch.full_like(scaled, _power(self.grad_scale, p))
-        # a mask made here would have to be sent
-        return torch.stack([plain if i in before else scaled for i in pieces])
+    def found_inf(self, device: torch.device, on_host: bool) -> Number | None:
+        """Above 0 where a scaler met inf or NaN here, or a gradient that is stepped and not clipped
+        holds some. None where there is nothing to look at."""
+        found: Any = self.scaler.found_inf(device) if self.scaler.enabled else None
+        others = self.unmanaged_grads() if self.guards_unmanaged and self.optimizers else []
+        if others:
+            maxima = TensorList.of(others).power_sums(math.inf).to(device)
+            bad = (~maxima.isfinite()).sum().double()
+            found = bad if found is None else torch.maximum(found, bad)
+        return float(found) if on_host and found is not None else found
 
-    def scales(self, pieces: Sequence[int], device: torch.device) -> Tensor:
-        """[pieces] float64: what unscales each gradient, `grad_scale` included."""
-        factor = self.powers(pieces, 1.0, device)
-        one = torch.ones(len(pieces), dtype=torch.float64, device=device)
-        return one if factor is None else one * factor
+    def still_scaled(self, present: Collection[int], pieces: Sequence[Piece]) -> list[str]:
+        """A text if a scaled gradient belongs to no optimizer that was passed: the scaler's records
+        of these say whether a gradient is still scaled."""
+        if not self.scaler.enabled or self.target == "param":
+            return []
+        left = sorted(set(present).difference(*(o.pieces for o in self.optimizers)))
+        if not left:
+            return []
+        return [
+            f"{pieces[left[0]].name} has a scaled gradient and is in none of the optimizers that "
+            f"were passed ({len(left)} parameter{'s' if len(left) > 1 else ''} in all); pass all of "
+            "the scaler's optimizers in one call"
+        ]
 
 
-def _power(factor: Any, p: float) -> Any:
-    """Of a tensor or of a number: what a factor of the gradients does to their power sum, or
-    maximum."""
-    return factor if math.isinf(p) else factor**p
+@dataclass(frozen=True, slots=True)
+class RequestMaker:
+    """Checks a call's arguments. Prepared at set-up.
+
+    Args:
+        index: which optimizer steps which pieces.
+        propagates: every step is taken, whatever the norm.
+        on_host: a scaler's numbers are read at once.
+    """
+
+    index: OptimizerIndex
+    device: torch.device
+    propagates: bool
+    on_host: bool
+
+    def make(
+        self,
+        operation: str,
+        optimizers: Sequence[Any] = (),
+        scaler: Any = None,
+        grad_scale: float = 1.0,
+    ) -> Request:
+        """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
+        of them alone."""
+        guards = not self.propagates
+        if not optimizers and scaler is None and grad_scale == 1.0 and operation != "step":
+            return Request(operation, guards_unmanaged=guards)
+        owned: tuple[OptimizerParams, ...] = ()
+        try:
+            check_optimizers(operation, optimizers)
+            owned = tuple(map(self.index.lookup, optimizers))
+            if operation == "step":
+                check_step_signatures(owned)
+            if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
+                raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
+            state = ScalerState(scaler, optimizers, self.device, self.on_host)
+            if state.enabled and self.propagates:
+                raise ConfigError(
+                    "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that "
+                    "overflow must be skipped, else the loss scale could never back off; use 'skip'"
+                )
+            return Request(operation, owned, state, float(grad_scale), guards_unmanaged=guards)
+        except ConfigError as error:
+            problem = error
+        except Exception as error:  # an argument that answers otherwise than its kind does
+            problem = ConfigError(f"{operation}(): {type(error).__name__}: {error}")
+            problem.__cause__ = error
+        unscaled = ScalerState(None, owned, self.device, self.on_host)
+        return Request(operation, owned, unscaled, error=problem, guards_unmanaged=guards)

@@ -1,157 +1,226 @@
-"""Stage 2c: what every step uses, made once from the agreed plan."""
+"""What every step uses, made once from the agreed plan."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distclip.apply.gradients import GradientApplier
-from distclip.decide.decision import decide, may_skip
+from distclip.decide.decision import decide, ever_skips
 from distclip.decide.enforce import StepChecker
+from distclip.decide.global_norms import idle_norms
 from distclip.decide.guard import Streak
+from distclip.decide.warn import StepWarnings
 from distclip.exchange.channel import Channel
-from distclip.exchange.message import MessageLayout, num_check_words
+from distclip.exchange.message import MessageLayout
 from distclip.measure.collect import Collector, GradOf
 from distclip.measure.local_sums import LocalMeasurer
 from distclip.measure.units import Units
 from distclip.optimizers import OptimizerIndex
-from distclip.policies.assignment import PolicyAssignment, in_total, split
+from distclip.p_norm import DOUBLE_BITS, SINGLE_BITS
+from distclip.policies.assignment import PolicyAssignment, assign_policies, groups_in_total
+from distclip.policies.policy import UnitPolicy
 from distclip.policies.state import State
-from distclip.policies.validate import initial_state, validate_policies
-from distclip.records import Norms
-from distclip.report.summary import Summary
-from distclip.setup.build_plan import Reading
+from distclip.policies.validate import initial_state, validate_policy
+from distclip.report.summary import ReportMaker
+from distclip.request import RequestMaker
+from distclip.setup.build_plan import SetupInputs
 from distclip.setup.late_parameters import LateParameters
 from distclip.setup.options import Options
 from distclip.setup.plan import Plan
-from distclip.torch_internals.join import UnevenInputs
 
-# Policies see norms of so many bits: what the parameters' precision warrants, less those that
-# depend on the order of a sum.
-SINGLE, DOUBLE = 24, 48
+# Where reading a number makes the host wait: there a step is judged one call late if it may be.
+ASYNC_DEVICES = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
     """Made anew by `rebuild`."""
 
-    options: Options
+    inputs: SetupInputs
     plan: Plan
-    members: list[Tensor]  # [pieces] the parameters
-    device: torch.device  # where is computed
-    tolerance: float | None  # of drift, relative to the total power sum
-    parts: tuple[PolicyAssignment, ...]
-    first: State  # the policies' states at the start
-    wire: MessageLayout
-    sensor: LocalMeasurer
-    judge: StepChecker
-    actor: GradientApplier
-    summary: Summary
-    owners: OptimizerIndex
-    alike: list[frozenset[int]]  # [groups] identities of the parameters
+    assignments: tuple[PolicyAssignment, ...]
+    initial: State  # the policies' states at the start
+    layout: MessageLayout
+    requests: RequestMaker
+    measurer: LocalMeasurer
+    units: Units | None
+    bits: int  # of the norms that policies see
+    in_total: list[bool] | None  # [groups]: which count in the total; None where all do
+    in_total_mask: Tensor | None  # the same on the compute device
+    checker: StepChecker
+    applier: GradientApplier
+    reports: ReportMaker
+    param_ids: list[frozenset[int]]  # [groups] identities of the parameters
     clamped: frozenset[int]  # groups whose elements are clamped
-    uneven: UnevenInputs
-    propagates: bool  # every step is taken, whatever the norm
-    mixers: Tensor  # [2, groups] int64: of the decision's hash
+    propagates: bool  # on_nonfinite="propagate"
+    always_steps: bool  # every step is taken, whatever the norm
+    hash_weights: Tensor  # [2, groups] int64: of the decision's hash
+
+    @property
+    def options(self) -> Options:
+        return self.inputs.options
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    @property
+    def on_host(self) -> bool:
+        """Numbers are read at once and are Python's from then on."""
+        return self.layout.on_host
 
 
-def prepare(reading: Reading, channel: Channel, grad_of: GradOf | None, sinks: int) -> Stages:
+def build_stages(
+    inputs: SetupInputs, channel: Channel, grad_of: GradOf | None, num_sinks: int
+) -> Stages:
     """A collective: a few small all-reduces.
 
     Args:
-        sinks: how many there are on this rank; those of the first rank are written to.
+        num_sinks: how many there are on this rank; those of the first rank are written to.
 
     Raises:
         ConfigError: on all ranks alike: a policy answers otherwise than it must.
     """
-    options, device, plan, members = reading.options, reading.device, reading.plan, reading.members
-    p, rules = options.norm_type, options.grouping.rules()
-    parts = split(plan.groups, rules, options.policy, device)
-    by_units = {
-        g: part.policy for part in parts if hasattr(part.policy, "unit_coefs") for g in part.groups
-    }
-    wide, heard = _agreed(members, sinks, channel, device)
-    dtype, bits = (torch.float64, DOUBLE) if wide else (torch.float32, SINGLE)
-    units = None
-    if by_units:
-        units = Units(channel, plan, members, reading.ranges, by_units, bits, device)  # pyright: ignore[reportArgumentType]
-    stats = sum(part.words * len(part.groups) for part in parts) + 2 * (units.cut if units else 0)
-    plan = replace(plan, words=len(plan.groups) + len(plan.layers) + num_check_words(p, stats))
-    wire = _wire(plan, stats, channel, device)
-    in_sum = in_total(plan.groups, rules)
-    counted = None if all(in_sum) else torch.tensor(in_sum, device=device)
-    collector = Collector(members, plan.pieces, reading.found.slots, grad_of, device)
-    newcomers = LateParameters(reading.found.modules, reading.found.slots, collector.grad_of)
-    sensor = LocalMeasurer(
-        plan,
-        collector,
-        wire,
-        parts,
-        units,
-        counted,
-        device,
-        reading.config,
-        bits,
-        newcomers,
-        reading.wrappers,
-    )
-    first = tuple(initial_state(part.policy, len(part.groups), device) for part in parts)
-    idle = _idle(wire.groups, sensor.policy_words, p, device)
-    validate_policies(parts, idle, first)
-    decision = decide(parts, idle, first)[0]
-    # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
-    tolerance = options.drift_tolerance and options.drift_tolerance * min(1.0, p)
-    streak = Streak(options.on_nonfinite, options.skip_limit)
+    options, device, members = inputs.options, inputs.device, inputs.members
+    plan, rules = inputs.plan, options.grouping.rules()
+    on_host = device.type not in ASYNC_DEVICES
+    is_double, has_sinks = _agree_on_reports(members, num_sinks, channel, device)
+    bits = DOUBLE_BITS if is_double else SINGLE_BITS
+
+    # Policies, and what they add to the message
+    assignments = assign_policies(plan.groups, rules, options.policy, device)
+    units = _build_units(channel, inputs, assignments, bits)
+    num_policy_stats = sum(each.num_stats * len(each.groups) for each in assignments)
+    num_stats = num_policy_stats + 2 * (units.num_split if units else 0)
+    layout = _message_layout(plan, num_stats, channel.size, device, on_host)
+    plan = replace(plan, words=layout.num_words)
+
+    # How the policies answer, from norms of nothing
+    initial = tuple(initial_state(each.policy, len(each.groups), device) for each in assignments)
+    idle = idle_norms(layout, num_policy_stats, device)
+    for assignment, state in zip(assignments, initial, strict=True):
+        validate_policy(assignment.policy, idle.shown_to(assignment), state)
+    clamped = decide(assignments, idle, initial)[0].clamped
+
+    # Gradients, from parameters to sums
+    collector = Collector(members, plan, inputs.scan.slots, grad_of, layout)
+    late = LateParameters(inputs.scan.modules, inputs.scan.slots, collector.grad_of)
+    by_tensor = not inputs.scan.modules
+    index = OptimizerIndex(members, plan.group_of, by_tensor, grad_of)
+    propagates = options.on_nonfinite == "propagate"
+
+    counts = groups_in_total(plan.groups, rules)
+    in_total = None if all(counts) else counts
+    mask = None if in_total is None else torch.tensor(in_total, device=device)
+    tolerance = options.drift_tolerance
+    if tolerance is not None:
+        # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
+        tolerance *= min(1.0, options.norm_type)
     draw = torch.Generator().manual_seed(1)
+    weights = torch.randint(1 << 62, (2, layout.num_groups), generator=draw, device="cpu")
     return Stages(
-        options, plan, members, device, tolerance, parts, first, wire, sensor,
-        StepChecker(channel, plan, wire, parts, streak, tolerance, device, reading.config, heard),
-        GradientApplier(plan, units, wire.group),
-        Summary(plan, options.watch, counted, torch.zeros(0, dtype=dtype, device=device)),
-        OptimizerIndex(members, plan.group_of, by_tensor=not reading.found.modules),
-        [frozenset(id(members[i]) for i, g in enumerate(plan.group_of) if g == group) for group in range(wire.groups)],
-        decision.clamped,
-        reading.uneven,
+        inputs=inputs,
+        plan=plan,
+        assignments=assignments,
+        initial=initial,
+        layout=layout,
+        requests=RequestMaker(index, device, propagates, on_host),
+        measurer=LocalMeasurer(
+            plan=plan,
+            collector=collector,
+            layout=layout,
+            assignments=assignments,
+            units=units,
+            device=device,
+            config=inputs.config,
+            late_parameters=late,
+            wrappers=inputs.wrappers,
+        ),
+        units=units,
+        bits=bits,
+        in_total=in_total,
+        in_total_mask=mask,
+        checker=StepChecker(
+            channel=channel,
+            plan=plan,
+            streak=Streak(options.on_nonfinite, options.skip_limit),
+            tolerance=tolerance,
+            device=device,
+            config=inputs.config,
+            warnings=StepWarnings(assignments, has_sinks),
+        ),
+        applier=GradientApplier(plan, units, device),
+        reports=ReportMaker(
+            plan=plan,
+            watch=options.watch,
+            in_total=in_total,
+            in_total_mask=mask,
+            dtype=torch.float64 if is_double else torch.float32,
+        ),
+        param_ids=_ids_by_group(members, plan),
+        clamped=clamped,
+        propagates=propagates,
         # a step that a policy may leave out is decided on the host at once, unless all optimizers
         # fold
-        options.on_nonfinite == "propagate" and not may_skip(parts, idle, first),
-        torch.randint(1 << 62, (2, wire.groups), generator=draw, device="cpu").bitwise_or(1).to(device),
-    )  # fmt: skip
-
-
-def _wire(plan: Plan, stats: int, channel: Channel, device: torch.device) -> MessageLayout:
-    return MessageLayout(
-        plan.norm_type, len(plan.groups), len(plan.layers), stats, channel.size,
-        torch.tensor([1 / share.holders for share in plan.shares], dtype=torch.float64, device=device),
-        torch.tensor([share.weight for share in plan.shares], dtype=torch.float64, device=device),
-        torch.tensor(plan.group_of, dtype=torch.int64, device=device),
-        torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
-    )  # fmt: skip
-
-
-def _idle(groups: int, words: int, p: float, device: torch.device) -> Norms:
-    """Norms of nothing, to hear how policies answer."""
-    nothing = torch.zeros(groups, dtype=torch.float64, device=device)
-    return Norms(
-        nothing,
-        nothing.sum(),
-        nothing.sum() == 0,
-        nothing.sum().long(),
-        nothing.new_zeros(words),
-        p,
+        always_steps=propagates and not ever_skips(assignments, idle, initial),
+        hash_weights=weights.bitwise_or(1).to(device),
     )
 
 
-def _agreed(
-    members: list[Tensor], sinks: int, channel: Channel, device: torch.device
+def _build_units(
+    channel: Channel, inputs: SetupInputs, assignments: Sequence[PolicyAssignment], bits: int
+) -> Units | None:
+    by_units = {
+        group: each.policy
+        for each in assignments
+        if isinstance(each.policy, UnitPolicy)
+        for group in each.groups
+    }
+    if not by_units:
+        return None
+    members, ranges, device = inputs.members, inputs.ranges, inputs.device
+    return Units(channel, inputs.plan, members, ranges, by_units, bits, device)
+
+
+def _message_layout(
+    plan: Plan, num_stats: int, num_ranks: int, device: torch.device, on_host: bool
+) -> MessageLayout:
+    shares = [1 / share.num_replicas for share in plan.shares]
+    weights = [share.drift_weight for share in plan.shares]
+    return MessageLayout(
+        norm_type=plan.norm_type,
+        num_groups=len(plan.groups),
+        num_layers=len(plan.layers),
+        num_stats=num_stats,
+        num_ranks=num_ranks,
+        share=torch.tensor(shares, dtype=torch.float64, device=device),
+        drift_weight=torch.tensor(weights, dtype=torch.float64, device=device),
+        group_of=torch.tensor(plan.group_of, dtype=torch.int64, device=device),
+        layer_of=torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
+        on_host=on_host,
+    )
+
+
+def _ids_by_group(members: Sequence[Tensor], plan: Plan) -> list[frozenset[int]]:
+    ids: list[set[int]] = [set() for _ in plan.groups]
+    for param, group in zip(members, plan.group_of, strict=True):
+        ids[group].add(id(param))
+    return list(map(frozenset, ids))
+
+
+def _agree_on_reports(
+    members: Sequence[Tensor], num_sinks: int, channel: Channel, device: torch.device
 ) -> tuple[bool, bool]:
     """Whether some rank has float64 parameters, and whether the first rank has sinks. Set-up's last
     message."""
-    wide = any(param.dtype in (torch.float64, torch.complex128) for param in members)
+    doubles = (torch.float64, torch.complex128)
+    is_double = any(param.dtype in doubles for param in members)
     if channel.size == 1:
-        return wide, bool(sinks)
-    own = torch.tensor([int(wide), int(sinks > 0)], device="cpu")
+        return is_double, bool(num_sinks)
+    own = torch.tensor([int(is_double), int(num_sinks > 0)], device="cpu")
     told = channel.gather_ints(own, device, "the set-up's choice of the report's dtype")
     return bool(told[:, 0].any()), bool(told[0, 1])

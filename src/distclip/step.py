@@ -1,27 +1,35 @@
-"""Stages 3 to 6 in a row: collect → measure → exchange → decide → guard, all of a call before a
-gradient is touched."""
+"""One step from top to bottom: measure → exchange → read norms → decide → check → remember → report.
+
+All of it happens before a gradient is touched. Two things differ between devices, and both are
+chosen at set-up: `HostNow` reads the reduced message at once, and from there on numbers are
+Python's; `DeviceLate` keeps them on the device, and the host reads what it must know afterwards,
+now or at the next call.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.apply.gradients import HostDecision, Outcome
-from distclip.decide.decision import StepFlags, decide, fate
-from distclip.decide.enforce import Watched
+from distclip.apply.gradients import StepOutcome
+from distclip.decide.decision import Decision, StepFlags, decide, no_decision, resolve
+from distclip.decide.enforce import HostNumbers
+from distclip.decide.global_norms import GlobalNorms, read_norms
+from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel
+from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import Readback
-from distclip.measure.collect import Grads
-from distclip.measure.local_sums import GlobalNorms, LocalMeasurement
-from distclip.records import Culprit, Decision, Norms
-from distclip.report.writer import Writer
+from distclip.measure.local_sums import LocalMeasurement
+from distclip.records import Culprit
+from distclip.report.writer import ReportWriter
 from distclip.request import Request
 from distclip.stages import Stages
+from distclip.values import smallest_of
 
 
 class StepRunner:
@@ -31,137 +39,219 @@ class StepRunner:
         writer: learns the culprits of a step that is judged late.
     """
 
-    def __init__(self, channel: Channel, now: Stages, memory: ClipperState, writer: Writer) -> None:
-        self._channel, self._now, self._memory, self._writer = channel, now, memory, writer
-        self._propagates = now.options.on_nonfinite == "propagate"
-        self._unjudged: Readback[LocalMeasurement] = Readback()
-        self.may_wait = now.device.type == "cuda"  # elsewhere reading a number costs nothing
+    def __init__(
+        self, channel: Channel, stages: Stages, state: ClipperState, writer: ReportWriter
+    ) -> None:
+        self._channel, self._stages, self._state = channel, stages, state
+        timing = HostNow if stages.on_host else DeviceLate
+        self._timing: HostNow | DeviceLate = timing(stages, state, writer)
 
-    def capturing(self) -> bool:
+    @property
+    def reads_late(self) -> bool:
+        """Whether the host may know of a step one call later."""
+        return isinstance(self._timing, DeviceLate)
+
+    @property
+    def is_capturing(self) -> bool:
         """Whether a CUDA graph is captured: then nothing is read on the host, at this call or
         later."""
-        return self._now.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._stages.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def run(self, call: Request, may_wait: bool) -> Outcome:
+    def run(self, request: Request, allow_late: bool) -> StepOutcome:
         """A collective: one all-reduce.
 
         Args:
-            may_wait: what the message says may be judged at the next call, since no optimizer moves
-                on a bad step anyway.
+            allow_late: what the message says may be judged at the next call, since no optimizer
+                moves on a bad step anyway.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        memory, capturing = self._memory, self.capturing()
-        if capturing and not may_wait:
+        stages, state, timing = self._stages, self._state, self._timing
+        capturing = self.is_capturing
+        if capturing and not allow_late:
             raise ConfigError(
-                f"{call.operation}() reads a number on the host, which a CUDA graph cannot "
-                f"capture; use step() with fused optimizers that "
-                "fold, or on_nonfinite='propagate'"
+                f"{request.operation}() reads a number on the host, which a CUDA graph cannot "
+                "capture; use step() with fused optimizers that fold, or on_nonfinite='propagate'"
             )
         if not capturing:
-            self._settle()
-        memory.step += 1
-        seen, message = self._now.sensor.sense(
-            memory.step, call, memory.last(reads=not self.may_wait)
+            timing.check_previous()
+
+        # This rank's sums, and what is wrong here
+        state.step += 1
+        last_hash = state.last_decision_hash
+        measurement, message = stages.measurer.measure(state.step, request, last_hash)
+        if capturing and (measurement.errors or request.error):  # nobody would read them later
+            raise request.error or GradientError("; ".join(measurement.errors))
+
+        # The one collective
+        message = self._reduce(message, request)
+
+        # The same norms, and so the same decision, on every rank
+        norms = read_norms(
+            message,
+            stages.layout,
+            stages.in_total,
+            stages.in_total_mask,
+            stages.units,
+            stages.assignments,
+            stages.bits,
         )
-        if capturing and (seen.faults or call.problem):  # nobody would read them from the message
-            raise call.problem or GradientError("; ".join(seen.faults))
-        message = self._exchanged(message, call)
+        decision, policies = decide(stages.assignments, norms, state.copies())
+        if request.target == "param":
+            decision = no_decision(norms)
 
-        reduced = self._now.sensor.read(message)
-        decision, state = decide(self._now.parts, reduced.norms, memory.states())
-        if call.of == "param":
-            decision = _nothing_to_do(decision, reduced.norms)
-        late, finite = self.may_wait and may_wait, reduced.norms.finite
-        go = self._now.wire.go(message, reduced.power, self._now.tolerance) if late else finite
-        will = fate(decision, finite, go, call.passive, self._propagates)
+        # Errors, warnings and culprits; what becomes of the step
+        checked = timing.check(_Step(request, measurement, norms, decision), allow_late, capturing)
+        if not request.read_only:
+            state.update(decision, policies, checked.flags)
+        report = stages.reports.make(
+            norms, decision, checked.flags, state, request.read_only, checked.culprits
+        )
+        return StepOutcome(
+            request=checked.request,
+            decision=checked.decision,
+            finite=checked.finite,
+            flags=checked.host_flags,
+            on_host=checked.on_host,
+            grads=checked.grads,
+            units=measurement.units,
+            split_unit_coefs=norms.split_unit_coefs,
+            report=report,
+        )
 
-        grads, known, culprits = seen.grads or Grads.none(), None, tuple[Culprit, ...]()
-        if late:
-            seen.grads = None
-            if not capturing:
-                self._unjudged.leave(self._told_late(message, reduced, decision), seen)
+    def _reduce(self, message: Message, request: Request) -> Message:
+        channel = self._channel
+        if channel.group is None:
+            return message
+        device = self._stages.device
+        if isinstance(message, Tensor):
+            vector = message.to(channel.comm_device(device))
         else:
-            known, culprits = self._told(seen, message, reduced, decision, will)
-        fine = None if known is None else known.fine
-        if not call.passive:
-            memory.remember(decision, state, will, fine, reads=not self.may_wait)
-        report = self._now.summary.of(
-            memory.step, reduced, decision, will, memory.rate, memory.history.skips.clone(), culprits, memory.taken, call.passive,
-            fine=bool(fine),
-        )  # fmt: skip
-        return Outcome(
-            decision,
-            grads,
-            finite,
-            will.skipped,
-            will.overflow,
-            reduced.cut,
-            seen.units,
-            known,
-            report,
-        )
+            there = channel.comm_device(device)
+            vector = torch.tensor(message, dtype=torch.float64, device=there)
+        what = f"{request.operation} at step {self._state.step}"
+        vector = channel.reduce_(vector, self._stages.layout.norm.reduce_op, what)
+        return vector.to(device) if isinstance(message, Tensor) else Readback.read_now(vector)
 
-    def _exchanged(self, message: Tensor, call: Request) -> Tensor:
-        there = message.to(self._channel.comm_device(self._now.device))
-        op = "sum" if math.isfinite(self._now.options.norm_type) else "max"
-        return self._channel.reduce_(there, op, f"{call.operation} at step {self._memory.step}").to(
-            self._now.device
-        )
 
-    def _told(
-        self,
-        seen: LocalMeasurement,
-        message: Tensor,
-        reduced: GlobalNorms,
-        decision: Decision,
-        will: StepFlags,
-    ) -> tuple[HostDecision, tuple[Culprit, ...]]:
-        """Reads on the host, in one go, what all ranks agreed on, and judges it."""
-        call, none = seen.call, reduced.power  # a stand-in for what there is not
-        cosine = decision.cosine.amin() if decision.clamped else none
-        (power,), rest, coefs, (acts,), (rate,), (left,), (inverse,), (least,) = Readback.now(
-            reduced.power, self._now.wire.rest(message), decision.coef, will.clipped, self._memory.rate,
-            none if decision.skip is None else decision.skip, none if call.hands.inverse is None else call.hands.inverse, cosine,
-        )  # fmt: skip
-        flags, left_out = (
-            self._now.wire.flags(power, rest),
-            decision.skip is not None and bool(left),
-        )
-        watched = Watched(left_out, rate, least if decision.clamped else 1.0)
-        culprits = self._now.judge.judge(seen, flags, watched, self._memory.taken)
-        finite = flags.finite
-        skip = not call.passive and (left_out if finite else not self._propagates)
-        scale = 1.0 if call.hands.inverse is None else inverse
-        return HostDecision(
-            coefs if finite else [1.0] * len(coefs), scale, bool(acts), skip, finite and not skip
-        ), culprits
+class _Step(NamedTuple):
+    """A step that is not yet checked."""
 
-    def _told_late(self, message: Tensor, reduced: GlobalNorms, decision: Decision) -> Tensor:
-        """The same for the next call, which judges it: float64, read by `_settle`."""
-        left_out = (
-            torch.zeros_like(reduced.power) if decision.skip is None else decision.skip.double()
-        )
-        watched = (left_out, self._memory.rate, decision.cosine.amin())
-        return torch.cat([self._now.wire.rest(message), torch.stack([reduced.power, *watched])])
+    request: Request
+    measurement: LocalMeasurement
+    norms: GlobalNorms
+    decision: Decision
 
-    def _settle(self) -> None:
+
+class _Checked(NamedTuple):
+    """A step that may go on. `request`, `decision`, `finite` and `host_flags` are Python's numbers
+    where `on_host`; `flags` are what the state and the report take."""
+
+    request: Request
+    decision: Decision
+    finite: Any
+    flags: StepFlags
+    host_flags: StepFlags
+    on_host: bool
+    grads: Any
+    culprits: tuple[Culprit, ...]
+
+
+class HostNow:
+    """Numbers are Python's: each step is checked before anything else happens."""
+
+    def __init__(self, stages: Stages, state: ClipperState, writer: ReportWriter) -> None:
+        self._stages, self._state = stages, state
+
+    def check_previous(self) -> None:
+        """Nothing was left."""
+
+    def check(self, step: _Step, allow_late: bool, capturing: bool) -> _Checked:
+        request, measurement, norms, decision = step
+        finite: Any = norms.finite
+        flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
+        cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
+        numbers = HostNumbers(
+            left_out=bool(decision.skip),
+            clip_rate=float(self._state.history.clip_rate),
+            cosine=float(cosine),
+            num_steps=self._state.num_steps,
+        )
+        culprits = self._stages.checker.check(measurement, norms.checks, numbers)
+        grads = measurement.grads
+        return _Checked(request, decision, finite, flags, flags, True, grads, culprits)
+
+
+class DeviceLate:
+    """Numbers stay on the device, and one vector of them is read: now, where the host must know
+    before anything is touched, else at the next call."""
+
+    def __init__(self, stages: Stages, state: ClipperState, writer: ReportWriter) -> None:
+        self._stages, self._state, self._writer = stages, state, writer
+        self._late: Readback[LocalMeasurement] = Readback()
+
+    def check_previous(self) -> None:
         """Judge what the previous call left; its step was not taken if it was bad."""
-        late = self._unjudged.taken()
-        if late is not None:
-            *rest, power, left_out, rate, cosine = late.numbers
-            watched = Watched(bool(left_out), rate, cosine)
-            self._writer.amend(
-                self._now.judge.judge(
-                    late.what, self._now.wire.flags(power, rest), watched, self._memory.taken
-                )
-            )
+        late = self._late.dequeue()
+        if late is None:
+            return
+        checks, numbers, _ = self._unpack(late.numbers)
+        self._writer.add_culprits(self._stages.checker.check(late.what, checks, numbers))
 
+    def check(self, step: _Step, allow_late: bool, capturing: bool) -> _Checked:
+        request, measurement, norms, decision = step
+        finite: Any = norms.finite
+        tolerance = self._stages.checker.tolerance
+        ok = is_fine(norms.checks, tolerance) if allow_late else finite
+        flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
+        if not allow_late:
+            return self._check_now(step, flags)
+        grads, measurement.grads = measurement.grads, None
+        if not capturing:
+            self._late.enqueue(self._pack(step, flags), measurement)
+        return _Checked(request, decision, finite, flags, flags, False, grads, ())
 
-def _nothing_to_do(decision: Decision, norms: Norms) -> Decision:
-    """For norms of parameters, of which nothing is clipped."""
-    one = torch.ones_like(norms.per_group)
-    return replace(
-        decision, coef=one, threshold=one * math.inf, clipped=one < 1, norms_after=norms.per_group, cosine=one, skip=None
-    )  # fmt: skip
+    def _check_now(self, step: _Step, flags: StepFlags) -> _Checked:
+        """One read, of everything that the host wants to know."""
+        request, measurement, _, decision = step
+        checks, numbers, rest = self._unpack(Readback.read_now(self._pack(step, flags)))
+        culprits = self._stages.checker.check(measurement, checks, numbers)
+        *coefs, clipped, skipped, inv_scale = rest
+        finite = bool(checks.finite)
+        if request.scaler.inv_scale is not None:
+            request = replace(request, scaler=request.scaler.read(inv_scale))
+        decision = replace(decision, coef=coefs)
+        host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
+        grads = measurement.grads
+        return _Checked(request, decision, finite, flags, host_flags, True, grads, culprits)
+
+    def _pack(self, step: _Step, flags: StepFlags) -> Tensor:
+        """float64: the check words, what warnings look at, and the decision."""
+        request, _, norms, decision = step
+        device, one = self._stages.device, torch.ones
+        new = one((), dtype=torch.float64, device=device).new_full
+        scale = request.scaler.inv_scale
+        skip = decision.skip
+        numbers: list[Any] = [
+            *norms.checks,
+            new((), 0.0) if skip is None else skip,
+            self._state.history.clip_rate,
+            smallest_of(decision.cosine) if decision.clamped else new((), 1.0),
+            flags.clipped,
+            flags.skipped,
+            new((), 1.0) if scale is None else scale,
+        ]
+        numbers = [n if isinstance(n, Tensor) else new((), float(n)) for n in numbers]
+        coef: Any = decision.coef
+        return torch.cat([torch.stack([n.double().reshape(()) for n in numbers]), coef])
+
+    def _unpack(self, numbers: list[float]) -> tuple[CheckWords, HostNumbers, list[float]]:
+        """The coefficients, and whether the step is clipped and skipped and the scale's inverse,
+        stand last."""
+        count = len(CheckWords._fields)
+        *words, agreed = numbers[:count]
+        left_out, rate, cosine, clipped, skipped, inv_scale = numbers[count : count + 6]
+        checks = CheckWords(*words, agreed=bool(agreed))
+        seen = HostNumbers(bool(left_out), rate, cosine, self._state.num_steps)
+        return checks, seen, [*numbers[count + 6 :], clipped, skipped, inv_scale]

@@ -1,4 +1,4 @@
-"""Stage 7b: a fused optimizer applies the coefficient in its own pass, so that clipping writes no
+"""A fused optimizer applies the coefficient in its own pass, so that clipping writes no
 gradient.
 
 torch's fused kernels divide each gradient by `optimizer.grad_scale` and leave everything alone
@@ -21,11 +21,11 @@ _KINDS = (SGD, Adam, AdamW, Adagrad)
 _LOW = (torch.float16, torch.bfloat16)
 
 
-def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
+def can_fold(optimizer: Optimizer, param_ids: Collection[int]) -> bool:
     """Whether one coefficient, applied by the optimizer itself, is the whole clip of its gradients.
 
     Args:
-        alike: identities of the parameters that share this coefficient.
+        param_ids: identities of the parameters that share this coefficient.
     """
     if type(optimizer) not in _KINDS:
         return False
@@ -35,7 +35,7 @@ def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if id(param) not in alike or param.grad.is_sparse or param.is_complex():
+            if id(param) not in param_ids or param.grad.is_sparse or param.is_complex():
                 return False
             if isinstance(optimizer, (SGD, Adagrad)) and is_dtensor(param):
                 return False  # not implemented in torch
@@ -44,7 +44,7 @@ def can_fold(optimizer: Optimizer, alike: Collection[int]) -> bool:
     return True
 
 
-def step_folded(
+def step_fused(
     optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None, step: Callable[[], object]
 ) -> None:
     """`optimizer.step()` on gradients multiplied by `factor`; nothing moves where `stop` is above

@@ -1,51 +1,48 @@
-"""Stage 7c: what is done to this rank's gradients: one multiply each, none where the factor is 1;
-clamps after it."""
+"""What is done to this rank's gradients: one multiply each, none where the factor is 1; clamps
+after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distclip.decide.decision import Decision, StepFlags
 from distclip.kernels.tensor_list import TensorList
-from distclip.measure.collect import Grads, Present
-from distclip.measure.units import Units, UnitStep
-from distclip.records import ClipReport, Decision
+from distclip.measure.collect import CollectedGrads, GradientSet
+from distclip.measure.units import UnitMeasurement, Units
+from distclip.records import ClipReport
 from distclip.request import Request
 from distclip.setup.plan import Plan
-
-
-class HostDecision(NamedTuple):
-    """What the host has read of an outcome."""
-
-    coefs: list[float]  # [groups]
-    inverse: float  # of the scaler's scale
-    acts: bool  # some coefficient is not 1, some element or unit is clipped
-    skip: bool
-    fine: bool  # finite and taken
+from distclip.values import Column, Flag, Number, as_tensor, fill, multiply, select_column
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepOutcome:
     """What a call is to do to the gradients."""
 
+    request: Request
     decision: Decision
-    grads: Grads
-    finite: Tensor  # [] bool
-    stop: Tensor  # [] bool: no optimizer may move
-    # [] bool: what a scaler is told; a step that a policy leaves out is no overflow
-    overflow: Tensor
-    cut: Tensor  # [cut units] float64: coefficients of units that are cut over ranks
-    units: UnitStep | None
-    known: HostDecision | None  # None where the host has not read anything
+    finite: Flag
+    flags: StepFlags
+    on_host: bool  # all of this is Python's: read at once, or in one go before anything is touched
+    grads: CollectedGrads | None
+    units: UnitMeasurement | None
+    split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
 
-    def coef(self) -> Tensor:
-        """[groups] float64."""
-        return torch.where(self.finite, self.decision.coef, 1.0)
+    @property
+    def coefs(self) -> Column:
+        """[groups], 1 where the step is not finite."""
+        return select_column(self.finite, self.decision.coef, 1.0)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Known to be: nothing is to be done."""
+        return self.on_host and bool(self.flags.skipped)
 
 
 @dataclass(slots=True)
@@ -54,123 +51,112 @@ class GradientApplier:
 
     plan: Plan
     units: Units | None
-    group: Tensor  # [pieces] int64 on the compute device
-    _folded: tuple[Present, frozenset[int], Tensor] | None = field(init=False, default=None)
-    _own: tuple[Present, list[int], Tensor] | None = field(init=False, default=None)
+    device: torch.device
 
-    def folded_factor(
-        self, call: Request, outcome: Outcome, group: int, scaled: bool
-    ) -> Tensor | None:
+    def fused_factor(self, outcome: StepOutcome, group: int, scaled: bool) -> Tensor | None:
         """[] float64: what an optimizer multiplies its gradients by, or None where that is known to
-        be 1."""
-        known = outcome.known
-        if (
-            known is not None
-            and known.coefs[group] * (known.inverse if scaled else 1.0) * call.grad_scale == 1
-        ):
+        be 1.
+
+        Args:
+            scaled: they still carry the loss scale.
+        """
+        factor = outcome.coefs[group] * outcome.request.factor(scaled)
+        if isinstance(factor, Tensor):
+            return factor
+        if factor == 1:
             return None
-        return outcome.coef()[group] * (
-            call.inverse * call.grad_scale if scaled else call.grad_scale
-        )
+        return torch.tensor(factor, dtype=torch.float64, device=self.device)
 
-    def act(self, call: Request, outcome: Outcome, folded: frozenset[int]) -> None:
-        """In place. `folded` pieces are left to their optimizers."""
-        decision, grads = outcome.decision, outcome.grads
-        if not folded.issuperset(grads.present.own):
-            if outcome.known is not None:
-                factors = self._known_factors(call, outcome.known, grads.present, folded)
-            else:
-                factors = self._device_factors(call, outcome, grads.present, folded)
-            if decision.unitwise and (outcome.known is None or outcome.known.acts):
-                factors = self._unit_factors(outcome, factors, grads)
-            grads.list.scale_(factors)
-            if decision.clamped and (outcome.known is None or outcome.known.acts):
-                self._clamp_(outcome, grads)
-        if call.hands.inverse is not None and (others := call.others()):
-            TensorList.of(others).scale_(call.hands.inverse.expand(len(others)))
+    def apply_(self, outcome: StepOutcome, fused_pieces: frozenset[int] = frozenset()) -> None:
+        """In place. `fused_pieces` are left to their optimizers."""
+        request, decision, grads = outcome.request, outcome.decision, outcome.grads
+        if grads is not None and not fused_pieces.issuperset(grads.grad_set.unique):
+            acts = not outcome.on_host or bool(outcome.flags.clipped)
+            factors = self._factors(outcome, grads.grad_set, fused_pieces)
+            # each unit by its own coefficient: then these gradients are done
+            if decision.unitwise and acts:
+                factors = self._scale_units(outcome, grads, factors)
+            # one multiply for the coefficient, the loss scale and grad_scale together
+            grads.tensors.scale_(factors)
+            # elements are bounded after unscaling
+            if decision.clamped and acts:
+                self._clamp(outcome, grads)
+        # what optimizers step beside what is clipped is only unscaled
+        inv_scale = request.scaler.inv_scale
+        if inv_scale is not None and (others := request.unmanaged_grads()):
+            scale = inv_scale.expand(len(others)) if isinstance(inv_scale, Tensor) else inv_scale
+            TensorList.of(others).scale_(scale)
 
-    def _known_factors(
-        self, call: Request, known: HostDecision, present: Present, folded: frozenset[int]
-    ) -> float | list[float]:
-        scale, unscaled = known.inverse * call.grad_scale, call.unscaled()
-        if not folded and not unscaled and (len(known.coefs) == 1 or not known.acts):
-            return known.coefs[0] * scale if len(known.coefs) == 1 else scale
-        groups = self._groups(present)[0]
-        factors = [known.coefs[group] * scale for group in groups]
-        if folded or unscaled:
-            for n, i in enumerate(present.own):
-                if i in folded:
-                    factors[n] = 1.0
-                elif i in unscaled:
-                    factors[n] = known.coefs[groups[n]] * call.grad_scale
-        return factors
+    def _factors(
+        self, outcome: StepOutcome, grad_set: GradientSet, fused_pieces: frozenset[int]
+    ) -> Any:
+        """A number for all gradients, or [unique] numbers, or float64 [unique] on the device."""
+        request, coefs, groups = outcome.request, outcome.coefs, grad_set.groups
+        common = request.common_factor()
+        if isinstance(coefs, list) and common is not None and not fused_pieces:
+            first = coefs[0]
+            if all(coef == first for coef in coefs):
+                return first * common
+        per_grad: Column
+        if isinstance(coefs, Tensor):
+            per_grad = coefs[grad_set.group_index]
+        else:
+            per_grad = [coefs[group] for group in groups]
+        scales = request.grad_factors(grad_set.unique)
+        if isinstance(scales, list):
+            scales = fill(per_grad, scales[0]) if common is not None else scales
+        if isinstance(per_grad, Tensor) and isinstance(scales, list):
+            scales = as_tensor(scales, torch.float64, per_grad.device)
+        if isinstance(per_grad, list) and isinstance(scales, Tensor):
+            per_grad = as_tensor(per_grad, torch.float64, scales.device)
+        factors = multiply(per_grad, scales)
+        if not fused_pieces:
+            return factors
+        if isinstance(factors, Tensor):
+            mask = grad_set.mask_of(fused_pieces, factors.device)
+            return torch.where(mask, 1.0, factors)
+        pieces = zip(grad_set.unique, factors, strict=True)
+        return [1.0 if i in fused_pieces else factor for i, factor in pieces]
 
-    def _device_factors(
-        self, call: Request, outcome: Outcome, present: Present, folded: frozenset[int]
-    ) -> Tensor:
-        """[own gradients] float64: nothing is read on the host."""
-        scale = call.scales(present.own, outcome.finite.device)
-        factors = outcome.coef()[self._groups(present)[1]] * scale
-        if folded:
-            factors = torch.where(self._left(present, folded, factors.device), 1.0, factors)
-        return factors
-
-    def _left(self, present: Present, folded: frozenset[int], device: torch.device) -> Tensor:
-        """[own gradients] bool: those that optimizers multiply. Sent to the device only when it
-        changes."""
-        if self._folded is None or self._folded[0] is not present or self._folded[1] != folded:
-            self._folded = (
-                present,
-                folded,
-                torch.tensor([i in folded for i in present.own], device="cpu").to(device),
-            )
-        return self._folded[2]
-
-    def _unit_factors(
-        self, outcome: Outcome, factors: float | list[float] | Tensor, grads: Grads
-    ) -> list[float] | Tensor:
+    def _scale_units(self, outcome: StepOutcome, grads: CollectedGrads, factors: Any) -> Any:
         """Scales the gradients that have a coefficient for each unit; the factors for the
         others."""
         assert self.units is not None and outcome.units is not None
-        count, unitwise = len(grads.present.own), outcome.decision.unitwise
-        each: Sequence[float | Tensor] = (
+        count, unitwise = len(grads.grad_set.unique), outcome.decision.unitwise
+        each: Sequence[Number] = (
             [factors] * count if isinstance(factors, (int, float)) else list(factors)
         )
-        self.units.scale_(grads, outcome.units, outcome.cut, outcome.finite, each)
-        done = [group in unitwise for group in self._groups(grads.present)[0]]
+        assert outcome.split_unit_coefs is not None
+        self.units.scale_(grads, outcome.units, outcome.split_unit_coefs, outcome.finite, each)
+        done = [group in unitwise for group in grads.grad_set.groups]
         if isinstance(factors, Tensor):
             return torch.where(torch.tensor(done, device="cpu").to(factors.device), 1.0, factors)
-        return [1.0 if was else float(factor) for was, factor in zip(done, each, strict=True)]
+        return [1.0 if was else factor for was, factor in zip(done, each, strict=True)]
 
-    def _clamp_(self, outcome: Outcome, grads: Grads) -> None:
-        groups, at = self._groups(grads.present)
-        clamped = outcome.decision.clamped
-        bounds = torch.where(outcome.finite, outcome.decision.threshold, torch.inf)[at]
-        if len(clamped) == len(self.plan.groups):
-            grads.list.clamp_(bounds)
+    def _clamp(self, outcome: StepOutcome, grads: CollectedGrads) -> None:
+        grad_set, clamped = grads.grad_set, outcome.decision.clamped
+        threshold = as_tensor(outcome.decision.threshold, torch.float64, self.device)
+        if isinstance(outcome.finite, Tensor):
+            threshold = torch.where(outcome.finite, threshold, torch.inf)
+        elif not outcome.finite:
             return
-        mine = [n for n, group in enumerate(groups) if group in clamped]
-        TensorList.of([grads.list.tensors[n] for n in mine]).clamp_(
-            bounds[torch.tensor(mine, dtype=torch.int64, device="cpu").to(bounds.device)]
-        )
-
-    def _groups(self, present: Present) -> tuple[list[int], Tensor]:
-        """[own gradients] the groups of the gradients that are there, on the host and on the
-        compute device."""
-        if self._own is None or self._own[0] is not present:
-            at = self.group if present.index is None else self.group[present.index]
-            self._own = (present, [self.plan.group_of[i] for i in present.own], at)
-        return self._own[1], self._own[2]
+        bounds = threshold[grad_set.group_index]
+        if len(clamped) == len(self.plan.groups):
+            grads.tensors.clamp_(bounds)
+            return
+        mine = [n for n, group in enumerate(grad_set.groups) if group in clamped]
+        at = torch.tensor(mine, dtype=torch.int64, device="cpu").to(bounds.device)
+        TensorList.of([grads.tensors.tensors[n] for n in mine]).clamp_(bounds[at])
 
 
-def drop_step_grads(call: Request, members: Sequence[Tensor]) -> None:
+def drop_step_grads(request: Request, members: Sequence[Tensor]) -> None:
     """A skipped step's gradients: the clipper's, and all others of the optimizers that were
     given."""
-    drop_grads([*members, *(p for owned in call.owned for p in owned.unclipped)])
+    drop_grads([*members, *(p for owned in request.optimizers for p in owned.unclipped)])
 
 
 def drop_grads(params: Iterable[Tensor]) -> None:
-    """Take the gradients away: every optimizer leaves a parameter without one alone, its state and
+    """Set `.grad` to None: every optimizer leaves a parameter without one alone, its state and
     counters too (zeros would not)."""
     for param in params:
         param.grad = None

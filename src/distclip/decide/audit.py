@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import AgreementError
-from distclip.exchange.channel import Channel, format_ranks
+from distclip.exchange.channel import Channel, format_ranks, lines_by_rank
 from distclip.records import Culprit
 from distclip.setup.inventory import DECLARE
 from distclip.setup.plan import Plan
@@ -40,7 +40,7 @@ def compare_replicas(
     step: int,
     device: torch.device,
     things: str = "gradients",
-    otherwise: Collection[int] = (),
+    misplaced: Collection[int] = (),
 ) -> None:
     """A collective: AgreementError on all ranks if copies of a gradient (or parameter) differ,
     naming up to ten with their ranks.
@@ -49,15 +49,15 @@ def compare_replicas(
         prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are
             gone already.
         tolerance: relative, of each parameter's first number.
-        otherwise: pieces whose gradients are placed otherwise than their parameters: these, and
+        misplaced: pieces whose gradients are placed otherwise than their parameters: these, and
             what other ranks hold of them, are no copies piece by piece, and are not compared.
     """
-    worst = _suspects(channel, plan, prints, tolerance, device, otherwise)
+    worst = _largest_differences(channel, plan, prints, tolerance, device, misplaced)
     if not worst:
         return
     lines = []
     for i, slot in enumerate(plan.slot_of):
-        if slot in worst and plan.shares[i].holders > 1:
+        if slot in worst and plan.shares[i].num_replicas > 1:
             piece = plan.pieces[i]
             norm, signed = (
                 (f"norm {math.sqrt(prints[i][0]):.9g}", f"{prints[i][1]:.9g}")
@@ -97,26 +97,26 @@ def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
     return ", ".join(f"{norm} on rank {format_ranks(ranks)}" for norm, ranks in by_norm.items())
 
 
-def _suspects(
+def _largest_differences(
     channel: Channel,
     plan: Plan,
     prints: Prints,
     tolerance: float,
     device: torch.device,
-    otherwise: Collection[int],
+    misplaced: Collection[int],
 ) -> set[int]:
     """Slots of up to ten parameters whose copies differ most. One all-reduce of five numbers a
     parameter."""
     table = torch.zeros(5, plan.slots, dtype=torch.float64, device="cpu")
-    for i in otherwise:
+    for i in misplaced:
         table[4, plan.slot_of[i]] += 1
     for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
         if i in prints:
             square, signed = prints[i]
-            table[0, slot] += share.weight * square
-            table[1, slot] += share.weight * signed
-            table[2, slot] += share.weight
-            table[3, slot] += square / share.holders
+            table[0, slot] += share.drift_weight * square
+            table[1, slot] += share.drift_weight * signed
+            table[2, slot] += share.drift_weight
+            table[3, slot] += square / share.num_replicas
     table = channel.reduce_(
         table.to(channel.comm_device(device)), "sum", "the audit's comparison"
     ).cpu()
@@ -140,7 +140,7 @@ def fingerprint(grad: Tensor) -> tuple[float, float]:
     return float(square), float(signed)
 
 
-def name_culprits(
+def gather_culprits(
     channel: Channel, plan: Plan, sums: Sequence[float], device: torch.device
 ) -> tuple[Culprit, ...]:
     """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has
@@ -166,28 +166,16 @@ def name_culprits(
     return tuple(culprit for _, culprit in sorted(found)[:NAMED])
 
 
-def name_disagreement(channel: Channel, doing: str, device: torch.device) -> AgreementError:
+def disagreement_error(channel: Channel, doing: str, device: torch.device) -> AgreementError:
     """A collective: the error that says which rank did what."""
-    said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(
-        channel.ranks, channel.gather_texts(doing, device, "the comparison of calls"), strict=True
-    ):
-        said[text].append(rank)
-    lines = [f"rank {format_ranks(ranks)}: {text}" for text, ranks in said.items()]
+    said = channel.gather_lines([doing], device, "the comparison of calls")
     return AgreementError(
         "ranks did not do the same; every rank must make the same calls of the clipper in the same "
-        "order, and decide alike:\n" + "\n".join(lines)
+        "order, and decide alike:\n" + "\n".join(lines_by_rank(said))
     )
 
 
-def name_faults(channel: Channel, faults: Sequence[str], device: torch.device) -> str:
+def gather_errors(channel: Channel, errors: Sequence[str], device: torch.device) -> str:
     """A collective: what each rank found wrong, one line each."""
-    said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(
-        channel.ranks,
-        channel.gather_texts("\n".join(faults), device, "the report of faults"),
-        strict=True,
-    ):
-        for line in text.splitlines():
-            said[line].append(rank)
-    return "\n".join(f"rank {format_ranks(ranks)}: {line}" for line, ranks in said.items())
+    said = channel.gather_lines("\n".join(errors).splitlines(), device, "the report of faults")
+    return "\n".join(lines_by_rank(said))

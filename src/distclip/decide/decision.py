@@ -1,109 +1,176 @@
-"""Stage 5: which policy governs which groups, and their answers side by side."""
+"""The policies' answers side by side, and what becomes of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.policies.assignment import PolicyAssignment, norms_of
+from distclip.decide.global_norms import GlobalNorms
+from distclip.policies.assignment import PolicyAssignment
+from distclip.policies.fixed import coefficient
 from distclip.policies.state import State
-from distclip.records import Clamp, Decision, Norms, Scale, UnitScale
+from distclip.records import Clamp, Norms, Scale, UnitScale
+from distclip.values import Column, Flag, FlagColumn, any_of, as_column, fill, multiply, negate
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to the gradients, one entry a group."""
+
+    coef: Column  # 1 where the group is clamped or scaled by units
+    threshold: Column
+    clipped: FlagColumn
+    norms_after: Column
+    cosine: Column  # between raw and clipped gradient; 1 where the direction is kept
+    clamped: frozenset[int]  # groups whose elements are clamped to the threshold
+    unitwise: frozenset[int]  # groups that are scaled by units
+    skip: Flag | None  # a policy leaves this step out; None where no policy answered so
+
+
+class _Answer(NamedTuple):
+    """One policy's, for its groups: the columns of `Decision`."""
+
+    coef: Column
+    threshold: Column
+    clipped: FlagColumn
+    norms_after: Column
+    cosine: Column
 
 
 def decide(
-    parts: Sequence[PolicyAssignment], norms: Norms, states: State
+    assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State
 ) -> tuple[Decision, State]:
-    """Pure. Every policy answers for its groups; all entries are [groups] float64 on the norms'
-    device."""
-    rows: list[tuple[Tensor, ...]] = []
-    new: list[tuple[Tensor, ...]] = []
-    skips: list[Tensor] = []
+    """Pure: equal norms and states on all ranks give equal decisions. No host sync on a device."""
+    answers: list[_Answer] = []
+    next_states: list[tuple[Tensor, ...]] = []
+    skips: list[Flag] = []
     clamped, unitwise = frozenset[int](), frozenset[int]()
-    for part, state in zip(parts, states, strict=True):
-        shown = norms_of(part, norms)
-        answer, after = part.policy.decide(shown, state)
-        rows.append(_row(answer, shown))
-        new.append(after)
+    for assignment, state in zip(assignments, states, strict=True):
+        own = norms.per_group if assignment.has_all else assignment.select(norms.per_group)
+        if assignment.constant is not None and not isinstance(own, Tensor):
+            answers.append(_constant_answer(own, assignment.constant))
+            next_states.append(state)
+            continue
+        shown = norms.shown_to(assignment)
+        answer, next_state = assignment.policy.decide(shown, state)
+        answers.append(_columns_of(answer, shown, on_host=not isinstance(own, Tensor)))
+        next_states.append(next_state)
         if answer.skip is not None:
-            skips.append(answer.skip.any())
+            skip = answer.skip.any()
+            skips.append(skip if isinstance(norms.finite, Tensor) else bool(skip))
         if isinstance(answer, Clamp):
-            clamped = clamped.union(part.groups)
+            clamped = clamped.union(assignment.groups)
         elif isinstance(answer, UnitScale):
-            unitwise = unitwise.union(part.groups)
-    fields = (
-        rows[0]
-        if len(parts) == 1
-        else [_placed(parts, values, norms.per_group) for values in zip(*rows, strict=True)]
+            unitwise = unitwise.union(assignment.groups)
+    columns = answers[0] if len(answers) == 1 else _side_by_side(assignments, answers, norms)
+    skip = _any_flag(skips) if skips else None
+    decision = Decision(*columns, clamped=clamped, unitwise=unitwise, skip=skip)
+    return decision, tuple(next_states)
+
+
+def _constant_answer(norms: list[float], threshold: float) -> _Answer:
+    """A fixed threshold's, in Python's numbers."""
+    coef = [coefficient(norm, threshold) for norm in norms]
+    after = [norm * c for norm, c in zip(norms, coef)]
+    clipped = [c != 1 for c in coef]
+    return _Answer(coef, [threshold] * len(norms), clipped, after, [1.0] * len(norms))
+
+
+def _columns_of(answer: Scale | Clamp | UnitScale, norms: Norms, on_host: bool) -> _Answer:
+    one = torch.ones_like(norms.per_group)
+    if isinstance(answer, Scale):
+        after = norms.per_group * answer.coef
+        columns = answer.coef, answer.threshold, answer.coef.ne(one), after, one
+    elif isinstance(answer, Clamp):
+        columns = one, answer.value, answer.clipped, answer.norm_after, answer.cosine
+    else:
+        columns = one, answer.threshold, answer.clipped, answer.norm_after, one
+    return _Answer(*(as_column(column, on_host) for column in columns))
+
+
+def _side_by_side(
+    assignments: Sequence[PolicyAssignment], answers: Sequence[_Answer], norms: GlobalNorms
+) -> _Answer:
+    """[groups]: each policy's entries at its groups' places."""
+    columns: list[Any] = []
+    for values in zip(*answers, strict=True):
+        if isinstance(norms.per_group, Tensor):
+            out = torch.empty_like(norms.per_group, dtype=values[0].dtype)
+            for assignment, value in zip(assignments, values, strict=True):
+                out.index_copy_(0, assignment.index, value)
+        else:
+            placed = {
+                group: entry
+                for assignment, value in zip(assignments, values, strict=True)
+                for group, entry in zip(assignment.groups, value, strict=True)
+            }
+            out = [placed[group] for group in range(len(norms.per_group))]
+        columns.append(out)
+    return _Answer(*columns)
+
+
+def _any_flag(flags: Sequence[Flag]) -> Flag:
+    first, *others = flags
+    for flag in others:
+        first = first | flag
+    return first
+
+
+def no_decision(norms: GlobalNorms) -> Decision:
+    """For norms of parameters, of which nothing is clipped."""
+    one = fill(norms.per_group, 1.0)
+    nothing: Any = one.ne(one) if isinstance(one, Tensor) else [False] * len(one)
+    return Decision(
+        coef=one,
+        threshold=multiply(one, float("inf")),
+        clipped=nothing,
+        norms_after=norms.per_group,
+        cosine=one,
+        clamped=frozenset(),
+        unitwise=frozenset(),
+        skip=None,
     )
-    skip = None if not skips else skips[0] if len(skips) == 1 else torch.stack(skips).any()
-    return Decision(*fields, clamped=clamped, unitwise=unitwise, skip=skip), tuple(new)
 
 
 class StepFlags(NamedTuple):
-    """What becomes of a step, on the device. [] bool each."""
+    """What becomes of a step."""
 
-    go: Tensor  # finite, and as far as the device judges it nothing else is wrong
-    overflow: Tensor  # what a scaler is told; a step that a policy leaves out is no overflow
-    skipped: Tensor  # the step is not taken
-    clipped: Tensor  # some gradient is scaled or clamped
+    ok: Flag  # finite, and nothing else is wrong
+    found_inf: Flag  # what a scaler is told; a step that a policy leaves out is no overflow
+    skipped: Flag  # the step is not taken
+    clipped: Flag  # some gradient is scaled or clamped
+
+    @property
+    def taken(self) -> Flag:
+        """Policies learn from this step."""
+        return self.ok & negate(self.skipped)
 
 
-def fate(
-    decision: Decision, finite: Tensor, go: Tensor, passive: bool, propagates: bool
+def resolve(
+    decision: Decision, finite: Flag, ok: Flag, read_only: bool, propagates: bool
 ) -> StepFlags:
-    """Pure, without a host read.
+    """Pure.
 
     Args:
-        finite, go: [] bool; `go` implies `finite`.
-        passive: nothing is touched; propagates: whatever is wrong, the step is taken unless a
-            policy leaves it out.
+        ok: finite, and nothing else is wrong.
+        read_only: nothing is touched.
+        propagates: whatever is wrong, the step is taken unless a policy leaves it out.
     """
-    if passive:
-        nothing = torch.zeros_like(go)
-        return StepFlags(go, nothing, nothing, nothing)
-    overflow, acts = (torch.zeros_like(go), finite) if propagates else (~go, go)
+    nothing = ok & negate(ok)
+    if read_only:
+        return StepFlags(ok, nothing, nothing, nothing)
+    found_inf, acts = (nothing, finite) if propagates else (negate(ok), ok)
+    clipped = any_of(decision.clipped) & acts
     if decision.skip is None:
-        return StepFlags(go, overflow, overflow, decision.clipped.any() & acts)
-    return StepFlags(
-        go,
-        overflow,
-        overflow | (decision.skip & finite),
-        decision.clipped.any() & acts & ~decision.skip,
-    )
+        return StepFlags(ok, found_inf, found_inf, clipped)
+    skipped = found_inf | (decision.skip & finite)
+    return StepFlags(ok, found_inf, skipped, clipped & negate(decision.skip))
 
 
-def may_skip(parts: Sequence[PolicyAssignment], norms: Norms, states: State) -> bool:
-    """Whether some policy ever leaves a step out, from an answer to any norms."""
-    return any(
-        part.policy.decide(norms_of(part, norms), s)[0].skip is not None
-        for part, s in zip(parts, states, strict=True)
-    )
-
-
-def _row(
-    answer: Scale | Clamp | UnitScale, norms: Norms
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One part's coefficients, thresholds, whether it clips, norms afterwards and cosines."""
-    one = torch.ones_like(norms.per_group)
-    if isinstance(answer, Scale):
-        return (
-            answer.coef,
-            answer.threshold,
-            answer.coef.ne(one),
-            norms.per_group * answer.coef,
-            one,
-        )
-    if isinstance(answer, Clamp):
-        return one, answer.value, answer.clipped, answer.norm_after, answer.cosine
-    return one, answer.threshold, answer.clipped, answer.norm_after, one
-
-
-def _placed(parts: Sequence[PolicyAssignment], values: Sequence[Tensor], like: Tensor) -> Tensor:
-    """[groups]: the parts' values side by side."""
-    out = torch.empty_like(like, dtype=values[0].dtype)
-    for part, value in zip(parts, values, strict=True):
-        out.index_copy_(0, part.index, value)
-    return out
+def ever_skips(assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State) -> bool:
+    """Whether some policy leaves steps out, from an answer to any norms."""
+    return decide(assignments, norms, states)[0].skip is not None

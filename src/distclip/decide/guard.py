@@ -1,4 +1,4 @@
-"""Stage 6: finite? agreed? drifted? a streak? → go on, skip or raise, alike on every rank."""
+"""Finite? agreed? drifted? a streak? → go on, skip or raise, the same on every rank."""
 
 from __future__ import annotations
 
@@ -6,36 +6,55 @@ from dataclasses import dataclass
 from enum import Enum
 
 from distclip.errors import GradientError, NonFiniteError
-from distclip.exchange.message import PRESENCE_TOLERANCE, Flags
+from distclip.exchange.message import PRESENCE_TOLERANCE, CheckWords
 from distclip.records import Culprit
 from distclip.setup.options import OnNonfinite
+from distclip.values import Flag, negate
+
+WINDOW = 500  # steps: what the clip rate counts, and how long a threshold may always clip
 
 
 class Verdict(Enum):
     """In the order in which they are judged."""
 
     DISAGREE = "ranks made different calls"
-    FAULT = "a rank found something wrong"
+    ERROR = "a rank found something wrong"
     NONFINITE = "inf or NaN"
-    PRESENCE_TOLERANCE = "only some holders have a gradient"
+    PARTIAL_GRADS = "only some holders have a gradient"
     DRIFT = "copies differ"
     FINE = "go on"
 
 
-def judge(flags: Flags, tolerance: float | None) -> Verdict:
-    """From numbers that are equal on every rank. Drift and presence are judged on finite steps
-    only: one replica's NaN is a bad step."""
-    if not flags.agreed:
-        return Verdict.DISAGREE
-    if flags.fault:
-        return Verdict.FAULT
-    if not flags.finite:
-        return Verdict.NONFINITE
-    if not abs(flags.ragged) <= PRESENCE_TOLERANCE:
-        return Verdict.PRESENCE_TOLERANCE
-    if tolerance is not None and not abs(flags.drift) <= tolerance * flags.total:
-        return Verdict.DRIFT
-    return Verdict.FINE
+def _violations(checks: CheckWords, tolerance: float | None) -> list[tuple[Verdict, Flag]]:
+    """Which rules the reduced words break: the one list of them, for the host and the device.
+
+    Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
+    """
+    broken = [
+        (Verdict.DISAGREE, negate(checks.agreed)),
+        (Verdict.ERROR, negate(checks.errors == 0)),
+        (Verdict.NONFINITE, negate(checks.finite)),
+        (Verdict.PARTIAL_GRADS, negate(abs(checks.presence) <= PRESENCE_TOLERANCE)),
+    ]
+    if tolerance is not None:
+        within = abs(checks.drift) <= tolerance * checks.power_sum
+        broken.append((Verdict.DRIFT, negate(within)))
+    return broken
+
+
+def verdict_of(checks: CheckWords, tolerance: float | None) -> Verdict:
+    """The first rule that is broken, from Python's numbers that are equal on every rank."""
+    return next(
+        (verdict for verdict, broken in _violations(checks, tolerance) if broken), Verdict.FINE
+    )
+
+
+def is_fine(checks: CheckWords, tolerance: float | None) -> Flag:
+    """Whether no rule is broken: on the device, without a host sync."""
+    (_, any_broken), *others = _violations(checks, tolerance)
+    for _, broken in others:
+        any_broken = any_broken | broken
+    return negate(any_broken)
 
 
 @dataclass(slots=True)
@@ -46,18 +65,18 @@ class Streak:
     limit: int
     length: int = 0
 
-    def good(self) -> None:
+    def reset(self) -> None:
         self.length = 0
 
-    def bad(self, patient: bool) -> bool:
-        """Counts a bad step; True if it must end in an error. `patient`: a scaler is looking for
-        its scale, `raise` waits for the limit."""
+    def count_nonfinite(self, tolerate_backoff: bool) -> bool:
+        """Counts a bad step; True if it must end in an error. `tolerate_backoff`: a scaler is
+        looking for its scale, `raise` waits for the limit."""
         self.length += 1
         if self.mode == "propagate":
             return False
-        return self.length > self.limit or (self.mode == "raise" and not patient)
+        return self.length > self.limit or (self.mode == "raise" and not tolerate_backoff)
 
-    def spike(self) -> bool:
+    def count_spike(self) -> bool:
         """Counts a step that a policy left out; True if it must end in an error."""
         self.length += 1
         return self.length > self.limit
@@ -82,13 +101,13 @@ class Streak:
         )
 
     def notice(
-        self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], patient: bool
+        self, step: int, nonfinite: int, culprits: tuple[Culprit, ...], tolerate_backoff: bool
     ) -> str:
         """Of the first bad step of a streak."""
         then = (
             "The loss scale is lowered; it finds its height by such steps, and further ones are "
             "not told (report.skips counts them)"
-            if patient
+            if tolerate_backoff
             else "Told once a streak; sinks=[distclip.LoggingSink()] reports every step"
         )
         return (

@@ -1,18 +1,106 @@
-"""Stage 6d: what a clipper remembers from step to step. Tensors are written in place: the replays
-of a captured graph find there what the one before left."""
+"""What a clipper remembers from step to step: equal on all ranks, independent of world size and
+sharding.
+
+Where the host reads at once, counters are Python's numbers. On a device they are tensors that are
+written in place, so that the replays of a captured graph find there what the one before left.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import StepFlags
-from distclip.decide.history import History, empty
-from distclip.policies.state import State, clone_state, moved, select_state
-from distclip.records import Decision
+from distclip.decide.decision import Decision, StepFlags
+from distclip.decide.guard import WINDOW, Streak
+from distclip.decide.rule_changes import RuleChange, describe_changes, rule_changes
+from distclip.decide.warn import user_stacklevel
+from distclip.errors import ConfigError
+from distclip.p_norm import bits_of
+from distclip.policies.assignment import PolicyAssignment, describe_assignments
+from distclip.policies.policy import describe
+from distclip.policies.state import State, clone_state, select_state, state_to
+from distclip.setup.options import Options
+from distclip.values import Flag, Number
+
+
+class _Ring:
+    """WINDOW flags, written round and round: in one memory, as Python's bytes and as a tensor."""
+
+    def __init__(self, device: torch.device, on_host: bool) -> None:
+        self._bytes = bytearray(WINDOW)
+        self.flags = torch.zeros(WINDOW, dtype=torch.bool, device=device)
+        self._on_host = on_host
+        if on_host:
+            self.flags = torch.frombuffer(self._bytes, dtype=torch.bool)
+
+    def exchange(self, turn: Any, flag: Any) -> Number:
+        """Put the flag of a turn in its place: 1 where one was there before, else 0."""
+        if isinstance(turn, Tensor):
+            place = (turn % WINDOW).reshape(1)
+            before = self.flags.index_select(0, place).reshape(()).double()
+            self.flags.index_copy_(0, place, flag.reshape(1))
+            return before
+        place = turn % WINDOW
+        before = self._bytes[place]
+        self._bytes[place] = bool(flag)
+        return before
+
+
+class StepHistory:
+    """How often the last steps were clipped, and how many were skipped.
+
+    Attributes:
+        num_calls, num_skips: int, or [] int64: calls that count here, steps that were not taken.
+        clip_rate: float, or [] float64: share of the last steps, up to WINDOW, that were clipped;
+            0 before the first.
+    """
+
+    def __init__(self, device: torch.device, on_host: bool) -> None:
+        zero: Any = 0 if on_host else torch.zeros((), dtype=torch.int64, device=device)
+        self._ring = _Ring(device, on_host)
+        self.num_calls, self.num_skips = zero, zero if on_host else zero.clone()
+        self._num_clipped: Any = 0.0 if on_host else zero.double()
+        self.clip_rate: Any = 0.0 if on_host else zero.double()
+
+    def record(self, clipped: Flag, skipped: Flag) -> None:
+        """One more step."""
+        # times 1.0: a bool tensor cannot be subtracted from
+        self._num_clipped += clipped * 1.0 - self._ring.exchange(self.num_calls, clipped)
+        self.num_calls += 1
+        self.num_skips += skipped
+        self._set_rate()
+
+    def _set_rate(self) -> None:
+        calls: Any = self.num_calls
+        if isinstance(calls, Tensor):
+            self.clip_rate.copy_(self._num_clipped / calls.clamp(min=1, max=WINDOW))
+        else:
+            self.clip_rate = self._num_clipped / min(max(calls, 1), WINDOW)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies, as a checkpoint has them: `clipped` [WINDOW] bool, `calls` and `skips` int64."""
+        calls, skips = (
+            n.clone() if isinstance(n, Tensor) else torch.tensor(n, device="cpu")
+            for n in (self.num_calls, self.num_skips)
+        )
+        return {"clipped": self._ring.flags.clone(), "calls": calls, "skips": skips}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """What `tensors` gave, perhaps on another device."""
+        self._ring.flags.copy_(saved["clipped"])
+        numbers = saved["calls"], saved["skips"], saved["clipped"].sum(dtype=torch.float64)
+        own: Any = self.num_calls, self.num_skips, self._num_clipped
+        if isinstance(self.num_calls, Tensor):
+            for number, value in zip(own, numbers):
+                number.copy_(value)
+        else:
+            self.num_calls, self.num_skips, self._num_clipped = (n.item() for n in numbers)
+        self._set_rate()
 
 
 class ClipperState:
@@ -20,79 +108,176 @@ class ClipperState:
 
     Args:
         groups: the names that the state belongs to.
-        first: the policies' states at the start.
-        mixers: [2, groups] int64, of the token.
+        initial: the policies' states at the start.
+        hash_weights: [2, groups] int64, of the decision's hash, on the compute device.
+        streak: of steps that were not taken.
+        on_host: counters are Python's numbers.
         step: calls so far.
     """
 
     def __init__(
-        self, groups: tuple[str, ...], first: State, mixers: Tensor, step: int = 0
+        self,
+        groups: tuple[str, ...],
+        initial: State,
+        hash_weights: Tensor,
+        streak: Streak,
+        on_host: bool,
+        step: int = 0,
     ) -> None:
-        self.groups, self.state, self.step = groups, first, step
-        self.taken = 0  # calls that `history` counts: neither passive nor an error
-        self.history = empty(mixers.device)
-        self.rate = self.history.rate
-        self._mixers = mixers
-        # token of the last decision
-        self._last = torch.zeros(1, dtype=torch.float64, device=mixers.device)
+        self.groups, self.policies, self.step, self.streak = groups, initial, step, streak
+        self.num_steps = 0  # calls that `history` counts: neither read-only nor an error
+        self.history = StepHistory(hash_weights.device, on_host)
+        self._weights = hash_weights
+        self._host_weights: list[list[int]] = hash_weights.tolist() if on_host else []
+        # 16 bits of the last decision; on a device [] float64
+        self._hash: Any = 0
+        if not on_host:
+            self._hash = torch.zeros((), dtype=torch.float64, device=hash_weights.device)
 
-    def moved(self, mixers: Tensor) -> ClipperState:
+    def to(self, hash_weights: Tensor, streak: Streak, on_host: bool) -> ClipperState:
         """The same for a new plan of the same groups, perhaps on another device."""
-        there = ClipperState(self.groups, moved(self.state, mixers.device), mixers, self.step)
-        there.load(self.step, self.history, there.state)
+        policies = state_to(self.policies, hash_weights.device)
+        streak.length = self.streak.length
+        there = ClipperState(self.groups, policies, hash_weights, streak, on_host, self.step)
+        there.history.load(self.history.tensors())
+        there.num_steps = self.num_steps
         return there
 
-    def last(self, reads: bool) -> Tensor | float:
-        """The token of the decision before. Where it may not be read, a copy: what travels must
-        outlast the next write."""
-        return float(self._last) if reads else self._last.clone()
+    @property
+    def last_decision_hash(self) -> Number:
+        """A copy where it may not be read: what travels must outlast the next write."""
+        return self._hash.clone() if isinstance(self._hash, Tensor) else self._hash
 
-    def states(self) -> State:
-        """Copies for policies: an answer may hold on to its state, and is put to use after
-        `remember`."""
-        return tuple(map(clone_state, self.state))
+    def copies(self) -> State:
+        """For policies: an answer may hold on to its state, and is put to use after `update`."""
+        return tuple(map(clone_state, self.policies)) if any(self.policies) else self.policies
 
-    def remember(
-        self, decision: Decision, state: State, will: StepFlags, fine: bool | None, reads: bool
-    ) -> None:
-        """One more step that is not passive.
+    def update(self, decision: Decision, policies: State, flags: StepFlags) -> None:
+        """One more step that is not read-only.
 
         Args:
-            state: the policies' next one; it stays where the step is not taken.
-            fine: whether the step is finite and taken, None where the host does not know.
-            reads: whether the host may read what it wants.
+            policies: their next states; they stay where the step is not taken.
         """
-        self.taken += 1
-        # a hash of the bits
-        token = (
-            torch.stack([decision.coef, decision.threshold]).view(torch.int64) * self._mixers
-        ).sum()
-        if reads:
-            self.rate.fill_(self.history.record_here_(bool(will.clipped), bool(will.skipped)))
-            self._last.fill_(_middle(int(token)))
+        self.num_steps += 1
+        self.history.record(flags.clipped, flags.skipped)
+        token = self._hash_of(decision)
+        if isinstance(self._hash, Tensor):
+            self._hash.copy_(token)
         else:
-            self.rate.copy_(self.history.record_(will.clipped, will.skipped))
-            self._last.copy_(_middle(token))
-        if fine is None and any(state):
-            self._keep(select_state(self.state, state, will.go & ~will.skipped))
-        elif fine:
-            self._keep(state)
+            self._hash = token
+        if any(policies):
+            self._keep(select_state(flags.taken, self.policies, policies))
 
-    def load(self, step: int, history: History, state: State) -> None:
-        self.step = step
-        for tensor, value in zip(self.history, history, strict=True):
-            tensor.copy_(value)
-        self._keep(state)
-        self.rate.copy_(self.history.rate)
-        self.taken = int(history.calls)
+    def _hash_of(self, decision: Decision) -> Any:
+        """16 bits that depend on every bit of the coefficients and thresholds."""
+        coef, threshold = decision.coef, decision.threshold
+        if isinstance(coef, Tensor) and isinstance(threshold, Tensor):
+            both = torch.stack([coef, threshold]).view(torch.int64)
+            total: Any = (both * self._weights).sum()
+            total = total if isinstance(self._hash, Tensor) else int(total)
+        else:
+            assert not isinstance(coef, Tensor) and not isinstance(threshold, Tensor)
+            bits = bits_of(coef), bits_of(threshold)
+            total = sum(
+                bit * weight
+                for row, weights in zip(bits, self._host_weights)
+                for bit, weight in zip(row, weights)
+            )
+        return total >> 40 & 0xFFFF  # bits that depend on all below them
 
-    def _keep(self, state: State) -> None:
+    def _keep(self, policies: State) -> None:
         for tensor, value in zip(
-            chain.from_iterable(self.state), chain.from_iterable(state), strict=True
+            chain.from_iterable(self.policies), chain.from_iterable(policies), strict=True
         ):
             tensor.copy_(value)
 
+    # Checkpoints
 
-def _middle(bits: Any) -> Any:
-    """16 bits of a sum that depend on all bits below: of a number, or of a tensor of them."""
-    return bits >> 40 & 0xFFFF
+    def state_dict(
+        self, options: Options, assignments: Sequence[PolicyAssignment]
+    ) -> dict[str, Any]:
+        """A flat record of tensors and strings, which loads with `weights_only`."""
+        numbers = {"step": self.step, "bad_in_a_row": self.streak.length}
+        return {
+            **{name: torch.tensor(value, device="cpu") for name, value in numbers.items()},
+            "policy": describe(options.policy),
+            "groups": "\n".join(self.groups),
+            "norm_type": repr(options.norm_type),
+            # which policy has which groups: the main one alone does not say it
+            "rules": describe_assignments(assignments, self.groups),
+            **{f"history.{name}": tensor for name, tensor in self.history.tensors().items()},
+            **{
+                f"{i}.{j}": tensor.clone()
+                for i, state in enumerate(self.policies)
+                for j, tensor in enumerate(state)
+            },
+        }
+
+    def load_state_dict(self, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, as it fits a clipper that would give `own`.
+
+        The numbers of a rule may differ: those of the clipper hold, which one RuntimeWarning says.
+
+        Raises:
+            ConfigError: it was cut short, or belongs to another kind of policy, another norm_type
+                or other groups; or a number differs that the size of the state depends on. Nothing
+                was taken over.
+        """
+        changes = _checked_record(given, own)
+        if changes:
+            warnings.warn(
+                f"{describe_changes(changes)}: the new number holds from the next step on, and "
+                "steps and statistics go on from the checkpoint. If that is meant there is nothing "
+                "to do; to start the statistics anew, resume without the clipper's state",
+                RuntimeWarning,
+                stacklevel=user_stacklevel(),
+            )
+        self.step, self.streak.length = int(given["step"]), int(given["bad_in_a_row"])
+        self.history.load({name: given[f"history.{name}"] for name in self.history.tensors()})
+        self.num_steps = int(given["history.calls"])
+        self._keep(
+            tuple(
+                tuple(given[f"{i}.{j}"].to(tensor.dtype) for j, tensor in enumerate(state))
+                for i, state in enumerate(self.policies)
+            )
+        )
+
+
+def _checked_record(given: Mapping[str, Any], own: Mapping[str, Any]) -> list[RuleChange]:
+    """Rules with other numbers. ConfigError where the record fits in no other way."""
+    changes: list[RuleChange] = []
+    for name in [name for name, value in own.items() if isinstance(value, str) and name in given]:
+        found = rule_changes(name, given[name], own[name])
+        if found is None:
+            raise ConfigError(
+                f"the checkpoint's {name} is {given[name]!r}, this clipper's {own[name]!r}; build "
+                "it as the saved one was"
+            )
+        changes += found
+    lost = sorted(own.keys() - given.keys())
+    if lost:
+        raise ConfigError(
+            f"the checkpoint of the clipper lacks {', '.join(lost)}; it was cut short, or saved by "
+            "something else"
+        )
+    surplus = sorted(map(str, given.keys() - own.keys()))
+    if surplus:
+        raise ConfigError(
+            f"the checkpoint of the clipper has {', '.join(surplus)}, this clipper has not; build "
+            "it as the saved one was"
+        )
+    for name in [name for name, value in own.items() if isinstance(value, Tensor)]:
+        value, wanted = given[name], tuple(own[name].shape)
+        if isinstance(value, Tensor) and tuple(value.shape) == wanted:
+            continue
+        seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if changes and not name.startswith("history."):
+            raise ConfigError(
+                f"{describe_changes(changes)}, and this number cannot change at resume: the "
+                f"checkpoint's {name} is {seen}, this clipper's {wanted}. Build it with the saved "
+                "number, or resume without the clipper's state to start it anew"
+            )
+        raise ConfigError(
+            f"the checkpoint's {name} is {seen}, not a tensor of shape {wanted}; was it cut short?"
+        )
+    return changes

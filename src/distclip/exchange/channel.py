@@ -4,7 +4,7 @@ talk."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate
 from typing import Final, Literal
@@ -131,6 +131,25 @@ class Channel:
         ends = accumulate(sizes)
         return [whole[end - size : end].decode() for size, end in zip(sizes, ends, strict=True)]
 
+    def gather_lines(
+        self, lines: Sequence[str], device: torch.device, what: str
+    ) -> dict[str, list[int]]:
+        """Each distinct line → the global ranks that sent it. Two all-reduces, as above.
+
+        A line that itself holds line breaks travels whole.
+        """
+        said: dict[str, list[int]] = defaultdict(list)
+        texts = self.gather_texts("\0".join(lines), device, what)
+        for rank, text in zip(self.ranks, texts, strict=True):
+            for line in text.split("\0") if text else ():
+                said[line].append(rank)
+        return said
+
+
+def lines_by_rank(said: Mapping[str, Sequence[int]]) -> list[str]:
+    """`rank 0-3,6: line`, for each line of `gather_lines`."""
+    return [f"rank {format_ranks(ranks)}: {line}" for line, ranks in said.items()]
+
 
 def format_ranks(ranks: Sequence[int]) -> str:
     """0-3,6 for (0, 1, 2, 3, 6)."""
@@ -157,12 +176,7 @@ def raise_on_all_ranks(
     Args:
         remedy: the error's last line.
     """
-    said: dict[str, list[int]] = defaultdict(list)
-    for rank, text in zip(
-        channel.ranks, channel.gather_texts("\n".join(problems), device, what), strict=True
-    ):
-        for line in text.splitlines():
-            said[line].append(rank)
+    lines = "\n".join(problems).splitlines()
+    said = channel.gather_lines(lines, device, what)
     if said:
-        lines = [f"rank {format_ranks(ranks)}: {line}" for line, ranks in said.items()]
-        raise AgreementError("\n".join([*lines, remedy] if remedy else lines))
+        raise AgreementError("\n".join([*lines_by_rank(said), *([remedy] if remedy else [])]))

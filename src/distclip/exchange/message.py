@@ -1,13 +1,18 @@
-"""Stage 4a: what one step's message holds, packed and unpacked.
+"""What one step's message holds, packed and unpacked.
 
-SUM: groups' power sums · watched power sums · policies' stats · drift · ragged · count · bad ·
-fault · v (3) · v² (3) MAX (p = inf): groups' maxima · watched maxima · stats · count · bad · fault
-· v (3) · -v (3)
+SUM: groups' power sums · watched power sums · stats · drift · presence · count · nonfinite ·
+errors · tokens (3) · their squares (3)
+MAX (p = inf): groups' maxima · watched maxima · stats · count · nonfinite · errors · tokens (3) ·
+the same, negated (3)
 
-  drift   Σ weight · power sum: 0 where replicas are equal
-  ragged  Σ weight · [has a gradient]: 0 where all holders of a piece have one, or none has
-  count   gradients present                    bad    gradient tensors with inf or NaN
-  fault   ranks that found something wrong     v      16-bit tokens, equal on all ranks
+  stats     what policies add
+  drift     Σ weight · power sum: 0 where replicas are equal
+  presence  Σ weight · [has a gradient]: 0 where all holders of a piece have one, or none has
+  count     gradients present                nonfinite  gradient tensors with inf or NaN
+  errors    ranks that found something wrong  tokens    16-bit numbers, equal on all ranks
+
+A message is a list of floats where the host reads at once, else a float64 tensor on the device: it
+is packed and unpacked by the same slices.
 """
 
 from __future__ import annotations
@@ -15,186 +20,194 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-TOKENS = 3  # call counter, operation, last decision
-PRESENCE_TOLERANCE = (
-    1e-6  # the weights are at least 1/8: one missing gradient shows, and rounding does not
-)
+from distclip.p_norm import PNorm, p_norm
+from distclip.values import Column, Flag, Number, all_equal, multiply, negate, select
+
+Message: TypeAlias = "list[float] | Tensor"  # [words] float64
+
+NUM_TOKENS = 3  # call counter, operation, last decision
+# the weights are at least 1/8: one missing gradient shows, and rounding does not
+PRESENCE_TOLERANCE = 1e-6
 
 
-def num_check_words(norm_type: float, stats: int) -> int:
-    """Words of the message beside one for each group and watched layer."""
-    return stats + (3 if math.isinf(norm_type) else 5) + 2 * TOKENS
+class CheckWords(NamedTuple):
+    """What tells whether a step may be taken: floats and a bool, or 0-dim tensors."""
 
-
-class Flags(NamedTuple):
-    """What the guard reads on the host, in one go."""
-
-    drift: float
-    ragged: float
-    present: float
-    bad: float
-    fault: float
-    agreed: bool
-    total: float  # the sum that drift is compared with
+    power_sum: Number  # of all groups: what drift is compared with
+    drift: Number
+    presence: Number
+    num_grads: Number
+    nonfinite: Number
+    errors: Number
+    agreed: Flag  # all ranks sent the same tokens
 
     @property
-    def finite(self) -> bool:
-        return self.bad == 0 and math.isfinite(self.total)
+    def finite(self) -> Flag:
+        """Of every gradient, and of their power sum."""
+        # x - x is 0 but for inf and NaN
+        return (self.power_sum - self.power_sum == 0) & (self.nonfinite == 0)
 
 
 @dataclass(frozen=True, slots=True)
 class MessageLayout:
-    """Prepared at set-up; packs and unpacks vectors of one fixed length.
+    """Prepared at set-up; packs and unpacks messages of one fixed length.
 
     Args:
-        share, weight: [pieces] float64; group, layer: [pieces] int64, on the compute device;
-            `layer` is empty where none is watched.
+        share, drift_weight: [pieces] float64; group_of, layer_of: [pieces] int64, on the compute
+            device; `layer_of` is empty where none is watched.
+        on_host: messages are lists of floats.
     """
 
     norm_type: float
-    groups: int
-    layers: int
-    stats: int
-    ranks: int
+    num_groups: int
+    num_layers: int
+    num_stats: int
+    num_ranks: int
     share: Tensor
-    weight: Tensor
-    group: Tensor
-    layer: Tensor
-    _both: Tensor = field(init=False)  # [2, pieces]: share, weight
-    _none: Tensor = field(init=False)  # [0]
+    drift_weight: Tensor
+    group_of: Tensor
+    layer_of: Tensor
+    on_host: bool
+    norm: PNorm = field(init=False)
+    _share_and_weight: Tensor = field(init=False)  # [2, pieces]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_both", torch.stack([self.share, self.weight]))
-        object.__setattr__(self, "_none", self.share[:0])
+        object.__setattr__(self, "norm", p_norm(self.norm_type))
+        object.__setattr__(self, "_share_and_weight", torch.stack([self.share, self.drift_weight]))
 
-    def present(self, has: Tensor) -> Tensor:
-        """What `pack` says of the gradients that are there: [2] float64, ragged and count; [1] for
-        maxima, count alone.
+    @property
+    def num_words(self) -> int:
+        return self.num_groups + self.num_layers + num_further_words(self.norm_type, self.num_stats)
 
-        Args:
-            has: [pieces] float64, 1 where there is one.
-        """
-        return (
-            has.sum().reshape(1)
-            if math.isinf(self.norm_type)
-            else torch.stack([(has * self.weight).sum(), has.sum()])
-        )
+    # Packing
 
-    def second(self, token: Any) -> Any:
-        """What travels beside a token (a number, or a tensor of them), so that the reduced words
-        tell whether all ranks sent the same."""
-        return -token if math.isinf(self.norm_type) else token * token
-
-    def bad(self, sums: Tensor) -> Tensor:
-        """[] float64: how many of the power sums are not finite. No host sync."""
-        zero = sums - sums  # NaN where an inf or NaN is: two operations where isfinite takes five
-        return zero.ne(zero).sum(dtype=torch.float64)
-
-    def pack(self, sums: Tensor, stats: Tensor, words: Tensor) -> Tensor:
-        """[words] float64. No host sync.
+    def presence_words(self, mask: Tensor) -> Message:
+        """Presence and count, or count alone where they are maxima.
 
         Args:
-            sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
-            stats: [stats] float64.
-            words: float64, what follows stats and drift: `present`; bad gradients, perhaps of
-                parameters that are no pieces; 1 where this rank found something wrong; TOKENS
-                tokens, whole numbers below 65536; the `second` of each.
+            mask: [pieces] float64, 1 where there is a gradient.
         """
-        if math.isinf(self.norm_type):
-            return torch.cat(
-                [
-                    *self._spread(sums.nan_to_num(nan=math.inf, posinf=math.inf), "amax"),
-                    stats,
-                    words,
-                ]
-            )
-        # an inf or NaN makes drift meaningless; such a step is not judged by it
-        if self.groups == 1 and not self.layers:
-            both = (self._both * sums).sum(1)
-            return (
-                torch.cat([both[:1], stats, both[1:], words])
-                if self.stats
-                else torch.cat([both, words])
-            )
-        drift = (sums * self.weight).sum(0, keepdim=True)
-        return torch.cat([*self._spread(sums * self.share, "sum"), stats, drift, words])
+        count = mask.sum()
+        if self.norm.is_max:
+            words = count.reshape(1)
+        else:
+            words = torch.stack([(mask * self.drift_weight).sum(), count])
+        return words.tolist() if self.on_host else words
 
-    def _spread(self, values: Tensor, reduce: str) -> list[Tensor]:
-        """[groups] and, where layers are watched, [layers]: pieces' values added up, or the largest
-        of them."""
+    def pack(
+        self,
+        power_sums: Tensor,
+        stats: Tensor | None,
+        presence: Message,
+        found_inf: Number | None,
+        has_error: bool,
+        tokens: Sequence[Number],
+    ) -> Message:
+        """No host sync but where messages are lists.
+
+        Args:
+            power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
+            stats: [stats] float64; None is none.
+            presence: of `presence_words`.
+            found_inf: above 0 where something else than a piece is not finite here.
+            has_error: this rank found something wrong.
+            tokens: whole numbers below 65536; the device's are 0-dim.
+        """
+        pieces = self._spread(power_sums)
+        start = self.num_groups + self.num_layers
+        if self.on_host:
+            sums: list[float] = pieces.tolist()
+            found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))
+            further = [] if stats is None else stats.tolist()
+            checks = [*presence, max(found, float(found_inf or 0)), float(has_error)]
+            seconds = map(self._beside, tokens)
+            numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *seconds]
+            return list(map(float, numbers))
+        found = _count_nonfinite(power_sums)
+        if found_inf is not None:
+            found = torch.maximum(found, torch.as_tensor(found_inf))
+        # filled in on the device: a tensor made from a list would make the host wait for it
+        new = pieces.new_full
+        there = [t if isinstance(t, Tensor) else new((), float(t)) for t in tokens]
+        last = torch.stack([found, new((), float(has_error)), *there])
+        parts = [pieces[:start], *([] if stats is None else [stats]), pieces[start:]]
+        assert isinstance(presence, Tensor)
+        return torch.cat([*parts, presence, last, self._beside(last[-NUM_TOKENS:])])
+
+    def _beside(self, token: Any) -> Any:
+        """What travels beside a token, so that the reduced words tell whether all are the same."""
+        return -token if self.norm.is_max else token * token
+
+    def _spread(self, power_sums: Tensor) -> Tensor:
+        """[groups + layers, and drift where they are sums]: what pieces add up to.
+
+        A maximum over ranks may lose a NaN: it is sent as inf. An inf or NaN makes drift meaningless; such a step is not judged by it.
+        """
+        if self.num_groups == 1 and not self.num_layers and not self.norm.is_max:
+            return (self._share_and_weight * power_sums).sum(1)
+        reduce = "amax" if self.norm.is_max else "sum"
+        values = power_sums if self.norm.is_max else power_sums * self.share
+        if self.norm.is_max:
+            values = values.nan_to_num(nan=math.inf, posinf=math.inf)
         out: list[Tensor] = []
-        for count, index in ((self.groups, self.group), (self.layers, self.layer)):
+        for count, index in ((self.num_groups, self.group_of), (self.num_layers, self.layer_of)):
             if count == 1 and len(values):
-                out.append((values.sum() if reduce == "sum" else values.amax()).reshape(1))
+                out.append((values.amax() if self.norm.is_max else values.sum()).reshape(1))
             elif count:
-                out.append(
-                    torch.zeros(count, dtype=torch.float64, device=values.device).scatter_reduce_(
-                        0, index, values, reduce
-                    )
-                )
-        return out
+                zeros = torch.zeros(count, dtype=torch.float64, device=values.device)
+                out.append(zeros.scatter_reduce_(0, index, values, reduce))
+        if not self.norm.is_max:
+            out.append((power_sums * self.drift_weight).sum().reshape(1))
+        return torch.cat(out)
 
-    def sums(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Power sums [groups], watched ones [layers], stats [stats], and the number of bad
-        gradients []."""
-        start = self.groups + self.layers
-        after = start + self.stats
-        bad = after + (1 if math.isinf(self.norm_type) else 3)
-        layers, stats = (
-            message[self.groups : start] if self.layers else self._none,
-            message[start:after] if self.stats else self._none,
-        )
-        return message[: self.groups], layers, stats, message[bad]
+    # Unpacking
 
-    def total(self, message: Tensor) -> Tensor:
-        """[] float64: the power sum of all groups; inf where it is finite and the norm, its p-th
-        root, is not (p below 1)."""
-        total = message[0] if self.groups == 1 else message[: self.groups].sum()
+    def group_sums(self, message: Message) -> Column:
+        """[groups]."""
+        return message[: self.num_groups]
+
+    def layer_sums(self, message: Message) -> Column:
+        """[layers]."""
+        return message[self.num_groups : self.num_groups + self.num_layers]
+
+    def stats_of(self, message: Message) -> Column:
+        """[stats]."""
+        start = self.num_groups + self.num_layers
+        return message[start : start + self.num_stats]
+
+    def checks(self, message: Message) -> CheckWords:
+        """Of a reduced message."""
+        start = self.num_groups + self.num_layers + self.num_stats
+        words = message[start:]
+        leading = [0.0, 0.0] if self.norm.is_max else []
+        checks = [*leading, *words[: -2 * NUM_TOKENS]]
+        tokens, beside = words[-2 * NUM_TOKENS : -NUM_TOKENS], words[-NUM_TOKENS:]
+        if self.norm.is_max:
+            agreed = all_equal(tokens, multiply(beside, -1.0))
+        else:  # all are equal iff W Σv² = (Σv)²: whole numbers, exact
+            agreed = all_equal(multiply(beside, float(self.num_ranks)), multiply(tokens, tokens))
+        return CheckWords(self.power_sum(message), *checks, agreed=agreed)
+
+    def power_sum(self, message: Message) -> Number:
+        """Of all groups; inf where it is finite and the norm, its p-th root, is not (p below 1)."""
+        total = self.norm.combine(self.group_sums(message))
         if self.norm_type < 1:
-            total = torch.where(total.pow(1 / self.norm_type).isfinite(), total, math.inf)
+            root = self.norm.finish(total)
+            total = select(negate(root - root == 0), math.inf, total)
         return total
 
-    def rest(self, message: Tensor) -> Tensor:
-        """The words behind groups, layers and stats."""
-        return message[self.groups + self.layers + self.stats :]
 
-    def go(self, message: Tensor, total: Tensor, tolerance: float | None) -> Tensor:
-        """[] bool on the message's device: whether `guard.judge` would let the step go on. No host
-        sync."""
-        rest = self.rest(message)
-        v, other = rest[-2 * TOKENS : -TOKENS].long(), rest[-TOKENS:].long()
-        if math.isinf(self.norm_type):
-            _, bad, fault = rest[:3].unbind()
-            go = (v == -other).all()
-        else:
-            drift, ragged, _, bad, fault = rest[:5].unbind()
-            go = (self.ranks * other == v * v).all() & (ragged.abs() <= PRESENCE_TOLERANCE)
-            if tolerance is not None:
-                go = go & (drift.abs() <= tolerance * total)
-        return go & (bad == 0) & (fault == 0) & total.isfinite()
+def num_further_words(norm_type: float, num_stats: int) -> int:
+    """Words of the message beside one for each group and watched layer."""
+    return num_stats + (3 if math.isinf(norm_type) else 5) + 2 * NUM_TOKENS
 
-    def flags(self, total: float, rest: Sequence[float]) -> Flags:
-        """From the numbers of `total` and `rest` on the host."""
-        v, other = rest[-2 * TOKENS : -TOKENS], rest[-TOKENS:]
-        if math.isinf(self.norm_type):
-            count, bad, fault = rest[:3]
-            return Flags(
-                0.0,
-                0.0,
-                count,
-                bad,
-                fault,
-                all(a == -b for a, b in zip(v, other, strict=True)),
-                total,
-            )
-        drift, ragged, count, bad, fault = rest[:5]
-        # all v are equal iff W Σv² = (Σv)²: whole numbers, exact
-        agreed = all(
-            self.ranks * int(square) == int(s) ** 2 for s, square in zip(v, other, strict=True)
-        )
-        return Flags(drift, ragged, count, bad, fault, agreed, total)
+
+def _count_nonfinite(power_sums: Tensor) -> Tensor:
+    """[] float64: how many are not finite. No host sync."""
+    zero = power_sums - power_sums  # NaN where an inf or NaN is: fewer operations than isfinite
+    return zero.ne(zero).sum(dtype=torch.float64)

@@ -1,10 +1,12 @@
-"""The only reader of device values: now, or exactly one call late through a ring of two pinned
-copies."""
+"""The only reader of a step's device values: now, or exactly one call late through a ring of two
+pinned copies.
+
+Set-up, failure paths (`decide.audit`) and reports that a caller reads have reads of their own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Late(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
+class LateNumbers(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
     """What the previous call left to be judged."""
 
     numbers: list[float]
@@ -24,9 +26,9 @@ class Late(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
 class Readback(Generic[T]):
     """Host copies of one vector a call.
 
-    A call either reads its own vector (`now`, on CUDA a synchronisation) or leaves it and takes the
-    previous one (`leave`, `taken`). Copies are counted by calls and never polled, so that all ranks
-    see the same vector at the same call.
+    A call either reads its own vector (`read_now`, on CUDA a synchronisation) or leaves it and
+    takes the previous one (`enqueue`, `dequeue`). Copies are counted by calls and never polled, so
+    that all ranks see the same vector at the same call.
     """
 
     def __init__(self) -> None:
@@ -35,31 +37,28 @@ class Readback(Generic[T]):
         self._left: tuple[Tensor, Any, T] | None = None
 
     @staticmethod
-    def now(*tensors: Tensor) -> list[list[float]]:
-        """The numbers of each tensor. On CUDA this waits for the device, once."""
-        if tensors[0].device.type == "cpu":
-            return [tensor.tolist() if tensor.ndim else [float(tensor)] for tensor in tensors]
-        numbers = iter(torch.cat([tensor.reshape(-1).double() for tensor in tensors]).tolist())
-        return [list(islice(numbers, tensor.numel())) for tensor in tensors]
+    def read_now(vector: Tensor) -> list[float]:
+        """Its numbers. On CUDA this waits for the device, once."""
+        return vector.tolist()
 
-    def leave(self, vector: Tensor, what: T) -> None:
-        """Start the copy of this call's vector; `taken` gives it at the next call."""
+    def enqueue(self, vector: Tensor, what: T) -> None:
+        """Start the copy of this call's vector; `dequeue` gives it at the next call."""
         if vector.device.type != "cuda":
             self._left = (vector.clone(), None, what)
             return
         if not self._ring or self._ring[0].numel() != vector.numel():
+            size, dtype = vector.numel(), vector.dtype
             self._ring = [
-                torch.empty(vector.numel(), dtype=vector.dtype, device="cpu", pin_memory=True)
-                for _ in range(2)
+                torch.empty(size, dtype=dtype, device="cpu", pin_memory=True) for _ in range(2)
             ]
         copy = self._ring[self._turn]
         self._turn = 1 - self._turn
         copy.copy_(vector, non_blocking=True)
-        # which need not be the current device's
+        # the vector's device need not be the current one
         done = torch.cuda.current_stream(vector.device).record_event()
         self._left = (copy, done, what)
 
-    def taken(self) -> Late[T] | None:
+    def dequeue(self) -> LateNumbers[T] | None:
         """The previous call's vector, once; waits for its copy alone, not for the device."""
         if self._left is None:
             return None
@@ -67,4 +66,4 @@ class Readback(Generic[T]):
         self._left = None
         if done is not None:
             done.synchronize()
-        return Late(copy.tolist(), what)
+        return LateNumbers(copy.tolist(), what)

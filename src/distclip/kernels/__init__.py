@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.kernels.native import CODES, library
-from distclip.kernels.native import layout as native_layout
+from distclip.kernels.native import plan_for as native_plan
 from distclip.kernels.triton_lists import CODES as TRITON_CODES
 from distclip.kernels.triton_lists import available as has_triton
-from distclip.kernels.triton_lists import layout as triton_layout
+from distclip.kernels.triton_lists import plan_for as triton_plan
 
 CHOICE = "DISTCLIP_KERNELS"
 
@@ -59,7 +59,7 @@ def active() -> str:
     return f"torch ({found})"
 
 
-def layout(
+def plan_for(
     counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> KernelPlan | None:
     """The kernels prepared for tensors of these sizes and dtypes on `device`, or None where torch's
@@ -74,7 +74,7 @@ def layout(
             and has_triton()
             and os.environ.get(CHOICE, "") != "torch"
         )
-        return triton_layout(counts, tuple(dtypes), device) if serves else None
+        return triton_plan(counts, tuple(dtypes), device) if serves else None
     if device.type != "cpu" or not CODES.keys() >= set(dtypes) or active() != "native":
         return None
-    return native_layout(counts, tuple(dtypes))
+    return native_plan(counts, tuple(dtypes))

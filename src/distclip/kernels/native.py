@@ -212,6 +212,6 @@ class KernelPlan:
 
 
 @functools.lru_cache(maxsize=64)
-def layout(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> KernelPlan:
+def plan_for(counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> KernelPlan:
     """The `KernelPlan` of these sizes and dtypes, prepared once."""
     return KernelPlan(counts, dtypes)

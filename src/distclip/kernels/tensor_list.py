@@ -1,4 +1,4 @@
-"""Stage 3b: this rank's gradient tensors as one list, which a kernel reads and writes in one call;
+"""This rank's gradient tensors as one list, which a kernel reads and writes in one call;
 what it does not know, torch does."""
 
 from __future__ import annotations
@@ -29,21 +29,26 @@ class TensorList:
 
     Args:
         tensors: [n].
-        layout: the kernel's preparation for these sizes and dtypes, or None.
+        kernel_plan: the kernel's preparation for these sizes and dtypes, or None.
         pointers: [n] addresses for it; 0 where torch is to do it.
-        odd: positions that torch does.
+        fallback: positions that torch does.
     """
 
-    __slots__ = ("layout", "odd", "pointers", "tensors")
+    __slots__ = ("fallback", "kernel_plan", "pointers", "tensors")
 
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        layout: KernelPlan | None,
+        kernel_plan: KernelPlan | None,
         pointers: array[int],
-        odd: Sequence[int],
+        fallback: Sequence[int],
     ) -> None:
-        self.tensors, self.layout, self.pointers, self.odd = tensors, layout, pointers, odd
+        self.tensors, self.kernel_plan, self.pointers, self.fallback = (
+            tensors,
+            kernel_plan,
+            pointers,
+            fallback,
+        )
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> TensorList:
@@ -52,50 +57,50 @@ class TensorList:
         if not tensors:
             return cls((), None, array("Q"), ())
         home = tensors[0].device
-        odd = (
+        fallback = (
             []
             if _plain(tensors, home)
             else [i for i, tensor in enumerate(tensors) if not is_block(tensor, home)]
         )
-        left = set(odd)
+        left = set(fallback)
         counts = (
             tuple(map(Tensor.numel, tensors))
-            if not odd
+            if not fallback
             else tuple(0 if i in left else t.numel() for i, t in enumerate(tensors))
         )
         dtypes = (
             tuple(map(_DTYPE, tensors))
-            if not odd
+            if not fallback
             else tuple(torch.float32 if i in left else t.dtype for i, t in enumerate(tensors))
         )
-        layout = kernels.layout(counts, dtypes, home)
-        if layout is None:
+        kernel_plan = kernels.plan_for(counts, dtypes, home)
+        if kernel_plan is None:
             return cls(tensors, None, array("Q"), range(len(tensors)))
         pointers = array(
             "Q",
             map(Tensor.data_ptr, tensors)
-            if not odd
+            if not fallback
             else (0 if i in left else t.data_ptr() for i, t in enumerate(tensors)),
         )
-        return cls(tensors, layout, pointers, odd)
+        return cls(tensors, kernel_plan, pointers, fallback)
 
     def power_sums(self, p: float) -> Tensor:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is
         not; never communicates."""
-        if self.layout is None:
+        if self.kernel_plan is None:
             return reference.power_sums(self.tensors, p)
-        sums = self.layout.power_sums(self.pointers, p)
-        if self.odd:
-            self._put(sums, reference.power_sums(self._odd(), p))
+        sums = self.kernel_plan.power_sums(self.pointers, p)
+        if self.fallback:
+            self._put(sums, reference.power_sums(self._fallback_tensors(), p))
         return sums
 
     def clamped_sums(self, values: Tensor, p: float) -> Tensor:
         """[n, 6]: see `reference.clamped_sums`. `values`: float64 [n]."""
-        if self.layout is None:
+        if self.kernel_plan is None:
             return reference.clamped_sums(self.tensors, values, p)
-        sums = self.layout.clamped_sums(self.pointers, values, p)
-        if self.odd:
-            self._put(sums, reference.clamped_sums(self._odd(), self._at(values), p))
+        sums = self.kernel_plan.clamped_sums(self.pointers, values, p)
+        if self.fallback:
+            self._put(sums, reference.clamped_sums(self._fallback_tensors(), self._at(values), p))
         return sums
 
     def scale_(self, factors: float | Sequence[float] | Tensor) -> None:
@@ -108,12 +113,12 @@ class TensorList:
         alike = isinstance(factors, (int, float))
         if alike and factors == 1.0:
             return
-        if self.layout is not None:
+        if self.kernel_plan is not None:
             if isinstance(factors, (int, float, Tensor)):
-                self.layout.scale_(self.pointers, factors)
+                self.kernel_plan.scale_(self.pointers, factors)
                 _written(self.tensors)
             else:
-                self.layout.scale_(
+                self.kernel_plan.scale_(
                     self.pointers, torch.tensor(factors, dtype=torch.float64, device="cpu")
                 )
                 _written(
@@ -123,42 +128,42 @@ class TensorList:
                         if factor != 1
                     ]
                 )
-        if self.odd:
+        if self.fallback:
             if alike:
-                own: Sequence[float] | Tensor = [float(factors)] * len(self.odd)
+                own: Sequence[float] | Tensor = [float(factors)] * len(self.fallback)
             else:
                 own = (
                     self._at(factors)
                     if isinstance(factors, Tensor)
-                    else [factors[i] for i in self.odd]
+                    else [factors[i] for i in self.fallback]
                 )
-            reference.scale_(self._odd(), own)
+            reference.scale_(self._fallback_tensors(), own)
 
     def clamp_(self, values: Tensor) -> None:
         """Clamp in place to [-value, value]; NaN stays. `values`: float64 [n]."""
-        if self.layout is not None:
-            self.layout.clamp_(self.pointers, values)
+        if self.kernel_plan is not None:
+            self.kernel_plan.clamp_(self.pointers, values)
             _written(self.tensors)
-        if self.odd:
-            reference.clamp_(self._odd(), self._at(values))
+        if self.fallback:
+            reference.clamp_(self._fallback_tensors(), self._at(values))
 
-    def _odd(self) -> Sequence[Tensor]:
+    def _fallback_tensors(self) -> Sequence[Tensor]:
         return (
             self.tensors
-            if len(self.odd) == len(self.tensors)
-            else [self.tensors[i] for i in self.odd]
+            if len(self.fallback) == len(self.tensors)
+            else [self.tensors[i] for i in self.fallback]
         )
 
     def _at(self, values: Tensor) -> Tensor:
-        """Those of the odd ones, without an index, which would have to be sent."""
+        """Those of the fallback ones, without an index, which would have to be sent."""
         return (
             values
-            if len(self.odd) == len(self.tensors)
-            else torch.stack([values[i] for i in self.odd])
+            if len(self.fallback) == len(self.tensors)
+            else torch.stack([values[i] for i in self.fallback])
         )
 
-    def _put(self, sums: Tensor, odd: Tensor) -> None:
-        for i, value in zip(self.odd, odd.to(sums.device).unbind(), strict=True):
+    def _put(self, sums: Tensor, fallback: Tensor) -> None:
+        for i, value in zip(self.fallback, fallback.to(sums.device).unbind(), strict=True):
             sums[i] = value
 
 

@@ -234,7 +234,7 @@ class KernelPlan:
 
 
 @lru_cache(maxsize=_LISTS)
-def layout(
+def plan_for(
     counts: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> KernelPlan:
     """Prepared once for each list of sizes and dtypes."""

@@ -1,7 +1,7 @@
-"""Stage 3a: parameters → this rank's gradient tensors, each compared with the plan. What is wrong
+"""Parameters → this rank's gradient tensors, each compared with the plan. What is wrong
 becomes a text, never an early exit.
 
-A step compares its gradients with those that were found right before (`expected`), all at once.
+A step compares its gradients with those that were found right before (`gradient_cache`), all at once.
 Where anything differs, parameters are looked at one by one.
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distclip.exchange.message import MessageLayout
 from distclip.kernels.tensor_list import PLAIN, TensorList
 from distclip.measure.grad_placements import (
     kind_error,
@@ -25,6 +27,7 @@ from distclip.measure.gradient_cache import GradientCache
 from distclip.records import Piece
 from distclip.setup.parameters import ModuleEntry
 from distclip.setup.placement import DEVICES
+from distclip.setup.plan import Plan
 from distclip.torch_internals.dtensor import local_tensor
 
 GradOf = Callable[[Tensor], "Tensor | None"]
@@ -32,36 +35,106 @@ own_grad: GradOf = attrgetter("grad")
 _REMEMBERED = 8  # sets of gradients that are there: experts come and go
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
-    """Which pieces have a gradient; made once for as long as they are the same."""
+class GradientSet:
+    """Which pieces have a gradient, and what follows from that alone: made once for as long as they
+    are the same, and asked for again by `is`.
 
-    own: tuple[int, ...]  # pieces that have one of their own: those of a GradList, in its order
-    all: tuple[int, ...]  # pieces that have one, shared with another piece or not
-    index: Tensor | None  # `own` as int64 on the compute device, or None where these are all pieces
-    has: Tensor  # [pieces] float64 on the compute device: 1 where there is one
-    # pieces whose gradients are placed otherwise than their parameters
-    otherwise: frozenset[int] = frozenset()
-    portions: tuple[float, ...] = ()  # of `own`: what such gradients count; () where all count 1
-    portion: Tensor | None = None  # the same on the compute device, float64
+    Attributes:
+        unique: pieces that have a gradient of their own: those of a TensorList, in its order.
+        indices: pieces that have one, shared with another piece or not.
+        index: `unique` as int64 on the compute device, or None where these are all pieces.
+        mask: [pieces] float64 on the compute device, 1 where there is a gradient.
+        presence: what the message says of it.
+        misplaced: pieces whose gradients are placed otherwise than their parameters.
+        portions: of `unique`, what such gradients count; () where all count 1. `portion`: the same
+            on the compute device, float64.
+        groups: of `unique`, their groups; `group_index`: the same, int64 on the compute device.
+    """
+
+    __slots__ = (
+        "group_index", "groups", "index", "indices", "mask", "misplaced", "portion", "portions",
+        "presence", "selections", "skip_masks", "unique",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        layout: MessageLayout,
+        group_of: Sequence[int],
+        unique: Sequence[int] = (),
+        indices: Sequence[int] = (),
+        misplaced: frozenset[int] = frozenset(),
+        portions: tuple[float, ...] = (),
+    ) -> None:
+        device, count = layout.share.device, len(layout.share)
+        mask = torch.zeros(count, dtype=torch.float64, device="cpu")
+        mask[list(indices)] = 1
+        whole = len(unique) == count
+        self.unique, self.indices = tuple(unique), tuple(indices)
+        self.index = None if whole else _to_device(self.unique, torch.int64, device)
+        self.mask = mask.to(device)
+        self.presence = layout.presence_words(self.mask)
+        self.misplaced, self.portions = misplaced, portions
+        self.portion = _to_device(portions, torch.float64, device) if portions else None
+        self.groups = [group_of[i] for i in self.unique]
+        all_groups = layout.group_of
+        self.group_index = all_groups if self.index is None else all_groups[self.index]
+        self.selections: dict[tuple[int, ...], Selection] = {}
+        self.skip_masks: dict[frozenset[int], Tensor] = {}
 
     def key(self) -> tuple[object, ...]:
         """Equal for equal ones."""
-        return self.own, self.all, self.otherwise, self.portions
+        return self.unique, self.indices, self.misplaced, self.portions
+
+    def select(
+        self, groups: tuple[int, ...], num_replicas: Sequence[int], device: torch.device
+    ) -> Selection:
+        """The gradients of one policy's groups."""
+        if groups not in self.selections:
+            place = {group: i for i, group in enumerate(groups)}
+            mine = [n for n, group in enumerate(self.groups) if group in place]
+            portions = self.portions or [1.0] * len(self.unique)
+            self.selections[groups] = Selection(
+                positions=mine,
+                at=_to_device(mine, torch.int64, device),
+                group=_to_device([place[self.groups[n]] for n in mine], torch.int64, device),
+                share=_to_device(
+                    [portions[n] / num_replicas[self.unique[n]] for n in mine],
+                    torch.float64,
+                    device,
+                ),
+            )
+        return self.selections[groups]
+
+    def mask_of(self, pieces: frozenset[int], device: torch.device) -> Tensor:
+        """[unique] bool: which gradients are of these pieces."""
+        if pieces not in self.skip_masks:
+            self.skip_masks.clear()
+            self.skip_masks[pieces] = _to_device(
+                [i in pieces for i in self.unique], torch.bool, device
+            )
+        return self.skip_masks[pieces]
+
+
+class Selection(NamedTuple):
+    """Those of a set's gradients that one policy governs; tensors on the compute device."""
+
+    positions: list[int]  # in the TensorList
+    at: Tensor  # the same, int64
+    group: Tensor  # int64: which of the policy's groups
+    share: Tensor  # float64: what each counts here
+
+
+def _to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
 @dataclass(slots=True)
-class Grads:
+class CollectedGrads:
     """One step's gradients of this rank."""
 
-    present: Present
-    list: TensorList
-    faults: list[str] = field(default_factory=lambda: [])
-
-    @classmethod
-    def none(cls) -> Grads:
-        nothing = torch.zeros(0, device="cpu")
-        return cls(Present((), (), nothing.long(), nothing), TensorList.of(()))
+    grad_set: GradientSet
+    tensors: TensorList  # of the set's `unique` pieces
+    errors: list[str] = field(default_factory=lambda: [])
 
 
 class Collector:
@@ -70,136 +143,139 @@ class Collector:
     Args:
         members: [pieces] the parameters.
         grad_of: where a parameter's gradient is; None for `.grad`.
-        device: the compute device.
+        layout: of the message, on the compute device.
     """
 
     def __init__(
         self,
         members: Sequence[Tensor],
-        pieces: Sequence[Piece],
-        slots: Sequence[ModuleEntry],
+        plan: Plan,
+        entries: Sequence[ModuleEntry],
         grad_of: GradOf | None,
-        device: torch.device,
+        layout: MessageLayout,
     ) -> None:
-        self.members, self.pieces, self.slots, self.device = members, pieces, slots, device
+        self.members, self.pieces, self.entries = members, plan.pieces, entries
         self.grad_of = grad_of or own_grad
-        self._tables = [slot.table for slot in slots]
-        self._keys = [slot.key for slot in slots]
-        self._held = [slot.value for slot in slots]
-        self._expected: dict[
-            bytes, tuple[Present, GradientCache]
-        ] = {}  # by which gradients are there
-        self._present: Present | None = None
+        self.device = layout.share.device
+        self._layout, self._group_of = layout, plan.group_of
+        self._tables = [entry.table for entry in entries]
+        self._keys = [entry.key for entry in entries]
+        self._held = [entry.value for entry in entries]
+        # by which gradients are there
+        self._caches: dict[bytes, tuple[GradientSet, GradientCache]] = {}
+        self._latest: GradientSet | None = None
 
-    def collect(self) -> Grads:
+    def collect(self) -> CollectedGrads:
         """A gradient that two parameters share is taken once."""
         grads = list(map(self.grad_of, self.members))
         has = bytes([grad is not None for grad in grads])
-        expected = self._expected.get(has)
-        if expected is not None and all(
-            map(is_, map(dict.get, self._tables, self._keys), self._held)
-        ):
-            present, like = expected
-            found = like.found(
+        known = self._caches.get(has)
+        stay = map(is_, map(dict.get, self._tables, self._keys), self._held)
+        if known is not None and all(stay):
+            grad_set, cache = known
+            found = cache.match(
                 grads if 0 not in has else [grad for grad in grads if grad is not None]
             )
             if found is not None:
-                return Grads(present, found)
+                return CollectedGrads(grad_set, found)
         return self._collect_checked(grads, has)
 
-    def some(self, mine: Sequence[int]) -> Grads:
+    def collect_subset(self, mine: Sequence[int]) -> CollectedGrads:
         """Of these pieces alone, as they are now; one that two share is taken once."""
         found = [
             (i, local_tensor(grad))
             for i in mine
             if (grad := self.grad_of(self.members[i])) is not None
         ]
-        own = list({_memory(grad): i for i, grad in reversed(found)}.values())[::-1]
+        own = list({_storage_key(grad): i for i, grad in reversed(found)}.values())[::-1]
         local = {i: grad for i, grad in found}
-        return Grads(
-            self.present(own, [i for i, _ in found]), TensorList.of([local[i] for i in own])
-        )
+        grad_set = GradientSet(self._layout, self._group_of, own, [i for i, _ in found])
+        return CollectedGrads(grad_set, TensorList.of([local[i] for i in own]))
 
-    def _collect_checked(self, grads: Sequence[Tensor | None], has: bytes) -> Grads:
+    def all_parameters(self) -> GradientSet:
+        """As if every parameter were a gradient."""
+        every = range(len(self.members))
+        return GradientSet(self._layout, self._group_of, every, every)
+
+    def _collect_checked(self, grads: Sequence[Tensor | None], has: bytes) -> CollectedGrads:
         own: list[int] = []
         every: list[int] = []
         local: list[Tensor] = []
-        faults: list[str] = []
+        errors: list[str] = []
         portions: list[float] = []
-        misplaced: list[tuple[str, Tensor]] = []
-        otherwise: set[int] = set()
+        unfit: list[tuple[str, Tensor]] = []
+        misplaced: set[int] = set()
         seen: set[tuple[int, ...]] = set()
         for i, (grad, piece) in enumerate(zip(grads, self.pieces, strict=True)):
             if grad is None:
                 continue
             every.append(i)
-            fault = kind_error(grad, self.members[i], piece)
-            portion = portion_of(grad, piece) if fault is None else 1.0
+            error = kind_error(grad, self.members[i], piece)
+            portion = portion_of(grad, piece) if error is None else 1.0
             if isinstance(portion, str):
-                misplaced.append((portion, grad))
+                unfit.append((portion, grad))
                 continue
             if placed_otherwise(grad, piece):
-                otherwise.add(i)
+                misplaced.add(i)
             tensor = local_tensor(grad)
-            memory = _memory(tensor)
+            memory = _storage_key(tensor)
             if memory in seen:
                 continue
             seen.add(memory)
-            if fault is None and tensor.device.type not in DEVICES:
-                fault = (
+            if error is None and tensor.device.type not in DEVICES:
+                error = (
                     f"the gradient of {piece.name} is on the device {tensor.device}; distclip "
                     f"clips on the CPU and on CUDA. Move the "
                     "parameter there and call clipper.rebuild()"
                 )
-            elif fault is None and tuple(tensor.shape) != piece.local_shape and i not in otherwise:
-                fault = (
+            elif error is None and tuple(tensor.shape) != piece.local_shape and i not in misplaced:
+                error = (
                     f"the gradient of {piece.name} has local shape {tuple(tensor.shape)}, the plan "
                     f"says {piece.local_shape} "
                     f"({piece.holding.description}); it is not sharded or reduced yet (no_sync?): clip "
                     f"after the reduction, or call "
                     "clipper.rebuild() if the parameter was changed"
                 )
-            if fault is None:
+            if error is None:
                 own.append(i)
                 local.append(tensor)
                 portions.append(portion)
             else:
-                faults.append(fault)
-        if misplaced:
-            texts, wrong = zip(*misplaced, strict=True)
-            faults.append(
+                errors.append(error)
+        if unfit:
+            texts, wrong = zip(*unfit, strict=True)
+            errors.append(
                 texts[0] + redistribute_advice(wrong, elsewhere=self.grad_of is not own_grad)
             )
         if not every and (hooks := _hooks(self.members, self.pieces)):
-            faults.append(
+            errors.append(
                 f"no parameter has a gradient, and {hooks} runs as soon as a gradient is "
                 f"accumulated: an optimizer that steps inside "
                 "backward leaves nothing to clip, and the global norm is not known yet there; step "
                 "after the clip, without this hook"
             )
-        if self.grad_of is not own_grad and local and (fault := self._returns_new_tensor(every[0])):
-            faults.append(fault)
-        replaced = [slot.path for slot in self.slots if slot.replaced()]
+        if self.grad_of is not own_grad and local and (error := self._returns_new_tensor(every[0])):
+            errors.append(error)
+        replaced = [entry.path for entry in self.entries if entry.replaced()]
         if replaced:
-            faults.append(
+            errors.append(
                 f"{replaced[0]} was replaced after the clipper was built ({len(replaced)} in all); "
                 f"call clipper.rebuild() on all ranks"
             )
-        given = tuple(portions) if set(portions) - {1.0} else ()
-        key = (tuple(own), tuple(every), frozenset(otherwise), given)
+        parts = tuple(portions) if set(portions) - {1.0} else ()
+        key = (tuple(own), tuple(every), frozenset(misplaced), parts)
         # making one sends its tensors to the device
-        if self._present is None or self._present.key() != key:
-            self._present = self.present(*key)
-        found = Grads(self._present, TensorList.of(local), faults)
-        if len(self._expected) >= _REMEMBERED:
-            self._expected.clear()
-        self._expected.pop(has, None)
-        if not faults and len(own) == len(every):
-            expected = GradientCache.of(
-                [grad for grad in grads if grad is not None], found.list, self.device
-            )
-            if expected is not None:
-                self._expected[has] = self._present, expected
+        if self._latest is None or self._latest.key() != key:
+            self._latest = GradientSet(self._layout, self._group_of, *key)
+        found = CollectedGrads(self._latest, TensorList.of(local), errors)
+        if len(self._caches) >= _REMEMBERED:
+            self._caches.clear()
+        self._caches.pop(has, None)
+        if not errors and len(own) == len(every):
+            given = [grad for grad in grads if grad is not None]
+            cache = GradientCache.of(given, found.tensors, self.device)
+            if cache is not None:
+                self._caches[has] = self._latest, cache
         return found
 
     def _returns_new_tensor(self, i: int) -> str | None:
@@ -208,7 +284,7 @@ class Collector:
         if (
             first is None
             or second is None
-            or _memory(local_tensor(first)) == _memory(local_tensor(second))
+            or _storage_key(local_tensor(first)) == _storage_key(local_tensor(second))
         ):
             return None
         return (
@@ -217,32 +293,8 @@ class Collector:
             "that the optimizer reads"
         )
 
-    def present(
-        self,
-        own: Sequence[int],
-        every: Sequence[int],
-        otherwise: frozenset[int] = frozenset(),
-        portions: tuple[float, ...] = (),
-    ) -> Present:
-        count = len(self.members)
-        has = torch.zeros(count, dtype=torch.float64, device="cpu")
-        has[list(every)] = 1
-        index = (
-            None
-            if len(own) == count
-            else torch.tensor(own, dtype=torch.int64, device="cpu").to(self.device)
-        )
-        portion = (
-            torch.tensor(portions, dtype=torch.float64, device="cpu").to(self.device)
-            if portions
-            else None
-        )
-        return Present(
-            tuple(own), tuple(every), index, has.to(self.device), otherwise, portions, portion
-        )
 
-
-def _memory(tensor: Tensor) -> tuple[int, ...]:
+def _storage_key(tensor: Tensor) -> tuple[int, ...]:
     """Equal for two gradients that are the same, be they one object or two over the same memory."""
     if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not tensor.numel():
         return (id(tensor),)

@@ -1,4 +1,4 @@
-"""Stage 3a, at most steps: are a step's gradients as those that were found right before?
+"""At most steps: are a step's gradients as those that were found right before?
 
 What was found is laid out in lists once for each set of parameters that have a gradient; a step
 then compares list with list, which costs half a microsecond a parameter, and less where gradients
@@ -58,11 +58,11 @@ class GradientCache:
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     specs: list[object]  # of the DTensors among them
-    layout: kernels.KernelPlan | None
-    odd: Sequence[int]  # positions that torch computes: all, or none
+    kernel_plan: kernels.KernelPlan | None
+    fallback: Sequence[int]  # positions that torch computes: all, or none
     filled: int  # distinct addresses: tensors that are not empty, and one for those that are
     device: torch.device
-    met: _LastStep | None = None
+    last: _LastStep | None = None
 
     @classmethod
     def of(
@@ -74,7 +74,7 @@ class GradientCache:
         Args:
             given: as they were found, DTensors among them; listed: this rank's parts of them.
         """
-        mixed = listed.layout is not None and len(listed.odd) > 0
+        mixed = listed.kernel_plan is not None and len(listed.fallback) > 0
         if mixed or not all(is_block(tensor, device) for tensor in listed.tensors):
             return None
         dtensor = dtensor_class()
@@ -84,13 +84,13 @@ class GradientCache:
             strides=[tensor.stride() for tensor in listed.tensors],
             dtypes=[tensor.dtype for tensor in listed.tensors],
             specs=[_SPEC(grad) for grad in given if type(grad) is dtensor],
-            layout=listed.layout,
-            odd=listed.odd,
+            kernel_plan=listed.kernel_plan,
+            fallback=listed.fallback,
             filled=len({tensor.data_ptr() for tensor in listed.tensors}),
             device=device,
         )
 
-    def found(self, given: list[Any]) -> TensorList | None:
+    def match(self, given: list[Any]) -> TensorList | None:
         """This rank's parts of the gradients; None where anything is not as expected."""
         try:
             return self._match_identity(given) or self._match_layout(given)
@@ -99,13 +99,13 @@ class GradientCache:
 
     def _match_identity(self, given: list[Any]) -> TensorList | None:
         """None where a gradient is another tensor than at the step before, or lies elsewhere."""
-        met = self.met
-        if met is None or not met.all or not all(map(is_, map(_Ref.__call__, met.all), given)):
+        last = self.last
+        if last is None or not last.all or not all(map(is_, map(_Ref.__call__, last.all), given)):
             return None
         grads = self._locals(given)
-        if list(map(_POINTER, grads)) != met.addresses or list(map(_BYTES, grads)) != met.sizes:
+        if list(map(_POINTER, grads)) != last.addresses or list(map(_BYTES, grads)) != last.sizes:
             return None
-        return TensorList(grads, self.layout, met.pointers, self.odd)
+        return TensorList(grads, self.kernel_plan, last.pointers, self.fallback)
 
     def _match_layout(self, given: list[Any]) -> TensorList | None:
         """None where anything is not as expected."""
@@ -133,12 +133,12 @@ class GradientCache:
         if len(set(pointers)) != self.filled:  # one gradient under two parameters
             return None
         if given:
-            stay = self.met is not None and self.met.first() is given[0]
+            stay = self.last is not None and self.last.first() is given[0]
             sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
-            self.met = _LastStep(
+            self.last = _LastStep(
                 _Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers
             )
-        return TensorList(grads, self.layout, pointers, self.odd)
+        return TensorList(grads, self.kernel_plan, pointers, self.fallback)
 
     def _locals(self, given: list[Any]) -> list[Any]:
         """DTensors as this rank's part of them."""

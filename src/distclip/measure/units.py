@@ -1,4 +1,4 @@
-"""Stage 3d: norms of units (the weights into one output), for policies that scale each unit by a
+"""Norms of units (the weights into one output), for policies that scale each unit by a
 coefficient of its own.
 
 A unit that lies whole on a rank is judged there, before the exchange. Of one that is cut over ranks
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +17,19 @@ from torch import Tensor
 from distclip.errors import GradientError
 from distclip.exchange.channel import Channel
 from distclip.kernels.reference import wide
-from distclip.measure.collect import Grads
+from distclip.measure.collect import CollectedGrads
 from distclip.p_norm import rounded
+from distclip.policies.policy import UnitPolicy
 from distclip.setup.plan import Plan
 from distclip.setup.units import UnitRange
 from distclip.torch_internals.dtensor import local_tensor
+from distclip.values import Flag, Number, select_column
 
 _CHUNK = 1 << 20  # elements: bounds float64 copies
 
 
-class UnitRule(Protocol):
-    """A policy that scales by units."""
-
-    def unit_coefs(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """[units] float64, from the 2-norms of each unit's weights and gradients."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class UnitStep:
+class UnitMeasurement:
     """One step's units."""
 
     # [groups, 2] float64: units that are clipped, and Σ (coef · |g|)², of whole units on this rank
@@ -62,18 +55,12 @@ class Units:
         plan: Plan,
         params: Sequence[Tensor],
         ranges: Sequence[UnitRange | None],
-        rules: Mapping[int, UnitRule],
+        rules: Mapping[int, UnitPolicy],
         bits: int,
         device: torch.device,
     ) -> None:
-        self._plan, self._params, self._ranges, self._rules, self._device = (
-            plan,
-            params,
-            ranges,
-            rules,
-            device,
-        )
-        self._bits = bits
+        self._plan, self._params, self._ranges = plan, params, ranges
+        self._rules, self._bits, self.device = rules, bits, device
         sizes = torch.zeros(2, plan.slots, dtype=torch.int64, device="cpu")
         for i, span in enumerate(ranges):
             if span is not None and span.cut:
@@ -86,33 +73,33 @@ class Units:
         starts = (sizes[0].cumsum(0) - sizes[0]).tolist()
         self._start = [starts[slot] for slot in plan.slot_of]
         self._group = sizes[1].repeat_interleave(sizes[0]).to(device)  # [cut units]
-        self.cut = int(sizes[0].sum())
+        self.num_split = int(sizes[0].sum())
 
-    def measure(self, grads: Grads, scale: Tensor) -> UnitStep:
+    def measure(self, grads: CollectedGrads, scale: Tensor) -> UnitMeasurement:
         """Never communicates, reads nothing on the host. `scale`: float64 [own gradients], the
         factor that unscales each."""
-        table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self._device)
-        words = torch.zeros(2, self.cut, dtype=torch.float64, device=self._device)
+        table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self.device)
+        words = torch.zeros(2, self.num_split, dtype=torch.float64, device=self.device)
         coefs: dict[int, Tensor] = {}
         for i, grad, factor in zip(
-            grads.present.own, grads.list.tensors, scale.unbind(), strict=True
+            grads.grad_set.unique, grads.tensors.tensors, scale.unbind(), strict=True
         ):
             span = self._ranges[i]
             if span is None:
                 continue
-            if i in grads.present.otherwise:
+            if i in grads.grad_set.misplaced:
                 raise GradientError(
                     f"the gradient of {self._plan.pieces[i].name} is placed otherwise than its "
                     f"parameter, and units are rows of the "
                     "parameter's part; before clipping: p.grad = "
                     "p.grad.redistribute(placements=p.placements)"
                 )
-            share, group = 1 / self._plan.shares[i].holders, self._plan.group_of[i]
-            squares = _squares(grad, span.held).to(self._device) * factor.square()
+            share, group = 1 / self._plan.shares[i].num_replicas, self._plan.group_of[i]
+            squares = _squares(grad, span.held).to(self.device) * factor.square()
             if span.cut:
                 words[1, self._words_of(i, span)] += squares * share
                 continue
-            weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self._device)
+            weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self.device)
             norms = rounded(squares.sqrt(), self._bits)
             coef = coefs[i] = self._rules[group].unit_coefs(
                 rounded(weights.sqrt(), self._bits), norms
@@ -122,15 +109,15 @@ class Units:
         for i, span in enumerate(self._ranges):
             if span is not None and span.cut and self._params[i].requires_grad:
                 weights = _squares(local_tensor(self._params[i].detach()), span.held).to(
-                    self._device
+                    self.device
                 )
-                words[0, self._words_of(i, span)] += weights / self._plan.shares[i].holders
-        return UnitStep(table, words, coefs)
+                words[0, self._words_of(i, span)] += weights / self._plan.shares[i].num_replicas
+        return UnitMeasurement(table, words, coefs)
 
     def _words_of(self, i: int, span: UnitRange) -> slice:
         return slice(self._start[i] + span.first, self._start[i] + span.first + span.held)
 
-    def judge(self, words: Tensor) -> tuple[Tensor, Tensor]:
+    def combine(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """From the reduced words [2, cut units]: their coefficients [cut units], and their addends
         to the table, [groups, 2]."""
         weights, grads = rounded(words.sqrt(), self._bits).unbind()
@@ -138,32 +125,29 @@ class Units:
         for group, rule in self._rules.items():
             coefs = torch.where(self._group == group, rule.unit_coefs(weights, grads), coefs)
         both = torch.stack([(coefs < 1).double(), (coefs * grads).square()], dim=1)
-        table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self._device)
+        table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self.device)
         return coefs, table.index_add_(0, self._group, both)
 
     def scale_(
         self,
-        grads: Grads,
-        step: UnitStep,
-        cut: Tensor,
-        finite: Tensor,
-        factors: Sequence[float | Tensor],
+        grads: CollectedGrads,
+        measured: UnitMeasurement,
+        split_coefs: Tensor,
+        finite: Flag,
+        factors: Sequence[Number],
     ) -> None:
         """Multiply in place, each unit by its coefficient and each gradient by its factor, at
         float32 or better."""
-        for i, grad, factor in zip(grads.present.own, grads.list.tensors, factors, strict=True):
+        own = zip(grads.grad_set.unique, grads.tensors.tensors, factors, strict=True)
+        for i, grad, factor in own:
             span = self._ranges[i]
             if span is None:
                 continue
-            coef = (
-                torch.where(
-                    finite, cut[self._words_of(i, span)] if span.cut else step.coefs[i], 1.0
-                )
-                * factor
-            )
-            by = coef.to(grad.device, wide(grad.dtype)).view(
-                [-1] + [1] * (grad.ndim - 1) if grad.ndim else []
-            )
+            coefs = split_coefs[self._words_of(i, span)] if span.cut else measured.coefs[i]
+            coefs = select_column(finite, coefs, 1.0)
+            assert isinstance(coefs, Tensor)
+            shape = [-1] + [1] * (grad.ndim - 1) if grad.ndim else []
+            by = (coefs * factor).to(grad.device, wide(grad.dtype)).view(shape)
             if grad.dtype in (torch.bfloat16, torch.float16):
                 grad.copy_(grad.to(by.dtype).mul_(by))
             else:

@@ -37,7 +37,7 @@ class AGC:
 
     clipping: float = 0.01
     eps: float = 1e-3
-    words = 2  # see units.Units
+    num_stats = 2  # see units.Units
 
     def __post_init__(self) -> None:
         for name, value in (("clipping", self.clipping), ("eps", self.eps)):
@@ -59,7 +59,7 @@ class AGC:
     def decide(
         self, norms: Norms, state: tuple[Tensor, ...]
     ) -> tuple[UnitScale, tuple[Tensor, ...]]:
-        clipped, after = norms.stats.reshape(-1, self.words).unbind(1)
+        clipped, after = norms.stats.reshape(-1, self.num_stats).unbind(1)
         threshold = torch.full_like(norms.per_group, self.clipping)
         # a sum of squares is rounded by itself: where no unit is clipped the norm stays what it was
         after = torch.where(

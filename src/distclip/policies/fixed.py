@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class FixedNorm:
 
     max_norm: float
     allow_zero: bool = field(default=False, repr=False)
-    chosen = True  # by the user: one that nearly always clips is told
+    user_threshold = True  # by the user: one that nearly always clips is told
 
     def __post_init__(self) -> None:
         checked_threshold("max_norm", self.max_norm, self.allow_zero)
@@ -60,7 +61,13 @@ class FixedNorm:
         return Scale(coefficient(norms.per_group, threshold), threshold), state
 
 
-def coefficient(norm: Tensor, threshold: Tensor) -> Tensor:
-    """threshold / max(norm, threshold), and exactly 1 also where both are 0 or inf. [groups]
-    float64."""
-    return torch.where(norm > threshold, threshold / norm, torch.ones_like(norm))
+@overload
+def coefficient(norm: float, threshold: float) -> float: ...
+@overload
+def coefficient(norm: Tensor, threshold: Tensor) -> Tensor: ...
+def coefficient(norm: Any, threshold: Any) -> Any:
+    """threshold / max(norm, threshold), and exactly 1 also where both are 0 or inf, or the norm is
+    NaN: of floats, or [groups] float64."""
+    if isinstance(norm, Tensor):
+        return torch.where(norm > threshold, threshold / norm, torch.ones_like(norm))
+    return threshold / norm if norm > threshold else 1.0

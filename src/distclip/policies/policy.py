@@ -41,7 +41,7 @@ class LocalGrads:
     norm_type: float
 
     def reduced(self, values: Tensor) -> Tensor:
-        """[n, words] → [groups, words]: added up, each by its share; the largest where p is inf."""
+        """[n, num_stats] → [groups, num_stats]: added up, each by its share; the largest where p is inf."""
         out = torch.zeros(self.groups, values.shape[1], dtype=torch.float64, device=values.device)
         if math.isinf(self.norm_type):
             return out.scatter_reduce_(0, self.group.unsqueeze(1).expand_as(values), values, "amax")
@@ -53,10 +53,10 @@ class LocalStats(Protocol):
     """A policy that needs more of the gradients than their norm: its numbers travel in the same
     message."""
 
-    words: int  # numbers per group
+    num_stats: int  # numbers per group
 
     def local_stats(self, own: LocalGrads) -> Tensor:
-        """This rank's addends: [groups, words] float64 on the groups' device, reduced by SUM (by
+        """This rank's addends: [groups, num_stats] float64 on the groups' device, reduced by SUM (by
         MAX for p = inf).
 
         `decide` finds their sums in `Norms.stats`, rounded as norms are: a count up to 2^24 comes
@@ -64,6 +64,20 @@ class LocalStats(Protocol):
         nearly cancel have no more than float32's digits.
         """
         ...
+
+
+@runtime_checkable
+class UnitPolicy(Protocol):
+    """A policy that scales by units (the weights into one output)."""
+
+    def unit_coefs(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """[units] float64, from the 2-norms of each unit's weights and gradients."""
+        ...
+
+
+def is_policy(thing: Any) -> bool:
+    """Whether it is an object with `init` and `decide`; a class is not."""
+    return not isinstance(thing, type) and hasattr(thing, "init") and hasattr(thing, "decide")
 
 
 def describe(policy: Any) -> str:

@@ -44,7 +44,7 @@ class Scheduled:
 
     schedule: Points | Function
     allow_zero: bool = field(default=False)
-    chosen = True  # by the user: one that nearly always clips is told
+    user_threshold = True  # by the user: one that nearly always clips is told
 
     def __post_init__(self) -> None:
         if callable(self.schedule):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.policies.policy import Policy, describe
-from distclip.policies.warmup import check_policy, first_inner, pass_on_stats
+from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
 
@@ -46,7 +46,6 @@ class SkipSpikes:
     window: int = 128
     warmup: int = 64
     factor: float = 2.0
-    _inner = tuple  # see first_inner
 
     def __post_init__(self) -> None:
         check_policy("SkipSpikes", self.policy)
@@ -81,12 +80,13 @@ class SkipSpikes:
         # the latest norms, written round and round
         history = torch.zeros(1, self.window, dtype=torch.float64, device=device)
         seen = torch.zeros(1, dtype=torch.int64, device=device)  # norms taken in so far
-        return (history, seen, *first_inner(self, self.policy, groups, device))
+        inner = self.policy.init(groups, device)
+        return wrap_state((history, seen), inner, inner)
 
     def decide(
         self, norms: Norms, state: tuple[Tensor, ...]
     ) -> tuple[Scale | Clamp | UnitScale, tuple[Tensor, ...]]:
-        history, seen, own = state[0], state[1], self._inner(state[2:])
+        history, seen, own = state[0], state[1], inner_state(state, 2)
         answer, new = self.policy.decide(norms, own)
 
         norm = _over_groups(norms)
@@ -100,11 +100,11 @@ class SkipSpikes:
         spike = norms.finite & ((seen >= self.warmup) & (norm > limit)).any()
         skip = spike if answer.skip is None else spike | answer.skip.any()
 
-        select_state = norms.finite & ~skip
-        taken = select_state & norm.isfinite() & (norm > 0)
+        admitted = norms.finite & ~skip
+        taken = admitted & norm.isfinite() & (norm > 0)
         history = torch.where((place == seen % self.window) & taken, norm, history)
-        inner = tuple(torch.where(select_state, n, o) for n, o in zip(new, own, strict=True))
-        return replace(answer, skip=skip), (history, seen + taken, *inner)
+        inner = tuple(torch.where(admitted, n, o) for n, o in zip(new, own, strict=True))
+        return replace(answer, skip=skip), wrap_state((history, seen + taken), own, inner)
 
 
 def _over_groups(norms: Norms) -> Tensor:

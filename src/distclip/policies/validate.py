@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.policies import SkipSpikes, Warmup
-from distclip.policies.assignment import PolicyAssignment, norms_of
-from distclip.policies.policy import describe
-from distclip.policies.state import State, clone_state
+from distclip.policies.assignment import PolicyAssignment
+from distclip.policies.policy import Policy, UnitPolicy, describe
+from distclip.policies.state import clone_state
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
 _NUMBERS = {  # the float64 fields of each answer; `clipped` is bool
@@ -41,15 +41,14 @@ def initial_state(policy: Any, groups: int, device: torch.device) -> tuple[Tenso
     return clone_state(made)
 
 
-def validate_policies(parts: Sequence[PolicyAssignment], norms: Norms, states: State) -> None:
-    """`decide` once, at set-up, where each policy must answer as `Policy` and the records say.
-    Reads no tensor.
+def validate_policy(policy: Policy, norms: Norms, state: tuple[Tensor, ...]) -> None:
+    """`decide` once, at set-up, where a policy must answer as `Policy` and the records say. Reads
+    no tensor.
 
     Raises:
         ConfigError: an answer or a state of another kind, shape, dtype or device.
     """
-    for part, state in zip(parts, states, strict=True):
-        _check(part.policy, norms_of(part, norms), state)
+    _check(policy, norms, state)
 
 
 def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
@@ -76,7 +75,7 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
         raise ConfigError(
             f"{who}: decide() returned {_kind(answer)} as its answer; return a {answers}"
         )
-    if isinstance(answer, UnitScale) and not hasattr(policy, "unit_coefs"):
+    if isinstance(answer, UnitScale) and not isinstance(policy, UnitPolicy):
         raise ConfigError(
             f"{who}: decide() returned a UnitScale, but there is no unit_coefs to "
             f"scale by; return a Scale or a Clamp"
@@ -114,10 +113,10 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
 def validate_stats(part: PolicyAssignment, given: Any) -> Tensor:
     """[groups · words]: what `local_stats` returned, flat. ConfigError for another shape, which
     assignment would spread silently."""
-    if not isinstance(given, Tensor) or given.shape != (len(part.groups), part.words):
+    if not isinstance(given, Tensor) or given.shape != (len(part.groups), part.num_stats):
         raise ConfigError(
             f"{describe(part.policy)}: local_stats() returned {_kind(given)}; return [groups, "
-            f"words], here {[len(part.groups), part.words]}"
+            f"words], here {[len(part.groups), part.num_stats]}"
         )
     return given.flatten()
 

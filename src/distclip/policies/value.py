@@ -33,7 +33,7 @@ class FixedValue:
 
     clip_value: float
     allow_zero: bool = field(default=False, repr=False)
-    words = 5  # see local_stats
+    num_stats = 5  # see local_stats
 
     def __post_init__(self) -> None:
         checked_threshold("clip_value", self.clip_value, self.allow_zero)
@@ -43,7 +43,7 @@ class FixedValue:
 
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Clamp, tuple[Tensor, ...]]:
         value = torch.full_like(norms.per_group, self.clip_value)
-        beyond, after, raw, bounded, both = norms.stats.reshape(-1, self.words).unbind(1)
+        beyond, after, raw, bounded, both = norms.stats.reshape(-1, self.num_stats).unbind(1)
         # the three are rounded each by itself: where nothing is bounded the norm stays what it was,
         # and a cosine is at most 1
         after = torch.where(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.policies.fixed import coefficient
-from distclip.policies.policy import Policy, describe
+from distclip.policies.policy import Policy, UnitPolicy, describe
 from distclip.policies.value import FixedValue
+from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
 from distclip.records import Clamp, Norms, Scale
 
 
@@ -39,13 +39,12 @@ class Warmup:
     policy: Policy
     steps: int
     max_norm: float
-    _inner = tuple  # see first_inner
 
     def __post_init__(self) -> None:
         check_policy("Warmup", self.policy)
         if isinstance(self.policy, FixedValue):
             raise ConfigError(_CLAMPS.format(self.policy))
-        if hasattr(self.policy, "unit_coefs"):
+        if isinstance(self.policy, UnitPolicy):
             raise ConfigError(_BY_UNITS.format(describe(self.policy)))
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(
@@ -62,14 +61,13 @@ class Warmup:
         return f"Warmup({describe(self.policy)}, steps={self.steps}, max_norm={self.max_norm})"
 
     def init(self, groups: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (
-            torch.zeros((), dtype=torch.int64, device=device),
-            *first_inner(self, self.policy, groups, device),
-        )
+        inner = self.policy.init(groups, device)
+        return wrap_state((torch.zeros((), dtype=torch.int64, device=device),), inner, inner)
 
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale, tuple[Tensor, ...]]:
         count = state[0]  # [] int64: steps taken so far
-        answer, new = self.policy.decide(norms, self._inner(state[1:]))
+        inner = inner_state(state, 1)
+        answer, new = self.policy.decide(norms, inner)
         if not isinstance(answer, Scale):
             raise ConfigError(
                 (_CLAMPS if isinstance(answer, Clamp) else _BY_UNITS).format(describe(self.policy))
@@ -80,7 +78,7 @@ class Warmup:
         )
         coef = torch.where(warm, coefficient(norms.per_group, threshold), answer.coef)
         taken = norms.finite if answer.skip is None else norms.finite & ~answer.skip.any()
-        return Scale(coef, threshold, answer.skip), (count + taken, *new)
+        return Scale(coef, threshold, answer.skip), wrap_state((count + taken,), inner, new)
 
 
 _CLAMPS = (
@@ -91,28 +89,3 @@ _BY_UNITS = (
     "Warmup: {} scales by units, and a threshold of the norm cannot stand in for it; wrap "
     "a policy that scales by one coefficient"
 )
-
-
-def check_policy(who: str, policy: Any) -> None:
-    """ConfigError if it is no policy."""
-    if isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "decide")):
-        raise ConfigError(
-            f"{who}: policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)"
-        )
-
-
-def pass_on_stats(wrapper: Any, policy: Policy) -> None:
-    """What the inner policy adds to the message travels under the wrapper's name."""
-    for name in ("words", "local_stats", "unit_coefs", "chosen"):
-        if hasattr(policy, name):
-            object.__setattr__(wrapper, name, getattr(policy, name))
-
-
-def first_inner(
-    wrapper: Any, policy: Policy, groups: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """The inner policy's first state. What makes a state of its kind is noted: it may be a named
-    tuple, and the wrapper's own is flat."""
-    state = policy.init(groups, device)
-    object.__setattr__(wrapper, "_inner", getattr(state, "_make", tuple))
-    return state

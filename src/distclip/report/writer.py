@@ -1,4 +1,4 @@
-"""Stage 8: reports → sinks. The only stage that a training run needs the host for."""
+"""Reports → sinks. The only stage that a training run needs the host for."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Sink(Protocol):
     def write(self, report: ClipReport) -> None: ...
 
 
-class Writer:
+class ReportWriter:
     """Gives reports to the sinks: at once, or one call late where the host is not to wait for the
     device."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
-        self._left: Readback[ClipReport] = Readback()
+        self._late: Readback[ClipReport] = Readback()
         self._culprits: tuple[Culprit, ...] = ()
 
     def write(self, report: ClipReport, late: bool) -> None:
@@ -36,26 +36,26 @@ class Writer:
             return
         self.flush()
         if late:
-            self._left.leave(report.packed(), report)
+            self._late.enqueue(report.packed(), report)
         else:
-            self._give(report)
+            self._write_to_sinks(report)
 
-    def amend(self, culprits: tuple[Culprit, ...]) -> None:
+    def add_culprits(self, culprits: tuple[Culprit, ...]) -> None:
         """Culprits of the report that is still here: they were found when its call was judged."""
         self._culprits = culprits
 
     def flush(self) -> None:
         """Give what is left, if anything is."""
-        left = self._left.taken()
-        if left is not None:
-            self._give(
+        late = self._late.dequeue()
+        if late is not None:
+            self._write_to_sinks(
                 replace(
-                    left.what.unpacked(left.numbers), culprits=left.what.culprits or self._culprits
+                    late.what.unpacked(late.numbers), culprits=late.what.culprits or self._culprits
                 )
             )
         self._culprits = ()
 
-    def _give(self, report: ClipReport) -> None:
+    def _write_to_sinks(self, report: ClipReport) -> None:
         """One that fails is told once and left out from then on: training is worth more than its
         log."""
         for sink in list(self._sinks):
@@ -63,14 +63,14 @@ class Writer:
                 sink.write(report)
             except Exception as error:
                 self._sinks.remove(sink)
-                _tell(
+                _warn_or_log(
                     f"{type(sink).__name__} failed at step {report.step} and is off from now on, "
                     f"training goes on: "
                     f"{type(error).__name__}: {error}"
                 )
 
 
-def _tell(text: str) -> None:
+def _warn_or_log(text: str) -> None:
     """A warning; in the log where warnings are errors, since one on this rank alone would leave the
     others waiting."""
     try:

@@ -1,4 +1,4 @@
-"""Stage 2b: what the caller passed → an agreed plan. What is wrong on one rank is told on all
+"""What the caller passed → an agreed plan. What is wrong on one rank is told on all
 before anything is kept."""
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from distclip.errors import ConfigError
 from distclip.exchange.channel import Channel
 from distclip.policies.assignment import policy_of
+from distclip.policies.policy import UnitPolicy
 from distclip.records import Holding, Piece
-from distclip.setup.options import Asked, Options, check_sinks, checked
+from distclip.setup.options import Options, PassedOptions, check_options, check_sinks
 from distclip.setup.parameters import (
     Params,
     ParamScan,
@@ -32,27 +33,27 @@ from distclip.torch_internals.join import UnevenInputs
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class SetupInputs:
     """The parameters as they are now."""
 
     options: Options
     config: str  # the options as a text, equal on all ranks
     members: list[Tensor]  # [pieces] the parameters
-    found: ParamScan
+    scan: ParamScan
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # where is computed
-    uneven: UnevenInputs = field(default_factory=lambda: UnevenInputs(()))
+    join: UnevenInputs = field(default_factory=lambda: UnevenInputs(()))
     wrappers: tuple[Wrapper, ...] = ()  # modules that may leave gradients unfinished
 
 
 @dataclass(slots=True)
-class _Local:
+class _LocalSetup:
     """What this rank makes of it, before all ranks have met."""
 
     options: Options | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
-    found: ParamScan = field(default_factory=ParamScan)
+    scan: ParamScan = field(default_factory=ParamScan)
     wrappers: tuple[Wrapper, ...] = ()
     members: list[Tensor] = field(default_factory=lambda: [])
     pieces: list[Piece] = field(default_factory=lambda: [])
@@ -62,30 +63,30 @@ class _Local:
     beside: list[Holding] = field(default_factory=lambda: [])  # of parameters that are no pieces
 
 
-def read(
+def build_plan(
     params: Params,
-    asked: Asked,
+    passed: PassedOptions,
     declared: ReplicaDeclarations,
     channel: Channel,
     sinks: Sequence[Any] = (),
-) -> Reading:
+) -> SetupInputs:
     """A collective.
 
     Raises:
         ConfigError, PlacementError: on the rank where it was found; AgreementError on the others.
             ConfigError inside `join()`, before anything is sent.
     """
-    uneven = (
+    join = (
         UnevenInputs(modules_in(params), tensors_in(params))
         if channel.size > 1
         else UnevenInputs(())
     )
-    uneven.refuse("GradClipper")
-    local, error = _Local(), None
+    join.refuse("GradClipper")
+    local, error = _LocalSetup(), None
     try:
         if channel.rank == 0:
             check_sinks(sinks, channel.global_rank)
-        _read_here(local, params, asked, declared, channel)
+        _read_locally(local, params, passed, declared, channel)
     except Exception as e:
         error = e
     device = next(
@@ -100,48 +101,52 @@ def read(
         *options.grouping.patterns(),
         *(watch.groups.patterns() if watch else ()),
     ]
-    counts = {pattern: _matches(pattern, local.pieces) for pattern in patterns}
+    counts = {pattern: _num_matches(pattern, local.pieces) for pattern in patterns}
     layers = None if watch is None else local.layers
     plan = make_plan(
         channel, local.pieces, local.groups, counts, options.norm_type, device, layers, local.beside
     )
     # a list of parameters may lack those whose meshes join the ranks
-    if plan.apart and not local.found.modules:
+    if plan.apart and not local.scan.modules:
         logging.getLogger("distclip").warning(
             "GradClipper of parameters without their modules: %s", plan.apart_text()
         )
     config = str(sorted(local.config.items()))
-    return Reading(
-        options,
-        config,
-        local.members,
-        local.found,
-        local.ranges,
-        plan,
-        device,
-        uneven,
-        local.wrappers,
+    return SetupInputs(
+        options=options,
+        config=config,
+        members=local.members,
+        scan=local.scan,
+        ranges=local.ranges,
+        plan=plan,
+        device=device,
+        join=join,
+        wrappers=local.wrappers,
     )
 
 
-def _read_here(
-    local: _Local, params: Params, asked: Asked, declared: ReplicaDeclarations, channel: Channel
+def _read_locally(
+    local: _LocalSetup,
+    params: Params,
+    passed: PassedOptions,
+    declared: ReplicaDeclarations,
+    channel: Channel,
 ) -> None:
-    local.options = options = checked(asked)
-    local.found = found = named_parameters(params)
+    local.options = options = check_options(passed)
+    local.scan = scan = named_parameters(params)
     local.wrappers = wrappers(params)
     if channel.size > 1 and any(
-        n.positional and not hasattr(n.param, "placements") for n in found.named
+        n.positional and not hasattr(n.param, "placements") for n in scan.named
     ):
         raise ConfigError(
             "bare parameters have no names, and their positions may mean different parameters on "
             "other ranks; "
             "pass the model, or model.named_parameters()"
         )
-    held = pieces(found.named, declared, channel.global_rank)
+    held = pieces(scan.named, declared, channel.global_rank)
     local.beside = [
         piece.holding
-        for _, piece in pieces(found.whole_numbers, declared, channel.global_rank)
+        for _, piece in pieces(scan.whole_numbers, declared, channel.global_rank)
         if piece.placements
     ]
     local.members, local.pieces = [named.param for named, _ in held], [piece for _, piece in held]
@@ -152,7 +157,7 @@ def _read_here(
     rules = options.grouping.rules()
     local.ranges = [
         unit_range(param, piece)
-        if hasattr(policy_of(rules.get(group), options.policy), "unit_coefs")
+        if isinstance(policy_of(rules.get(group), options.policy), UnitPolicy)
         else None
         for group, param, piece in zip(local.groups, local.members, local.pieces, strict=True)
     ]
@@ -160,7 +165,7 @@ def _read_here(
     local.config = options.texts() | told
 
 
-def _matches(pattern: str, held: Sequence[Piece]) -> int:
+def _num_matches(pattern: str, held: Sequence[Piece]) -> int:
     return sum(
         fnmatchcase(name, pattern)
         for name in {name for piece in held for name in (piece.name, piece.key_name)}

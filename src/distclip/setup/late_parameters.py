@@ -73,7 +73,7 @@ class LateParameters:
         if modules:
             REGISTRATIONS.watch(self)
 
-    def faults(self, of_params: bool = False) -> list[str]:
+    def errors(self, of_params: bool = False) -> list[str]:
         """A text if parameters joined. `of_params`: parameters are measured, and need no gradient
         to count."""
         if not self._modules:

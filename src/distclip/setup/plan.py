@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from distclip.errors import AgreementError, ConfigError
-from distclip.exchange.channel import Channel, format_ranks, hash64, raise_on_all_ranks
+from distclip.exchange.channel import (
+    Channel,
+    format_ranks,
+    hash64,
+    lines_by_rank,
+    raise_on_all_ranks,
+)
 from distclip.records import Holding, Piece, Row, Share
 from distclip.setup.inventory import DECLARE, exchange_tables
 from distclip.setup.replicas import find_replicas, rows_of
@@ -107,17 +113,12 @@ def agree_on_call(
             "the set-up's first message",
         )
         if heads[:, 1].any():
-            said = channel.gather_texts(
-                f"{type(error).__name__}: {error}" if error else "",
-                device,
-                "the report of a set-up error",
-            )
+            text = [f"{type(error).__name__}: {error}"] if error else []
+            said = channel.gather_lines(text, device, "the report of a set-up error")
             if error is None:
-                who = [
-                    f"rank {r}: {text}" for r, text in zip(channel.ranks, said, strict=True) if text
-                ]
                 raise AgreementError(
-                    "another rank could not build its GradClipper:\n" + "\n".join(who)
+                    "another rank could not build its GradClipper:\n"
+                    + "\n".join(lines_by_rank(said))
                 )
         elif (heads[:, 0] != heads[0, 0]).any():
             _name_difference(channel, config, device)
@@ -126,16 +127,12 @@ def agree_on_call(
 
 
 def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.device) -> None:
-    said = channel.gather_texts(
-        "\n".join(f"{k}={v!r}" for k, v in sorted(config.items())),
-        device,
-        "the comparison of configurations",
-    )
+    texts = [f"{name}={value!r}" for name, value in sorted(config.items())]
     options: dict[str, dict[str, list[int]]] = {}
-    for rank, text in zip(channel.ranks, said, strict=True):
-        for line in text.splitlines():
-            name, _, value = line.partition("=")
-            options.setdefault(name, {}).setdefault(value, []).append(rank)
+    said = channel.gather_lines(texts, device, "the comparison of configurations")
+    for line, ranks in said.items():
+        name, _, value = line.partition("=")
+        options.setdefault(name, {})[value] = ranks
     lines = [
         f"{name}: "
         + "; ".join(f"{value} on rank {format_ranks(ranks)}" for value, ranks in values.items())
@@ -198,7 +195,7 @@ def make_plan(
     for piece, share, slot, members in zip(
         pieces, holders.shares, holders.slot, holders.members, strict=True
     ):
-        held[slot] += piece.local_numel / share.holders
+        held[slot] += piece.local_numel / share.num_replicas
         whole[slot] += piece.numel / members
     sums = torch.tensor([held, whole], dtype=torch.float64, device="cpu")
     sums = channel.reduce_(

@@ -1,4 +1,4 @@
-"""Unscale first: the handshake with GradScaler. What torch keeps of each optimizer is read and
+"""Unscale first: what GradScaler keeps of each optimizer. What torch keeps of each optimizer is read and
 written in this file alone.
 
 A scaler knows for each optimizer whether its gradients were unscaled and whether one was not
@@ -9,6 +9,7 @@ what the scaler is told is the overflow that all ranks agreed on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from distclip.errors import ConfigError
+from distclip.values import Flag, Number
 
 # Their step forwards to the optimizer in `.optimizer` and does nothing else to parameters. They are
 # known by name, since the frameworks need not be installed.
@@ -31,7 +33,7 @@ _FORWARDING = {
 _OWN = ("state", "param_groups", "defaults")
 
 
-def unwrapped(optimizer: Any) -> list[Any]:
+def unwrap_optimizer(optimizer: Any) -> list[Any]:
     """`optimizer`, and what stands behind it while it is a framework's wrapper that only forwards;
     the last one is to be stepped.
 
@@ -46,13 +48,13 @@ def unwrapped(optimizer: Any) -> list[Any]:
     return links
 
 
-def inside(optimizer: Any) -> list[Any]:
+def inner_optimizers(optimizer: Any) -> list[Any]:
     """Optimizers that a wrapper or a container of several keeps, under whatever names, at any
     depth."""
     found: dict[int, Any] = {id(optimizer): optimizer}
     holders = [optimizer]
     for holder in holders:
-        for item in _kept(holder):
+        for item in _attributes_of(holder):
             if (
                 id(item) not in found
                 and hasattr(item, "param_groups")
@@ -63,14 +65,16 @@ def inside(optimizer: Any) -> list[Any]:
     return list(found.values())[1:]
 
 
-def _kept(holder: Any) -> Iterator[Any]:
+def _attributes_of(holder: Any) -> Iterator[Any]:
     """What an object keeps in its attributes, in lists and dicts too. No property is read: one may
     compute, or raise."""
     if type(holder).__module__.partition(".")[0] == "torch":
         return
     attributes = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
     for slot in (
-        slot for kind in type(holder).__mro__ for slot in _names(getattr(kind, "__slots__", ()))
+        slot
+        for kind in type(holder).__mro__
+        for slot in _slot_names(getattr(kind, "__slots__", ()))
     ):
         attributes[slot] = getattr(holder, slot, None)
     for value in (value for name, value in attributes.items() if name not in _OWN):
@@ -85,7 +89,7 @@ def _kept(holder: Any) -> Iterator[Any]:
             yield from items
 
 
-def _names(slots: Any) -> tuple[str, ...]:
+def _slot_names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
@@ -97,6 +101,12 @@ class ScalerState:
             to say.
         optimizers: as they were given, perhaps wrapped.
         device: where gradients are measured.
+        on_host: the scale's inverse is read at once.
+
+    Attributes:
+        enabled: False where there is nothing to do.
+        is_scaled: [optimizers] whose gradients still carry the scale.
+        inv_scale: float, or [] float64 on the device; None without an enabled scaler.
 
     Raises:
         ConfigError: the scaler is of another kind, has scaled no loss yet, or has stepped an
@@ -104,7 +114,9 @@ class ScalerState:
             wrapper.
     """
 
-    def __init__(self, scaler: Any, optimizers: Sequence[Any], device: torch.device) -> None:
+    def __init__(
+        self, scaler: Any, optimizers: Sequence[Any], device: torch.device, on_host: bool
+    ) -> None:
         if scaler is not None and not hasattr(scaler, "is_enabled"):
             raise ConfigError(
                 f"scaler= was given a {type(scaler).__name__}; it is a torch.amp.GradScaler, and "
@@ -114,8 +126,8 @@ class ScalerState:
         self.enabled = scaler is not None and bool(scaler.is_enabled())
         self._records: list[dict[str, Any]] = []
         self._found: list[tuple[Tensor, ...]] = []
-        self.inverse: Tensor | None = None  # [] float64, on `device`
-        self.scaled = [False] * len(optimizers)  # whose gradients still carry the scale
+        self.inv_scale: Number | None = None
+        self.is_scaled = [False] * len(optimizers)
         if scaler is None or not self.enabled:
             return
         if not optimizers:
@@ -123,8 +135,8 @@ class ScalerState:
                 "scaler= needs the optimizer too: a scaler keeps its records by "
                 "optimizer; use clip_(optimizer, scaler)"
             )
-        chains = [unwrapped(optimizer) for optimizer in optimizers]
-        within = [inside(links[-1]) for links in chains]
+        chains = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+        within = [inner_optimizers(links[-1]) for links in chains]
         try:
             lost = scaler._scale is None
             known = scaler._per_optimizer_states
@@ -159,8 +171,8 @@ class ScalerState:
                 "scaler.step() was already called for this optimizer since "
                 "scaler.update(); clip before it"
             )
-        self.scaled = [stage == {OptState.READY} for stage in stages]
-        for k, (scaled, inner) in enumerate(zip(self.scaled, dealt_with, strict=True)):
+        self.is_scaled = [stage == {OptState.READY} for stage in stages]
+        for k, (scaled, inner) in enumerate(zip(self.is_scaled, dealt_with, strict=True)):
             if scaled and inner:
                 outer, name = type(chains[k][-1]).__name__, type(inner[0]).__name__
                 raise ConfigError(
@@ -172,9 +184,10 @@ class ScalerState:
         # on the scale's own device: scale() copies it to another without waiting, and the host
         # would read it before it is there
         one = torch.ones((), dtype=torch.float32, device=scaler._scale.device)
-        self.inverse = scaler.scale(one).double().reciprocal().to(device)
+        inv_scale = scaler.scale(one).double().reciprocal().to(device)
+        self.inv_scale = float(inv_scale) if on_host else inv_scale
 
-    def found(self, device: torch.device) -> Tensor:
+    def found_inf(self, device: torch.device) -> Tensor:
         """[] float64: above 0 where the user's own `unscale_` met inf or NaN on this rank, in
         whichever parameter."""
         found = torch.zeros((), dtype=torch.float64, device=device)
@@ -183,15 +196,27 @@ class ScalerState:
                 found = torch.maximum(found, value.to(device, torch.float64).reshape(()))
         return found
 
-    def tell(self, bad: Tensor, stepped: bool) -> None:
+    def read(self, inv_scale: float) -> ScalerState:
+        """The same, with the inverse that the host has read meanwhile."""
+        known = copy(self)
+        known.inv_scale = inv_scale
+        return known
+
+    def record_found_inf(self, found_inf: Flag, stepped: bool) -> None:
         """Record for every optimizer what all ranks agreed on, so that scalers stay equal. Sends
         nothing, reads nothing on the host.
 
         Args:
-            bad: [] bool or float, above 0 where the step is not to be taken.
+            found_inf: true where the step is not to be taken.
             stepped: whether the optimizers were stepped (or skipped) already; else the user's
                 `scaler.step` does it.
         """
+        if not self._records:
+            return
+        value = torch.as_tensor(found_inf).to(torch.float32, copy=True)
         for record in self._records:
-            record["found_inf_per_device"] = {bad.device: bad.to(torch.float32, copy=True)}
+            record["found_inf_per_device"] = {value.device: value.clone()}
             record["stage"] = OptState.STEPPED if stepped else OptState.UNSCALED
+
+
+NO_SCALER = ScalerState(None, (), torch.device("cpu"), on_host=True)

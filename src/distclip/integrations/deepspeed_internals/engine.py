@@ -151,7 +151,7 @@ class EngineAdapter:
 
     def decide(self, scale: float = 1.0) -> ClipReport:
         dynamic = bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
-        report = self.clipper.decide(1 / scale, rescaled=dynamic)
+        report = self.clipper.decide(1 / scale, dynamic_loss_scale=dynamic)
         self._spike = (
             bool(report.skipped)
             and not int(report.nonfinite)

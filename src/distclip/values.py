@@ -1,0 +1,104 @@
+"""Numbers of a step: Python's floats and bools, or torch's tensors, by the same rules.
+
+On the CPU a step's handful of numbers is read once and then is plain arithmetic (`HostNow` in
+`step`); on CUDA everything stays on the device (`DeviceLate`). A rule is written once, with
+Python's operators where these mean the same for both, and with the functions below where they do
+not. A column holds one number for each group: a list of floats, or a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Number: TypeAlias = "float | Tensor"  # [] float64
+Flag: TypeAlias = "bool | Tensor"  # [] bool
+Column: TypeAlias = "list[float] | Tensor"  # [groups] float64
+FlagColumn: TypeAlias = "list[bool] | Tensor"  # [groups] bool
+
+
+def negate(flag: Flag) -> Flag:
+    """Not `flag`: `~` of Python's bool is a number."""
+    return ~flag if isinstance(flag, Tensor) else not flag
+
+
+def select(flag: Flag, one: Number, other: Number) -> Number:
+    """`one` where `flag` is true, else `other`: never a product, in which NaN times 0 is NaN."""
+    return torch.where(flag, one, other) if isinstance(flag, Tensor) else one if flag else other
+
+
+def select_column(flag: Flag, one: Column | float, other: Column | float) -> Column:
+    """The same for whole columns, or a number that fills one. One of the two is a column."""
+    if isinstance(flag, Tensor):
+        return torch.where(flag, _operand(one), _operand(other))
+    chosen, like = (one, other) if flag else (other, one)
+    if isinstance(chosen, (list, Tensor)):
+        return chosen
+    assert isinstance(like, (list, Tensor))
+    return fill(like, chosen)
+
+
+def fill(like: Column, value: float) -> Column:
+    """A column of one value."""
+    return torch.full_like(like, value) if isinstance(like, Tensor) else [value] * len(like)
+
+
+def multiply(column: Column, other: Column | float) -> Column:
+    """Entry by entry, or each by one number."""
+    if isinstance(column, Tensor):
+        return column * _operand(other)
+    others: Any = other if isinstance(other, (list, Tensor)) else [other] * len(column)
+    return [a * b for a, b in zip(column, others)]
+
+
+def each(function: Callable[[Any], Any], column: Column) -> Column:
+    """A function of numbers, of each entry; of a tensor at once."""
+    return function(column) if isinstance(column, Tensor) else list(map(function, column))
+
+
+def any_of(column: FlagColumn) -> Flag:
+    """Whether some entry is true."""
+    return column.any() if isinstance(column, Tensor) else any(column)
+
+
+def all_equal(one: Column, other: Column) -> Flag:
+    """Whether two columns are the same, entry by entry. NaN equals nothing."""
+    if isinstance(one, Tensor):
+        return one.eq(_operand(other)).all()
+    return all(a == b for a, b in zip(one, other))
+
+
+def sum_of(column: Column) -> Number:
+    """Of the entries."""
+    return column.sum() if isinstance(column, Tensor) else sum(column)
+
+
+def largest_of(column: Column) -> Number:
+    """Of the entries, which are not NaN."""
+    return column.amax() if isinstance(column, Tensor) else max(column)
+
+
+def smallest_of(column: Column) -> Number:
+    """Of the entries, NaN if one is."""
+    if isinstance(column, Tensor):
+        return column.amin()
+    return next((value for value in column if value != value), min(column))
+
+
+def as_tensor(column: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The column as a tensor on `device`."""
+    if isinstance(column, Tensor):
+        return column
+    return torch.tensor(column, dtype=dtype, device=device)
+
+
+def as_column(tensor: Tensor, on_host: bool) -> Any:
+    """A tensor's entries as Python numbers, where rules run over these."""
+    return tensor.tolist() if on_host else tensor
+
+
+def _operand(value: Any) -> Any:
+    return torch.tensor(value) if isinstance(value, list) else value
