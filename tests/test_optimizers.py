@@ -14,6 +14,7 @@ from torch import nn
 import distclip
 import skips
 from distclip.testing import count_collectives
+from late import judged_late
 from parity.layouts import given
 
 SCALE = 8.0
@@ -161,7 +162,7 @@ def test_a_wrapper_is_never_folded():
         lambda o, *_: seen.append(hasattr(o, "grad_scale") or hasattr(o, "found_inf"))
     )
     clipper = distclip.GradClipper(params, 2.5)
-    clipper._steps.may_wait = True
+    judged_late(clipper, True)
     clipper.step(Noam(inner))
     assert seen == [False] and params[0][1].grad.item() == 1.5
 
@@ -363,7 +364,7 @@ def test_wrappers_are_not_kept_alive():
     gone = weakref.ref(wrapper), weakref.ref(wrapper.optimizer)
     del wrapper
     gc.collect()
-    assert [r() for r in gone] == [None, None] and not clipper._now.owners._known
+    assert [r() for r in gone] == [None, None] and not clipper._stages.requests.index._entries
 
 
 # What is passed beside what is meant: refused, on all ranks, before anything is touched
@@ -496,7 +497,7 @@ def test_refused_before_a_gradient_is_touched(call, text, waits):
     params = pairs([3.0, 4.0])
     p = params[0][1]
     clipper = distclip.GradClipper(params, 2.5)
-    clipper._steps.may_wait = waits
+    judged_late(clipper, waits)
     with pytest.raises(distclip.ConfigError) as error:
         call(clipper, p)
         clipper.measure()  # where the host waits for nothing it is told at the next call

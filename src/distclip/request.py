@@ -174,6 +174,11 @@ class RequestMaker:
             return Request(operation, guards_unmanaged=guards)
         owned: tuple[OptimizerParams, ...] = ()
         try:
+            if operation == "step" and not optimizers:
+                raise ConfigError(
+                    "step() was given no optimizer; pass those that hold the clipped parameters, "
+                    "or use clip_()"
+                )
             check_optimizers(operation, optimizers)
             owned = tuple(map(self.index.lookup, optimizers))
             if operation == "step":

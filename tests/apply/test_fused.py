@@ -10,6 +10,7 @@ from torch import nn
 
 import distclip
 import skips
+from late import judged_late
 
 MAKE = {
     "sgd": lambda ps: torch.optim.SGD(ps, 0.1, fused=True),
@@ -38,7 +39,7 @@ def run(make, fold, waits=False, bad=(), steps=6, max_norm=0.5, grad_scale=1.0):
     net = model()
     optimizer = make(net.parameters())
     clipper = distclip.GradClipper(net, max_norm, fold=fold)
-    clipper._steps.may_wait = waits
+    judged_late(clipper, waits)
     for step in range(steps):
         give_grads(net, step, step in bad)
         clipper.step(optimizer, grad_scale=grad_scale)

@@ -66,7 +66,7 @@ def other_decision():
 def other_step():
     clipper = distclip.GradClipper([given("w", 4)], 1.0)
     if odd():
-        clipper._memory.step = 6  # as if resumed from another checkpoint
+        clipper._state.step = 6  # as if resumed from another checkpoint
     clipper.clip_()
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
+from late import judged_late
 from parity.layouts import given
 
 BAD = (
@@ -40,7 +41,7 @@ def told(values, waits=False, scaled=False, how="step", **options):
     clipper = distclip.GradClipper(
         [("w", p)], **({} if "policy" in options else {"max_norm": 1.0}) | options
     )
-    clipper._steps.may_wait = waits
+    judged_late(clipper, waits)
     optimizer = torch.optim.SGD([p], 0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
     rows = []

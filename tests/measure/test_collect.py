@@ -104,7 +104,7 @@ def test_what_changes_between_steps_is_noticed():
 
 def fast(clipper):
     """Steps that were not looked at one by one."""
-    collector, slow = clipper._now.sensor.collector, []
+    collector, slow = clipper._stages.measurer.collector, []
     looked = Collector._collect_checked
 
     def counted(self, *args):

@@ -289,7 +289,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(policy):
 def test_wrappers_pass_on_what_the_inner_policy_adds_to_the_message():
     inner = distclip.FixedValue(0.5)
     policy = distclip.SkipSpikes(inner, window=4, warmup=2)
-    assert isinstance(policy, distclip.LocalStats) and policy.words == inner.words
+    assert isinstance(policy, distclip.LocalStats) and policy.num_stats == inner.num_stats
     assert not isinstance(distclip.SkipSpikes(distclip.FixedNorm(1.0)), distclip.LocalStats)
     params = [("w", nn.Parameter(torch.zeros(2)))]
     clipper = distclip.GradClipper(params, policy=policy)

@@ -96,9 +96,9 @@ def test_other_numbers_hold_from_the_next_step_and_are_said_once(old, new):
     ]
     assert said[0].filename == __file__, "the user's line"
     assert state_of(clipper) == state_of(saved)
-    (state,), report = saved._memory.state, again(clipper, params, 6)
+    (state,), report = saved._state.policies, again(clipper, params, 6)
     group, total = report.group_norms.double(), report.total_norm.double()
-    stats = group.new_zeros(getattr(new, "words", 0))
+    stats = group.new_zeros(getattr(new, "num_stats", 0))
     answer, _ = new.decide(
         distclip.Norms(group, total, torch.tensor(True), torch.tensor(0), stats, 2.0), state
     )

@@ -19,7 +19,7 @@ class Shown:
     """Remembers what it is shown, clips nothing, and counts elements: held by three ranks, each
     adds a third of them."""
 
-    words = 1
+    num_stats = 1
 
     def init(self, groups, device):
         return tuple(

@@ -7,6 +7,7 @@ from torch import nn
 
 import distclip
 import skips
+from late import judged_late
 
 SPIKE = 9
 
@@ -15,7 +16,7 @@ def job(waits=False, fused=True, **options):
     p = nn.Parameter(torch.zeros(2))
     policy = distclip.SkipSpikes(distclip.AutoClip(50), 3, 16, 4)
     clipper = distclip.GradClipper([("w", p)], policy=policy, **options)
-    clipper._steps.may_wait = waits
+    judged_late(clipper, waits)
     return p, clipper, torch.optim.AdamW([p], 0.1, fused=fused)
 
 
@@ -36,7 +37,7 @@ def test_a_spike_never_happened(how, mode):
             p.grad = grad(step, step == spike)
             before = (
                 p.detach().clone(),
-                [t.clone() for state in clipper._memory.state for t in state],
+                [t.clone() for state in clipper._state.policies for t in state],
             )
             if how == "clip_":
                 report = clipper.clip_()
@@ -54,7 +55,7 @@ def test_a_spike_never_happened(how, mode):
                     map(
                         torch.equal,
                         before[1],
-                        [t for state in clipper._memory.state for t in state],
+                        [t for state in clipper._state.policies for t in state],
                     )
                 ), "and no state"
         ends.append(p.detach().clone())

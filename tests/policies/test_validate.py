@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import distclip
+from late import judged_late
 
 GROUPS = ["a", "b", "c"]
 F64 = torch.float64
@@ -69,7 +70,7 @@ def by_units(**fields):
             **{"threshold": ones(3), "clipped": ones(3) > 0, "norm_after": ones(3)} | fields
         )
     )
-    policy.unit_coefs, policy.words = lambda weight, grad: torch.ones_like(grad), 2
+    policy.unit_coefs, policy.num_stats = lambda weight, grad: torch.ones_like(grad), 2
     return policy
 
 
@@ -255,7 +256,7 @@ def test_each_part_is_told_how_many_groups_it_has():
 class Loud:
     """Sends two numbers a group, of which only the shape plays a part here."""
 
-    words = 2
+    num_stats = 2
 
     def __init__(self, stats):
         self.stats = stats
@@ -362,7 +363,7 @@ class Bounded(Shifted):
 def test_states_that_move_on_and_are_answers_too(policy, waits):
     p = nn.Parameter(torch.zeros(1))
     clipper = distclip.GradClipper([("a", p)], policy=policy, on_nonfinite="propagate")
-    clipper._steps.may_wait = waits
+    judged_late(clipper, waits)
     thresholds, left = [], []
     for size in (1.0, 2.0, 3.0, 4.0, 5.0):
         p.grad = torch.tensor([size])
@@ -384,7 +385,7 @@ def test_copies_and_kept_states_are_of_the_same_kind():
         and clone_state((ones(),)) == (ones(),)
     )
     for finite, want in ((True, new), (False, old)):
-        (state,) = select_state((old,), (new,), torch.tensor(finite))
+        (state,) = select_state(torch.tensor(finite), (old,), (new,))
         assert isinstance(state, Count) and all(
             torch.equal(a, b) for a, b in zip(state, want, strict=True)
         )
@@ -402,12 +403,12 @@ def watching():
 
 
 def test_the_text_of_a_watch():
-    from distclip.setup.options import Asked, checked
+    from distclip.setup.options import PassedOptions, check_options
 
     def text(watch):
-        return checked(Asked(1.0, None, 2.0, None, "skip", 1e-5, 20, "auto", watch)).texts()[
-            "watch"
-        ]
+        return check_options(
+            PassedOptions(1.0, None, 2.0, None, "skip", 1e-5, 20, "auto", watch)
+        ).texts()["watch"]
 
     table = {"a": Mean(), "b": 1.0, "c": distclip.Exempt()}
     assert text(None) == "None"

@@ -8,6 +8,7 @@ do. Values do not exist here, so whatever looks at one fails.
 import math
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from distclip import functional
 from distclip.exchange import readback as host
-from distclip.setup.build_plan import Reading
 from distclip.setup.parameters import ParamScan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -118,7 +118,7 @@ def fake(monkeypatch):
     routed("copy_", aten.copy_.default)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("DISTCLIP_KERNELS", "torch")  # there are no addresses
-    monkeypatch.setattr(host.Readback, "leave", left)
+    monkeypatch.setattr(host.Readback, "enqueue", left)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -126,7 +126,7 @@ def fake(monkeypatch):
 def left(mirror, vector, what):
     """In place of pinned memory and events, which need a device. What went wrong while measuring
     would hide what comes after it."""
-    assert what.faults == []
+    assert what.errors == []
 
 
 def parameters(device, shapes):
@@ -143,17 +143,12 @@ def clipped(shapes=((4, 5), (3,)), **options):
     optimizer that steps nothing."""
     with unset_fake_temporarily():
         clipper = distclip.GradClipper(parameters("cpu", shapes), **options)
-    members, now = [p for _, p in parameters("cuda", shapes)], clipper._now
-    clipper._memory.groups = ()
+    members = [p for _, p in parameters("cuda", shapes)]
+    clipper._state.groups = ()
+    inputs = clipper._stages.inputs
     clipper._adopt(
-        Reading(
-            now.options,
-            "",
-            members,
-            ParamScan(),
-            [None] * len(shapes),
-            clipper.plan,
-            torch.device("cuda", 0),
+        replace(
+            inputs, members=members, scan=ParamScan(), device=torch.device("cuda", 0), config=""
         )
     )
     return clipper, members, optimizer_of(members)

@@ -14,16 +14,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
-from distclip.decide.guard import Verdict, judge
+from distclip.decide.guard import Verdict, is_fine, verdict_of
 from distclip.exchange.message import MessageLayout
 from distclip.exchange.readback import Readback
+from late import judged_late
 from parity.layouts import given
 
 
 def waiting(params, **options):
-    clipper = distclip.GradClipper(params, **{"max_norm": 1.0} | options)
-    clipper._steps.may_wait = True
-    return clipper
+    return judged_late(distclip.GradClipper(params, **{"max_norm": 1.0} | options))
 
 
 def refusal(call):
@@ -185,20 +184,20 @@ def test_what_was_clipped_is_said_to_be(ranks):
 @pytest.mark.parametrize("mode", ["skip", "raise"])
 def test_a_clip_reads_once(mode, monkeypatch):
     p = nn.Parameter(torch.zeros(2))
-    clipper, reads, now = waiting([("w", p)], on_nonfinite=mode), [], Readback.now
+    clipper, reads, now = waiting([("w", p)], on_nonfinite=mode), [], Readback.read_now
     for _ in range(3):
         p.grad = torch.tensor([3.0, 4.0])
         with NoHostReads() as guard:
 
-            def allowed(*tensors, guard=guard):
-                reads.append(len(tensors))
+            def allowed(vector, guard=guard):
+                reads.append(vector.numel())
                 guard.__exit__(None, None, None)
                 try:
-                    return now(*tensors)
+                    return now(vector)
                 finally:
                     guard.__enter__()
 
-            monkeypatch.setattr(Readback, "now", staticmethod(allowed))
+            monkeypatch.setattr(Readback, "read_now", staticmethod(allowed))
             clipper.decide()
     assert len(reads) == 3 and float(clipper.last_report.total_norm) == 5.0
 
@@ -223,9 +222,12 @@ def test_a_folded_step_reads_nothing(scaler):
 
 
 @pytest.mark.parametrize("p", [2.0, math.inf])
-def test_device_and_host_judge_alike(p):
+def test_the_rules_are_the_same_over_floats_and_tensors(p):
     one = torch.zeros(1, dtype=torch.int64)
-    wire = MessageLayout(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0])
+
+    def layout(on_host):
+        return MessageLayout(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0], on_host)
+
     good = (
         [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
         if math.isinf(p)
@@ -239,12 +241,9 @@ def test_device_and_host_judge_alike(p):
                 message[i] = value if i < len(good) - 6 else good[i] + 1
             if i == 0 and (value < 0 or (math.isnan(value) and math.isinf(p))):
                 continue  # sums are not negative, and NaN is sent as inf
-            told = torch.tensor(message, dtype=torch.float64)
-            verdict = judge(wire.flags(float(wire.total(told)), wire.rest(told).tolist()), 1e-5)
+            verdict = verdict_of(layout(True).checks(message), 1e-5)
             verdicts.add(verdict)
-            assert bool(wire.go(told, wire.total(told), 1e-5)) == (verdict is Verdict.FINE), (
-                i,
-                value,
-                verdict,
-            )
+            told = torch.tensor(message, dtype=torch.float64)
+            fine = is_fine(layout(False).checks(told), 1e-5)
+            assert bool(fine) == (verdict is Verdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts

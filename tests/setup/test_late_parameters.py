@@ -108,7 +108,10 @@ def test_what_joins_is_told_and_clipped_after_rebuild(join, text, act):
     for seed in range(3):
         spread(net, seed)
         clipper.step(optimizer)
-    state, steps = [t.clone() for part in clipper._memory.state for t in part], clipper._memory.step
+    state, steps = (
+        [t.clone() for part in clipper._state.policies for t in part],
+        clipper._state.step,
+    )
     optimizer.zero_grad()
     join(net)
     after(optimizer, net)
@@ -127,8 +130,8 @@ def test_what_joins_is_told_and_clipped_after_rebuild(join, text, act):
         )
     clipper.rebuild()
     assert (
-        all(map(torch.equal, state, [t for part in clipper._memory.state for t in part]))
-        and clipper._memory.step == steps + 2
+        all(map(torch.equal, state, [t for part in clipper._state.policies for t in part]))
+        and clipper._state.step == steps + 2
     )
     want = norm(net)
     report = clipper.step(optimizer)

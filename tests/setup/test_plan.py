@@ -38,7 +38,7 @@ def plan_of(group, count):
 
 def test_shares_and_table():
     for plan, calls in run_threads(4, plan_of, 10):
-        assert [s.holders for s in plan.shares] == [1] * 5 + [4] * 5
+        assert [s.num_replicas for s in plan.shares] == [1] * 5 + [4] * 5
         assert [(r.parameters, r.elements, r.copies) for r in plan.rows] == [(5, 60, 1), (5, 25, 4)]
         assert calls == 3
 
@@ -72,7 +72,7 @@ def test_names_that_other_ranks_lack():
     plans = run_threads(8, private_names)
     assert len({plan.groups for plan in plans}) == 1
     assert plans[0].groups == ("expert0", *(f"expert{r}" for r in range(1, 8)), "gate")
-    assert [s.holders for s in plans[3].shares] == [8, 1]
+    assert [s.num_replicas for s in plans[3].shares] == [8, 1]
 
 
 def test_weights_sum_to_zero_and_none_is_small():

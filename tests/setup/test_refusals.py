@@ -157,7 +157,7 @@ def one_more_call():
 
 def a_rank_that_is_a_call_behind():
     clipper = distclip.GradClipper([given("w", 4)], 1.0)
-    clipper._memory.step += odd(0, 1)
+    clipper._state.step += odd(0, 1)
     clipper.clip_()
 
 

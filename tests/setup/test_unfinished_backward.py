@@ -218,7 +218,7 @@ def after_a_pipeline():
     clipper = distclip.GradClipper(part, math.inf)
     x = torch.cat([batch(2 * copy_of, 0), batch(2 * copy_of + 1, 0)])
     schedule.step(target=torch.zeros(6, 4)) if stage_of else schedule.step(x)
-    assert len(clipper._now.sensor.wrappers) == 1
+    assert len(clipper._stages.measurer.wrappers) == 1
     return clipper.clip_().total_norm.item()
 
 

@@ -262,8 +262,8 @@ def test_propagate_with_a_scaler_is_refused():
         )
     assert str(error.value) == (
         "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that overflow "
-        "must be skipped, else the scaler never "
-        "finds its scale; use 'skip'"
+        "must be skipped, else the loss scale could "
+        "never back off; use 'skip'"
     )
     assert params[0][1].grad.tolist() == [3 * SCALE, -4 * SCALE]
 

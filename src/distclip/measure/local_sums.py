@@ -170,8 +170,11 @@ class LocalMeasurer:
         self, stats: Tensor, grads: CollectedGrads, request: Request
     ) -> UnitMeasurement | None:
         """What policies want to know besides the norm, put into `stats`."""
-        scale = request.grad_factors(grads.grad_set.unique)
-        factors = as_tensor(scale, torch.float64, self.device)
+        pieces, common = grads.grad_set.unique, request.common_factor()
+        if common is None or isinstance(common, Tensor):
+            factors = as_tensor(request.grad_factors(pieces), torch.float64, self.device)
+        else:  # made on the device: what is made from a list would have to be sent
+            factors = self._zeros.new_full((len(pieces),), common)
         units = None
         if self.units is not None:
             units = self.units.measure(grads, factors)
