@@ -153,9 +153,12 @@ class GradClipper:
         with torch.inference_mode(False):  # what is made here is written at every step
             num_sinks = len(self._sinks or ())
             stages = build_stages(inputs, self._channel, self._grad_of, num_sinks)
+            is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
-                self._state = old.to(stages.hash_weights, stages.checker.streak, stages.on_host)
+                self._state = old.to(
+                    stages.hash_weights, stages.checker.streak, stages.on_host, is_alone
+                )
             else:
                 self._state = ClipperState(
                     groups=stages.plan.groups,
@@ -163,6 +166,7 @@ class GradClipper:
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
                     on_host=stages.on_host,
+                    is_alone=is_alone,
                     step=0 if old is None else old.step,
                 )
         self._stages, self.plan = stages, stages.plan

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -141,10 +141,13 @@ class _Numbers:
     def __get__(self, report: ClipReport | None, owner: type | None = None) -> Any:
         if report is None:
             return self
-        value = report.__dict__[self._name]
+        fields = report.__dict__
+        if self._name not in fields:
+            fields |= fields.pop("_numbers")()
+        value = fields[self._name]
         if not isinstance(value, Tensor):
             dtype = self._dtype or report.dtype
-            value = report.__dict__[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
+            value = fields[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
         return value
 
     def __set__(self, report: ClipReport, value: Any) -> None:
@@ -189,6 +192,22 @@ class ClipReport:
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
+
+    @classmethod
+    def deferred(cls, numbers: Callable[[], dict[str, Any]], **others: Any) -> ClipReport:
+        """A report whose numbers are worked out when one of them is first read.
+
+        Args:
+            numbers: gives all fields that are tensors.
+            others: all other fields.
+        """
+        report = object.__new__(cls)
+        report.__dict__.update(others, _numbers=numbers)
+        return report
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the numbers themselves."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def clip_coef(self) -> Tensor:

@@ -112,6 +112,7 @@ class ClipperState:
         hash_weights: [2, groups] int64, of the decision's hash, on the compute device.
         streak: of steps that were not taken.
         on_host: counters are Python's numbers.
+        is_alone: there is no other rank whose decisions could differ.
         step: calls so far.
     """
 
@@ -122,9 +123,11 @@ class ClipperState:
         hash_weights: Tensor,
         streak: Streak,
         on_host: bool,
+        is_alone: bool,
         step: int = 0,
     ) -> None:
         self.groups, self.policies, self.step, self.streak = groups, initial, step, streak
+        self._is_alone = is_alone
         self.num_steps = 0  # calls that `history` counts: neither read-only nor an error
         self.history = StepHistory(hash_weights.device, on_host)
         self._weights = hash_weights
@@ -134,11 +137,15 @@ class ClipperState:
         if not on_host:
             self._hash = torch.zeros((), dtype=torch.float64, device=hash_weights.device)
 
-    def to(self, hash_weights: Tensor, streak: Streak, on_host: bool) -> ClipperState:
+    def to(
+        self, hash_weights: Tensor, streak: Streak, on_host: bool, is_alone: bool
+    ) -> ClipperState:
         """The same for a new plan of the same groups, perhaps on another device."""
         policies = state_to(self.policies, hash_weights.device)
         streak.length = self.streak.length
-        there = ClipperState(self.groups, policies, hash_weights, streak, on_host, self.step)
+        there = ClipperState(
+            self.groups, policies, hash_weights, streak, on_host, is_alone, self.step
+        )
         there.history.load(self.history.tensors())
         there.num_steps = self.num_steps
         return there
@@ -160,11 +167,12 @@ class ClipperState:
         """
         self.num_steps += 1
         self.history.record(flags.clipped, flags.skipped)
-        token = self._hash_of(decision)
-        if isinstance(self._hash, Tensor):
-            self._hash.copy_(token)
-        else:
-            self._hash = token
+        if not self._is_alone:
+            token = self._hash_of(decision)
+            if isinstance(self._hash, Tensor):
+                self._hash.copy_(token)
+            else:
+                self._hash = token
         if any(policies):
             self._keep(select_state(flags.taken, self.policies, policies))
 

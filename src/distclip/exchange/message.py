@@ -149,7 +149,7 @@ class MessageLayout:
         A maximum over ranks may lose a NaN: it is sent as inf. An inf or NaN makes drift meaningless; such a step is not judged by it.
         """
         if self.num_groups == 1 and not self.num_layers and not self.norm.is_max:
-            return (self._share_and_weight * power_sums).sum(1)
+            return torch.mv(self._share_and_weight, power_sums)
         reduce = "amax" if self.norm.is_max else "sum"
         values = power_sums if self.norm.is_max else power_sums * self.share
         if self.norm.is_max:
@@ -187,7 +187,9 @@ class MessageLayout:
         leading = [0.0, 0.0] if self.norm.is_max else []
         checks = [*leading, *words[: -2 * NUM_TOKENS]]
         tokens, beside = words[-2 * NUM_TOKENS : -NUM_TOKENS], words[-NUM_TOKENS:]
-        if self.norm.is_max:
+        if self.num_ranks == 1:
+            agreed = True
+        elif self.norm.is_max:
             agreed = all_equal(tokens, multiply(beside, -1.0))
         else:  # all are equal iff W Σv² = (Σv)²: whole numbers, exact
             agreed = all_equal(multiply(beside, float(self.num_ranks)), multiply(tokens, tokens))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from distclip.setup.unfinished_backward import Wrapper, unfinished
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.values import Number, as_tensor, multiply
 
+_REMEMBERED = 64  # descriptions of calls: a grad_scale may be another one at each step
 _MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
 
 
@@ -73,6 +73,7 @@ class LocalMeasurer:
     _zeros: Tensor = field(init=False)  # [pieces]
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _all_parameters: GradientSet = field(init=False)
+    _description_tokens: dict[str, float] = field(init=False, default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
@@ -213,9 +214,10 @@ class LocalMeasurer:
         if scale is not None:
             bits = scale.view(torch.int64) if isinstance(scale, Tensor) else bits_of([scale])[0]
             mixed = (mixed + (bits * _MIXER >> 40 & 0xFFFF)) % 0x10000
-        return [float(step & 0xFFFF), float(_token(request.description + self.config)), mixed]
-
-
-@lru_cache(maxsize=64)
-def _token(text: str) -> int:
-    return hash64(text) & 0xFFFF
+        what = self._description_tokens.get(request.description)
+        if what is None:
+            if len(self._description_tokens) >= _REMEMBERED:
+                self._description_tokens.clear()
+            what = float(hash64(request.description + self.config) & 0xFFFF)
+            self._description_tokens[request.description] = what
+        return [float(step & 0xFFFF), what, mixed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,56 +45,62 @@ class ReportMaker:
         read_only: bool,
         culprits: tuple[Culprit, ...],
     ) -> ClipReport:
-        """Nothing is read on the host; on the CPU no tensor is made before it is read.
+        """Nothing is read on the host; on the CPU nothing is worked out before it is read.
 
         Args:
             state: after the step was recorded in it.
         """
+        watch, history = self.watch, state.history
+        shown = watch is not None and (read_only or state.num_steps % watch.every == 0)
+        rate, skips = history.clip_rate, history.num_skips
+        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown)
+        others: dict[str, Any] = {
+            "step": state.step,
+            "groups": self.plan.groups,
+            "layers": self.plan.layers if shown else (),
+            "norm_type": norms.norm_type,
+            "culprits": culprits,
+            "dtype": self.dtype,
+        }
+        if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
+            return ClipReport(**numbers(), **others)
+        return ClipReport.deferred(numbers, **others)
+
+    def _numbers(
+        self,
+        norms: GlobalNorms,
+        decision: Decision,
+        flags: StepFlags,
+        clip_rate: Number,
+        num_skips: Number,
+        shown: bool,
+    ) -> dict[str, Any]:
+        """The fields that are tensors; as Python's numbers where they are that."""
         # gradients stay as they are where the norm is not finite; a skipped step has none
         after = select_column(norms.finite, decision.norms_after, norms.per_group)
-        norm_after = self._norm_of_counted(after, norms.norm_type)
-        norm_after = select(flags.skipped & norms.finite, 0.0, norm_after)
+        counted = counted_in_total(after, self.in_total, self.in_total_mask)
+        norm_after = counted[0] if len(counted) == 1 else norm_of_norms(counted, norms.norm_type)
         coefs = select_column(norms.finite, decision.coef, 1.0)
-        coefs = select_column(flags.skipped, 0.0, coefs)
-        watch = self.watch
-        shown = watch is not None and (read_only or state.num_steps % watch.every == 0)
-        none: Any = norms.layers[:0]
-        history = state.history
-        return ClipReport(
-            step=state.step,
-            total_norm=self._own(norms.total),
-            norm_after=self._own(norm_after),
-            clipped=_kept(flags.clipped),
-            skipped=_kept(flags.skipped),
-            nonfinite=_as_count(norms.nonfinite),
-            coefs=self._own(coefs),
-            threshold=self._own(decision.threshold),
-            group_norms=self._own(norms.per_group),
-            cosine=self._own(decision.cosine),
-            clip_rate=self._own(history.clip_rate),
-            skips=_kept(history.num_skips),
-            layer_norms=self._own(norms.layers if shown else none),
-            groups=self.plan.groups,
-            layers=self.plan.layers if shown else (),
-            norm_type=norms.norm_type,
-            culprits=culprits,
-            dtype=self.dtype,
-        )
-
-    def _norm_of_counted(self, column: Column, p: float) -> Number:
-        """Over the groups that count in the total, of their norms."""
-        counted = counted_in_total(column, self.in_total, self.in_total_mask)
-        return counted[0] if len(self.plan.groups) == 1 else norm_of_norms(counted, p)
-
-    def _own(self, value: Any) -> Any:
-        """Of the report's dtype, and no tensor that a later step writes to."""
-        return value.to(self.dtype, copy=True) if isinstance(value, Tensor) else value
+        layers: Column = norms.layers if shown else norms.layers[:0]
+        own = {
+            "total_norm": norms.total,
+            "norm_after": select(flags.skipped & norms.finite, 0.0, norm_after),
+            "coefs": select_column(flags.skipped, 0.0, coefs),
+            "threshold": decision.threshold,
+            "group_norms": norms.per_group,
+            "cosine": decision.cosine,
+            "clip_rate": clip_rate,
+            "layer_norms": layers,
+        }
+        counts = {"nonfinite": norms.nonfinite, "skips": num_skips}
+        flag = {"clipped": flags.clipped, "skipped": flags.skipped}
+        return {
+            **{name: _as(value, self.dtype) for name, value in own.items()},
+            **{name: _as(value, torch.int64) for name, value in counts.items()},
+            **{name: _as(value, torch.bool) for name, value in flag.items()},
+        }
 
 
-def _kept(value: Any) -> Any:
-    """What a later step may write to is copied."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _as_count(value: Any) -> Any:
-    return value.long() if isinstance(value, Tensor) else int(value)
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of that dtype that no later step writes to."""
+    return value.to(dtype, copy=True) if isinstance(value, Tensor) else value
