@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from operator import attrgetter
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,7 +22,7 @@ from distclip.kernels.tensor_list import TensorList
 from distclip.p_norm import norm_of
 from distclip.setup.placement import DEVICES
 from distclip.torch_internals.dtensor import dtensor_class, is_dtensor, local_tensor
-from distclip.torch_internals.fsdp1 import is_flattened
+from distclip.torch_internals.fsdp1 import first_flattened
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # torch's functions are bound above and not looked up: a call of `torch.nn.utils.x` would come back
 # here where distclip's stand in its place
 TensorOrTensors: TypeAlias = "Tensor | Iterable[Tensor]"
+_GRAD = attrgetter("grad")
 
 
 def clip_grad_norm_(
@@ -63,15 +65,14 @@ def clip_grad_norm_(
             f"max_norm={max_norm!r} is not a threshold: a negative one would turn "
             f"gradients around; pass 0 or more"
         )
-    for i, param in enumerate(params):
-        if is_flattened(param):
-            raise PlacementError(
-                f"parameter {i} is a shard of an FSDP1 module: its norm on this rank is not the "
-                f"global one. Use "
-                "distclip.GradClipper(model, max_norm=...) on the outermost "
-                "FullyShardedDataParallel module, or its own clip_grad_norm_"
-            )
-    grads = _distinct([p.grad for p in params if p.grad is not None])
+    if (i := first_flattened(params)) is not None:
+        raise PlacementError(
+            f"parameter {i} is a shard of an FSDP1 module: its norm on this rank is not the "
+            f"global one. Use "
+            "distclip.GradClipper(model, max_norm=...) on the outermost "
+            "FullyShardedDataParallel module, or its own clip_grad_norm_"
+        )
+    grads = _grads_of(params)
     total = _total_norm(grads, float(norm_type), error_if_nonfinite, foreach)
     _scale_(params, grads, max_norm, total, foreach)
     return total
@@ -85,27 +86,25 @@ def get_total_norm(
 ) -> Tensor:
     """The p-norm of all tensors as if they were one vector; a tensor listed twice counts once. See
     `clip_grad_norm_`."""
-    return _total_norm(_distinct(_listed(tensors)), float(norm_type), error_if_nonfinite, foreach)
+    given = _GivenTensors(_listed(tensors))
+    return _total_norm(given, float(norm_type), error_if_nonfinite, foreach)
 
 
 def _total_norm(
-    given: list[Tensor], p: float, error_if_nonfinite: bool, foreach: bool | None
+    given: _GivenTensors, p: float, error_if_nonfinite: bool, foreach: bool | None
 ) -> Tensor:
-    if not given:
+    if not given.distinct:
         return torch.tensor(0.0)
-    sharded = (
-        [t for t in given if is_dtensor(t)] if dtensor_class() in set(map(type, given)) else []
-    )
     known = 0 < p <= math.inf
-    if not _here(given) or not (known or sharded):
-        return torchs_get_total_norm(given, p, error_if_nonfinite, foreach)
+    if not given.on_known_devices or not (known or given.has_dtensors):
+        return torchs_get_total_norm(given.distinct, p, error_if_nonfinite, foreach)
     if not known:
         raise ConfigError(
             f"norm_type={p}: on DTensors the order of a norm must be positive, or math.inf; others "
             f"are known on plain tensors alone "
             "(gather these by full_tensor())"
         )
-    norm = _global_norm(sharded, [t for t in given if not is_dtensor(t)] if sharded else given, p)
+    norm = _norm_over_meshes(given.distinct, p) if given.has_dtensors else _norm_here(given, p)
     if error_if_nonfinite and not _whole(norm).isfinite():
         # raises, in torch's words
         torchs_get_total_norm([_whole(norm)], p, error_if_nonfinite=True)
@@ -118,33 +117,29 @@ def clip_grads_with_norm_(
     """Scale gradients in place by min(1, max_norm / (total_norm + 1e-6)), at float32 precision or
     better. Sends nothing."""
     params = _listed(parameters)
-    _scale_(
-        params,
-        _distinct([p.grad for p in params if p.grad is not None]),
-        float(max_norm),
-        total_norm,
-        foreach,
-    )
+    _scale_(params, _grads_of(params), float(max_norm), total_norm, foreach)
 
 
 def _scale_(
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: _GivenTensors,
     max_norm: float,
     total_norm: Tensor,
     foreach: bool | None,
 ) -> None:
-    if not grads:
+    if not grads.distinct:
         return
-    if not _here(grads):
+    if not grads.on_known_devices:
         torchs_clip_grads_with_norm_(params, max_norm, total_norm, foreach)
         return
-    coef = (max_norm / (_whole(total_norm).double() + 1e-6)).clamp(max=1.0)
-    on_host = coef.device.type == "cpu"
-    if on_host and coef == 1:
+    norm = _whole(total_norm)
+    if norm.device.type == "cpu":
+        coef = max_norm / (float(norm) + 1e-6)
+        if coef < 1 or math.isnan(coef):
+            grads.local.scale_(coef)
         return
-    with torch.no_grad():
-        TensorList.of(_local(grads)).scale_(float(coef) if on_host else coef.expand(len(grads)))
+    on_device = (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+    grads.local.scale_(on_device.expand(len(grads.distinct)))
 
 
 def clip_grad_value_(
@@ -153,43 +148,54 @@ def clip_grad_value_(
     """Clamp gradients to [-clip_value, clip_value] in place; shards are clamped where they are.
     Sends nothing."""
     params = _listed(parameters)
-    grads = _distinct([p.grad for p in params if p.grad is not None])
+    grads = _grads_of(params)
     value = float(clip_value)
     if math.isnan(value) or value < 0:
         raise ConfigError(f"clip_value={clip_value!r} is not a bound; pass 0 or more")
-    if not _here(grads):
+    if not grads.on_known_devices:
         torchs_clip_grad_value_(params, clip_value, foreach)
-        return
-    if not grads:
-        return
-    with torch.no_grad():
-        TensorList.of(_local(grads)).clamp_(
-            torch.full((len(grads),), value, dtype=torch.float64, device=grads[0].device)
-        )
+    elif count := len(grads.distinct):
+        device = grads.distinct[0].device
+        grads.local.clamp_(torch.full((count,), value, dtype=torch.float64, device=device))
 
 
 def _listed(tensors: TensorOrTensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(t): t for t in tensors}.values())
+class _GivenTensors:
+    """Tensors of one call, each looked at once; one that is listed twice counts once."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        if len(set(map(id, tensors))) < len(tensors):
+            tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        self.distinct = tensors
+        self._kinds = set(map(type, tensors))
+        self.has_dtensors = dtensor_class() in self._kinds
+
+    @cached_property
+    def on_known_devices(self) -> bool:
+        """Whether all are on devices that distclip computes on; else torch's own functions
+        serve."""
+        # a device is made anew at each look, which takes twenty times as long as the flag
+        if all(map(attrgetter("is_cpu"), self.distinct)):
+            return True
+        devices = set(map(attrgetter("device"), self.distinct))
+        return all(device.type in DEVICES for device in devices)
+
+    @cached_property
+    def local(self) -> TensorList:
+        """This rank's parts."""
+        with torch.no_grad():
+            return TensorList.of(_local_parts(self.distinct, self._kinds))
 
 
-def _here(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are on devices that distclip computes on; else torch's own functions serve."""
-    # a device is made anew at each look, which takes twenty times as long as the flag
-    return all(map(attrgetter("is_cpu"), tensors)) or all(
-        device.type in DEVICES for device in set(map(attrgetter("device"), tensors))
-    )
+def _grads_of(params: list[Tensor]) -> _GivenTensors:
+    return _GivenTensors([grad for grad in map(_GRAD, params) if grad is not None])
 
 
-def _local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return (
-        tensors
-        if set(map(type, tensors)) == {Tensor}
-        else [local_tensor(tensor) for tensor in tensors]
-    )
+def _local_parts(tensors: list[Tensor], kinds: set[type]) -> list[Tensor]:
+    return tensors if kinds == {Tensor} else [local_tensor(tensor) for tensor in tensors]
 
 
 def _whole(norm: Tensor) -> Tensor:
@@ -197,30 +203,46 @@ def _whole(norm: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _global_norm(sharded: list[DTensor], plain: list[Tensor], p: float) -> Tensor:
+def _norm_here(given: _GivenTensors, p: float) -> Tensor:
+    """Of plain tensors: 0-dim, of the dtype in which torch would give it, float32 at least."""
+    norm = norm_of(_combined(given.local.power_sums(p), p), p)
+    return norm.to(_norm_dtype(given.distinct))
+
+
+@torch.no_grad()
+def _norm_over_meshes(given: list[Tensor], p: float) -> Tensor:
+    """Of DTensors and, counted once, plain tensors beside them."""
     meshes: dict[Any, list[DTensor]] = {}
-    for tensor in sharded:
+    plain: list[Tensor] = []
+    for tensor in given:
+        if not is_dtensor(tensor):
+            plain.append(tensor)
+            continue
         if any(placement.is_partial() for placement in tensor.placements):
             raise PlacementError(
                 f"a gradient of shape {tuple(tensor.shape)} has placements {tensor.placements}: "
-                f"Partial sums that are not reduced yet; "
-                "before clipping: p.grad = p.grad.redistribute(placements=p.placements)"
+                "Partial sums that are not reduced yet; before clipping: p.grad = "
+                "p.grad.redistribute(placements=p.placements)"
             )
         meshes.setdefault(tensor.device_mesh, []).append(tensor)
-    device = (sharded or plain)[0].device
-    dtype = torch.float32
-    for own in {tensor.dtype for tensor in (*sharded, *plain)}:
-        dtype = torch.promote_types(dtype, own.to_real())
+    device = next(iter(meshes.values()))[0].device
     parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
     if plain:
         parts.append(_combined(TensorList.of(plain).power_sums(p), p).to(device))
-    norm = norm_of(_combined(torch.stack(parts), p), p).to(dtype)
+    norm = norm_of(_combined(torch.stack(parts), p), p).to(_norm_dtype(given))
     if len(meshes) == 1 and not plain:
         from torch.distributed.tensor import DTensor, Replicate
 
         mesh = next(iter(meshes))
         return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return norm
+
+
+def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for own in set(map(attrgetter("dtype"), tensors)):
+        dtype = torch.promote_types(dtype, own.to_real())
+    return dtype
 
 
 def _combined(sums: Tensor, p: float) -> Tensor:
@@ -232,7 +254,7 @@ def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:
     its dimensions."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    sums = TensorList.of(_local(tensors)).power_sums(p)
+    sums = TensorList.of([local_tensor(tensor) for tensor in tensors]).power_sums(p)
     if math.isinf(p):
         # MAX over ranks can lose a NaN, so it travels as a flag beside the maximum
         packed, op = (

@@ -3,6 +3,7 @@ this rank hold."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,15 @@ class FlatShard:
 def is_flattened(param: Tensor) -> bool:
     """FSDP1 marks its parameters, whichever `use_orig_params`."""
     return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def first_flattened(params: Sequence[Tensor]) -> int | None:
+    """The position of the first FSDP1 shard among them. None at once where FSDP was not imported:
+    asking each tensor for an attribute that it lacks takes as long as reading a small one."""
+    if imported_class("torch.distributed.fsdp", "FullyShardedDataParallel") is None:
+        return None
+    marks = (i for i, param in enumerate(params) if getattr(param, "_fsdp_flattened", False))
+    return next(marks, None)
 
 
 def flat_shards(module: nn.Module) -> dict[int, FlatShard]:
