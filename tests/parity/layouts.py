@@ -280,6 +280,8 @@ def lora_beside_a_frozen_tensor_parallel_base():
     parallelize_module(model.base, on["tp"], ColwiseParallel(output_layouts=Replicate()))
     fully_shard(model, mesh=on["dp"])
     model(x).square().sum().backward()
+    for param in model.base.parameters():
+        param.grad = None  # fully_shard of torch 2.8 leaves gradients on frozen parameters that share a unit with trainable ones
     return Case(model, [p.grad.double() for p in clean.parameters() if p.grad is not None])
 
 
