@@ -54,6 +54,8 @@ def set_for_good():
         yield
     finally:
         torch.set_default_device(None)
+        # torch 2.8 leaves a None there, on which its own get_default_device fails
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 
 UNDER = {"context": lambda: torch.device("meta"), "set_default_device": set_for_good}

@@ -533,6 +533,9 @@ def test_a_wrong_argument_on_one_rank_is_told_on_all(ranks):
     assert all(row == rows[0] for row in rows)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning"
+)  # LBFGS of torch 2.8
 def test_clipping_inside_the_closure_is_what_a_clip_by_hand_is():
     """What the refusal says to do."""
     ends = []

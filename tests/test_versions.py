@@ -15,8 +15,7 @@ RUN = ", ".join(release.rpartition(".")[0] for release in versions.RUN)
 
 
 @pytest.mark.parametrize(
-    "release",
-    [*versions.RUN, "2.13.1", "2.13.0a0+git1234567", f"{versions.RUN[0]}+cu128", torch.__version__],
+    "release", [*versions.RUN, "2.13.1", "2.13.0a0+git1234567", f"{versions.RUN[0]}+cu128"]
 )
 def test_a_series_that_was_run(release):
     assert versions.note(release) == ""
@@ -76,6 +75,10 @@ def test_it_ends_no_program_that_turns_warnings_into_errors_and_is_seen_without_
     assert done.stderr.count("and not with 9.9.0") == 1
 
 
+@pytest.mark.skipif(
+    versions.note(torch.__version__) != "",
+    reason="a series that launch/matrix.sh tries for the first time",
+)
 def test_nothing_is_said_of_a_torch_that_was_run(caplog):
     versions.tell.cache_clear()
     with caplog.at_level(logging.DEBUG, "distclip"):

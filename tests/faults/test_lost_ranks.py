@@ -13,10 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
+from distclip import versions
 from distclip.testing import fresh_process
 
 TIMEOUT_S, LOST = 4, 2
-PATIENCE_S = 600  # the group's time-out until all have met: on a busy machine the start takes long
+HANGS_S = 600  # so long is waited for an answer
+# the group's time-out until all have met: on a busy machine the start takes long. gloo of torch 2.8
+# keeps it to the end
+PATIENCE_S = 60 if versions.before(2, 9) else HANGS_S
 
 
 def survivor(rank, store, fault, pipe):
@@ -63,9 +67,9 @@ def test_survivors_are_told(tmp_path, fault):
     try:
         for rank in range(4):
             if rank != LOST:
-                assert pipes[rank].poll(PATIENCE_S), f"rank {rank} hangs"
+                assert pipes[rank].poll(HANGS_S), f"rank {rank} hangs"
                 said, seconds, untouched = pipes[rank].recv()
-                assert untouched and seconds < PATIENCE_S / 2
+                assert untouched and seconds < HANGS_S / 2
                 assert said.startswith(
                     f"distclip: step at step 2 failed on rank {rank}: "
                     f"all_reduce(SUM) of 12 float64 over ranks 0-3: "

@@ -317,6 +317,10 @@ def lora_beside_a_frozen_tensor_parallel_base():
     parallelize_module(model.base, on["tp"], ColwiseParallel(output_layouts=Replicate()))
     fully_shard(model, mesh=on["dp"])
     model(x).square().sum().backward()
+    for param in model.base.parameters():
+        # fully_shard of torch 2.8 leaves gradients on frozen parameters that share a unit with
+        # trainable ones
+        param.grad = None
     return Case(model, [p.grad.double() for p in clean.parameters() if p.grad is not None])
 
 
