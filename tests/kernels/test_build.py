@@ -61,13 +61,13 @@ def test_a_built_tree_is_served_by_the_native_kernels(choose):
     assert kernels.active() == "native"
     choose("native")
     assert kernels.active() == "native"
-    assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is not None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("cpu")) is not None
 
 
 def test_torch_can_be_forced(choose):
     choose("torch")
     assert kernels.active() == "torch (DISTCLIP_KERNELS=torch)"
-    assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("cpu")) is None
 
 
 def test_other_choices_are_refused(choose):
@@ -83,7 +83,7 @@ def test_other_choices_are_refused(choose):
 def test_no_library(choose, library_is):
     library_is("no compiled library")
     assert kernels.active() == "torch (no compiled library)"
-    assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("cpu")) is None
     choose("native")
     with pytest.raises(
         ConfigError,
@@ -93,8 +93,8 @@ def test_no_library(choose, library_is):
 
 
 def test_dtypes_and_devices_that_it_does_not_know(choose):
-    assert kernels.layout((3,), (torch.float8_e5m2,), torch.device("cpu")) is None
-    assert kernels.layout((3,), (torch.float32,), torch.device("meta")) is None
+    assert kernels.plan_for((3,), (torch.float8_e5m2,), torch.device("cpu")) is None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("meta")) is None
 
 
 def found_in(folder, monkeypatch):

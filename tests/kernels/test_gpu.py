@@ -119,7 +119,7 @@ def test_scaling_is_done_in_float32(monkeypatch, choice, factor):
 def test_both_ways_of_squaring(monkeypatch, double):
     """Each device has one of its own; both are right on it."""
     monkeypatch.setattr(triton_lists, "doubles", lambda device: double)
-    triton_lists.layout.cache_clear()
+    triton_lists.plan_for.cache_clear()
     here, there = lists()
     shifted = [t * 2.0**-70 for t in there if t.dtype != torch.float16] + [
         torch.zeros(100_000, device="cuda")
@@ -127,7 +127,7 @@ def test_both_ways_of_squaring(monkeypatch, double):
     try:
         found, tiny = TensorList.of(there).power_sums(2.0), TensorList.of(shifted).power_sums(2.0)
     finally:
-        triton_lists.layout.cache_clear()
+        triton_lists.plan_for.cache_clear()
     torch.testing.assert_close(
         found.cpu(), power_sums([t.double() for t in here], 2.0), rtol=1e-13, atol=0
     )

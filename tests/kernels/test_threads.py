@@ -174,7 +174,7 @@ def test_a_dense_tensor_in_another_order_of_dimensions():
     turned = randn(600, torch.bfloat16).reshape(20, 30).t()
     gaps = randn(600, torch.float32)[::2]
     tensors = tensor_list.TensorList.of([image, turned, gaps])
-    assert list(tensors.odd) == [2]
+    assert list(tensors.fallback) == [2]
     before = [tensor.clone() for tensor in (image, turned, gaps)]
     assert tensors.power_sums(2.0).tolist() == pytest.approx(
         [t.double().square().sum().item() for t in before], rel=1e-6

@@ -60,13 +60,13 @@ def _products_are_exact():
 def without_double(function, *args):
     """What `function` answers on a device that is slow in float64."""
     given = triton_lists.doubles
-    triton_lists.layout.cache_clear()
+    triton_lists.plan_for.cache_clear()
     triton_lists.doubles = lambda device: False
     try:
         return function(*args)
     finally:
         triton_lists.doubles = given
-        triton_lists.layout.cache_clear()
+        triton_lists.plan_for.cache_clear()
 
 
 def sizes():
@@ -78,7 +78,7 @@ def sizes():
 
 def listed(tensors):
     """The kernels for these tensors, and their addresses."""
-    layout = triton_lists.layout(
+    layout = triton_lists.plan_for(
         tuple(t.numel() for t in tensors), tuple(t.dtype for t in tensors), torch.device("cpu")
     )
     return layout, array("Q", [t.data_ptr() for t in tensors])
