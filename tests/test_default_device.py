@@ -175,7 +175,7 @@ def test_set_up_on_four_ranks():
     got, want = run_threads(4, agreed, UNDER["context"]), run_threads(4, agreed, nullcontext)
     assert (
         got == want
-        and [share.holders for share in want[0][0]] == [1, 4, 1]
+        and [share.num_replicas for share in want[0][0]] == [1, 4, 1]
         and want[0][4] == ["", "a", "aa", "aaa"]
     )
 
@@ -236,16 +236,16 @@ def test_the_check_of_a_schedule_takes_any_number():
 def test_host_copies(elsewhere):
     mirror, vector = Readback(), torch.tensor([1.0, 2.0])
     with elsewhere():
-        mirror.leave(vector, "step 1")
-        late = mirror.taken()
-    assert late is not None and late.numbers == [1.0, 2.0] and Readback.now(vector) == [[1.0, 2.0]]
+        mirror.enqueue(vector, "step 1")
+        late = mirror.dequeue()
+    assert late is not None and late.numbers == [1.0, 2.0] and Readback.read_now(vector) == [1.0, 2.0]
 
 
 @pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")
 def test_the_tables_of_the_gpu_kernels(elsewhere=UNDER["context"]):
     dtypes = (torch.float32, torch.bfloat16)
     with elsewhere():
-        layout = triton_lists.Layout((5, 40000), dtypes, CPU)
+        layout = triton_lists.KernelPlan((5, 40000), dtypes, CPU)
         there = layout._there(array("Q", [3, 4]))
         reserve = triton_lists._Reserve()
     assert [t.tolist() for t in layout._tables] == [
