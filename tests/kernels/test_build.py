@@ -16,7 +16,7 @@ from distclip.errors import ConfigError
 from distclip.kernels import build, native
 
 ROOT = Path(__file__).parents[2]
-COMPILER = build.compiler()
+COMPILER = build.find_compiler()
 # Writes an empty file where a compiler would have written the library.
 FAKE = f'{sys.executable} -c \'import sys; open(sys.argv[sys.argv.index("-o") + 1], "w")\''
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -43,7 +43,7 @@ def library_is(monkeypatch):
     """`library_is(answer)`: what loading the library came to."""
 
     def answer(found):
-        monkeypatch.setattr(kernels, "library", lambda: found)
+        monkeypatch.setattr(kernels, "load_library", lambda: found)
 
     return answer
 
@@ -61,13 +61,13 @@ def test_a_built_tree_is_served_by_the_native_kernels(choose):
     assert kernels.active() == "native"
     choose("native")
     assert kernels.active() == "native"
-    assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is not None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("cpu")) is not None
 
 
 def test_torch_can_be_forced(choose):
     choose("torch")
     assert kernels.active() == "torch (DISTCLIP_KERNELS=torch)"
-    assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("cpu")) is None
 
 
 def test_other_choices_are_refused(choose):
@@ -83,7 +83,7 @@ def test_other_choices_are_refused(choose):
 def test_no_library(choose, library_is):
     library_is("no compiled library")
     assert kernels.active() == "torch (no compiled library)"
-    assert kernels.layout((3,), (torch.float32,), torch.device("cpu")) is None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("cpu")) is None
     choose("native")
     with pytest.raises(
         ConfigError,
@@ -93,15 +93,15 @@ def test_no_library(choose, library_is):
 
 
 def test_dtypes_and_devices_that_it_does_not_know(choose):
-    assert kernels.layout((3,), (torch.float8_e5m2,), torch.device("cpu")) is None
-    assert kernels.layout((3,), (torch.float32,), torch.device("meta")) is None
+    assert kernels.plan_for((3,), (torch.float8_e5m2,), torch.device("cpu")) is None
+    assert kernels.plan_for((3,), (torch.float32,), torch.device("meta")) is None
 
 
 def found_in(folder, monkeypatch):
     """What loading answers where the package lies in `folder`."""
     monkeypatch.setattr(build, "HERE", folder)
     monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
-    return native.library.__wrapped__()
+    return native.load_library.__wrapped__()
 
 
 @needs_compiler

@@ -47,7 +47,7 @@ def library_name() -> str:
     return f"libdistclip-{PLATFORM}-{digest.hexdigest()[:16]}.so"
 
 
-def compiler() -> list[str] | None:
+def find_compiler() -> list[str] | None:
     """The command of the C compiler: $CC, or else the first of cc, gcc and clang that is found;
     None without one, and on Windows."""
     if os.name == "nt":
@@ -67,7 +67,7 @@ def compile_into(folder: Path) -> Path:
     Raises:
         RuntimeError: no compiler, or it failed; the message has its last lines.
     """
-    program = compiler()
+    program = find_compiler()
     if program is None:
         raise RuntimeError(
             "no C compiler was found (looked for $CC, or cc, gcc and clang); "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distclip.errors import GradientError
 from distclip.exchange.channel import Channel
-from distclip.kernels.reference import wide
+from distclip.kernels.reference import compute_dtype
 from distclip.measure.collect import CollectedGrads
 from distclip.p_norm import rounded
 from distclip.policies.policy import UnitPolicy
@@ -147,7 +147,7 @@ class Units:
             coefs = select_column(finite, coefs, 1.0)
             assert isinstance(coefs, Tensor)
             shape = [-1] + [1] * (grad.ndim - 1) if grad.ndim else []
-            by = (coefs * factor).to(grad.device, wide(grad.dtype)).view(shape)
+            by = (coefs * factor).to(grad.device, compute_dtype(grad.dtype)).view(shape)
             if grad.dtype in (torch.bfloat16, torch.float16):
                 grad.copy_(grad.to(by.dtype).mul_(by))
             else:
