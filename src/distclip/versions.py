@@ -14,11 +14,11 @@ import torch
 RUN = ("2.13.0",)
 
 
-def note(release: str) -> str:
+def untested_release_note(release: str) -> str:
     """What there is to say of a torch of which no release of the same series (2.13 of 2.13.1+cu130)
     was run; else an empty text."""
-    series = [_series(run) for run in RUN]
-    if _series(release) in series:
+    series = [_release_series(run) for run in RUN]
+    if _release_series(release) in series:
         return ""
     return (
         f"distclip's tests were run with torch {', '.join(series)}, and not with {release}. It is "
@@ -28,18 +28,18 @@ def note(release: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def tell() -> None:
+def log_untested_release() -> None:
     """Once a process, by the logger `distclip`: a warning of Python's would end programs that turn
     those into errors."""
-    said = note(torch.__version__)
+    said = untested_release_note(torch.__version__)
     if said:
         logging.getLogger("distclip").warning(said)
 
 
-def before(*series: int) -> bool:
-    """`before(2, 10)`: whether this torch is older than 2.10."""
-    return tuple(map(int, _series(torch.__version__).split("."))) < series
+def is_before(*series: int) -> bool:
+    """`is_before(2, 10)`: whether this torch is older than 2.10."""
+    return tuple(map(int, _release_series(torch.__version__).split("."))) < series
 
 
-def _series(release: str) -> str:
+def _release_series(release: str) -> str:
     return ".".join(release.partition("+")[0].split(".")[:2])

@@ -133,7 +133,7 @@ class PartialReducer:
         )
         self._rows = int(meshes.max())
 
-    def reduce_(self, step: int, call: str, reduces: bool) -> None:
+    def reduce_partial_(self, step: int, call: str, reduces: bool) -> None:
         """A collective, at every call of the clipper. Sets `.grad` of the parameters concerned.
 
         Args:
@@ -153,7 +153,7 @@ class PartialReducer:
                 "CUDA graph cannot capture; redistribute "
                 "them inside the graph, before the step"
             )
-        if not self._agreed(step, call) or not reduces:
+        if not self._agree_on_partial(step, call) or not reduces:
             return
         for _, param in (member for members in self._by_mesh.values() for member in members):
             grad = param.grad
@@ -161,7 +161,7 @@ class PartialReducer:
                 assert is_dtensor(param)
                 param.grad = grad.redistribute(placements=param.placements)
 
-    def _agreed(self, step: int, call: str) -> bool:
+    def _agree_on_partial(self, step: int, call: str) -> bool:
         """Whether all ranks make the same call; which of their gradients are Partial must then
         agree mesh by mesh."""
         rows = torch.zeros(1 + 2 * self._rows, dtype=torch.int64, device="cpu")

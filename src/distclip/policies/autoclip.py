@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
 
@@ -69,11 +69,13 @@ class AutoClip:
         place = torch.arange(self.window, device=norm.device)
         here = (place == (seen % self.window).unsqueeze(1)) & taken.unsqueeze(1)
         history, seen = torch.where(here, norm.unsqueeze(1), history), seen + taken
-        threshold = _percentile(history, seen.clamp(max=self.window), self.percentile / 100, place)
-        return Scale(coefficient(norm, threshold), threshold), AutoClipState(history, seen)
+        threshold = _percentile_of(
+            history, seen.clamp(max=self.window), self.percentile / 100, place
+        )
+        return Scale(clip_coefficient(norm, threshold), threshold), AutoClipState(history, seen)
 
 
-def _percentile(history: Tensor, filled: Tensor, fraction: float, place: Tensor) -> Tensor:
+def _percentile_of(history: Tensor, filled: Tensor, fraction: float, place: Tensor) -> Tensor:
     """Of the first `filled` entries of each row: [groups], inf where there is none."""
     ordered = history.masked_fill(place >= filled.unsqueeze(1), math.inf).sort(dim=1).values
     rank = (filled - 1).clamp(min=0).double() * fraction

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.policies.policy import Policy, UnitPolicy, describe
 from distclip.policies.value import FixedValue
 from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
@@ -76,7 +76,7 @@ class Warmup:
         threshold = torch.where(
             warm, torch.full_like(norms.per_group, self.max_norm), answer.threshold
         )
-        coef = torch.where(warm, coefficient(norms.per_group, threshold), answer.coef)
+        coef = torch.where(warm, clip_coefficient(norms.per_group, threshold), answer.coef)
         taken = norms.finite if answer.skip is None else norms.finite & ~answer.skip.any()
         return Scale(coef, threshold, answer.skip), wrap_state((count + taken,), inner, new)
 

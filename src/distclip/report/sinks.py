@@ -76,7 +76,7 @@ class LoggingSink:
     def write(self, report: ClipReport) -> None:
         norm = report.total_norm.item()
         if report.skipped.item():
-            self.logger.warning("step %d skipped: %s", report.step, self._why(report, norm))
+            self.logger.warning("step %d skipped: %s", report.step, self._skip_reason(report, norm))
             return
         self._taken.append(norm)
         if report.step % self.every == 0:
@@ -87,7 +87,7 @@ class LoggingSink:
                 self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs
             )
 
-    def _why(self, report: ClipReport, norm: float) -> str:
+    def _skip_reason(self, report: ClipReport, norm: float) -> str:
         bad = int(report.nonfinite.item())
         if bad or not math.isfinite(norm):
             who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)

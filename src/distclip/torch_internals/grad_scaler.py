@@ -196,7 +196,7 @@ class ScalerState:
                 found = torch.maximum(found, value.to(device, torch.float64).reshape(()))
         return found
 
-    def read(self, inv_scale: float) -> ScalerState:
+    def with_inv_scale(self, inv_scale: float) -> ScalerState:
         """The same, with the inverse that the host has read meanwhile."""
         known = copy(self)
         known.inv_scale = inv_scale

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable
 from distclip.errors import ConfigError
 
 
-class UnevenInputs:
+class JoinGuard:
     """Knows whether a step is taken inside `join()`, which a message over ranks would never come
     out of.
 
@@ -36,7 +36,7 @@ class UnevenInputs:
         # each one's latest context, where that is known to be over
         self._over: list[Any] = [None] * len(self._joinables)
 
-    def refuse(self, operation: str) -> None:
+    def refuse_join(self, operation: str) -> None:
         """ConfigError inside `join()`; on every rank that takes the step, before anything is
         sent."""
         for i, joinable in enumerate(self._joinables):
