@@ -99,12 +99,12 @@ class _ByName:
 
 @dataclass(frozen=True)
 class Watch:
-    """Norms of more than what is clipped by: they travel in the same message, and stand in the
-    report of each `every`-th step.
+    """Norms besides those that clipping uses: they are part of the same message, and in the report
+    of each `every`-th step.
 
     Args:
-        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds
-            play no part).
+        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds are
+            ignored).
         every: steps from one report of them to the next; `measure()` always reports them.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Which optimizer steps which pieces. Worked out once for each optimizer, and anew when
-its param groups change."""
+"""Which optimizer steps which pieces. Computed once for each optimizer, and again when its param
+groups change."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class OptimizerParams(NamedTuple):
 
     @property
     def unclipped_params(self) -> tuple[Tensor, ...]:
-        """What it steps beside what is clipped."""
+        """Parameters that it steps and that are not clipped."""
         return (*self.unmanaged, *self.hidden)
 
 
 class _IndexEntry(NamedTuple):
-    """What is remembered of an optimizer: nothing that would keep it alive."""
+    """What is cached of an optimizer: nothing that would keep it alive."""
 
     optimizer: Callable[[], Any]
     # the lists of its param groups, with their lengths: the objects, since a list's identity may
@@ -55,8 +55,8 @@ class OptimizerIndex:
 
     Args:
         members: [pieces] the parameters; group_of: [pieces] their groups.
-        by_tensor: no module tells of a parameter that takes another's place, so optimizers'
-            parameters are compared at each call.
+        by_tensor: parameters were passed without modules, in which replacements would show;
+            optimizers' parameters are compared at each call.
         grad_of: where a parameter's gradient is; None for `.grad`.
     """
 
@@ -131,7 +131,7 @@ class OptimizerIndex:
 
 @dataclass(slots=True)
 class _EntryRemover:
-    """Called when an optimizer is gone: its identity may be another's next."""
+    """Removes an optimizer's entry when it is gone: its id may be reused."""
 
     entries: dict[int, _IndexEntry]
     key: int
@@ -200,7 +200,8 @@ def params_added_later(owned: Sequence[OptimizerParams]) -> list[str]:
     """A text for each optimizer that was given parameters, after the clipper first saw it, that the
     clipper does not know."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) was given {_count_text(len(new), 'parameter')} "
+        f"optimizer {i} ({type(o.optimizer).__name__}) was given "
+        f"{_count_text(len(new), 'parameter')} "
         f"later that this clipper does not know "
         f"(the first: {new[0]}); call clipper.rebuild() on all ranks, with the parameters as they "
         f"are now where pairs or a list were "
@@ -213,7 +214,8 @@ def params_added_later(owned: Sequence[OptimizerParams]) -> list[str]:
 def unmanaged_params(owned: Sequence[OptimizerParams]) -> list[str]:
     """A text for each optimizer that steps more than the clipper knows, by intent or not."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count_text(len(more), 'parameter')} that "
+        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count_text(len(more), 'parameter')} "
+        f"that "
         f"this clipper does not know (the first "
         f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the "
         f"clipper with them if that is not meant"

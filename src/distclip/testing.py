@@ -57,8 +57,8 @@ class World:
 
         Raises:
             AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout`
-                seconds (their stacks), which begin when all ranks are up. The pool is then ended,
-                and starts anew at the next call.
+                seconds (their stacks), which begin when all ranks are up. The pool is then closed,
+                and restarts at the next call.
         """
         if not self._ranks:
             self._start_ranks()
@@ -133,7 +133,7 @@ class World:
         """The latest call first, down to this file's own."""
         process, _, log = self._ranks[rank]
         os.kill(process.pid, signal.SIGUSR1)
-        end = time.monotonic() + 10  # for ever where the process is stopped
+        end = time.monotonic() + 10  # a process that is stopped would never answer
         while (
             " in _serve_calls" not in (said := log.read_text() if log.exists() else "")
             and time.monotonic() < end
@@ -195,8 +195,8 @@ def _serve_calls(rank: int, size: int, store: Path, pipe: Any, log: Path) -> Non
 
 
 def fully_shard(module: nn.Module, **options: Any) -> Any:
-    """torch's, whose gradients are means in torch 2.8 too: there gloo's reduce-scatter sums where
-    FSDP2 asks it for the mean."""
+    """torch's `fully_shard`, with gradients that are means in torch 2.8 too, where gloo's
+    reduce-scatter sums although FSDP2 asks it for the mean."""
     sharded: Any = torch_fully_shard(module, **options)
     if versions.is_before(2, 9):
         sharded.set_force_sum_reduction_for_comms(True)  # FSDP2 divides by itself
@@ -286,7 +286,7 @@ def run_threads(
             held = meeting.held
             thread.join(timeout_s)
     if not errors and any(thread.is_alive() for thread in threads):
-        meeting.barrier.abort()  # who waits there for the others ends too
+        meeting.barrier.abort()  # threads that wait there for the others end too
         errors.append(meeting.timeout_error())
     if errors:
         raise errors[0]

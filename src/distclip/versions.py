@@ -1,7 +1,7 @@
 """The releases of torch that distclip's tests were run with: the pinned one, and those whose counts
 `docs/compatibility.md` has.
 
-`launch/matrix.sh` writes that page; a release is listed here together with its row there.
+`launch/matrix.sh` writes that page; a release is listed here together with its row on the page.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ RUN = ("2.13.0",)
 
 
 def untested_release_note(release: str) -> str:
-    """What there is to say of a torch of which no release of the same series (2.13 of 2.13.1+cu130)
-    was run; else an empty text."""
+    """A note about a release of torch if none of its series (2.13 for 2.13.1+cu130) was tested;
+    else an empty text."""
     series = [_release_series(run) for run in RUN]
     if _release_series(release) in series:
         return ""
@@ -29,8 +29,8 @@ def untested_release_note(release: str) -> str:
 
 @lru_cache(maxsize=1)
 def log_untested_release() -> None:
-    """Once a process, by the logger `distclip`: a warning of Python's would end programs that turn
-    those into errors."""
+    """Log the note once in a process, by the logger `distclip`: a Python warning would end programs
+    that turn warnings into errors."""
     said = untested_release_note(torch.__version__)
     if said:
         logging.getLogger("distclip").warning(said)

@@ -1,5 +1,4 @@
-"""Stage 4: the one collective of a step, and the channel over which set-up and failure paths
-talk."""
+"""The one collective of a step, and the small gathers of set-up and failure paths."""
 
 from __future__ import annotations
 
@@ -66,8 +65,8 @@ class Channel:
         return cls(process_group, dist.get_process_group_ranks(process_group), process_group.rank())
 
     def comm_device(self, compute: torch.device) -> torch.device:
-        """Where a message from `compute` is reduced: there, if the group has a backend for it, else
-        where it has one."""
+        """The device on which a message from `compute` is reduced: the same, if the group has a
+        backend for it, else one that has."""
         if compute not in self._comm_devices:
             self._comm_devices[compute] = self._find_comm_device(compute)
         return self._comm_devices[compute]
@@ -102,7 +101,8 @@ class Channel:
             raise ExchangeError(
                 f"distclip: {what} failed on rank {self.global_rank}: all_reduce({op.upper()}) of "
                 f"{vector.numel()} "
-                f"{str(vector.dtype).removeprefix('torch.')} over ranks {format_ranks(self.ranks)}: "
+                f"{str(vector.dtype).removeprefix('torch.')} over ranks "
+                f"{format_ranks(self.ranks)}: "
                 f"{error}. A rank was lost, is stuck, or "
                 "did not make this call: look at the logs of the others"
             ) from error
@@ -138,7 +138,7 @@ class Channel:
     ) -> dict[str, list[int]]:
         """Each distinct line → the global ranks that sent it. Two all-reduces, as above.
 
-        A line that itself holds line breaks travels whole.
+        A line may itself hold line breaks.
         """
         said: dict[str, list[int]] = defaultdict(list)
         texts = self.gather_texts("\0".join(lines), device, what)
@@ -172,8 +172,8 @@ def hash64(text: str) -> int:
 def raise_on_all_ranks(
     channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = ""
 ) -> None:
-    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each
-    text names its ranks.
+    """A collective: all ranks raise the same AgreementError if any rank has a problem; each line
+    names its ranks.
 
     Args:
         remedy: the error's last line.

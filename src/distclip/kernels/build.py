@@ -30,8 +30,8 @@ SOURCES = (
     "unset.h",
 )
 # Not -march=native: the library chooses among instruction sets when it is loaded. Not -ffast-math:
-# NaN and inf must survive. What is left says that nobody reads floating-point exceptions or errno,
-# without which loops with a branch stay scalar.
+# NaN and inf must survive. The last flags mean that nothing reads floating-point exceptions or
+# errno; without them loops with a branch stay scalar.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-trapping-math", "-fno-math-errno", "-w")
 
 

@@ -21,7 +21,8 @@ import torch
 
 
 class SharedWork(Protocol):
-    """One call: `run_share` does a share of it, from any thread; it does nothing where it comes late."""
+    """One call: `run_share` does a share of it, from any thread; it does nothing where it comes
+    late."""
 
     help_address: int  # of the C function that `run_share` runs, and of its argument
     address: int
@@ -53,8 +54,8 @@ class HelperPool:
         self._forked = True
 
     def request_help(self, helpers: int, work: SharedWork) -> None:
-        """Have up to `helpers` threads besides this one do a share each, now or later; this one may do
-        a share before it returns."""
+        """Have up to `helpers` threads besides this one do a share each, now or later; this one may
+        do a share before it returns."""
         team = None if self._forked else torchs_threads()
         if team is not None:
             # all of them, even where fewer would do: a smaller team would end the others, and torch

@@ -1,8 +1,8 @@
 """Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank. Plain
 torch operations: the reference.
 
-Nothing here communicates, and callers have turned autograd off. `reference_cpu` does the same on the
-CPU. On other devices everything is computed in float64 by the device, without a host read and
+Nothing here communicates, and callers have turned autograd off. `reference_cpu` does the same on
+the CPU. On other devices everything is computed in float64 by the device, without a host read and
 without a branch on values.
 """
 
@@ -166,7 +166,7 @@ def clamp_(tensors: Sequence[Tensor], values: Tensor) -> None:
     device."""
     for tensor, value in zip(tensors, values.unbind(), strict=True):
         if tensor.is_sparse and not tensor.is_coalesced():
-            tensor.copy_(tensor.coalesce())  # the sum of equal indices is what is bounded
+            tensor.copy_(tensor.coalesce())  # equal indices are added up before the clamp
         for stored in _values_in_place(tensor):
             limit = value.to(stored.device, compute_dtype(stored.dtype))
             stored.copy_(torch.minimum(torch.maximum(stored.to(limit.dtype), -limit), limit))

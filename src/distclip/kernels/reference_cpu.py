@@ -119,8 +119,8 @@ def _sums_of_equals(tensors: list[Tensor], p: float, workspace: _ChunkWorkspace)
 
 
 def _sums_of_rows(tensors: list[Tensor], p: float, workspace: _ChunkWorkspace) -> list[float]:
-    """Power sums of 1-D tensors of one dtype up to float32, p = 2 or inf, concatenated: a call for each would
-    cost more."""
+    """Power sums of 1-D tensors of one dtype up to float32, p = 2 or inf, concatenated: a call for
+    each would cost more."""
     rows = [-(-tensor.numel() // ROW) for tensor in tensors]
     sums: list[float] = []
     for batch in _split_batches([count * ROW for count in rows], CHUNK + ROW):

@@ -187,8 +187,8 @@ class KernelPlan:
         args: tuple[Any, ...],
         constants: tuple[Any, ...],
     ) -> None:
-        """Triton specializes on the arguments of the first launch only: all later ones have the same
-        types and alignment."""
+        """Triton specializes on the arguments of the first launch only: all later ones have the
+        same types and alignment."""
         key = (program.__name__, grid, *constants)
         runner = self._runners.get(key)
         if runner is not None:
@@ -201,8 +201,8 @@ class KernelPlan:
     def _device_addresses(self, pointers: Sequence[int]) -> Tensor:
         """[n] int64: the addresses on the device. Copied only where they changed.
 
-        A captured graph keeps what it reads: the addresses copied before the capture, where gradients
-        did not move, else a pinned copy of its own, from which every replay copies them.
+        A captured graph keeps what it reads: the addresses copied before the capture, where
+        gradients did not move, else a pinned copy of its own, from which every replay copies them.
         """
         addresses = pointers if isinstance(pointers, array) else array("Q", pointers)
         known = self._sent

@@ -2,8 +2,8 @@
 
 One program works on one chunk of one tensor. A tensor's address and dtype are read from tables, so
 that one launch serves a list of tensors of mixed dtypes. Loads and stores are 16 bytes wide from a
-tensor's first multiple of 16 bytes on; what lies before it, seven elements at most, is handled separately.
-Offsets within a tensor are 64 bits wide.
+tensor's first multiple of 16 bytes on; what lies before it, seven elements at most, is handled
+separately. Offsets within a tensor are 64 bits wide.
 """
 
 # Branches on constants are compiled away, so the two sides of one may differ in type: no

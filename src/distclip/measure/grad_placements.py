@@ -1,5 +1,5 @@
-"""Gradients that are DTensors placed otherwise than their parameters: what a rank's part counts,
-and partial sums reduced on request.
+"""Gradients that are DTensors with other placements than their parameters: the weight of a rank's
+part, and reduction of partial sums on request.
 
 torch's optimizers take such gradients: they redistribute them to the parameter's placements. Tensor
 parallelism alone leaves a Replicate gradient on a row-sharded embedding, and Partial ones on norm
@@ -123,8 +123,8 @@ class PartialReducer:
                 by_mesh[hash64(f"{param.device_mesh.mesh.tolist()}")].append(
                     (piece.key_name, param)
                 )
-        # in one order on all ranks: one that reduces another gradient first would wait for ever, or
-        # take the other's sums
+        # in one order on all ranks: a rank that reduces another gradient first would hang, or mix
+        # up the sums
         self._by_mesh = {
             mesh: sorted(by_mesh[mesh], key=lambda member: member[0]) for mesh in sorted(by_mesh)
         }
@@ -137,12 +137,12 @@ class PartialReducer:
         """A collective, at every call of the clipper. Sets `.grad` of the parameters concerned.
 
         Args:
-            call: what is called, in words. Where ranks call different things nothing is reduced:
-                the step's own message says so.
+            call: a description of the call. Where ranks make different calls nothing is reduced:
+                the step's own message finds that.
             reduces: False where gradients play no part.
 
         Raises:
-            GradientError: on all ranks alike, ranks of one mesh have different Partial gradients;
+            GradientError: on all ranks, where ranks of one mesh have different Partial gradients;
                 ConfigError: in a CUDA graph's capture.
         """
         if not self._rows:

@@ -1,8 +1,8 @@
-"""At most steps: are a step's gradients as those that were found right before?
+"""Are a step's gradients like those of the step before? They are at most steps.
 
-What was found is laid out in lists once for each set of parameters that have a gradient; a step
-then compares list with list, which costs half a microsecond a parameter, and less where gradients
-are the tensors that the step before met, at the same addresses.
+The layout of the last checked gradients is kept in lists once for each set of parameters that have
+a gradient; a step then compares list with list, which costs half a microsecond a parameter, and
+less where gradients are the same tensors as at the step before, at the same addresses.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Norms of units (the weights into one output), for policies that scale each unit by a
 coefficient of its own.
 
-A unit that lies whole on a rank is judged there, before the exchange. Of one that is cut over ranks
-the sums of squares of weights and of gradients travel in the step's message, at a place that was
-agreed at set-up, so that every rank knows its coefficient.
+The coefficient of a unit that is whole on a rank is computed there, before the exchange. For a unit
+that is split over ranks, the sums of squares of weights and of gradients are part of the step's
+message, at a place agreed at set-up, so that every rank computes the same coefficient.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class FixedNorm:
 
     max_norm: float
     allow_zero: bool = field(default=False, repr=False)
-    user_threshold = True  # by the user: one that nearly always clips is told
+    user_threshold = True  # set by the user: if it nearly always clips, a warning says so
 
     def __post_init__(self) -> None:
         checked_threshold("max_norm", self.max_norm, self.allow_zero)

@@ -44,7 +44,7 @@ class Scheduled:
 
     schedule: Points | Function
     allow_zero: bool = field(default=False)
-    user_threshold = True  # by the user: one that nearly always clips is told
+    user_threshold = True  # set by the user: if it nearly always clips, a warning says so
 
     def __post_init__(self) -> None:
         if callable(self.schedule):
@@ -76,7 +76,7 @@ class Scheduled:
         object.__setattr__(self, "schedule", points)
 
     def __repr__(self) -> str:
-        """Equal on all ranks and in the next run: a function is told by its name, not by its
+        """Equal on all ranks and in the next run: a function is shown by its name, not by its
         address."""
         told = self.schedule
         if callable(told):

@@ -42,8 +42,8 @@ def initial_state(policy: Any, groups: int, device: torch.device) -> tuple[Tenso
 
 
 def validate_policy(policy: Policy, norms: Norms, state: tuple[Tensor, ...]) -> None:
-    """`decide` once, at set-up, where a policy must answer as `Policy` and the records say. Reads
-    no tensor.
+    """Call `decide` once, at set-up, and check that the answer is what `Policy` and the records
+    define. Reads no tensor.
 
     Raises:
         ConfigError: an answer or a state of another kind, shape, dtype or device.
@@ -99,7 +99,8 @@ def _check_policy(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
         )
     if not isinstance(new, tuple) or len(new) != len(state):
         raise ConfigError(
-            f"{who}: decide() returned {_kind_of(new)} as the next state, and init() {_kind_of(state)}; "
+            f"{who}: decide() returned {_kind_of(new)} as the next state, and init() "
+            f"{_kind_of(state)}; "
             f"return a tuple of as many tensors"
         )
     for j, (old, value) in enumerate(zip(state, cast("tuple[Any, ...]", new), strict=True)):
@@ -122,7 +123,7 @@ def validate_stats(part: PolicyAssignment, given: Any) -> Tensor:
 
 
 def _kind_of(value: Any) -> str:
-    """As the texts say it."""
+    """A description for error messages."""
     if isinstance(value, Tensor):
         return _tensor_kind(value.dtype, value.shape, value.device)
     if isinstance(value, tuple):

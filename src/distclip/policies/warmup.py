@@ -23,8 +23,8 @@ class Warmup:
     For policies that clip badly, or not at all, before they have seen enough (AutoClip, ZClip,
     SkipSpikes). A threshold that rises or falls over the first steps is `Scheduled`.
 
-    Tracks what `policy` tracks, which goes on as if it had decided, and sends what `policy` sends.
-    Steps that were skipped do not count.
+    Tracks what `policy` tracks, whose state is updated as if it had decided, and sends what
+    `policy` sends. Steps that were skipped do not count.
 
     Args:
         policy: one that scales.

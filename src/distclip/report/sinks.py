@@ -15,7 +15,7 @@ from distclip.records import ClipReport
 
 # With many groups these make most of a line: one entry a group each.
 GROUP_FIELDS = ("groups", "group_norms", "coefs", "threshold", "cosine")
-_REMEMBERED = 128  # norms of steps that were taken, to tell by how much a left-out step is off
+_REMEMBERED = 128  # norms of steps that were taken, with which a skipped step is compared
 
 
 class JSONLSink:
@@ -93,8 +93,7 @@ class LoggingSink:
             who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             what = "1 gradient is" if bad == 1 else f"{bad} gradients are" if bad else "the norm is"
             return f"{what} not finite" + (f": {who}" if who else "")
-        # the threshold does not tell: a policy that leaves steps out may clip at another norm than
-        # it skips at
+        # not the threshold: a policy that skips steps may clip at another norm than it skips at
         before = (
             f", the {len(self._taken)} steps taken before had at most {max(self._taken):.6g}"
             if self._taken

@@ -31,7 +31,7 @@ def report_scalars(report: ClipReport) -> dict[str, float]:
     skips; the norm of each layer where known.
 
     With up to 50 groups, norm, coefficient and threshold of each; with more, only the largest group
-    norm and the smallest coefficient. A threshold of inf (no clipping) is left out.
+    norm and the smallest coefficient. A threshold of inf (no clipping) is not drawn.
     """
     said = report.to_dict()
     out = {f"clip/{name}": float(said[name]) for name in _SCALARS if name in said}
@@ -81,7 +81,7 @@ class TensorBoardSink:
     def write(self, report: ClipReport) -> None:
         if report.step % self.every and not report.skipped.item():
             return
-        # here and not before: a writer makes its file at once, on ranks that never write too
+        # not before: a writer makes its file at once, also on ranks that never write
         if self._writer is None:
             self._writer = _summary_writer()(self._log_dir)
             weakref.finalize(self, self._writer.close)

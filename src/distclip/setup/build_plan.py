@@ -1,5 +1,5 @@
-"""What the caller passed → an agreed plan. What is wrong on one rank is told on all
-before anything is kept."""
+"""What the caller passed → an agreed plan. An error on one rank is raised on all ranks before
+anything is kept."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class SetupInputs:
     scan: ParamScan
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
-    device: torch.device  # where is computed
+    device: torch.device  # the compute device
     join: JoinGuard = field(default_factory=lambda: JoinGuard(()))
     wrappers: tuple[ReducingWrapper, ...] = ()  # modules that may leave gradients unfinished
 
 
 @dataclass(slots=True)
 class _LocalSetup:
-    """What this rank makes of it, before all ranks have met."""
+    """What this rank reads by itself, before any exchange."""
 
     options: Options | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
@@ -60,7 +60,7 @@ class _LocalSetup:
     groups: list[str] = field(default_factory=lambda: [])
     layers: list[str] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
-    beside: list[Holding] = field(default_factory=lambda: [])  # of parameters that are no pieces
+    beside: list[Holding] = field(default_factory=lambda: [])  # of parameters without a piece
 
 
 def build_plan(

@@ -1,9 +1,9 @@
-"""Stage 2a: every rank's table of what it holds, made known to all by two small all-reduces.
+"""Every rank's table of what it holds, gathered on all ranks by two small all-reduces.
 
-A rank says (1) its holdings: few, each a region and the sets of ranks it is copied over, and (2)
-its table: for each parameter an 8-byte key of the name and which holding it has. Ranks of the same
-structure have equal tables, so a table travels once however many ranks share it: the traffic grows
-with ranks + distinct tables x parameters, not with ranks x parameters.
+A rank sends (1) its holdings: few, each a region and the sets of ranks that it is copied over, and
+(2) its table: for each parameter an 8-byte key of the name and which holding it has. Ranks of the
+same structure have equal tables, so a table travels once however many ranks share it: the traffic
+grows with ranks + distinct tables x parameters, not with ranks x parameters.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from distclip.exchange.channel import Channel, hash64
 from distclip.records import Holding, Piece
 
 _TEXT_WORDS, _MAX_RANK_SETS = 8, 6
-_HOLDING_WORDS = _TEXT_WORDS + 2 + _MAX_RANK_SETS  # text, region, flags, scopes
-_DECLARED = 1 << _MAX_RANK_SETS  # a flag; those below it say which scopes are rank sets
+_HOLDING_WORDS = _TEXT_WORDS + 2 + _MAX_RANK_SETS  # text, region, flags, rank sets
+_DECLARED = 1 << _MAX_RANK_SETS  # a flag; the bits below it mark the module rank sets
 # key of the name, holding, key of the shape, key of the group, key of the watched layer
 _ROW_WORDS = 5
 
@@ -39,7 +39,7 @@ class RemoteHolding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HoldingTables:
-    """What every rank knows of every rank."""
+    """The holdings of all ranks, equal on every rank."""
 
     holdings: list[list[RemoteHolding]]  # [ranks]
     ranks_of: list[list[int]]  # [tables]: positions of the ranks that have it
@@ -61,7 +61,7 @@ def exchange_tables(
 
     Args:
         group_of, layer_of: [pieces] names.
-        beside: of parameters that are no pieces, whose meshes join ranks too.
+        beside: holdings of parameters without a piece; their meshes join ranks too.
     """
     holdings = list(dict.fromkeys([*(piece.holding for piece in pieces), *beside]))
     ordinal = {holding: i for i, holding in enumerate(holdings)}
@@ -128,7 +128,8 @@ def _encode_holding(holding: Holding) -> list[int]:
     rank_sets = [hash64(rank_set) for rank_set in holding.rank_sets]
     if len(rank_sets) > _MAX_RANK_SETS:
         raise ConfigError(
-            f"a parameter is copied over {len(rank_sets)} nested sets of ranks ({holding.rank_sets}); at "
+            f"a parameter is copied over {len(rank_sets)} nested sets of ranks "
+            f"({holding.rank_sets}); at "
             f"most {_MAX_RANK_SETS} are supported"
         )
     letters = [

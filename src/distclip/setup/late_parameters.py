@@ -1,5 +1,5 @@
-"""Parameters that join the modules after set-up. At a step before which no module got anything new,
-none is looked at."""
+"""Parameters that join the modules after set-up. If no module registered anything since the last
+step, none is walked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distclip.setup.parameters import ModuleEntry, module_entries
 
 
 class _RegistrationCounter:
-    """Counts what is registered with any module of this process, while somebody wants to know."""
+    """Counts what is registered with any module of this process, while it has watchers."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -47,9 +47,9 @@ REGISTRATIONS = _RegistrationCounter()
 class LateParameters:
     """Compares the modules with what they held at set-up. Never communicates.
 
-    What counts is a trainable parameter, at a place where none was, that has a gradient: a frozen
-    or unused one is waited for. A parameter that takes a known one's place is none: sharding
-    frameworks swap those in and out, and `ModuleEntry.is_replaced` looks at them.
+    A late parameter is trainable, is registered under a name that was free, and has a gradient: a
+    frozen or unused one is reported once it has one. A parameter that replaces a known one is not
+    late: sharding frameworks swap those in and out, and `ModuleEntry.is_replaced` checks them.
 
     Args:
         modules: that were passed; none where pairs or parameters were.
@@ -64,7 +64,7 @@ class LateParameters:
         grad_of: Callable[[Tensor], Tensor | None],
     ) -> None:
         self._modules, self._grad_of = modules, grad_of
-        # holds on to the tables and parameters below, so that their identities stay theirs
+        # keeps the tables and parameters below alive, so that their ids are not reused
         self._module_entries = entries
         self._places = {(id(entry.table), entry.key) for entry in entries}
         self._params = {id(entry.value) for entry in entries if isinstance(entry.value, Tensor)}
@@ -85,7 +85,7 @@ class LateParameters:
         ):
             self._compare_modules()
         if self._late_paths(of_params):
-            self._compare_modules()  # unless it was taken away again
+            self._compare_modules()  # it may have been removed again
         new = self._late_paths(of_params)
         return (
             [
@@ -118,7 +118,7 @@ class LateParameters:
         ]
 
     def _remember_modules(self) -> None:
-        """What the modules hold now: the next look compares with it."""
+        """Record what the modules hold now: the next comparison is with this."""
         every = {id(m): m for module in self._modules for m in module.modules()}
         every |= {
             id(entry.value): entry.value

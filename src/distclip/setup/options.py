@@ -1,4 +1,4 @@
-"""What the caller passed for, checked. Equal on every rank, or the set-up refuses."""
+"""The options that the caller passed, checked. Equal on every rank, or the set-up raises."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PassedOptions:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The same, checked and with their meaning worked out."""
+    """The same options, checked, with defaults filled in."""
 
     policy: Policy
     norm_type: float
@@ -137,14 +137,21 @@ def check_options(passed: PassedOptions) -> Options:
             f"cannot go with it, leave it at 2"
         )
     return Options(
-        policy, p, passed.groups or WHOLE_MODEL, passed.on_nonfinite, passed.drift_tolerance, passed.skip_limit, passed.fold, passed.watch,
-        passed.partial_grads,
-    )  # fmt: skip
+        policy=policy,
+        norm_type=p,
+        grouping=passed.groups or WHOLE_MODEL,
+        on_nonfinite=passed.on_nonfinite,
+        drift_tolerance=passed.drift_tolerance,
+        skip_limit=passed.skip_limit,
+        fold=passed.fold,
+        watch=passed.watch,
+        partial_grads=passed.partial_grads,
+    )
 
 
 def _check_kinds(passed: PassedOptions) -> None:
-    """ConfigError for what is of another kind than meant, which would fail later without a word of
-    distclip's."""
+    """ConfigError for arguments of a wrong type, which would fail later with an error that does not
+    name the argument."""
     if passed.max_norm is not None and not hasattr(passed.max_norm, "__float__"):
         raise ConfigError(
             f"max_norm is a {type(passed.max_norm).__name__}; it is a number, the threshold of the "
@@ -172,8 +179,8 @@ def _check_kinds(passed: PassedOptions) -> None:
 
 
 def check_sinks(sinks: Any, rank: int) -> None:
-    """On the rank that writes. Elsewhere sinks are not looked at: `None` may stand there in the
-    place of what only one rank has.
+    """Check the sinks, on the rank that writes. On other ranks they are not checked: an object that
+    only one rank has may be None on the others.
 
     Raises:
         ConfigError: one of them cannot take reports.

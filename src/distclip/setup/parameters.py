@@ -1,5 +1,4 @@
-"""Stage 0: what the caller passed → named parameters, each with the wrappers around it. Sends
-nothing."""
+"""What the caller passed → named parameters, each with the wrappers around it. Sends nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 
 @dataclass(frozen=True, slots=True)
 class NamedParam:
-    """A parameter, its name with wrapper prefixes stripped, and what stands around it."""
+    """A parameter, its name without wrapper prefixes, and the wrappers around it."""
 
     name: str
     param: Tensor
@@ -42,10 +41,10 @@ class ModuleEntry:
     path: str
 
     def is_replaced(self) -> bool:
-        """True if another parameter or module stands here now.
+        """True if the module holds another parameter or child under this name now.
 
-        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only an exchange like for like
-        is a replacement.
+        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only a DTensor for a DTensor,
+        or a plain one for a plain one, is a replacement.
         """
         now = self.table.get(self.key)
         if now is self.value:
@@ -61,7 +60,7 @@ class ParamScan:
 
     named: list[NamedParam] = field(default_factory=list)
     entries: list[ModuleEntry] = field(default_factory=list)
-    # that were passed; none where parameters were
+    # that were passed; empty where parameters were passed
     modules: list[nn.Module] = field(default_factory=list)
     # quantised parameters, which have no gradients
     whole_numbers: list[NamedParam] = field(default_factory=list)
@@ -71,8 +70,7 @@ def named_parameters(params: Params) -> ParamScan:
     """Parameters by name, each object once (a tied one under its first name).
 
     Raises:
-        ConfigError: nothing was passed, something else than parameters was, or two parameters have
-            one name.
+        ConfigError: nothing or anything but parameters was passed, or two parameters have one name.
     """
     if isinstance(params, nn.Module):
         found = _scan_modules([params])
@@ -233,15 +231,15 @@ def _distinct_params(named: list[NamedParam]) -> list[NamedParam]:
 
 def _drop_duplicates(found: ParamScan) -> ParamScan:
     """Each parameter object once; integer (quantised) ones apart."""
-    select_state, whole_numbers = [], []
+    floating: list[NamedParam] = []
+    whole_numbers: list[NamedParam] = []
     for n in _distinct_params(found.named):
-        (
-            select_state if n.param.is_floating_point() or n.param.is_complex() else whole_numbers
-        ).append(n)
-    twice = [name for name, count in Counter(n.name for n in select_state).items() if count > 1]
+        is_floating = n.param.is_floating_point() or n.param.is_complex()
+        (floating if is_floating else whole_numbers).append(n)
+    twice = [name for name, count in Counter(n.name for n in floating).items() if count > 1]
     if twice:
         raise ConfigError(
             f"two different parameters are named {twice[0]!r}; pass (name, "
             f"parameter) pairs with distinct names"
         )
-    return ParamScan(select_state, found.entries, found.modules, whole_numbers)
+    return ParamScan(floating, found.entries, found.modules, whole_numbers)

@@ -1,5 +1,5 @@
-"""Stage 1: parameter → piece. What does this rank hold, and together with whom? Reads specs and
-handles; sends nothing.
+"""Parameter → piece. What does this rank hold, and together with whom? Reads specs and handles;
+sends nothing.
 
 Instances of the one idea (name, region, replica set):
   plain tensor          the whole parameter, copied over all ranks that have the name
@@ -61,11 +61,11 @@ class ReplicaDeclarations:
 def local_pieces(
     named: Sequence[NamedParam], declared: ReplicaDeclarations, rank: int
 ) -> list[tuple[NamedParam, Piece]]:
-    """The pieces that this rank holds, with their parameters; those on a mesh without this rank are
-    left out.
+    """The pieces that this rank holds, with their parameters; those on a mesh without this rank
+    have none.
 
     Frozen parameters are pieces too: their meshes say which ranks work together, and they may be
-    unfrozen. Where they lie is not judged.
+    unfrozen. Their device is not checked.
 
     Raises:
         PlacementError: a trainable parameter on a device that is not supported, or that is a
@@ -92,7 +92,7 @@ def _piece_of(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Pi
             key, tied = names[0], ("shared " + " = ".join(names),)
     if over == (private_token(rank),):
         around = ()
-        # what is tied over ranks is none's alone, whatever pattern matches it
+        # what is tied over ranks is not private, whatever pattern matches it
         over = () if tied else over
     rank_sets = _RankSets(around, over, tied)
     if named.shard is not None:
@@ -238,8 +238,7 @@ def _declared_rank_set(name: str, declared: ReplicatedOver, rank: int) -> tuple[
 
 @lru_cache(maxsize=64)
 def _mesh_facts(mesh: Any) -> tuple[tuple[int, ...], str]:
-    """A mesh's sizes and the token of its ranks, which torch works out anew for each parameter that
-    asks."""
+    """A mesh's sizes and the token of its ranks, which torch would recompute for each parameter."""
     return tuple(mesh.shape), "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
 
 

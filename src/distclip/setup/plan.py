@@ -1,4 +1,4 @@
-"""Stage 2: the one agreement, made when the clipper is built: holders → shares, the same groups and
+"""The one agreement, made when the clipper is built: holders → shares, the same groups and
 configuration on every rank."""
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ def _count_text(n: int, noun: str) -> str:
 def agree_on_call(
     channel: Channel, config: Mapping[str, str], error: Exception | None, device: torch.device
 ) -> None:
-    """A collective of two words a rank: does every rank build the same clipper, without an error of
-    its own?
+    """A collective of two words a rank: does every rank build the same clipper, without an error?
 
     Raises:
         Exception: `error`, on the rank that had it.
@@ -155,13 +154,13 @@ def make_plan(
     layer_of: Sequence[str] | None = None,
     beside: Sequence[Holding] = (),
 ) -> Plan:
-    """A collective on all ranks: three small all-reduces, more only to name what is wrong.
+    """A collective on all ranks: three small all-reduces, and more only for an error's text.
 
     Args:
         group_of: [pieces] the group's name of each.
         layer_of: [pieces] the watched layer's name of each; None on all ranks where none is
             watched.
-        beside: of parameters that are no pieces, whose meshes join ranks too.
+        beside: holdings of parameters without a piece; their meshes join ranks too.
         patterns: pattern or name that must match on some rank → how often it does on this one.
 
     Raises:
@@ -204,7 +203,8 @@ def make_plan(
     lost = (sums[0] - sums[1]).abs() > 1e-6 * sums[1] + 1e-3
     if lost.any():
         local = [
-            f"{p.name} ({p.holding.description}): the parts held add up to {sums[0, s]:.0f} elements of "
+            f"{p.name} ({p.holding.description}): the parts held add up to {sums[0, s]:.0f} "
+            f"elements of "
             f"{sums[1, s]:.0f}; every rank that "
             "holds a part must be in process_group, and copies must be declared by replicated_over"
             for p, s in zip(pieces, holders.slot, strict=True)
@@ -236,7 +236,7 @@ def make_plan(
 
 
 def _nearest_names(pattern: str, pieces: Sequence[Piece]) -> str:
-    """The names on this rank that are most like a pattern without a match."""
+    """The names on this rank that are most similar to a pattern without a match."""
     names = {name for piece in pieces for name in (piece.name, piece.key_name)}
     if not names:
         return "this rank holds no parameters"
@@ -256,7 +256,7 @@ def _nearest_names(pattern: str, pieces: Sequence[Piece]) -> str:
 def _agreed_names(
     channel: Channel, keys: Sequence[Tensor], own: Sequence[str], device: torch.device
 ) -> tuple[str, ...]:
-    """All ranks' names, sorted. Only those that some rank lacks are sent.
+    """All ranks' names, sorted. Only names that some rank lacks are sent.
 
     Args:
         keys: [tables] of [parameters] int64: the names' keys.

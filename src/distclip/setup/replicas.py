@@ -1,5 +1,5 @@
-"""Stage 2b: who holds what with whom, from the tables that all ranks know: all compute alike, and
-nothing is sent."""
+"""Which ranks hold copies or parts of the same parameters, computed from the tables that all ranks
+have: the same on every rank, and nothing is sent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReplicaPosition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMap:
-    """The holders of every parameter, computed alike on all ranks."""
+    """The holders of every parameter: computed on each rank, equal on all."""
 
     shares: list[PieceShare]  # [this rank's pieces]
     slot: list[int]  # [this rank's pieces]: position in the vector that checks the tiling
@@ -48,15 +48,15 @@ class ReplicaMap:
 
 
 def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> ReplicaMap:
-    """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions.
-    Sends nothing.
+    """Joins ranks whose rank sets overlap, transitively, for each parameter; then counts equal
+    regions. Sends nothing.
 
-    Scopes meet also where two ranks work on one set of modules (`_module_sets`): FSDP2 over dp
+    Ranks are also joined where they work on one set of modules (`_module_sets`): FSDP2 over dp
     beside tensor parallelism holds what no tensor-parallel plan names on the dp meshes alone, and
     the ranks of one tp mesh hold copies of it.
 
-    Parameters that the same holdings of the same tables hold are one case, so the joining is done
-    once a case, not once a name.
+    Parameters that the same holdings of the same tables hold are one case, so ranks are joined once
+    for each case, not for each name.
     """
     owner = torch.cat(
         [torch.full((len(rows),), i, device="cpu") for i, rows in enumerate(tables.rows)]
@@ -139,7 +139,7 @@ def _module_sets(tables: HoldingTables) -> list[Hashable]:
 
 
 class _UnionFind:
-    """A union-find: `find_root` is equal for what was joined."""
+    """A union-find: `find_root` is equal for items that were merged."""
 
     def __init__(self) -> None:
         self._parent: dict[Hashable, Hashable] = {}
@@ -228,8 +228,8 @@ def _solve_case(
 
 
 def _joins_modules(holding: RemoteHolding) -> bool:
-    """Whether it is copied wherever ranks work on the same modules: what is declared is held as it
-    was declared."""
+    """Whether ranks that work on the same modules hold copies of it. Not where the caller declared
+    the copies."""
     return bool(holding.module_rank_sets) and not holding.declared
 
 

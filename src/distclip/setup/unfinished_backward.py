@@ -1,7 +1,7 @@
-"""Stage 3a: modules whose gradients `backward()` may leave unfinished until `finalize_backward()`
-is called. Sends nothing.
+"""Modules whose gradients `backward()` may leave unfinished until `finalize_backward()` is called.
+Sends nothing.
 
-torch 2.15 lets the caller of DDP and FSDP2 say when gradients are waited for; before it there is no
+Since torch 2.15 the caller of DDP and FSDP2 may finalize gradients by hand; before it there is no
 such module. Pipeline schedules do so by themselves, and have finalized all stages when their `step`
 ends.
 """
@@ -26,9 +26,9 @@ class ReducingWrapper(NamedTuple):
 
 
 def reducing_wrappers(params: Params) -> tuple[ReducingWrapper, ...]:
-    """The outermost ones in what the caller passed; of parameters without their modules none can be
-    found."""
-    # before its import nothing is one
+    """The outermost such modules in what the caller passed; none where parameters without modules
+    were passed."""
+    # before its import no module is an instance
     fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")
     kinds = tuple(
         kind
@@ -58,8 +58,8 @@ def _outermost_wrappers(
 
 
 def unfinished_errors(found: Sequence[ReducingWrapper]) -> list[str]:
-    """What is wrong with gradients that are not final, in one text. Reads a flag of each module;
-    nothing of a device."""
+    """One text about gradients that are not final, or nothing. Reads a flag of each module, and no
+    device value."""
     late = [(name, remedy) for name, module in found if (remedy := _remedy_for(module))]
     if not late:
         return []
@@ -69,7 +69,7 @@ def unfinished_errors(found: Sequence[ReducingWrapper]) -> list[str]:
 
 
 def _remedy_for(module: Any) -> str:
-    """Empty where gradients are final."""
+    """What to do; empty where gradients are final."""
     if isinstance(module, DistributedDataParallel):
         late = module.require_manual_backward_finalization and not _has_reduced(module)
         handed_out = False

@@ -14,8 +14,7 @@ from distclip.errors import ConfigError
 
 
 class JoinGuard:
-    """Knows whether a step is taken inside `join()`, which a message over ranks would never come
-    out of.
+    """Knows whether a step is taken inside `join()`, where a collective over all ranks would hang.
 
     Args:
         modules: that the clipper was given.
@@ -50,8 +49,8 @@ class JoinGuard:
 
 
 def _is_open(joinable: Joinable) -> bool:
-    """Whether the context is still there: torch leaves its mark on the module afterwards. Looks at
-    every object, once a context."""
+    """Whether the context is still open: torch leaves its config on the module afterwards. Looks at
+    every object, once for each context."""
     contexts = [thing for thing in gc.get_objects() if issubclass(type(thing), Join)]
     return any(
         context._enable and any(j is joinable for j in context._joinables) for context in contexts
