@@ -15,7 +15,7 @@ from benchmarks.on_ranks import in_turns
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, interleaved
 from benchmarks.worlds import arithmetic, worlds
-from distclip.setup.replicas import pattern
+from distclip.setup.replicas import drift_pattern
 from distclip.testing import World
 
 
@@ -72,7 +72,7 @@ def weights(quick: bool) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for holders in (8, 64) if quick else (8, 256, 4096, 16_384):
         start = time.process_time()
-        numbers = pattern(holders)
+        numbers = drift_pattern(holders)
         seconds = time.process_time() - start
         out.append({"holders": holders, "seconds": seconds, "smallest": min(map(abs, numbers))})
     return out

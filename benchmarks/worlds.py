@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distclip.exchange.channel import Channel, hash64
 from distclip.records import Holding, Piece
-from distclip.setup.inventory import RemoteHolding, Tables
+from distclip.setup.inventory import HoldingTables, RemoteHolding
 from distclip.setup.plan import make_plan
 from distclip.setup.replicas import find_replicas
 from distclip.testing import ThreadGroup, run_threads
@@ -136,14 +136,14 @@ def worlds(quick: bool) -> list[dict[str, Any]]:
     return out
 
 
-def tables_of(layout: str, ranks: int, count: int) -> Tables:
+def tables_of(layout: str, ranks: int, count: int) -> HoldingTables:
     """What `exchange_tables` would give on a world of that size, made here."""
     if layout.startswith("private"):
         rows = [
             torch.tensor([(hash64(f"r{r}.p{i}"), 0, 0, 0) for i in range(count)])
             for r in range(ranks)
         ]
-        return Tables(
+        return HoldingTables(
             [[RemoteHolding("whole", 0, (1,), (), False)]] * ranks,
             [[r] for r in range(ranks)],
             rows,
@@ -151,7 +151,7 @@ def tables_of(layout: str, ranks: int, count: int) -> Tables:
             [],
         )
     holdings = [[RemoteHolding("Shard(0)", r, (1,), (1,), False)] for r in range(ranks)]
-    return Tables(
+    return HoldingTables(
         holdings,
         [list(range(ranks))],
         [torch.tensor([(hash64(f"p{i}"), 0, 0, 0) for i in range(count)])],

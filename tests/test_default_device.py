@@ -238,16 +238,18 @@ def test_host_copies(elsewhere):
     with elsewhere():
         mirror.enqueue(vector, "step 1")
         late = mirror.dequeue()
-    assert late is not None and late.numbers == [1.0, 2.0] and Readback.read_now(vector) == [1.0, 2.0]
+    assert (
+        late is not None and late.numbers == [1.0, 2.0] and Readback.read_now(vector) == [1.0, 2.0]
+    )
 
 
-@pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")
+@pytest.mark.skipif(not triton_lists.has_triton(), reason="triton is not installed")
 def test_the_tables_of_the_gpu_kernels(elsewhere=UNDER["context"]):
     dtypes = (torch.float32, torch.bfloat16)
     with elsewhere():
         layout = triton_lists.KernelPlan((5, 40000), dtypes, CPU)
-        there = layout._there(array("Q", [3, 4]))
-        reserve = triton_lists._Reserve()
+        there = layout._device_addresses(array("Q", [3, 4]))
+        reserve = triton_lists._PinnedReserve()
     assert [t.tolist() for t in layout._tables] == [
         [0, 1, 1],
         [0, 1, 3],

@@ -18,14 +18,14 @@ RUN = ", ".join(release.rpartition(".")[0] for release in versions.RUN)
     "release", [*versions.RUN, "2.13.1", "2.13.0a0+git1234567", f"{versions.RUN[0]}+cu128"]
 )
 def test_a_series_that_was_run(release):
-    assert versions.note(release) == ""
+    assert versions.untested_release_note(release) == ""
 
 
 @pytest.mark.parametrize(
     "release", ["2.1.0", "2.7.1", "2.10.0+cu128", "2.99.0.dev20270101", "3.0.0"]
 )
 def test_a_series_that_was_not_run(release):
-    assert versions.note(release) == (
+    assert versions.untested_release_note(release) == (
         f"distclip's tests were run with torch {RUN}, and not with {release}. It is likely to "
         f"work: `distclip doctor` checks it on this "
         "machine, launch/matrix.sh runs the tests"
@@ -34,7 +34,9 @@ def test_a_series_that_was_not_run(release):
 
 def test_older_than(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
-    assert [versions.before(*series) for series in ((2, 9), (2, 10), (2, 11), (3, 0), (1, 13))] == [
+    assert [
+        versions.is_before(*series) for series in ((2, 9), (2, 10), (2, 11), (3, 0), (1, 13))
+    ] == [
         False,
         False,
         True,
@@ -45,16 +47,16 @@ def test_older_than(monkeypatch):
 
 def test_the_first_clipper_says_it_once(monkeypatch, caplog):
     monkeypatch.setattr(torch, "__version__", "9.9.0")
-    versions.tell.cache_clear()
+    versions.log_untested_release.cache_clear()
     p = nn.Parameter(torch.ones(2))
     try:
         with caplog.at_level(logging.INFO, "distclip"):
             for _ in range(2):
                 distclip.GradClipper([("p", p)], 1.0).rebuild()
     finally:
-        versions.tell.cache_clear()
+        versions.log_untested_release.cache_clear()
     assert [(r.name, r.levelname, r.message) for r in caplog.records] == [
-        ("distclip", "WARNING", versions.note("9.9.0"))
+        ("distclip", "WARNING", versions.untested_release_note("9.9.0"))
     ]
 
 
@@ -80,7 +82,7 @@ def test_it_ends_no_program_that_turns_warnings_into_errors_and_is_seen_without_
     reason="a series that launch/matrix.sh tries for the first time",
 )
 def test_nothing_is_said_of_a_torch_that_was_run(caplog):
-    versions.tell.cache_clear()
+    versions.log_untested_release.cache_clear()
     with caplog.at_level(logging.DEBUG, "distclip"):
         distclip.GradClipper([("p", nn.Parameter(torch.ones(2)))], 1.0)
     assert caplog.records == []

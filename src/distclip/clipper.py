@@ -126,7 +126,7 @@ class GradClipper:
         self.last_report: ClipReport | None = None
         self.rebuild()
         if self._channel.rank == 0:
-            versions.tell()
+            versions.log_untested_release()
 
     # Set-up
 
@@ -141,7 +141,7 @@ class GradClipper:
                 list of pairs or parameters does not.
         """
         params = self._params if params is None else _reusable(params)
-        self._channel = Channel.over(self._process_group)
+        self._channel = Channel.from_group(self._process_group)
         self._writer.flush()
         inputs = build_plan(params, self._passed, self._declared, self._channel, self._sinks)
         self._writer = ReportWriter(self._sinks if self._channel.rank == 0 else ())
@@ -416,10 +416,10 @@ class GradClipper:
 
     def _run(self, request: Request, allow_late: bool) -> StepOutcome:
         self._decided = None
-        self._stages.inputs.join.refuse(request.operation)
+        self._stages.inputs.join.refuse_join(request.operation)
         if self._partials is not None:
             reduces = request.target == "grad" and request.error is None
-            self._partials.reduce_(self._state.step + 1, request.description, reduces)
+            self._partials.reduce_partial_(self._state.step + 1, request.description, reduces)
         outcome = self._runner.run(request, allow_late)
         if not request.read_only:
             self.last_report = outcome.report

@@ -42,7 +42,7 @@ class Grouping(Protocol):
 
 
 @dataclass(frozen=True)
-class _One:
+class _WholeModel:
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
         return ["all"] * len(names)
 
@@ -54,13 +54,13 @@ class _One:
 
 
 @dataclass(frozen=True)
-class _PerParameter(_One):
+class _PerParameter(_WholeModel):
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
         return list(names)
 
 
 @dataclass(frozen=True)
-class _PerLayer(_One):
+class _PerLayer(_WholeModel):
     depth: int = 1
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
@@ -68,7 +68,7 @@ class _PerLayer(_One):
 
 
 @dataclass(frozen=True, eq=False)
-class _PerParamGroup(_One):
+class _PerParamGroup(_WholeModel):
     optimizer: Optimizer
 
     def __repr__(self) -> str:
@@ -99,12 +99,12 @@ class _ByName:
 
 @dataclass(frozen=True)
 class Watch:
-    """Norms of more than what is clipped by: they travel in the same message, and stand in the
-    report of each `every`-th step.
+    """Norms besides those that clipping uses: they are part of the same message, and in the report
+    of each `every`-th step.
 
     Args:
-        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds
-            play no part).
+        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds are
+            ignored).
         every: steps from one report of them to the next; `measure()` always reports them.
 
     Raises:
@@ -119,7 +119,7 @@ class Watch:
             raise ConfigError(f"Watch: every={self.every!r} counts steps, from 1")
 
 
-ONE: Grouping = _One()
+WHOLE_MODEL: Grouping = _WholeModel()
 
 
 def per_parameter() -> Grouping:

@@ -1,5 +1,5 @@
-"""Which optimizer steps which pieces. Worked out once for each optimizer, and anew when
-its param groups change."""
+"""Which optimizer steps which pieces. Computed once for each optimizer, and again when its param
+groups change."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class OptimizerParams(NamedTuple):
     hidden: tuple[Tensor, ...] = ()
 
     @property
-    def unclipped(self) -> tuple[Tensor, ...]:
-        """What it steps beside what is clipped."""
+    def unclipped_params(self) -> tuple[Tensor, ...]:
+        """Parameters that it steps and that are not clipped."""
         return (*self.unmanaged, *self.hidden)
 
 
 class _IndexEntry(NamedTuple):
-    """What is remembered of an optimizer: nothing that would keep it alive."""
+    """What is cached of an optimizer: nothing that would keep it alive."""
 
     optimizer: Callable[[], Any]
     # the lists of its param groups, with their lengths: the objects, since a list's identity may
@@ -55,8 +55,8 @@ class OptimizerIndex:
 
     Args:
         members: [pieces] the parameters; group_of: [pieces] their groups.
-        by_tensor: no module tells of a parameter that takes another's place, so optimizers'
-            parameters are compared at each call.
+        by_tensor: parameters were passed without modules, in which replacements would show;
+            optimizers' parameters are compared at each call.
         grad_of: where a parameter's gradient is; None for `.grad`.
     """
 
@@ -73,7 +73,7 @@ class OptimizerIndex:
         self._by_tensor, self._grad_of = by_tensor, grad_of
         self._entries: dict[int, _IndexEntry] = {}
 
-    def lookup(self, given: Any) -> OptimizerParams:
+    def params_of(self, given: Any) -> OptimizerParams:
         """What the optimizer steps, a wrapper's inner ones too."""
         optimizer = unwrap_optimizer(given)[-1]
         groups = _param_groups_of(optimizer)
@@ -87,9 +87,9 @@ class OptimizerIndex:
         ):
             entry = self._entries[id(optimizer)] = self._look_at(optimizer, groups, entry)
         found = entry.found._replace(given=given, optimizer=optimizer)
-        return found if self._grad_of is None else found._replace(hidden=self._hidden(found))
+        return found if self._grad_of is None else found._replace(hidden=self._hidden_params(found))
 
-    def _hidden(self, found: OptimizerParams) -> tuple[Tensor, ...]:
+    def _hidden_params(self, found: OptimizerParams) -> tuple[Tensor, ...]:
         assert self._grad_of is not None
         params = (self._members[i] for i in found.pieces)
         return tuple(p for p in params if p.grad is not None and self._grad_of(p) is None)
@@ -122,7 +122,7 @@ class OptimizerIndex:
             step_needs=next((needs for each in every if (needs := _step_needs(each))), None),
         )
         return _IndexEntry(
-            optimizer=_reference(optimizer, _Forget(self._entries, id(optimizer))),
+            optimizer=_weak_reference(optimizer, _EntryRemover(self._entries, id(optimizer))),
             lists=tuple((group["params"], len(group["params"])) for group in groups),
             params=tuple(_params_in(groups)) if self._by_tensor else (),
             found=found,
@@ -130,8 +130,8 @@ class OptimizerIndex:
 
 
 @dataclass(slots=True)
-class _Forget:
-    """Called when an optimizer is gone: its identity may be another's next."""
+class _EntryRemover:
+    """Removes an optimizer's entry when it is gone: its id may be reused."""
 
     entries: dict[int, _IndexEntry]
     key: int
@@ -140,7 +140,7 @@ class _Forget:
         self.entries.pop(self.key, None)
 
 
-def _reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[], Any]:
+def _weak_reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[], Any]:
     try:
         return ref(optimizer, gone)
     except TypeError:  # a wrapper with slots and no room for a weak reference
@@ -200,7 +200,8 @@ def params_added_later(owned: Sequence[OptimizerParams]) -> list[str]:
     """A text for each optimizer that was given parameters, after the clipper first saw it, that the
     clipper does not know."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) was given {_count(len(new), 'parameter')} "
+        f"optimizer {i} ({type(o.optimizer).__name__}) was given "
+        f"{_count_text(len(new), 'parameter')} "
         f"later that this clipper does not know "
         f"(the first: {new[0]}); call clipper.rebuild() on all ranks, with the parameters as they "
         f"are now where pairs or a list were "
@@ -213,7 +214,8 @@ def params_added_later(owned: Sequence[OptimizerParams]) -> list[str]:
 def unmanaged_params(owned: Sequence[OptimizerParams]) -> list[str]:
     """A text for each optimizer that steps more than the clipper knows, by intent or not."""
     return [
-        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count(len(more), 'parameter')} that "
+        f"optimizer {i} ({type(o.optimizer).__name__}) steps {_count_text(len(more), 'parameter')} "
+        f"that "
         f"this clipper does not know (the first "
         f"has shape {tuple(more[0].shape)}): they are neither clipped nor in the norm. Build the "
         f"clipper with them if that is not meant"
@@ -226,7 +228,7 @@ def unmanaged_params(owned: Sequence[OptimizerParams]) -> list[str]:
     ]
 
 
-def _count(n: int, noun: str) -> str:
+def _count_text(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 

@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Holding:
     """How this rank holds a part of a parameter. Pieces of one parameter are copies if their
-    regions are equal and their scopes meet."""
+    regions are equal and their rank sets overlap."""
 
     description: str  # as the plan prints it
     region: str  # which part: equal if and only if the data is the same
     # identities of the sets of ranks that hold copies or sibling parts; a set that two ranks share
     # joins them
-    scopes: tuple[str, ...]
-    # the meshes and wrappers' groups among the scopes: their ranks work on one set of modules
-    rank_sets: tuple[str, ...] = ()
-    # `replicated_over` says what the scopes are: they are not widened to other ranks with the same
-    # modules
+    rank_sets: tuple[str, ...]
+    # the meshes and wrappers' groups among them: their ranks work on one set of modules
+    module_rank_sets: tuple[str, ...] = ()
+    # by `replicated_over`: the rank sets are not extended to other ranks with the same modules
     declared: bool = False
 
 
@@ -51,7 +50,7 @@ class Piece:
         return count
 
 
-class Share(NamedTuple):
+class PieceShare(NamedTuple):
     """What the set-up agreed on for one piece."""
 
     num_replicas: int  # h: it counts 1/h here
@@ -61,7 +60,7 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class OwnershipRow:
     """One line of the ownership table: parameters that are held alike over the same ranks."""
 
     parameters: int

@@ -113,7 +113,7 @@ class Request:
             param
             for o, scaled in owned
             if scaled or not self.scaler.enabled
-            for param in o.unclipped
+            for param in o.unclipped_params
         )
         return list(
             {id(p.grad): local_tensor(p.grad) for p in params if p.grad is not None}.values()
@@ -180,7 +180,7 @@ class RequestMaker:
                     "or use clip_()"
                 )
             check_optimizers(operation, optimizers)
-            owned = tuple(map(self.index.lookup, optimizers))
+            owned = tuple(map(self.index.params_of, optimizers))
             if operation == "step":
                 check_step_signatures(owned)
             if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:

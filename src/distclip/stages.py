@@ -18,7 +18,7 @@ from distclip.exchange.channel import Channel
 from distclip.exchange.message import MessageLayout
 from distclip.measure.collect import Collector, GradOf
 from distclip.measure.local_sums import LocalMeasurer
-from distclip.measure.units import Units
+from distclip.measure.units import UnitClipper
 from distclip.optimizers import OptimizerIndex
 from distclip.p_norm import DOUBLE_BITS, SINGLE_BITS
 from distclip.policies.assignment import PolicyAssignment, assign_policies, groups_in_total
@@ -47,7 +47,7 @@ class Stages:
     layout: MessageLayout
     requests: RequestMaker
     measurer: LocalMeasurer
-    units: Units | None
+    units: UnitClipper | None
     bits: int  # of the norms that policies see
     in_total: list[bool] | None  # [groups]: which count in the total; None where all do
     in_total_mask: Tensor | None  # the same on the compute device
@@ -107,8 +107,8 @@ def build_stages(
     clamped = decide(assignments, idle, initial)[0].clamped
 
     # Gradients, from parameters to sums
-    collector = Collector(members, plan, inputs.scan.slots, grad_of, layout)
-    late = LateParameters(inputs.scan.modules, inputs.scan.slots, collector.grad_of)
+    collector = Collector(members, plan, inputs.scan.entries, grad_of, layout)
+    late = LateParameters(inputs.scan.modules, inputs.scan.entries, collector.grad_of)
     by_tensor = not inputs.scan.modules
     index = OptimizerIndex(members, plan.group_of, by_tensor, grad_of)
     propagates = options.on_nonfinite == "propagate"
@@ -173,7 +173,7 @@ def build_stages(
 
 def _build_units(
     channel: Channel, inputs: SetupInputs, assignments: Sequence[PolicyAssignment], bits: int
-) -> Units | None:
+) -> UnitClipper | None:
     by_units = {
         group: each.policy
         for each in assignments
@@ -183,7 +183,7 @@ def _build_units(
     if not by_units:
         return None
     members, ranges, device = inputs.members, inputs.ranges, inputs.device
-    return Units(channel, inputs.plan, members, ranges, by_units, bits, device)
+    return UnitClipper(channel, inputs.plan, members, ranges, by_units, bits, device)
 
 
 def _message_layout(

@@ -131,7 +131,7 @@ class StepRunner:
             there = channel.comm_device(device)
             vector = torch.tensor(message, dtype=torch.float64, device=there)
         what = f"{request.operation} at step {self._state.step}"
-        vector = channel.reduce_(vector, self._stages.layout.norm.reduce_op, what)
+        vector = channel.all_reduce_(vector, self._stages.layout.norm.reduce_op, what)
         return vector.to(device) if isinstance(message, Tensor) else Readback.read_now(vector)
 
 
@@ -220,7 +220,7 @@ class DeviceLate:
         *coefs, clipped, skipped, inv_scale = rest
         finite = bool(checks.finite)
         if request.scaler.inv_scale is not None:
-            request = replace(request, scaler=request.scaler.read(inv_scale))
+            request = replace(request, scaler=request.scaler.with_inv_scale(inv_scale))
         decision = replace(decision, coef=coefs)
         host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
         grads = measurement.grads

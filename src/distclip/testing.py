@@ -57,17 +57,17 @@ class World:
 
         Raises:
             AssertionError: ranks raised (their tracebacks, grouped), died, or hang after `timeout`
-                seconds (their stacks), which begin when all ranks are up. The pool is then ended,
-                and starts anew at the next call.
+                seconds (their stacks), which begin when all ranks are up. The pool is then closed,
+                and restarts at the next call.
         """
         if not self._ranks:
-            self._start()
-            self._answers(STARTING_S)
+            self._start_ranks()
+            self._collect_answers(STARTING_S)
         for _, pipe, _ in self._ranks:
             pipe.send((fn, args))
-        return self._answers(timeout)
+        return self._collect_answers(timeout)
 
-    def _answers(self, timeout: float) -> list[Any]:
+    def _collect_answers(self, timeout: float) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
         while len(answers) < self.size and time.monotonic() < end:
@@ -86,7 +86,7 @@ class World:
                     end = min(end, time.monotonic() + 5)  # the others may be waiting for this one
         wrong: dict[str, list[int]] = {}
         for rank in range(self.size):
-            ok, said = answers.get(rank) or (False, f"hangs:\n{self._stack(rank)}")
+            ok, said = answers.get(rank) or (False, f"hangs:\n{self._stack_of(rank)}")
             if not ok:
                 wrong.setdefault(said, []).append(rank)
         if wrong:
@@ -118,28 +118,28 @@ class World:
     ) -> None:
         self.close()
 
-    def _start(self) -> None:
+    def _start_ranks(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="distclip-world-")
         folder = Path(self._folder.name)
         for rank in range(self.size):
             ours, theirs = multiprocessing.Pipe()
             log = folder / f"stack{rank}"
-            process = fresh_process(_serve, rank, self.size, folder / "store", theirs, log)
+            process = fresh_process(_serve_calls, rank, self.size, folder / "store", theirs, log)
             process.start()
             theirs.close()
             self._ranks.append((process, ours, log))
 
-    def _stack(self, rank: int) -> str:
+    def _stack_of(self, rank: int) -> str:
         """The latest call first, down to this file's own."""
         process, _, log = self._ranks[rank]
         os.kill(process.pid, signal.SIGUSR1)
-        end = time.monotonic() + 10  # for ever where the process is stopped
+        end = time.monotonic() + 10  # a process that is stopped would never answer
         while (
-            " in _serve" not in (said := log.read_text() if log.exists() else "")
+            " in _serve_calls" not in (said := log.read_text() if log.exists() else "")
             and time.monotonic() < end
         ):
             time.sleep(0.05)
-        return said.partition(" in _serve")[0].rpartition("\n")[0]
+        return said.partition(" in _serve_calls")[0].rpartition("\n")[0]
 
 
 def fresh_process(target: Callable[..., object], *args: Any) -> Any:
@@ -172,7 +172,7 @@ def _as_here(
     target(*args)
 
 
-def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
+def _serve_calls(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
     with log.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         torch.set_num_threads(1)
@@ -195,10 +195,10 @@ def _serve(rank: int, size: int, store: Path, pipe: Any, log: Path) -> None:
 
 
 def fully_shard(module: nn.Module, **options: Any) -> Any:
-    """torch's, whose gradients are means in torch 2.8 too: there gloo's reduce-scatter sums where
-    FSDP2 asks it for the mean."""
+    """torch's `fully_shard`, with gradients that are means in torch 2.8 too, where gloo's
+    reduce-scatter sums although FSDP2 asks it for the mean."""
     sharded: Any = torch_fully_shard(module, **options)
-    if versions.before(2, 9):
+    if versions.is_before(2, 9):
         sharded.set_force_sum_reduction_for_comms(True)  # FSDP2 divides by itself
     return sharded
 
@@ -207,7 +207,7 @@ class ThreadGroup(dist.ProcessGroup):
     """A process group whose ranks are threads: all-reduces are real, ordered by rank, and end in an
     error after a time-out."""
 
-    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, size: int, meeting: _ThreadMeeting) -> None:
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]: torch's stub knows another constructor
         self._meeting = meeting
         self.calls = 0
@@ -215,16 +215,16 @@ class ThreadGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.calls += 1
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
-        self._meeting.reduce_(self.rank(), tensors[0], op)
-        return _Done()
+        self._meeting.all_reduce_(self.rank(), tensors[0], op)
+        return _DoneWork()
 
 
-class _Done:
+class _DoneWork:
     def wait(self, timeout: Any = None) -> bool:
         return True
 
 
-class _Meeting:
+class _ThreadMeeting:
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
         self.barrier = threading.Barrier(size)
@@ -232,28 +232,28 @@ class _Meeting:
         self.result: Tensor | None = None
         self.held = 0
 
-    def reduce_(self, rank: int, tensor: Tensor, op: Any) -> None:
+    def all_reduce_(self, rank: int, tensor: Tensor, op: Any) -> None:
         self.tensors[rank] = tensor
-        self._wait()
+        self._wait_for_all()
         if rank == 0:
             stacked = torch.stack([t for t in self.tensors if t is not None])
             self.result = (
                 stacked.sum(0, dtype=tensor.dtype) if op == dist.ReduceOp.SUM else stacked.amax(0)
             )
-        self._wait()
+        self._wait_for_all()
         assert self.result is not None
         tensor.copy_(self.result)
-        self._wait()
+        self._wait_for_all()
         self.held += rank == 0
 
-    def missed(self) -> RuntimeError:
+    def timeout_error(self) -> RuntimeError:
         return RuntimeError(f"not all of {self.size} threads came within {self.timeout_s:g} s")
 
-    def _wait(self) -> None:
+    def _wait_for_all(self) -> None:
         try:
             self.barrier.wait(self.timeout_s)
         except threading.BrokenBarrierError:
-            raise self.missed() from None
+            raise self.timeout_error() from None
 
 
 def run_threads(
@@ -266,18 +266,18 @@ def run_threads(
         RuntimeError: some rank waits for others, or makes no further collective and does not end,
             for `timeout_s`.
     """
-    meeting = _Meeting(size, timeout_s)
+    meeting = _ThreadMeeting(size, timeout_s)
     answers: list[Any] = [None] * size
     errors: list[BaseException] = []
 
-    def work(rank: int) -> None:
+    def run_rank(rank: int) -> None:
         try:
             answers[rank] = fn(ThreadGroup(rank, size, meeting), *args)
         except BaseException as error:
             errors.append(error)
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -286,14 +286,14 @@ def run_threads(
             held = meeting.held
             thread.join(timeout_s)
     if not errors and any(thread.is_alive() for thread in threads):
-        meeting.barrier.abort()  # who waits there for the others ends too
-        errors.append(meeting.missed())
+        meeting.barrier.abort()  # threads that wait there for the others end too
+        errors.append(meeting.timeout_error())
     if errors:
         raise errors[0]
     return answers
 
 
-class Counted(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Names of the collectives issued inside the block: native, functional, and those that DTensor
     makes by itself."""
 
@@ -312,7 +312,7 @@ class Counted(TorchDispatchMode):
 
 
 @contextmanager
-def count_collectives() -> Generator[Counted]:
+def count_collectives() -> Generator[CollectiveCounter]:
     """`with count_collectives() as seen: ...; assert seen.names == ["allreduce_"]`"""
-    with Counted() as seen:
+    with CollectiveCounter() as seen:
         yield seen

@@ -5,12 +5,12 @@ from array import array
 
 import torch
 
-from distclip.kernels.native import CODES, KernelPlan, library
+from distclip.kernels.native import CODES, KernelPlan, load_library
 
 DTYPES = list(CODES)
 NORMS = [0.5, 1.0, 2.0, 2.5, 3.0, 7.0, 8.0, math.inf]
 BLOCK = 1 << 16
-NO_LIBRARY = isinstance(library(), str)
+NO_LIBRARY = isinstance(load_library(), str)
 
 
 def addresses(tensors):

@@ -16,7 +16,7 @@ from distclip.errors import ConfigError
 from distclip.kernels import build, native
 
 ROOT = Path(__file__).parents[2]
-COMPILER = build.compiler()
+COMPILER = build.find_compiler()
 # Writes an empty file where a compiler would have written the library.
 FAKE = f'{sys.executable} -c \'import sys; open(sys.argv[sys.argv.index("-o") + 1], "w")\''
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -43,7 +43,7 @@ def library_is(monkeypatch):
     """`library_is(answer)`: what loading the library came to."""
 
     def answer(found):
-        monkeypatch.setattr(kernels, "library", lambda: found)
+        monkeypatch.setattr(kernels, "load_library", lambda: found)
 
     return answer
 
@@ -101,7 +101,7 @@ def found_in(folder, monkeypatch):
     """What loading answers where the package lies in `folder`."""
     monkeypatch.setattr(build, "HERE", folder)
     monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
-    return native.library.__wrapped__()
+    return native.load_library.__wrapped__()
 
 
 @needs_compiler

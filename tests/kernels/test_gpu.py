@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-KERNELS = pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")
+KERNELS = pytest.mark.skipif(not triton_lists.has_triton(), reason="triton is not installed")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COUNTS = (0, 1, 7, 2047, 2049, 32768, 32769, 1_000_003)
 
@@ -118,7 +118,7 @@ def test_scaling_is_done_in_float32(monkeypatch, choice, factor):
 @pytest.mark.parametrize("double", [True, False])
 def test_both_ways_of_squaring(monkeypatch, double):
     """Each device has one of its own; both are right on it."""
-    monkeypatch.setattr(triton_lists, "doubles", lambda device: double)
+    monkeypatch.setattr(triton_lists, "has_fast_float64", lambda device: double)
     triton_lists.plan_for.cache_clear()
     here, there = lists()
     shifted = [t * 2.0**-70 for t in there if t.dtype != torch.float16] + [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distclip.kernels import reference
-from distclip.kernels.native import library
+from distclip.kernels.native import load_library
 from kernels.native_cases import (
     BLOCK,
     DTYPES,
@@ -32,11 +32,11 @@ TINY = {torch.float32: 1e-42, torch.float64: 1e-310, torch.bfloat16: 1e-39, torc
 def instructions(request):
     """The test runs with the best instruction set up to this one."""
     most = ["plain", "avx2", "avx512"].index(request.param)
-    if library().distclip_choose(most) != most:
-        library().distclip_choose(2)
+    if load_library().distclip_choose(most) != most:
+        load_library().distclip_choose(2)
         pytest.skip(f"this machine has no {request.param}")
     yield
-    library().distclip_choose(2)
+    load_library().distclip_choose(2)
 
 
 @pytest.mark.parametrize("p", NORMS)

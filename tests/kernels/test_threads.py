@@ -31,9 +31,11 @@ def asked(request, monkeypatch):
     team, calls = pool.torchs_threads(), []
     if request.param == "own pool":
         monkeypatch.setattr(pool, "torchs_threads", lambda: None)
-        start = POOL.ask
+        start = POOL.request_help
         monkeypatch.setattr(
-            POOL, "ask", lambda helpers, work: (calls.append(helpers + 1), start(helpers, work))
+            POOL,
+            "request_help",
+            lambda helpers, work: (calls.append(helpers + 1), start(helpers, work)),
         )
     elif team is None:
         pytest.skip("torch computes with another runtime than gcc's")

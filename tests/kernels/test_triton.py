@@ -18,7 +18,7 @@ import torch
 from distclip.kernels import triton_lists
 from kernels import triton_cases as cases
 
-pytestmark = pytest.mark.skipif(not triton_lists.available(), reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not triton_lists.has_triton(), reason="triton is not installed")
 SHORT = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -221,7 +221,7 @@ def test_asking_does_not_import_triton():
     show = (
         "import sys, torch.distributed.fsdp, torch.distributed.tensor; before = 'triton' in "
         "sys.modules\n"
-        "from distclip.kernels import triton_lists as t; print(before, t.available(), 'triton' in "
+        "from distclip.kernels import triton_lists as t; print(before, t.has_triton(), 'triton' in "
         "sys.modules)"
     )
     done = subprocess.run(
@@ -314,7 +314,9 @@ def test_the_change_compiles(compiler, target, stride, clamp, size):
         "CHUNK": cases.CHUNK,
         "WRITTEN": size[0],
     }
-    _, loops, (_, spilled) = compiler.run(cases.compiled, "change", target, size[1], constants)
+    _, loops, (_, spilled) = compiler.run(
+        cases.compiled, "change_chunks", target, size[1], constants
+    )
     wide = [loop for loop in loops if counted(WIDE_STORE, loop)]
     assert len(wide) == 4 and not spilled
     for loop in wide:

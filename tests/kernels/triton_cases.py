@@ -59,13 +59,13 @@ def _products_are_exact():
 
 def without_double(function, *args):
     """What `function` answers on a device that is slow in float64."""
-    given = triton_lists.doubles
+    given = triton_lists.has_fast_float64
     triton_lists.plan_for.cache_clear()
-    triton_lists.doubles = lambda device: False
+    triton_lists.has_fast_float64 = lambda device: False
     try:
         return function(*args)
     finally:
-        triton_lists.doubles = given
+        triton_lists.has_fast_float64 = given
         triton_lists.plan_for.cache_clear()
 
 
@@ -384,7 +384,7 @@ def beyond_two_to_the_31():
         *tables, partials, TYPES=8, P=2.0, DOUBLE=True, CHUNK=CHUNK, BLOCK=BLOCK, PART=programs.PART
     )
     half = torch.tensor(0.5, dtype=torch.float64)
-    programs.change[(1,)](
+    programs.change_chunks[(1,)](
         *tables, half, 1, STRIDE=0, TYPES=8, CLAMP=False, CHUNK=CHUNK, WRITTEN=SMALL[0]
     )
     return float(partials), tensor[-10:].tolist()
@@ -395,15 +395,15 @@ def in_a_capture():
     refused."""
     layout = KernelPlan([4], [torch.float32], torch.device("cpu"))
     known, other = torch.ones(4), torch.full((4,), 2.0)
-    eager = layout._there([known.data_ptr()])
-    triton_lists._capturing = lambda device: True
+    eager = layout._device_addresses([known.data_ptr()])
+    triton_lists._is_capturing = lambda device: True
     triton_lists._RESERVE._free = torch.zeros(1, dtype=torch.int64)
-    same = layout._there([known.data_ptr()]) is eager
-    own = layout._there([other.data_ptr()])
+    same = layout._device_addresses([known.data_ptr()]) is eager
+    own = layout._device_addresses([other.data_ptr()])
     kept = [entry[1] for entry in triton_lists._GRAPHS]
     texts = []
     for call in (
-        lambda: layout._there([64]),
+        lambda: layout._device_addresses([64]),
         lambda: KernelPlan([5], [torch.float32], torch.device("cpu")),
     ):
         try:

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from late import judged_late
 from torch import nn
 
 import distclip
-from late import judged_late
 
 GROUPS = ["a", "b", "c"]
 F64 = torch.float64
@@ -408,7 +408,7 @@ def test_the_text_of_a_watch():
     def text(watch):
         return check_options(
             PassedOptions(1.0, None, 2.0, None, "skip", 1e-5, 20, "auto", watch)
-        ).texts()["watch"]
+        ).config_texts()["watch"]
 
     table = {"a": Mean(), "b": 1.0, "c": distclip.Exempt()}
     assert text(None) == "None"

@@ -15,7 +15,7 @@ from parity.layouts import mesh
 from parity.oracle import total_norm
 
 pytestmark = pytest.mark.skipif(
-    versions.before(2, 15), reason="torch < 2.15: FSDP2's gradients have one dtype in a group"
+    versions.is_before(2, 15), reason="torch < 2.15: FSDP2's gradients have one dtype in a group"
 )
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = {  # dtype of parameters; of gradients of weights and of biases

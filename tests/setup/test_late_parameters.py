@@ -243,8 +243,15 @@ def test_gradients_elsewhere(knows):
 def test_modules_are_looked_at_when_something_was_registered_and_no_more_often(monkeypatch):
     net = Net()
     optimizer, clipper = torch.optim.SGD(net.parameters(), 0.1), distclip.GradClipper(net, 0.5)
-    looks, walks, look, walk = [], [], LateParameters._look, late_parameters.module_entries
-    monkeypatch.setattr(LateParameters, "_look", lambda self: (looks.append(1), look(self)))
+    looks, walks, look, walk = (
+        [],
+        [],
+        LateParameters._compare_modules,
+        late_parameters.module_entries,
+    )
+    monkeypatch.setattr(
+        LateParameters, "_compare_modules", lambda self: (looks.append(1), look(self))
+    )
     monkeypatch.setattr(
         late_parameters, "module_entries", lambda modules: (walks.append(1), walk(modules))[1]
     )

@@ -9,7 +9,7 @@ from distclip.exchange.channel import Channel
 from distclip.records import Holding, Piece
 from distclip.setup.inventory import exchange_tables
 from distclip.setup.plan import make_plan
-from distclip.setup.replicas import find_replicas, pattern
+from distclip.setup.replicas import drift_pattern, find_replicas
 from distclip.testing import run_threads
 
 CPU = torch.device("cpu")
@@ -77,6 +77,6 @@ def test_names_that_other_ranks_lack():
 
 def test_weights_sum_to_zero_and_none_is_small():
     for holders in (2, 3, 4, 5, 8, 33, 1024):
-        weights = pattern(holders)
+        weights = drift_pattern(holders)
         assert abs(sum(weights)) < 1e-12 * holders
         assert 0.25 <= min(map(abs, weights)) <= max(map(abs, weights)) == 1.0

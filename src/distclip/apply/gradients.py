@@ -13,7 +13,7 @@ from torch import Tensor
 from distclip.decide.decision import Decision, StepFlags
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientSet
-from distclip.measure.units import UnitMeasurement, Units
+from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.records import ClipReport
 from distclip.request import Request
 from distclip.setup.plan import Plan
@@ -50,7 +50,7 @@ class GradientApplier:
     """Prepared at set-up."""
 
     plan: Plan
-    units: Units | None
+    units: UnitClipper | None
     device: torch.device
 
     def fused_factor(self, outcome: StepOutcome, group: int, scaled: bool) -> Tensor | None:
@@ -127,7 +127,9 @@ class GradientApplier:
             [factors] * count if isinstance(factors, (int, float)) else list(factors)
         )
         assert outcome.split_unit_coefs is not None
-        self.units.scale_(grads, outcome.units, outcome.split_unit_coefs, outcome.finite, each)
+        self.units.scale_units_(
+            grads, outcome.units, outcome.split_unit_coefs, outcome.finite, each
+        )
         done = [group in unitwise for group in grads.grad_set.groups]
         if isinstance(factors, Tensor):
             return torch.where(torch.tensor(done, device="cpu").to(factors.device), 1.0, factors)
@@ -152,7 +154,7 @@ class GradientApplier:
 def drop_step_grads(request: Request, members: Sequence[Tensor]) -> None:
     """A skipped step's gradients: the clipper's, and all others of the optimizers that were
     given."""
-    drop_grads([*members, *(p for owned in request.optimizers for p in owned.unclipped)])
+    drop_grads([*members, *(p for owned in request.optimizers for p in owned.unclipped_params)])
 
 
 def drop_grads(params: Iterable[Tensor]) -> None:

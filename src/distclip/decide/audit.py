@@ -117,7 +117,7 @@ def _largest_differences(
             table[1, slot] += share.drift_weight * signed
             table[2, slot] += share.drift_weight
             table[3, slot] += square / share.num_replicas
-    table = channel.reduce_(
+    table = channel.all_reduce_(
         table.to(channel.comm_device(device)), "sum", "the audit's comparison"
     ).cpu()
     off = torch.maximum(table[0].abs(), table[1].abs()) / table[3].clamp(min=1e-300)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.decide.global_norms import GlobalNorms
 from distclip.policies.assignment import PolicyAssignment
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.policies.state import State
 from distclip.records import Clamp, Norms, Scale, UnitScale
 from distclip.values import Column, Flag, FlagColumn, any_of, as_column, fill, multiply, negate
@@ -50,7 +50,7 @@ def decide(
     skips: list[Flag] = []
     clamped, unitwise = frozenset[int](), frozenset[int]()
     for assignment, state in zip(assignments, states, strict=True):
-        own = norms.per_group if assignment.has_all else assignment.select(norms.per_group)
+        own = norms.per_group if assignment.has_all else assignment.select_groups(norms.per_group)
         if assignment.constant is not None and not isinstance(own, Tensor):
             answers.append(_constant_answer(own, assignment.constant))
             next_states.append(state)
@@ -74,7 +74,7 @@ def decide(
 
 def _constant_answer(norms: list[float], threshold: float) -> _Answer:
     """A fixed threshold's, in Python's numbers."""
-    coef = [coefficient(norm, threshold) for norm in norms]
+    coef = [clip_coefficient(norm, threshold) for norm in norms]
     after = [norm * c for norm, c in zip(norms, coef)]
     clipped = [c != 1 for c in coef]
     return _Answer(coef, [threshold] * len(norms), clipped, after, [1.0] * len(norms))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.exchange.message import CheckWords, Message, MessageLayout
-from distclip.measure.units import Units
+from distclip.measure.units import UnitClipper
 from distclip.p_norm import rounded
 from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.policy import UnitPolicy
@@ -53,7 +53,7 @@ def read_norms(
     layout: MessageLayout,
     in_total: Sequence[bool] | None,
     in_total_mask: Tensor | None,
-    units: Units | None,
+    units: UnitClipper | None,
     assignments: Sequence[PolicyAssignment],
     bits: int,
 ) -> GlobalNorms:
@@ -112,12 +112,12 @@ def counted_in_total(
 
 
 def _with_split_units(
-    stats: Column, units: Units, assignments: Sequence[PolicyAssignment]
+    stats: Column, units: UnitClipper, assignments: Sequence[PolicyAssignment]
 ) -> tuple[Tensor, Tensor]:
     """What units that are split over ranks add to their policies' stats, and their coefficients."""
     words = as_tensor(stats, torch.float64, units.device)
     own = len(words) - 2 * units.num_split
-    coefs, table = units.combine(words[own:].view(2, -1))
+    coefs, table = units.combine_split(words[own:].view(2, -1))
     words = words[:own].clone()
     for assignment in assignments:
         if isinstance(assignment.policy, UnitPolicy):

@@ -1,5 +1,4 @@
-"""Stage 4: the one collective of a step, and the channel over which set-up and failure paths
-talk."""
+"""The one collective of a step, and the small gathers of set-up and failure paths."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from torch import Tensor
 from distclip.errors import AgreementError, ConfigError, ExchangeError
 
 
-class _Local:
+class _LocalType:
     def __repr__(self) -> str:
         return "distclip.LOCAL"
 
 
-LOCAL: Final = _Local()
+LOCAL: Final = _LocalType()
 
 
 class Channel:
@@ -43,14 +42,14 @@ class Channel:
         self._comm_devices: dict[torch.device, torch.device] = {}
 
     @classmethod
-    def over(cls, process_group: dist.ProcessGroup | _Local | None) -> Channel:
+    def from_group(cls, process_group: dist.ProcessGroup | _LocalType | None) -> Channel:
         """The channel of `process_group`: None is the default group, or this process alone where
         none is initialised.
 
         Raises:
             ConfigError: this rank is not in the group.
         """
-        if isinstance(process_group, _Local):
+        if isinstance(process_group, _LocalType):
             here = dist.get_rank() if dist.is_initialized() else 0
             return cls(None, (here,))
         if process_group is None:
@@ -66,13 +65,13 @@ class Channel:
         return cls(process_group, dist.get_process_group_ranks(process_group), process_group.rank())
 
     def comm_device(self, compute: torch.device) -> torch.device:
-        """Where a message from `compute` is reduced: there, if the group has a backend for it, else
-        where it has one."""
+        """The device on which a message from `compute` is reduced: the same, if the group has a
+        backend for it, else one that has."""
         if compute not in self._comm_devices:
-            self._comm_devices[compute] = self._looked_up(compute)
+            self._comm_devices[compute] = self._find_comm_device(compute)
         return self._comm_devices[compute]
 
-    def _looked_up(self, compute: torch.device) -> torch.device:
+    def _find_comm_device(self, compute: torch.device) -> torch.device:
         if self.group is None:
             return compute
         try:
@@ -89,7 +88,7 @@ class Channel:
             else torch.device("cpu")
         )
 
-    def reduce_(self, vector: Tensor, op: Literal["sum", "max"], what: str) -> Tensor:
+    def all_reduce_(self, vector: Tensor, op: Literal["sum", "max"], what: str) -> Tensor:
         """All-reduce `vector` in place and return it. ExchangeError, which names `what`, if the
         collective fails or times out."""
         if self.group is None:
@@ -102,7 +101,8 @@ class Channel:
             raise ExchangeError(
                 f"distclip: {what} failed on rank {self.global_rank}: all_reduce({op.upper()}) of "
                 f"{vector.numel()} "
-                f"{str(vector.dtype).removeprefix('torch.')} over ranks {format_ranks(self.ranks)}: "
+                f"{str(vector.dtype).removeprefix('torch.')} over ranks "
+                f"{format_ranks(self.ranks)}: "
                 f"{error}. A rank was lost, is stuck, or "
                 "did not make this call: look at the logs of the others"
             ) from error
@@ -112,7 +112,7 @@ class Channel:
         """[n] int64 of equal length on every rank → [ranks, n] on the CPU. One all-reduce."""
         table = torch.zeros(self.size, words.numel(), dtype=torch.int64, device="cpu")
         table[self.rank] = words
-        return self.reduce_(table.to(self.comm_device(device)), "sum", what).cpu()
+        return self.all_reduce_(table.to(self.comm_device(device)), "sum", what).cpu()
 
     def gather_texts(self, text: str, device: torch.device, what: str) -> list[str]:
         """Every rank's text. Two all-reduces; for set-up and failure paths."""
@@ -127,7 +127,9 @@ class Channel:
         joined[start : start + len(data)] = torch.tensor(
             list(data), dtype=torch.int32, device="cpu"
         )
-        whole = bytes(self.reduce_(joined.to(self.comm_device(device)), "sum", what).cpu().tolist())
+        whole = bytes(
+            self.all_reduce_(joined.to(self.comm_device(device)), "sum", what).cpu().tolist()
+        )
         ends = accumulate(sizes)
         return [whole[end - size : end].decode() for size, end in zip(sizes, ends, strict=True)]
 
@@ -136,7 +138,7 @@ class Channel:
     ) -> dict[str, list[int]]:
         """Each distinct line → the global ranks that sent it. Two all-reduces, as above.
 
-        A line that itself holds line breaks travels whole.
+        A line may itself hold line breaks.
         """
         said: dict[str, list[int]] = defaultdict(list)
         texts = self.gather_texts("\0".join(lines), device, what)
@@ -170,8 +172,8 @@ def hash64(text: str) -> int:
 def raise_on_all_ranks(
     channel: Channel, problems: Sequence[str], device: torch.device, what: str, remedy: str = ""
 ) -> None:
-    """A collective: all ranks raise the same AgreementError if any rank has a problem to tell; each
-    text names its ranks.
+    """A collective: all ranks raise the same AgreementError if any rank has a problem; each line
+    names its ranks.
 
     Args:
         remedy: the error's last line.

@@ -1,4 +1,4 @@
-"""Optional fast paths, and which of them serves; plain torch operations are the reference."""
+"""Optional fast paths, and which of them is used; plain torch operations are the reference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.kernels.native import CODES, library
+from distclip.kernels.native import CODES, load_library
 from distclip.kernels.native import plan_for as native_plan
 from distclip.kernels.triton_lists import CODES as TRITON_CODES
-from distclip.kernels.triton_lists import available as has_triton
+from distclip.kernels.triton_lists import has_triton
 from distclip.kernels.triton_lists import plan_for as triton_plan
 
 CHOICE = "DISTCLIP_KERNELS"
@@ -31,15 +31,15 @@ class KernelPlan(Protocol):
 
 
 def active() -> str:
-    """Which kernels serve gradients on the CPU: "native", or "torch (why)". The answer may differ
+    """Which kernels compute on CPU gradients: "native", or "torch (why)". The answer may differ
     between ranks.
 
-    The environment variable DISTCLIP_KERNELS chooses: "torch" never takes the native ones, "native"
-    refuses to go on without them.
+    The environment variable DISTCLIP_KERNELS chooses: "torch" never uses the native ones, "native"
+    raises without them.
 
     Raises:
-        ConfigError: the variable has another value, or the native kernels it asks for are not
-            there.
+        ConfigError: the variable has another value, or the native kernels that it asks for are
+            missing.
     """
     chosen = os.environ.get(CHOICE, "")
     if chosen not in ("", "native", "torch"):
@@ -48,7 +48,7 @@ def active() -> str:
         )
     if chosen == "torch":
         return f"torch ({CHOICE}=torch)"
-    found = library()
+    found = load_library()
     if not isinstance(found, str):
         return "native"
     if chosen == "native":
@@ -63,7 +63,7 @@ def plan_for(
     counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> KernelPlan | None:
     """The kernels prepared for tensors of these sizes and dtypes on `device`, or None where torch's
-    operations serve.
+    operations are used.
 
     Raises:
         ConfigError: as `active` does.

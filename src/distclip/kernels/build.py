@@ -30,8 +30,8 @@ SOURCES = (
     "unset.h",
 )
 # Not -march=native: the library chooses among instruction sets when it is loaded. Not -ffast-math:
-# NaN and inf must survive. What is left says that nobody reads floating-point exceptions or errno,
-# without which loops with a branch stay scalar.
+# NaN and inf must survive. The last flags mean that nothing reads floating-point exceptions or
+# errno; without them loops with a branch stay scalar.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-trapping-math", "-fno-math-errno", "-w")
 
 
@@ -47,7 +47,7 @@ def library_name() -> str:
     return f"libdistclip-{PLATFORM}-{digest.hexdigest()[:16]}.so"
 
 
-def compiler() -> list[str] | None:
+def find_compiler() -> list[str] | None:
     """The command of the C compiler: $CC, or else the first of cc, gcc and clang that is found;
     None without one, and on Windows."""
     if os.name == "nt":
@@ -67,7 +67,7 @@ def compile_into(folder: Path) -> Path:
     Raises:
         RuntimeError: no compiler, or it failed; the message has its last lines.
     """
-    program = compiler()
+    program = find_compiler()
     if program is None:
         raise RuntimeError(
             "no C compiler was found (looked for $CC, or cc, gcc and clang); "

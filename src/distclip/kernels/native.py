@@ -1,9 +1,9 @@
 """Gradients through the compiled kernels: one call for a whole list of tensors of mixed dtypes.
 
-Everything that does not depend on the step is prepared in a `KernelPlan`. A call then takes addresses,
-and reads or writes each gradient once; ctypes releases the interpreter's lock meanwhile. Nothing
-here communicates. Results do not depend on the number of threads: a tensor is cut into blocks of
-2^16 elements, whose partial sums are added in order.
+Everything that does not depend on the step is prepared in a `KernelPlan`. A call then takes
+addresses, and reads or writes each gradient once; ctypes releases the GIL meanwhile. Nothing here
+communicates. Results do not depend on the number of threads: a tensor is split into blocks of 2^16
+elements, whose partial sums are added in order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALONE = 1 << 19  # bytes that one thread reads before another has woken up
 
 
 @functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | str:
+def load_library() -> ctypes.CDLL | str:
     """The compiled library, or why there is none."""
     # not above: `python -m` would find it imported already, and warn
     from distclip.kernels.build import library_name
@@ -61,28 +61,28 @@ def library() -> ctypes.CDLL | str:
     return lib
 
 
-class _Job:
+class _NativeCall:
     """The C side's record of one call at a time, with its partial results."""
 
-    def __init__(self, lib: ctypes.CDLL, layout: KernelPlan) -> None:
+    def __init__(self, lib: ctypes.CDLL, plan: KernelPlan) -> None:
         self._memory = ctypes.create_string_buffer(lib.distclip_job_size())
-        self._parts = (ctypes.c_double * (COLUMNS * layout.parts))()
-        self._layout = layout.tables  # the C side points into them
+        self._parts = (ctypes.c_double * (COLUMNS * plan.parts))()
+        self._tables = plan.tables  # the C side points into them
         self.address = ctypes.addressof(self._memory)
         self._help = lib.distclip_help
         self.help_address = ctypes.cast(lib.distclip_help, ctypes.c_void_p).value or 0
-        counts, dtypes, starts = (ctypes.addressof(table) for table in layout.tables)
+        counts, dtypes, starts = (ctypes.addressof(table) for table in plan.tables)
         lib.distclip_bind(
             self.address,
-            layout.tensors,
+            plan.tensors,
             counts,
             dtypes,
-            layout.chunks,
+            plan.chunks,
             starts,
             ctypes.addressof(self._parts),
         )
 
-    def help(self) -> None:
+    def run_share(self) -> None:
         self._help(self.address)
 
 
@@ -92,7 +92,7 @@ class KernelPlan:
 
     Every call takes `pointers`, one address a tensor: `tensor.data_ptr()` of a dense tensor on the
     CPU with that many elements, or 0 for "no gradient". They are best kept in an `array("Q")`.
-    Wrong addresses are not noticed.
+    Addresses are not checked.
 
     Args:
         counts: Elements of each tensor.
@@ -100,7 +100,7 @@ class KernelPlan:
     """
 
     def __init__(self, counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
-        lib = library()
+        lib = load_library()
         if isinstance(lib, str):
             raise RuntimeError(f"the native kernels are not there: {lib}")
         self._lib = lib
@@ -116,7 +116,7 @@ class KernelPlan:
         cut(ctypes.addressof(starts), ctypes.addressof(parts))
         self.parts = parts.value
         self.tables = (sizes, codes, starts)
-        self._jobs: list[_Job] = []  # idle ones: append and pop are atomic
+        self._jobs: list[_NativeCall] = []  # idle ones: append and pop are atomic
 
     def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
         """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [n] on the CPU.
@@ -125,7 +125,7 @@ class KernelPlan:
         gradients overflow where torch's do.
         """
         out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
-        self._run(SUMS, pointers, p, None, out)
+        self._run_operation(SUMS, pointers, p, None, out)
         return out
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
@@ -143,7 +143,7 @@ class KernelPlan:
             p: Order of the first two columns.
         """
         out = torch.empty(self.tensors, COLUMNS, dtype=torch.float64, device="cpu")
-        self._run(CLAMPED_SUMS, pointers, p, values, out)
+        self._run_operation(CLAMPED_SUMS, pointers, p, values, out)
         return out
 
     def scale_(self, pointers: Sequence[int], factors: Tensor | float) -> None:
@@ -155,14 +155,14 @@ class KernelPlan:
             factors: float64 [n] on the CPU, or one for all. A tensor whose factor is 1 is not
                 touched.
         """
-        self._run(SCALE, pointers, 2.0, factors, None)
+        self._run_operation(SCALE, pointers, 2.0, factors, None)
 
     def clamp_(self, pointers: Sequence[int], values: Tensor | float) -> None:
         """Clamp each tensor to [-v, v] in place; NaN stays. `values`: as in `clamped_sums`; inf
         leaves a tensor untouched."""
-        self._run(CLAMP, pointers, 2.0, values, None)
+        self._run_operation(CLAMP, pointers, 2.0, values, None)
 
-    def _run(
+    def _run_operation(
         self,
         operation: int,
         pointers: Sequence[int],
@@ -176,11 +176,11 @@ class KernelPlan:
             raise ValueError(
                 f"{len(pointers)} addresses came for a layout of {self.tensors} tensors"
             )
-        data = None if values is None else self._checked(values)
+        data = None if values is None else self._as_float64(values)
         try:
             job = self._jobs.pop()
         except IndexError:
-            job = _Job(self._lib, self)
+            job = _NativeCall(self._lib, self)
         size = self._lib.distclip_open(
             job.address,
             operation,
@@ -193,13 +193,13 @@ class KernelPlan:
         helpers = 0 if size <= ALONE else min(torch.get_num_threads(), self.chunks) - 1
         try:
             if helpers:
-                POOL.ask(helpers, job)
+                POOL.request_help(helpers, job)
         # helpers may be at work in the gradients' memory: wait for them, whatever happened
         finally:
             self._lib.distclip_close(job.address)
         self._jobs.append(job)
 
-    def _checked(self, values: Tensor | float) -> Tensor:
+    def _as_float64(self, values: Tensor | float) -> Tensor:
         if isinstance(values, (int, float)):
             return torch.tensor(values, dtype=torch.float64, device="cpu")
         given = values.detach().to("cpu", torch.float64)

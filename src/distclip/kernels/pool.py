@@ -20,41 +20,42 @@ from typing import Protocol
 import torch
 
 
-class Work(Protocol):
-    """One call: `help` does a share of it, from any thread, harmlessly when it comes late."""
+class SharedWork(Protocol):
+    """One call: `run_share` does a share of it, from any thread; it does nothing where it comes
+    late."""
 
-    help_address: int  # of the C function that `help` runs, and of its argument
+    help_address: int  # of the C function that `run_share` runs, and of its argument
     address: int
 
-    def help(self) -> None: ...
+    def run_share(self) -> None: ...
 
 
-class Pool:
+class HelperPool:
     """Daemon threads that wait for work. Sleeping they cost nothing; they never keep the
     interpreter alive.
 
     After a fork the child has none of them, and starts its own. torch's threads are lost to it too,
-    and their runtime does not know. A child that imports distclip only after the fork cannot tell:
-    there it hangs after parallel work of its parent, as torch itself does.
+    and their runtime does not know. A child that imports distclip only after the fork cannot know
+    either: it hangs after parallel work of its parent, as torch itself does.
     """
 
     def __init__(self) -> None:
-        self._reset()
+        self._forget_threads()
         self._forked = False
         os.register_at_fork(after_in_child=self._after_fork)
 
-    def _reset(self) -> None:
+    def _forget_threads(self) -> None:
         self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._started = 0
         self._starting = threading.Lock()
 
     def _after_fork(self) -> None:
-        self._reset()
+        self._forget_threads()
         self._forked = True
 
-    def ask(self, helpers: int, work: Work) -> None:
-        """Have up to `helpers` threads besides this one take part, some time; this one may take
-        part before it returns."""
+    def request_help(self, helpers: int, work: SharedWork) -> None:
+        """Have up to `helpers` threads besides this one do a share each, now or later; this one may
+        do a share before it returns."""
         team = None if self._forked else torchs_threads()
         if team is not None:
             # all of them, even where fewer would do: a smaller team would end the others, and torch
@@ -65,14 +66,14 @@ class Pool:
             with self._starting:
                 while self._started < helpers:
                     threading.Thread(
-                        target=_serve, args=(self._work,), name="distclip", daemon=True
+                        target=_run_queue, args=(self._work,), name="distclip", daemon=True
                     ).start()
                     self._started += 1
         for _ in range(helpers):
-            self._work.put(work.help)
+            self._work.put(work.run_share)
 
 
-def _serve(queue: SimpleQueue[Callable[[], object]]) -> None:
+def _run_queue(queue: SimpleQueue[Callable[[], object]]) -> None:
     while True:
         queue.get()()
 
@@ -96,4 +97,4 @@ def torchs_threads() -> Callable[[int, int, int, int], None] | None:
     return None
 
 
-POOL = Pool()
+POOL = HelperPool()

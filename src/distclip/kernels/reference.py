@@ -1,9 +1,9 @@
 """Gradients to float64 power sums: the mathematics of a norm, without any notion of a rank. Plain
 torch operations: the reference.
 
-Nothing here communicates, and callers have turned autograd off. `rows` has the CPU's way. On other
-devices everything is computed in float64 by the device, without a host read and without a branch on
-values.
+Nothing here communicates, and callers have turned autograd off. `reference_cpu` does the same on
+the CPU. On other devices everything is computed in float64 by the device, without a host read and
+without a branch on values.
 """
 
 import math
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from distclip.errors import GradientError
-from distclip.kernels.reference_cpu import chunks, power_sum, powers, sums_on_cpu
+from distclip.kernels.reference_cpu import iter_chunks, power_sum, raise_to_p, sums_on_cpu
 
 SUMMED = frozenset({  # dtypes whose elements torch can widen and add
-    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64, torch.complex32,
+    torch.float64, torch.float32, torch.bfloat16, torch.float16,
+    torch.complex128, torch.complex64, torch.complex32,
 })  # fmt: skip
 
 
@@ -37,12 +38,12 @@ def power_sums(tensors: Sequence[Tensor], p: float) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     home = tensors[0].device
-    values = [_values(tensor) for tensor in tensors]
+    values = [_coalesced_values(tensor) for tensor in tensors]
     by_device: dict[torch.device, list[int]] = {}
     for index, value in enumerate(values):
         if value.numel():
             by_device.setdefault(value.device, []).append(index)
-    # put side by side there: an index would have to be sent
+    # stacked on the device: an index would need a host-to-device copy
     slots = [torch.zeros((), dtype=torch.float64, device=home)] * len(values)
     for device, indices in by_device.items():
         compute = sums_on_cpu if device.type == "cpu" else _sums_on_device
@@ -81,7 +82,7 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
             tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
         ).double()
         row = torch.zeros(6, dtype=torch.float64, device=tensor.device)
-        for chunk in chunks(_values(tensor)) if tensor.numel() else ():
+        for chunk in iter_chunks(_coalesced_values(tensor)) if tensor.numel() else ():
             x = chunk.double()
             c = torch.minimum(torch.maximum(x, -limit), limit)
             sizes = torch.stack([power_sum(x.abs(), p), power_sum(c.abs(), p)])
@@ -99,7 +100,7 @@ def clamped_sums(tensors: Sequence[Tensor], values: Tensor, p: float) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64, device="cpu")
 
 
-def _values(tensor: Tensor) -> Tensor:
+def _coalesced_values(tensor: Tensor) -> Tensor:
     """The stored elements: those of a sparse tensor are coalesced first, since equal indices add
     up."""
     if tensor.layout is torch.strided:
@@ -118,7 +119,7 @@ def _sums_on_device(tensors: list[Tensor], p: float) -> Tensor:
     for index, tensor in enumerate(tensors):
         if tensor.is_complex():
             norms[index] = torch.linalg.vector_norm(tensor, p, dtype=torch.complex128)
-    return powers(torch.stack([norm for norm in norms if norm is not None]), p)
+    return raise_to_p(torch.stack([norm for norm in norms if norm is not None]), p)
 
 
 def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None:
@@ -134,24 +135,24 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None
     """
     if isinstance(factors, Tensor):
         for tensor, factor in zip(tensors, factors.unbind(), strict=True):
-            if values := _stored(tensor):
-                _multiply_(values, factor.to(values[0].device, wide(values[0].dtype)))
+            if values := _values_in_place(tensor):
+                _multiply_all_(values, factor.to(values[0].device, compute_dtype(values[0].dtype)))
         return
     alike: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = defaultdict(list)
     for tensor, factor in zip(tensors, factors, strict=True):
         if factor != 1:
-            for values in _stored(tensor):
+            for values in _values_in_place(tensor):
                 alike[values.device, values.dtype, factor].append(values)
     for (device, dtype, factor), same in alike.items():
-        _multiply_(
+        _multiply_all_(
             same,
             torch.tensor(factor, dtype=torch.float64, device="cpu")
-            .to(wide(dtype))
+            .to(compute_dtype(dtype))
             .to(device, non_blocking=True),
         )
 
 
-def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
+def _multiply_all_(tensors: list[Tensor], factor: Tensor) -> None:
     """`factor`: 0-dim, of the dtype in which the product is formed."""
     if tensors[0].device.type == "cpu" or factor.dtype == tensors[0].real.dtype:
         torch._foreach_mul_(tensors, factor)
@@ -165,18 +166,18 @@ def clamp_(tensors: Sequence[Tensor], values: Tensor) -> None:
     device."""
     for tensor, value in zip(tensors, values.unbind(), strict=True):
         if tensor.is_sparse and not tensor.is_coalesced():
-            tensor.copy_(tensor.coalesce())  # the sum of equal indices is what is bounded
-        for stored in _stored(tensor):
-            limit = value.to(stored.device, wide(stored.dtype))
+            tensor.copy_(tensor.coalesce())  # equal indices are added up before the clamp
+        for stored in _values_in_place(tensor):
+            limit = value.to(stored.device, compute_dtype(stored.dtype))
             stored.copy_(torch.minimum(torch.maximum(stored.to(limit.dtype), -limit), limit))
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient of `dtype` is multiplied."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _stored(tensor: Tensor) -> list[Tensor]:
+def _values_in_place(tensor: Tensor) -> list[Tensor]:
     """What is multiplied: a dense tensor, or a sparse one's values; nothing where it is empty."""
     values = tensor._values() if tensor.is_sparse else tensor
     return [values] if values.numel() else []

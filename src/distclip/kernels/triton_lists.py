@@ -1,13 +1,13 @@
 """Lists of tensors on a CUDA device: one launch measures them, one scales them. Triton is optional,
 and imported on use.
 
-What does not depend on the step is prepared once for a list's sizes and dtypes (`KernelPlan`). A step
-sends the addresses alone, and only where they changed; nothing waits for the device, and all of it
-can be captured in a CUDA graph.
+What does not depend on the step is prepared once for a list's sizes and dtypes (`KernelPlan`). A
+step copies only the addresses to the device, and only where they changed; nothing waits for the
+device, and all of it can be captured in a CUDA graph.
 
 Sums of squares: where float64 runs at half of float32's rate it is used for every element (16-bit
 numbers are brought to it without a conversion), and however a tensor is cut its sum is right to
-1e-15. Elsewhere it may run at 1/64: there float32 serves, with what its rounding took away beside
+1e-15. Elsewhere it may run at 1/64: there float32 is used, with its rounding errors summed beside
 it, and float64 for what float32's range does not hold; right to 1e-12. All other sums are float64
 from the first element on. Partial sums are added in one order, without atomics, so that a repeated
 step gives equal bits.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 
-# as `triton_programs` branches on them
+# the same numbers as in `triton_programs`
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LISTS = 64  # layouts kept
 # compute capabilities whose float64 runs at half of float32's rate
@@ -36,7 +36,7 @@ _HALF_RATE = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 @lru_cache(maxsize=1)
-def available() -> bool:
+def has_triton() -> bool:
     """Whether triton is installed. Does not import it."""
     return importlib.util.find_spec("triton") is not None
 
@@ -62,7 +62,7 @@ class KernelPlan:
     ) -> None:
         import distclip.kernels.triton_programs as programs
 
-        if _capturing(device):
+        if _is_capturing(device):
             raise ConfigError(_WARM_UP)
         self.device, self.size = device, len(counts)
         self._programs: Any = programs
@@ -81,12 +81,12 @@ class KernelPlan:
             torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks
         )
         tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32, device="cpu"))
-        self._tables = [_sent(table, device) for table in tables]
-        # addresses, for which stream, on the device
+        self._tables = [_send_to_device(table, device) for table in tables]
+        # addresses, the stream, the addresses on the device
         self._sent: tuple[array[int], int, Tensor] | None = None
         self._runners: dict[tuple[object, ...], Any] = {}  # compiled programs, ready to be launched
-        self._double = doubles(device)
-        self._ready = _recorded(device)
+        self._double = has_fast_float64(device)
+        self._ready = _record_event(device)
         # compiled here, since a first launch may come in a capture, where nothing can be loaded
         if device.type == "cuda":
             self.scale_([0] * self.size, 1.0)
@@ -97,11 +97,11 @@ class KernelPlan:
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
         programs, constants = self._programs, (self._types, float(p), self._double)
         sizes = (programs.CHUNK, programs.BLOCK, programs.PART)
-        with _on(self.device):
-            self._launch(
+        with _on_device(self.device):
+            self._launch_chunks(
                 programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes)
             )
-            return self._summed(partials, 1, int(p == math.inf)).view(-1)
+            return self._sum_partials(partials, 1, int(p == math.inf)).view(-1)
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
         """What a clamp c of each element x would do: float64 [n, 6], as `measure.clamped_sums`.
@@ -111,10 +111,10 @@ class KernelPlan:
         """
         partials = torch.zeros(6, self._chunks, dtype=torch.float64, device=self.device)
         programs, args = self._programs, (values, partials, self._chunks)
-        constants = (_stride(values), self._types, float(p), programs.CHUNK, programs.PART)
-        with _on(self.device):
-            self._launch(programs.chunk_clamps, programs.WARPS, pointers, args, constants)
-            return self._summed(partials, 6, 2 if p == math.inf else 0)
+        constants = (_value_stride(values), self._types, float(p), programs.CHUNK, programs.PART)
+        with _on_device(self.device):
+            self._launch_chunks(programs.chunk_clamps, programs.WARPS, pointers, args, constants)
+            return self._sum_partials(partials, 6, 2 if p == math.inf else 0)
 
     def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
         """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even.
@@ -125,7 +125,7 @@ class KernelPlan:
         """
         if not isinstance(factors, Tensor):
             factors = torch.full((), factors, dtype=torch.float64, device=self.device)
-        self._change(pointers, factors, clamp=False)
+        self._change_values(pointers, factors, clamp=False)
 
     def clamp_(self, pointers: Sequence[int], values: Tensor) -> None:
         """Clamp to [-value, value] in place, compared in float32 (float64); NaN stays. Where the
@@ -134,28 +134,28 @@ class KernelPlan:
         Args:
             values: float64 on any device: 0-dim, or [n].
         """
-        self._change(pointers, values, clamp=True)
+        self._change_values(pointers, values, clamp=True)
 
-    def _change(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
+    def _change_values(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
         values = values.double()  # as a rule they are; a launch does not look
-        values = _sent(values, self.device) if values.device.type == "cpu" else values
+        values = _send_to_device(values, self.device) if values.device.type == "cpu" else values
         programs, (written, warps, side_by_side) = self._programs, self._written
-        constants = (_stride(values), self._types, clamp, programs.CHUNK, written)
-        with _on(self.device):
-            self._launch(
-                programs.change,
+        constants = (_value_stride(values), self._types, clamp, programs.CHUNK, written)
+        with _on_device(self.device):
+            self._launch_chunks(
+                programs.change_chunks,
                 warps,
                 pointers,
                 (values, self._chunks),
                 constants,
-                _processors(self.device) * side_by_side,
+                _num_processors(self.device) * side_by_side,
             )
 
-    def _summed(self, partials: Tensor, rows: int, most: int) -> Tensor:
+    def _sum_partials(self, partials: Tensor, rows: int, most: int) -> Tensor:
         """[n, rows] float64; the first `most` rows are maxima."""
         sums = torch.empty(self.size, rows, dtype=torch.float64, device=self.device)
         args = (partials, self._tables[1], sums, self._chunks)
-        self._run(
+        self._run_program(
             self._programs.tensor_sums,
             self._programs.WARPS,
             (self.size, rows),
@@ -164,7 +164,7 @@ class KernelPlan:
         )
         return sums
 
-    def _launch(
+    def _launch_chunks(
         self,
         program: Any,
         warps: int,
@@ -174,12 +174,12 @@ class KernelPlan:
         most: int | None = None,
     ) -> None:
         """A program for each chunk, or `most` at most."""
-        there, chunks = self._there(pointers), self._chunks
+        addresses, chunks = self._device_addresses(pointers), self._chunks
         if chunks:
             grid = (chunks if most is None else min(chunks, most), 1)
-            self._run(program, warps, grid, (there, *self._tables, *args), constants)
+            self._run_program(program, warps, grid, (addresses, *self._tables, *args), constants)
 
-    def _run(
+    def _run_program(
         self,
         program: Any,
         warps: int,
@@ -187,46 +187,46 @@ class KernelPlan:
         args: tuple[Any, ...],
         constants: tuple[Any, ...],
     ) -> None:
-        """Triton looks at the arguments of the first launch only: all later ones are of the same
-        types, and aligned in the same way."""
+        """Triton specializes on the arguments of the first launch only: all later ones have the
+        same types and alignment."""
         key = (program.__name__, grid, *constants)
         runner = self._runners.get(key)
         if runner is not None:
-            runner(*args, *constants, stream=_stream(self.device))
+            runner(*args, *constants, stream=_current_stream(self.device))
             return
         compiled = program[grid](*args, *constants, num_warps=warps, enable_fp_fusion=False)
         if compiled is not None:  # as it is under the interpreter
             self._runners[key] = compiled[(*grid, 1)]
 
-    def _there(self, pointers: Sequence[int]) -> Tensor:
-        """[n] int64: the addresses on the device. Sent only where they are not there yet.
+    def _device_addresses(self, pointers: Sequence[int]) -> Tensor:
+        """[n] int64: the addresses on the device. Copied only where they changed.
 
-        A captured graph keeps what it reads: the addresses sent before the capture, where gradients
-        are still there, else a pinned copy of its own, from which every replay sends them.
+        A captured graph keeps what it reads: the addresses copied before the capture, where
+        gradients did not move, else a pinned copy of its own, from which every replay copies them.
         """
         addresses = pointers if isinstance(pointers, array) else array("Q", pointers)
         known = self._sent
-        if _capturing(self.device):
+        if _is_capturing(self.device):
             if known is not None and known[0] == addresses:
                 _GRAPHS.append((self, known))
                 return known[2]
-            host = _RESERVE.take(self.size)
-            host.copy_(_words(addresses))
+            host = _RESERVE.take_words(self.size)
+            host.copy_(_as_int64(addresses))
             _GRAPHS.append((self, host))
             return host.to(self.device, non_blocking=True)
-        stream = _stream(self.device)
+        stream = _current_stream(self.device)
         if known is not None and known[0] == addresses and known[1] == stream:
             return known[2]
         if self.device.type == "cuda":
-            _RESERVE.ensure(self.size)
-            self._follow()
+            _RESERVE.ensure_room(self.size)
+            self._follow_stream()
         addresses = addresses[:]  # the caller's may change
-        sent = _sent(_words(addresses), self.device)
+        sent = _send_to_device(_as_int64(addresses), self.device)
         self._sent = (addresses, stream, sent)
         return sent
 
-    def _follow(self) -> None:
-        """The tables may have been sent on another stream than the current one."""
+    def _follow_stream(self) -> None:
+        """The tables may have been copied on another stream than the current one."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self._ready)
         for table in self._tables:
@@ -248,38 +248,38 @@ _WARM_UP = (
 )
 
 
-class _Reserve:
-    """Pinned memory for the addresses that captured graphs send. Set aside before, as none can be
-    allocated in a capture; never reused."""
+class _PinnedReserve:
+    """Pinned memory for the addresses that captured graphs copy. Allocated before the capture, in
+    which none can be; never reused."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def ensure(self, words: int) -> None:
-        """Room for several captures of a list."""
+    def ensure_room(self, words: int) -> None:
+        """Make room for several captures of a list."""
         if self._free.numel() < 4 * words:
             self._free = torch.empty(
                 max(16 * words, 1 << 14), dtype=torch.int64, device="cpu", pin_memory=True
             )
 
-    def take(self, words: int) -> Tensor:
+    def take_words(self, words: int) -> Tensor:
         if self._free.numel() < words:
             raise ConfigError(_WARM_UP)
         taken, self._free = self._free[:words], self._free[words:]
         return taken
 
 
-_RESERVE = _Reserve()
+_RESERVE = _PinnedReserve()
 _GRAPHS: list[Any] = []  # what captured graphs read; a graph may live as long as the program
 
 
-def doubles(device: torch.device) -> bool:
+def has_fast_float64(device: torch.device) -> bool:
     """Whether `device` computes in float64 at half of float32's rate."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in _HALF_RATE
 
 
 @lru_cache(maxsize=_LISTS)
-def _processors(device: torch.device) -> int:
+def _num_processors(device: torch.device) -> int:
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -287,7 +287,7 @@ def _processors(device: torch.device) -> int:
     )
 
 
-def _words(addresses: array[int]) -> Tensor:
+def _as_int64(addresses: array[int]) -> Tensor:
     """[n] int64, in the same memory."""
     return (
         torch.frombuffer(addresses, dtype=torch.int64)
@@ -296,29 +296,29 @@ def _words(addresses: array[int]) -> Tensor:
     )
 
 
-def _stride(values: Tensor) -> int:
+def _value_stride(values: Tensor) -> int:
     """From one tensor's value to the next: 0 where all share one, or an expanded one."""
     return values.stride(0) if values.ndim else 0
 
 
-def _capturing(device: torch.device) -> bool:
+def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _stream(device: torch.device) -> int:
+def _current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _recorded(device: torch.device) -> Any:
-    """An event behind what was sent so far."""
+def _record_event(device: torch.device) -> Any:
+    """An event after all copies so far."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def _sent(table: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. torch's allocator does not give the pinned memory away before the copy
-    is done, so nobody waits for it."""
+def _send_to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. torch's allocator does not reuse the pinned memory before the copy is
+    done, so nothing waits for it."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -2,8 +2,8 @@
 
 One program works on one chunk of one tensor. A tensor's address and dtype are read from tables, so
 that one launch serves a list of tensors of mixed dtypes. Loads and stores are 16 bytes wide from a
-tensor's first multiple of 16 bytes on; what lies before it, seven elements at most, is done apart.
-Offsets within a tensor are 64 bits wide.
+tensor's first multiple of 16 bytes on; what lies before it, seven elements at most, is handled
+separately. Offsets within a tensor are 64 bits wide.
 """
 
 # Branches on constants are compiled away, so the two sides of one may differ in type: no
@@ -43,7 +43,7 @@ _COMPENSATED = tl.constexpr((2.0**-80, 2.0**120))
 
 
 @triton.jit
-def _wide(x):
+def _widen_value(x):
     """float32, or float64 for float64. bfloat16 is read as its bits, uint16: devices before sm_80
     and the interpreter do not round it."""
     if x.dtype == tl.uint16:
@@ -54,8 +54,8 @@ def _wide(x):
 
 
 @triton.jit
-def _narrow(x, TYPE: tl.constexpr):
-    """`_wide` undone, rounded to nearest even."""
+def _round_to_type(x, TYPE: tl.constexpr):
+    """`_widen_value` undone, rounded to nearest even."""
     if TYPE == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -67,7 +67,7 @@ def _narrow(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _raised(size, P: tl.constexpr):
+def _raise_to_p(size, P: tl.constexpr):
     """float64 `size` to the P: whole P by multiplication, others right to 1e-13."""
     if P == 1:
         out = size
@@ -82,27 +82,27 @@ def _raised(size, P: tl.constexpr):
 
 
 @triton.jit
-def _joined(acc, x, P: tl.constexpr):
-    """`acc` with |x|^P added, or for P = inf the larger bits: NaN lies above inf there, so that it
+def _accumulate_power(acc, x, P: tl.constexpr):
+    """`acc` with |x|^P added, or for P = inf the larger bits: as bits NaN is above inf, so that it
     stays."""
     if P == float("inf"):
         if x.dtype == tl.float64:
             acc = tl.maximum(acc, x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF)
         else:
-            acc = tl.maximum(acc, _wide(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            acc = tl.maximum(acc, _widen_value(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     elif P == 2:
-        size = _wide(x).to(tl.float64)
+        size = _widen_value(x).to(tl.float64)
         acc = tl.fma(size, size, acc)
     else:
-        acc += _raised(tl.abs(_wide(x).to(tl.float64)), P)
+        acc += _raise_to_p(tl.abs(_widen_value(x).to(tl.float64)), P)
     return acc
 
 
 @triton.jit
-def _moved(x):
+def _moved_bits(x):
     """float64 |x| of 16-bit numbers, but for those that `_MOVED` speaks of. Conversions run at a
     quarter of float64's own rate."""
-    bits = _wide(x).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    bits = _widen_value(x).to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     return (((bits >> 3) + 0x38000000).to(tl.uint64) << 32).to(tl.float64, bitcast=True)
 
 
@@ -114,7 +114,7 @@ def _moved_sum(here, count, BLOCK: tl.constexpr):
     acc = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, count, _FLIGHT):
         for k in tl.static_range(_FLIGHT // BLOCK):
-            size = _moved(tl.load(here + at + k * BLOCK + lanes))
+            size = _moved_bits(tl.load(here + at + k * BLOCK + lanes))
             acc = tl.fma(size, size, acc)
     out = tl.sum(acc, 0)
     if out == count.to(tl.float64) * _OF_ZERO:
@@ -124,7 +124,7 @@ def _moved_sum(here, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _two_sum(a, b):
-    """a + b in float32, and what rounding took away."""
+    """a + b in float32, and its rounding error."""
     out = a + b
     had = out - a
     return out, (a - (out - had)) + (b - had)
@@ -132,8 +132,8 @@ def _two_sum(a, b):
 
 @triton.jit
 def _compensated_sum(here, count, PART: tl.constexpr):
-    """[] float64, and whether it is right: the sum of squares in float32 with what rounding took
-    away beside it, right to 1e-12."""
+    """[] float64, and whether it is right: the sum of squares in float32 with its rounding
+    errors summed beside it, right to 1e-12."""
     lanes = tl.arange(0, PART)
     acc = tl.zeros((PART,), tl.float32)
     lost = tl.zeros((PART,), tl.float32)
@@ -141,7 +141,7 @@ def _compensated_sum(here, count, PART: tl.constexpr):
     for at in range(0, count, _FLIGHT):
         for k in tl.static_range(_FLIGHT // PART):
             x = tl.load(here + at + k * PART + lanes)
-            size = _wide(x)
+            size = _widen_value(x)
             square = size * size
             acc, less = _two_sum(acc, square)
             if x.dtype == tl.float32:  # squares of the others are exact
@@ -181,7 +181,7 @@ def _sum_of(
                         found, right = _moved_sum(body, whole, BLOCK)
                     else:
                         found, right = _compensated_sum(body, whole, PART)
-                    if right:  # else all is read again, element by element in float64
+                    if right:  # else all is recomputed, element by element in float64
                         quick = found
                         start = whole
     lanes = tl.arange(0, BLOCK)
@@ -193,13 +193,15 @@ def _sum_of(
     else:
         acc = tl.zeros((BLOCK,), tl.float64)
     if head > 0:
-        acc = _joined(acc, tl.load(here + lanes, mask=lanes < head, other=0), P)
+        acc = _accumulate_power(acc, tl.load(here + lanes, mask=lanes < head, other=0), P)
     whole = start + (count - start) // BLOCK * BLOCK
     # without a mask, which would keep loads from being vectorised
     for at in range(start, whole, BLOCK):
-        acc = _joined(acc, tl.load(body + at + lanes), P)
+        acc = _accumulate_power(acc, tl.load(body + at + lanes), P)
     if whole < count:
-        acc = _joined(acc, tl.load(body + whole + lanes, mask=whole + lanes < count, other=0), P)
+        acc = _accumulate_power(
+            acc, tl.load(body + whole + lanes, mask=whole + lanes < count, other=0), P
+        )
     if P == float("inf"):
         if here.dtype.element_ty == tl.float64:
             out = tl.max(acc, 0).to(tl.float64, bitcast=True)
@@ -211,13 +213,13 @@ def _sum_of(
 
 
 @triton.jit
-def _head(address, count, TYPE: tl.constexpr):
+def _head_count(address, count, TYPE: tl.constexpr):
     """How many of `count` elements lie before the first multiple of 16 bytes."""
     return tl.minimum((-address & 15) // (TYPE.primitive_bitwidth // 8), count).to(tl.int32)
 
 
 @triton.jit
-def _aligned(address, TYPE: tl.constexpr):
+def _aligned_pointer(address, TYPE: tl.constexpr):
     """A pointer to a multiple of 16 bytes, which the compiler learns of. The hint sticks to the
     value that it is given: this one is new."""
     return tl.multiple_of((address & -16).to(tl.pointer_type(TYPE)), 16)
@@ -234,9 +236,9 @@ def _typed_sum(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
 ):
-    head = _head(address, count, TYPE)
+    head = _head_count(address, count, TYPE)
     # a chunk's start is a multiple of 16 bytes from the first one's
-    body = _aligned(address + 15, TYPE) + start
+    body = _aligned_pointer(address + 15, TYPE) + start
     return _sum_of(
         address.to(tl.pointer_type(TYPE)) + start, head, body, count - head, P, DOUBLE, BLOCK, PART
     )
@@ -245,12 +247,13 @@ def _typed_sum(
 @triton.jit
 def chunk_sums(
     pointers, owners, firsts, counts, codes, partials,
-    TYPES: tl.constexpr, P: tl.constexpr, DOUBLE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    TYPES: tl.constexpr, P: tl.constexpr, DOUBLE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """partials [chunks] float64: each chunk's sum of |x|^P, or its maximum for P = inf. A grid of
     one program a chunk.
 
-    All of `triton_lists.Layout`: pointers [n] int64 (0: no tensor, its chunks give 0), owners
+    All of `triton_lists.KernelPlan`: pointers [n] int64 (0: no tensor, its chunks give 0), owners
     [chunks] int32, firsts [n + 1] int64, counts [n] int64, codes [n] int32. TYPES: bit k is set
     where dtype code k occurs; only those are compiled. DOUBLE: whether the device computes in
     float64 at half of float32's rate. Compiled without contraction of multiply and add, which would
@@ -287,7 +290,9 @@ def _row_of_sums(partials, at, end, P: tl.constexpr, BLOCK: tl.constexpr):
     else:
         acc = tl.zeros((BLOCK,), tl.float64)
     for i in range(at, end, BLOCK):
-        acc = _joined(acc, tl.load(partials + i + lanes, mask=i + lanes < end, other=0.0), P)
+        acc = _accumulate_power(
+            acc, tl.load(partials + i + lanes, mask=i + lanes < end, other=0.0), P
+        )
     if P == float("inf"):
         out = tl.max(acc, 0).to(tl.float64, bitcast=True)
     else:
@@ -315,14 +320,14 @@ def tensor_sums(partials, firsts, sums, chunks, MOST: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _changed(x, value, CLAMP: tl.constexpr):
+def _changed_value(x, value, CLAMP: tl.constexpr):
     """`x` times `value`, or clamped to it, in the type of `value`. A clamp leaves NaN as it is."""
-    wide = _wide(x)
+    wide = _widen_value(x)
     if CLAMP:
         out = tl.where(wide > value, value, tl.where(wide < -value, -value, wide))
     else:
         out = wide * value
-    return _narrow(out, x.dtype)
+    return _round_to_type(out, x.dtype)
 
 
 @triton.jit
@@ -331,7 +336,9 @@ def _change_edge(here, count, value, CLAMP: tl.constexpr):
     for at in range(0, count, _EDGE):
         spot = here + at + lanes
         inside = at + lanes < count
-        tl.store(spot, _changed(tl.load(spot, mask=inside, other=0), value, CLAMP), mask=inside)
+        tl.store(
+            spot, _changed_value(tl.load(spot, mask=inside, other=0), value, CLAMP), mask=inside
+        )
 
 
 @triton.jit
@@ -346,21 +353,21 @@ def _typed_change(
     WRITTEN: tl.constexpr,
 ):
     value = value.to(WIDE)
-    if _acts(value, CLAMP):
-        head = _head(address, count, TYPE)
+    if _has_effect(value, CLAMP):
+        head = _head_count(address, count, TYPE)
         if head > 0:
             _change_edge(address.to(tl.pointer_type(TYPE)) + start, head, value, CLAMP)
-        body = _aligned(address + 15, TYPE) + start
+        body = _aligned_pointer(address + 15, TYPE) + start
         lanes = tl.arange(0, WRITTEN)
         whole = (count - head) // WRITTEN * WRITTEN
         for at in range(0, whole, WRITTEN):
             spot = body + at + lanes
-            tl.store(spot, _changed(tl.load(spot), value, CLAMP))
+            tl.store(spot, _changed_value(tl.load(spot), value, CLAMP))
         _change_edge(body + whole, count - head - whole, value, CLAMP)
 
 
 @triton.jit
-def _acts(value, CLAMP: tl.constexpr):
+def _has_effect(value, CLAMP: tl.constexpr):
     if CLAMP:
         out = value < float("inf")
     else:
@@ -371,7 +378,8 @@ def _acts(value, CLAMP: tl.constexpr):
 @triton.jit
 def _change_chunk(
     pointers, owners, firsts, counts, codes, values, chunk,
-    STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
+    STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr,
+    CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
     owner = tl.load(owners + chunk)
     value = tl.load(values + owner * STRIDE)
@@ -395,9 +403,10 @@ def _change_chunk(
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["values"])
-def change(
+def change_chunks(
     pointers, owners, firsts, counts, codes, values, chunks,
-    STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
+    STRIDE: tl.constexpr, TYPES: tl.constexpr, CLAMP: tl.constexpr,
+    CHUNK: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
     """Multiplies or clamps in place; nothing is read or written where the factor is 1 or the bound
     inf (or NaN).
@@ -411,7 +420,7 @@ def change(
         mine = begin + tl.arange(0, _AHEAD) * programs
         owner = tl.load(owners + mine, mask=mine < chunks, other=-1)
         value = tl.load(values + owner * STRIDE, mask=owner >= 0, other=1.0)
-        if tl.max((_acts(value, CLAMP) & (owner >= 0)).to(tl.int32), 0) != 0:
+        if tl.max((_has_effect(value, CLAMP) & (owner >= 0)).to(tl.int32), 0) != 0:
             for chunk in range(begin, tl.minimum(begin + programs * _AHEAD, chunks), programs):
                 _change_chunk(
                     pointers,
@@ -430,16 +439,16 @@ def change(
 
 
 @triton.jit
-def _clamp_joined(size, bounded, square, after, product, beyond, x, value, P: tl.constexpr):
-    x = _wide(x)
+def _accumulate_clamp(size, bounded, square, after, product, beyond, x, value, P: tl.constexpr):
+    x = _widen_value(x)
     bound = value.to(x.dtype)  # which it is already, but for its type
     above = x > bound
     below = x < -bound
     x = x.to(tl.float64)
     c = tl.where(above, value, tl.where(below, -value, x))
     if P != 2:
-        size = _joined(size, x, P)
-        bounded = _joined(bounded, c, P)
+        size = _accumulate_power(size, x, P)
+        bounded = _accumulate_power(bounded, c, P)
     square = tl.fma(x, x, square)
     after = tl.fma(c, c, after)
     product = tl.fma(x, c, product)
@@ -468,22 +477,22 @@ def _clamp_sums(
     after = square
     product = square
     beyond = tl.zeros((PART,), tl.int32)
-    head = _head(address, count, TYPE)
+    head = _head_count(address, count, TYPE)
     if head > 0:
         x = tl.load(address.to(tl.pointer_type(TYPE)) + start + lanes, mask=lanes < head, other=0)
-        size, bounded, square, after, product, beyond = _clamp_joined(
+        size, bounded, square, after, product, beyond = _accumulate_clamp(
             size, bounded, square, after, product, beyond, x, value, P
         )
-    body = _aligned(address + 15, TYPE) + start
+    body = _aligned_pointer(address + 15, TYPE) + start
     whole = (count - head) // PART * PART
     for at in range(0, whole, PART):
         x = tl.load(body + at + lanes)
-        size, bounded, square, after, product, beyond = _clamp_joined(
+        size, bounded, square, after, product, beyond = _accumulate_clamp(
             size, bounded, square, after, product, beyond, x, value, P
         )
     if whole < count - head:
         x = tl.load(body + whole + lanes, mask=whole + lanes < count - head, other=0)
-        size, bounded, square, after, product, beyond = _clamp_joined(
+        size, bounded, square, after, product, beyond = _accumulate_clamp(
             size, bounded, square, after, product, beyond, x, value, P
         )
     if P == 2:
@@ -504,7 +513,8 @@ def _clamp_sums(
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["values", "partials"])
 def chunk_clamps(
     pointers, owners, firsts, counts, codes, values, partials, chunks,
-    STRIDE: tl.constexpr, TYPES: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
+    STRIDE: tl.constexpr, TYPES: tl.constexpr, P: tl.constexpr,
+    CHUNK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """partials [6, chunks] float64, 0 before: of x and of c, which is x clamped to its tensor's
     value.

@@ -173,7 +173,7 @@ class Collector:
         stay = map(is_, map(dict.get, self._tables, self._keys), self._held)
         if known is not None and all(stay):
             grad_set, cache = known
-            found = cache.match(
+            found = cache.match_grads(
                 grads if 0 not in has else [grad for grad in grads if grad is not None]
             )
             if found is not None:
@@ -256,7 +256,7 @@ class Collector:
             )
         if self.grad_of is not own_grad and local and (error := self._returns_new_tensor(every[0])):
             errors.append(error)
-        replaced = [entry.path for entry in self.entries if entry.replaced()]
+        replaced = [entry.path for entry in self.entries if entry.is_replaced()]
         if replaced:
             errors.append(
                 f"{replaced[0]} was replaced after the clipper was built ({len(replaced)} in all); "
@@ -273,7 +273,7 @@ class Collector:
         self._caches.pop(has, None)
         if not errors and len(own) == len(every):
             given = [grad for grad in grads if grad is not None]
-            cache = GradientCache.of(given, found.tensors, self.device)
+            cache = GradientCache.from_grads(given, found.tensors, self.device)
             if cache is not None:
                 self._caches[has] = self._latest, cache
         return found

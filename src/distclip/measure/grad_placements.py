@@ -1,5 +1,5 @@
-"""Gradients that are DTensors placed otherwise than their parameters: what a rank's part counts,
-and partial sums reduced on request.
+"""Gradients that are DTensors with other placements than their parameters: the weight of a rank's
+part, and reduction of partial sums on request.
 
 torch's optimizers take such gradients: they redistribute them to the parameter's placements. Tensor
 parallelism alone leaves a Replicate gradient on a row-sharded embedding, and Partial ones on norm
@@ -123,8 +123,8 @@ class PartialReducer:
                 by_mesh[hash64(f"{param.device_mesh.mesh.tolist()}")].append(
                     (piece.key_name, param)
                 )
-        # in one order on all ranks: one that reduces another gradient first would wait for ever, or
-        # take the other's sums
+        # in one order on all ranks: a rank that reduces another gradient first would hang, or mix
+        # up the sums
         self._by_mesh = {
             mesh: sorted(by_mesh[mesh], key=lambda member: member[0]) for mesh in sorted(by_mesh)
         }
@@ -133,16 +133,16 @@ class PartialReducer:
         )
         self._rows = int(meshes.max())
 
-    def reduce_(self, step: int, call: str, reduces: bool) -> None:
+    def reduce_partial_(self, step: int, call: str, reduces: bool) -> None:
         """A collective, at every call of the clipper. Sets `.grad` of the parameters concerned.
 
         Args:
-            call: what is called, in words. Where ranks call different things nothing is reduced:
-                the step's own message says so.
+            call: a description of the call. Where ranks make different calls nothing is reduced:
+                the step's own message finds that.
             reduces: False where gradients play no part.
 
         Raises:
-            GradientError: on all ranks alike, ranks of one mesh have different Partial gradients;
+            GradientError: on all ranks, where ranks of one mesh have different Partial gradients;
                 ConfigError: in a CUDA graph's capture.
         """
         if not self._rows:
@@ -153,7 +153,7 @@ class PartialReducer:
                 "CUDA graph cannot capture; redistribute "
                 "them inside the graph, before the step"
             )
-        if not self._agreed(step, call) or not reduces:
+        if not self._agree_on_partial(step, call) or not reduces:
             return
         for _, param in (member for members in self._by_mesh.values() for member in members):
             grad = param.grad
@@ -161,7 +161,7 @@ class PartialReducer:
                 assert is_dtensor(param)
                 param.grad = grad.redistribute(placements=param.placements)
 
-    def _agreed(self, step: int, call: str) -> bool:
+    def _agree_on_partial(self, step: int, call: str) -> bool:
         """Whether all ranks make the same call; which of their gradients are Partial must then
         agree mesh by mesh."""
         rows = torch.zeros(1 + 2 * self._rows, dtype=torch.int64, device="cpu")

@@ -1,8 +1,8 @@
-"""At most steps: are a step's gradients as those that were found right before?
+"""Are a step's gradients like those of the step before? They are at most steps.
 
-What was found is laid out in lists once for each set of parameters that have a gradient; a step
-then compares list with list, which costs half a microsecond a parameter, and less where gradients
-are the tensors that the step before met, at the same addresses.
+The layout of the last checked gradients is kept in lists once for each set of parameters that have
+a gradient; a step then compares list with list, which costs half a microsecond a parameter, and
+less where gradients are the same tensors as at the step before, at the same addresses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHAPE, _DTYPE, _SPEC, _LOCAL = (
 _ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
 # before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which
 # torch warns of
-_Ref: Any = TensorWeakRef if versions.before(2, 10) else ref
+_Ref: Any = TensorWeakRef if versions.is_before(2, 10) else ref
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class GradientCache:
     last: _LastStep | None = None
 
     @classmethod
-    def of(
+    def from_grads(
         cls, given: Sequence[Tensor], listed: TensorList, device: torch.device
     ) -> GradientCache | None:
         """From gradients that are right, if the kernel takes all of them as they are, or torch
@@ -90,7 +90,7 @@ class GradientCache:
             device=device,
         )
 
-    def match(self, given: list[Any]) -> TensorList | None:
+    def match_grads(self, given: list[Any]) -> TensorList | None:
         """This rank's parts of the gradients; None where anything is not as expected."""
         try:
             return self._match_identity(given) or self._match_layout(given)
@@ -102,7 +102,7 @@ class GradientCache:
         last = self.last
         if last is None or not last.all or not all(map(is_, map(_Ref.__call__, last.all), given)):
             return None
-        grads = self._locals(given)
+        grads = self._local_parts(given)
         if list(map(_POINTER, grads)) != last.addresses or list(map(_BYTES, grads)) != last.sizes:
             return None
         return TensorList(grads, self.kernel_plan, last.pointers, self.fallback)
@@ -117,7 +117,7 @@ class GradientCache:
                 _SPEC(grad) for grad, kind in zip(given, self.types) if kind is dtensor
             ] != self.specs:
                 return None
-        grads = self._locals(given)
+        grads = self._local_parts(given)
         # a collective still fills one, or it has no memory of its own
         if not PLAIN.issuperset(map(type, grads)):
             return None
@@ -140,7 +140,7 @@ class GradientCache:
             )
         return TensorList(grads, self.kernel_plan, pointers, self.fallback)
 
-    def _locals(self, given: list[Any]) -> list[Any]:
+    def _local_parts(self, given: list[Any]) -> list[Any]:
         """DTensors as this rank's part of them."""
         if not self.specs:
             return given

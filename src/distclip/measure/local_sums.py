@@ -19,7 +19,7 @@ from distclip.exchange.message import Message, MessageLayout
 from distclip.kernels.reference import SUMMED
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, Collector, GradientSet
-from distclip.measure.units import UnitMeasurement, Units
+from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.optimizers import params_added_later, params_without_plan
 from distclip.p_norm import bits_of
 from distclip.policies.assignment import PolicyAssignment
@@ -29,7 +29,7 @@ from distclip.request import Request
 from distclip.setup.late_parameters import LateParameters
 from distclip.setup.placement import DEVICES
 from distclip.setup.plan import Plan
-from distclip.setup.unfinished_backward import Wrapper, unfinished
+from distclip.setup.unfinished_backward import ReducingWrapper, unfinished_errors
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.values import Number, as_tensor, multiply
 
@@ -65,11 +65,11 @@ class LocalMeasurer:
     collector: Collector
     layout: MessageLayout
     assignments: Sequence[PolicyAssignment]
-    units: Units | None
+    units: UnitClipper | None
     device: torch.device
     config: str
     late_parameters: LateParameters
-    wrappers: Sequence[Wrapper]
+    wrappers: Sequence[ReducingWrapper]
     _zeros: Tensor = field(init=False)  # [pieces]
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _all_parameters: GradientSet = field(init=False)
@@ -118,14 +118,14 @@ class LocalMeasurer:
         """The gradients, or parameters, and what is wrong with them."""
         of_params = request.target == "param"
         if not of_params:
-            errors = unfinished(self.wrappers) if self.wrappers else []
+            errors = unfinished_errors(self.wrappers) if self.wrappers else []
             if errors:  # gradients may not even be where they will be
                 return None, errors
         grads = self._parameters() if of_params else self.collector.collect()
         # what stands first names the parameter; what follows from it is not reported
         errors = (
             grads.errors
-            or self.late_parameters.errors(of_params=of_params)
+            or self.late_parameters.late_errors(of_params=of_params)
             or params_added_later(request.optimizers)
             or params_without_plan(request.optimizers, self.plan.pieces)
             + request.still_scaled(grads.grad_set.indices, self.plan.pieces)
@@ -178,7 +178,7 @@ class LocalMeasurer:
             factors = self._zeros.new_full((len(pieces),), common)
         units = None
         if self.units is not None:
-            units = self.units.measure(grads, factors)
+            units = self.units.measure_units(grads, factors)
             stats[self.layout.num_stats - 2 * self.units.num_split :] = units.words.flatten()
         for assignment in self.assignments:
             policy = assignment.policy

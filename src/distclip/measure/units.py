@@ -1,9 +1,9 @@
 """Norms of units (the weights into one output), for policies that scale each unit by a
 coefficient of its own.
 
-A unit that lies whole on a rank is judged there, before the exchange. Of one that is cut over ranks
-the sums of squares of weights and of gradients travel in the step's message, at a place that was
-agreed at set-up, so that every rank knows its coefficient.
+The coefficient of a unit that is whole on a rank is computed there, before the exchange. For a unit
+that is split over ranks, the sums of squares of weights and of gradients are part of the step's
+message, at a place agreed at set-up, so that every rank computes the same coefficient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distclip.errors import GradientError
 from distclip.exchange.channel import Channel
-from distclip.kernels.reference import wide
+from distclip.kernels.reference import compute_dtype
 from distclip.measure.collect import CollectedGrads
 from distclip.p_norm import rounded
 from distclip.policies.policy import UnitPolicy
@@ -38,7 +38,7 @@ class UnitMeasurement:
     coefs: dict[int, Tensor]  # piece → [its units], of whole ones
 
 
-class Units:
+class UnitClipper:
     """Prepared at set-up. Building one is a collective if any rank has such pieces; all ranks know
     by their rules.
 
@@ -67,7 +67,7 @@ class Units:
                 sizes[:, plan.slot_of[i]] = torch.tensor(
                     [span.whole, plan.group_of[i]], device="cpu"
                 )
-        sizes = channel.reduce_(
+        sizes = channel.all_reduce_(
             sizes.to(channel.comm_device(device)), "max", "the set-up's count of units"
         ).cpu()
         starts = (sizes[0].cumsum(0) - sizes[0]).tolist()
@@ -75,7 +75,7 @@ class Units:
         self._group = sizes[1].repeat_interleave(sizes[0]).to(device)  # [cut units]
         self.num_split = int(sizes[0].sum())
 
-    def measure(self, grads: CollectedGrads, scale: Tensor) -> UnitMeasurement:
+    def measure_units(self, grads: CollectedGrads, scale: Tensor) -> UnitMeasurement:
         """Never communicates, reads nothing on the host. `scale`: float64 [own gradients], the
         factor that unscales each."""
         table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self.device)
@@ -95,11 +95,13 @@ class Units:
                     "p.grad.redistribute(placements=p.placements)"
                 )
             share, group = 1 / self._plan.shares[i].num_replicas, self._plan.group_of[i]
-            squares = _squares(grad, span.held).to(self.device) * factor.square()
+            squares = _unit_squares(grad, span.held).to(self.device) * factor.square()
             if span.cut:
                 words[1, self._words_of(i, span)] += squares * share
                 continue
-            weights = _squares(local_tensor(self._params[i].detach()), span.held).to(self.device)
+            weights = _unit_squares(local_tensor(self._params[i].detach()), span.held).to(
+                self.device
+            )
             norms = rounded(squares.sqrt(), self._bits)
             coef = coefs[i] = self._rules[group].unit_coefs(
                 rounded(weights.sqrt(), self._bits), norms
@@ -108,7 +110,7 @@ class Units:
         # also of a part without a gradient: the unit is as large as all its parts
         for i, span in enumerate(self._ranges):
             if span is not None and span.cut and self._params[i].requires_grad:
-                weights = _squares(local_tensor(self._params[i].detach()), span.held).to(
+                weights = _unit_squares(local_tensor(self._params[i].detach()), span.held).to(
                     self.device
                 )
                 words[0, self._words_of(i, span)] += weights / self._plan.shares[i].num_replicas
@@ -117,7 +119,7 @@ class Units:
     def _words_of(self, i: int, span: UnitRange) -> slice:
         return slice(self._start[i] + span.first, self._start[i] + span.first + span.held)
 
-    def combine(self, words: Tensor) -> tuple[Tensor, Tensor]:
+    def combine_split(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """From the reduced words [2, cut units]: their coefficients [cut units], and their addends
         to the table, [groups, 2]."""
         weights, grads = rounded(words.sqrt(), self._bits).unbind()
@@ -128,7 +130,7 @@ class Units:
         table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self.device)
         return coefs, table.index_add_(0, self._group, both)
 
-    def scale_(
+    def scale_units_(
         self,
         grads: CollectedGrads,
         measured: UnitMeasurement,
@@ -147,14 +149,14 @@ class Units:
             coefs = select_column(finite, coefs, 1.0)
             assert isinstance(coefs, Tensor)
             shape = [-1] + [1] * (grad.ndim - 1) if grad.ndim else []
-            by = (coefs * factor).to(grad.device, wide(grad.dtype)).view(shape)
+            by = (coefs * factor).to(grad.device, compute_dtype(grad.dtype)).view(shape)
             if grad.dtype in (torch.bfloat16, torch.float16):
                 grad.copy_(grad.to(by.dtype).mul_(by))
             else:
                 grad.mul_(by)
 
 
-def _squares(tensor: Tensor, units: int) -> Tensor:
+def _unit_squares(tensor: Tensor, units: int) -> Tensor:
     """[units] float64 sums of squares of a local tensor whose first dimension is its units', or
     that is one unit.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
 
@@ -80,7 +80,7 @@ class AdaGC:
         norm = norms.per_group
         warm = seen < self.warmup
         threshold = (self.lambda_rel * gamma).masked_fill(warm, self.lambda_abs)
-        coef = coefficient(torch.where(warm, norms.total, norm), threshold)
+        coef = clip_coefficient(torch.where(warm, norms.total, norm), threshold)
 
         clipped = norm * coef
         smallest = torch.where(gamma > 0, torch.minimum(gamma, clipped), clipped)

@@ -33,7 +33,7 @@ class PolicyAssignment:
         """Words of the message for each group."""
         return num_stats_of(self.policy)
 
-    def select(self, column: Column) -> Column:
+    def select_groups(self, column: Column) -> Column:
         """Of a column over all groups, the entries of this policy's."""
         if isinstance(column, Tensor):
             return column[self.index]

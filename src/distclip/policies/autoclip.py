@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
 
 class AutoClipState(NamedTuple):
-    # [groups, window] float64: the latest norms, written round and round; 0 where there is none yet
+    # [groups, window] float64: the latest norms, a ring buffer; 0 where there is none yet
     history: Tensor
     seen: Tensor  # [groups] int64: norms taken in so far
 
@@ -27,8 +27,8 @@ class AutoClip:
 
     Seetharaman, Wichern, Pardo, Le Roux 2020 (arXiv:2007.14469), algorithm 1: G_h(t) =
     G_h(t-1).append(|g_t|), η_c(t) = percentile p of G_h(t), interpolated linearly; p = 10 did best
-    there. It clips about 90 % of all steps. The paper keeps all norms; here the latest `window` are
-    kept.
+    in the paper. It clips about 90 % of all steps. The paper keeps all norms; here the latest
+    `window` are kept.
 
     Tracks the raw norm and sends nothing. The first step is not clipped. A norm of 0 (a group
     without gradients at this step) is not taken in: it would pull the threshold to 0.
@@ -69,12 +69,15 @@ class AutoClip:
         place = torch.arange(self.window, device=norm.device)
         here = (place == (seen % self.window).unsqueeze(1)) & taken.unsqueeze(1)
         history, seen = torch.where(here, norm.unsqueeze(1), history), seen + taken
-        threshold = _percentile(history, seen.clamp(max=self.window), self.percentile / 100, place)
-        return Scale(coefficient(norm, threshold), threshold), AutoClipState(history, seen)
+        threshold = _percentile_of(
+            history, seen.clamp(max=self.window), self.percentile / 100, place
+        )
+        return Scale(clip_coefficient(norm, threshold), threshold), AutoClipState(history, seen)
 
 
-def _percentile(history: Tensor, filled: Tensor, fraction: float, place: Tensor) -> Tensor:
-    """Of the first `filled` entries of each row: [groups], inf where there is none."""
+def _percentile_of(history: Tensor, filled: Tensor, fraction: float, place: Tensor) -> Tensor:
+    """The percentile of the first `filled` entries of each row: [groups], inf where there is
+    none."""
     ordered = history.masked_fill(place >= filled.unsqueeze(1), math.inf).sort(dim=1).values
     rank = (filled - 1).clamp(min=0).double() * fraction
     below = rank.long()

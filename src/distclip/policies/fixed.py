@@ -46,7 +46,7 @@ class FixedNorm:
 
     max_norm: float
     allow_zero: bool = field(default=False, repr=False)
-    user_threshold = True  # by the user: one that nearly always clips is told
+    user_threshold = True  # set by the user: if it nearly always clips, a warning says so
 
     def __post_init__(self) -> None:
         checked_threshold("max_norm", self.max_norm, self.allow_zero)
@@ -56,16 +56,18 @@ class FixedNorm:
 
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale, tuple[Tensor, ...]]:
         threshold = torch.full_like(norms.per_group, self.max_norm)
-        if 0 < self.max_norm < math.inf:  # fmax passes over NaN: 1 there, as `coefficient` has it
+        if (
+            0 < self.max_norm < math.inf
+        ):  # fmax passes over NaN: 1 there, as `clip_coefficient` has it
             return Scale(threshold / torch.fmax(norms.per_group, threshold), threshold), state
-        return Scale(coefficient(norms.per_group, threshold), threshold), state
+        return Scale(clip_coefficient(norms.per_group, threshold), threshold), state
 
 
 @overload
-def coefficient(norm: float, threshold: float) -> float: ...
+def clip_coefficient(norm: float, threshold: float) -> float: ...
 @overload
-def coefficient(norm: Tensor, threshold: Tensor) -> Tensor: ...
-def coefficient(norm: Any, threshold: Any) -> Any:
+def clip_coefficient(norm: Tensor, threshold: Tensor) -> Tensor: ...
+def clip_coefficient(norm: Any, threshold: Any) -> Any:
     """threshold / max(norm, threshold), and exactly 1 also where both are 0 or inf, or the norm is
     NaN: of floats, or [groups] float64."""
     if isinstance(norm, Tensor):

@@ -41,7 +41,8 @@ class LocalGrads:
     norm_type: float
 
     def reduced(self, values: Tensor) -> Tensor:
-        """[n, num_stats] → [groups, num_stats]: added up, each by its share; the largest where p is inf."""
+        """[n, num_stats] → [groups, num_stats]: added up, each by its share; the largest where p is
+        inf."""
         out = torch.zeros(self.groups, values.shape[1], dtype=torch.float64, device=values.device)
         if math.isinf(self.norm_type):
             return out.scatter_reduce_(0, self.group.unsqueeze(1).expand_as(values), values, "amax")
@@ -56,8 +57,8 @@ class LocalStats(Protocol):
     num_stats: int  # numbers per group
 
     def local_stats(self, own: LocalGrads) -> Tensor:
-        """This rank's addends: [groups, num_stats] float64 on the groups' device, reduced by SUM (by
-        MAX for p = inf).
+        """This rank's addends: [groups, num_stats] float64 on the groups' device, reduced by SUM
+        (by MAX for p = inf).
 
         `decide` finds their sums in `Norms.stats`, rounded as norms are: a count up to 2^24 comes
         out whole, though shares of 1/h need not add up to it exactly; differences of sums that

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import checked_threshold, coefficient
+from distclip.policies.fixed import checked_threshold, clip_coefficient
 from distclip.records import Norms, Scale
 
 Points = Sequence[tuple[float, float]]
@@ -44,7 +44,7 @@ class Scheduled:
 
     schedule: Points | Function
     allow_zero: bool = field(default=False)
-    user_threshold = True  # by the user: one that nearly always clips is told
+    user_threshold = True  # set by the user: if it nearly always clips, a warning says so
 
     def __post_init__(self) -> None:
         if callable(self.schedule):
@@ -76,7 +76,7 @@ class Scheduled:
         object.__setattr__(self, "schedule", points)
 
     def __repr__(self) -> str:
-        """Equal on all ranks and in the next run: a function is told by its name, not by its
+        """Equal on all ranks and in the next run: a function is shown by its name, not by its
         address."""
         told = self.schedule
         if callable(told):
@@ -90,14 +90,16 @@ class Scheduled:
     def decide(self, norms: Norms, state: tuple[Tensor, ...]) -> tuple[Scale, ScheduledState]:
         (step,) = state
         at = step.double()
-        value = self.schedule(at) if callable(self.schedule) else _interpolated(self.schedule, at)
+        value = (
+            self.schedule(at) if callable(self.schedule) else _interpolate_points(self.schedule, at)
+        )
         threshold = (torch.zeros_like(norms.per_group) + value).clamp(min=0)
-        return Scale(coefficient(norms.per_group, threshold), threshold), ScheduledState(
+        return Scale(clip_coefficient(norms.per_group, threshold), threshold), ScheduledState(
             step + norms.finite
         )
 
 
-def _interpolated(points: Points, step: Tensor) -> Tensor:
+def _interpolate_points(points: Points, step: Tensor) -> Tensor:
     """[] float64. Exact at the points; scalars only, so that nothing is copied to the device."""
     value = torch.full_like(step, points[0][1])
     for (a, low), (b, high) in pairwise(points):

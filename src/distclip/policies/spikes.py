@@ -1,4 +1,4 @@
-"""Steps whose norm is far out are left out."""
+"""Skips steps whose norm is an outlier."""
 
 from __future__ import annotations
 

@@ -35,27 +35,27 @@ def initial_state(policy: Any, groups: int, device: torch.device) -> tuple[Tenso
     made = policy.init(groups, device)
     if not isinstance(made, tuple) or not all(isinstance(t, Tensor) for t in made):
         raise ConfigError(
-            f"{describe(policy)}: init() returned {_kind(made)}; return a tuple of tensors, () "
+            f"{describe(policy)}: init() returned {_kind_of(made)}; return a tuple of tensors, () "
             f"where there is nothing to remember"
         )
     return clone_state(made)
 
 
 def validate_policy(policy: Policy, norms: Norms, state: tuple[Tensor, ...]) -> None:
-    """`decide` once, at set-up, where a policy must answer as `Policy` and the records say. Reads
-    no tensor.
+    """Call `decide` once, at set-up, and check that the answer is what `Policy` and the records
+    define. Reads no tensor.
 
     Raises:
         ConfigError: an answer or a state of another kind, shape, dtype or device.
     """
-    _check(policy, norms, state)
+    _check_policy(policy, norms, state)
 
 
-def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
+def _check_policy(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     groups, device = len(norms.per_group), norms.per_group.device
     # they spread what their policy answers over all groups, whatever its shape
     if isinstance(policy, (Warmup, SkipSpikes)):
-        _check(policy.policy, norms, initial_state(policy.policy, groups, device))
+        _check_policy(policy.policy, norms, initial_state(policy.policy, groups, device))
     who, answers = describe(policy), "distclip.Scale, Clamp or UnitScale"
     for j, tensor in enumerate(state):
         if tensor.device != device:
@@ -66,14 +66,14 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     given = policy.decide(norms, state)
     if not isinstance(given, tuple) or len(given) != 2:
         raise ConfigError(
-            f"{who}: decide() returned {_kind(given)}; return two things, a "
+            f"{who}: decide() returned {_kind_of(given)}; return two things, a "
             f"{answers} and the next state"
         )
     answer, new = cast("tuple[Any, ...]", given)
     record = next((record for record in _NUMBERS if isinstance(answer, record)), None)
     if record is None:
         raise ConfigError(
-            f"{who}: decide() returned {_kind(answer)} as its answer; return a {answers}"
+            f"{who}: decide() returned {_kind_of(answer)} as its answer; return a {answers}"
         )
     if isinstance(answer, UnitScale) and not isinstance(policy, UnitPolicy):
         raise ConfigError(
@@ -86,27 +86,28 @@ def _check(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     )
     for field, dtype in wanted.items():
         value = getattr(answer, field)
-        if _kind(value) != (kind := _tensor_kind(dtype, (groups,), device)):
+        if _kind_of(value) != (kind := _tensor_kind(dtype, (groups,), device)):
             raise ConfigError(
-                f"{who}: decide() returned {name}.{field} as {_kind(value)}; return "
+                f"{who}: decide() returned {name}.{field} as {_kind_of(value)}; return "
                 f"{kind}, an entry for each of its groups"
             )
     kinds = [_tensor_kind(torch.bool, shape, device) for shape in ((), (groups,))]
-    if answer.skip is not None and _kind(answer.skip) not in kinds:
+    if answer.skip is not None and _kind_of(answer.skip) not in kinds:
         raise ConfigError(
-            f"{who}: decide() returned {name}.skip as {_kind(answer.skip)}; return "
+            f"{who}: decide() returned {name}.skip as {_kind_of(answer.skip)}; return "
             f"{' or '.join(kinds)}, or None"
         )
     if not isinstance(new, tuple) or len(new) != len(state):
         raise ConfigError(
-            f"{who}: decide() returned {_kind(new)} as the next state, and init() {_kind(state)}; "
+            f"{who}: decide() returned {_kind_of(new)} as the next state, and init() "
+            f"{_kind_of(state)}; "
             f"return a tuple of as many tensors"
         )
     for j, (old, value) in enumerate(zip(state, cast("tuple[Any, ...]", new), strict=True)):
-        if _kind(value) != _kind(old):
+        if _kind_of(value) != _kind_of(old):
             raise ConfigError(
-                f"{who}: decide() returned state[{j}] as {_kind(value)}, and init() "
-                f"made it {_kind(old)}; return the same"
+                f"{who}: decide() returned state[{j}] as {_kind_of(value)}, and init() "
+                f"made it {_kind_of(old)}; return the same"
             )
 
 
@@ -115,14 +116,14 @@ def validate_stats(part: PolicyAssignment, given: Any) -> Tensor:
     assignment would spread silently."""
     if not isinstance(given, Tensor) or given.shape != (len(part.groups), part.num_stats):
         raise ConfigError(
-            f"{describe(part.policy)}: local_stats() returned {_kind(given)}; return [groups, "
+            f"{describe(part.policy)}: local_stats() returned {_kind_of(given)}; return [groups, "
             f"words], here {[len(part.groups), part.num_stats]}"
         )
     return given.flatten()
 
 
-def _kind(value: Any) -> str:
-    """As the texts say it."""
+def _kind_of(value: Any) -> str:
+    """A description for error messages."""
     if isinstance(value, Tensor):
         return _tensor_kind(value.dtype, value.shape, value.device)
     if isinstance(value, tuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.policies.policy import Policy, UnitPolicy, describe
 from distclip.policies.value import FixedValue
 from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
@@ -23,8 +23,8 @@ class Warmup:
     For policies that clip badly, or not at all, before they have seen enough (AutoClip, ZClip,
     SkipSpikes). A threshold that rises or falls over the first steps is `Scheduled`.
 
-    Tracks what `policy` tracks, which goes on as if it had decided, and sends what `policy` sends.
-    Steps that were skipped do not count.
+    Tracks what `policy` tracks, whose state is updated as if it had decided, and sends what
+    `policy` sends. Steps that were skipped do not count.
 
     Args:
         policy: one that scales.
@@ -76,7 +76,7 @@ class Warmup:
         threshold = torch.where(
             warm, torch.full_like(norms.per_group, self.max_norm), answer.threshold
         )
-        coef = torch.where(warm, coefficient(norms.per_group, threshold), answer.coef)
+        coef = torch.where(warm, clip_coefficient(norms.per_group, threshold), answer.coef)
         taken = norms.finite if answer.skip is None else norms.finite & ~answer.skip.any()
         return Scale(coef, threshold, answer.skip), wrap_state((count + taken,), inner, new)
 

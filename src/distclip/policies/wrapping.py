@@ -22,10 +22,10 @@ class _WrappedState(tuple[Tensor, ...]):
 
     def _make(self, tensors: Iterable[Tensor]) -> _WrappedState:
         """Of the same kind, as named tuples offer it."""
-        return _wrapped(tensors, self.inner_kind)
+        return _make_wrapped_state(tensors, self.inner_kind)
 
 
-def _wrapped(tensors: Iterable[Tensor], inner_kind: Any) -> _WrappedState:
+def _make_wrapped_state(tensors: Iterable[Tensor], inner_kind: Any) -> _WrappedState:
     state = _WrappedState(tensors)
     state.inner_kind = inner_kind
     return state
@@ -35,7 +35,7 @@ def wrap_state(
     own: tuple[Tensor, ...], like: tuple[Tensor, ...], inner: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The wrapper's state: its own tensors, then `inner`, which is of the kind of `like`."""
-    return _wrapped((*own, *inner), getattr(like, "_make", tuple))
+    return _make_wrapped_state((*own, *inner), getattr(like, "_make", tuple))
 
 
 def inner_state(state: tuple[Tensor, ...], num_own: int) -> tuple[Tensor, ...]:

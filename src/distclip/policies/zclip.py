@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.fixed import coefficient
+from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
 
@@ -99,4 +99,4 @@ class ZClip:
         new = ZClipState(
             torch.where(taken, new_mean, mean), torch.where(taken, new_var, var), seen + taken
         )
-        return Scale(coefficient(norm, threshold), threshold), new
+        return Scale(clip_coefficient(norm, threshold), threshold), new

@@ -15,7 +15,7 @@ from distclip.records import ClipReport
 
 # With many groups these make most of a line: one entry a group each.
 GROUP_FIELDS = ("groups", "group_norms", "coefs", "threshold", "cosine")
-_REMEMBERED = 128  # norms of steps that were taken, to tell by how much a left-out step is off
+_REMEMBERED = 128  # norms of steps that were taken, with which a skipped step is compared
 
 
 class JSONLSink:
@@ -76,7 +76,7 @@ class LoggingSink:
     def write(self, report: ClipReport) -> None:
         norm = report.total_norm.item()
         if report.skipped.item():
-            self.logger.warning("step %d skipped: %s", report.step, self._why(report, norm))
+            self.logger.warning("step %d skipped: %s", report.step, self._skip_reason(report, norm))
             return
         self._taken.append(norm)
         if report.step % self.every == 0:
@@ -87,14 +87,13 @@ class LoggingSink:
                 self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs
             )
 
-    def _why(self, report: ClipReport, norm: float) -> str:
+    def _skip_reason(self, report: ClipReport, norm: float) -> str:
         bad = int(report.nonfinite.item())
         if bad or not math.isfinite(norm):
             who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             what = "1 gradient is" if bad == 1 else f"{bad} gradients are" if bad else "the norm is"
             return f"{what} not finite" + (f": {who}" if who else "")
-        # the threshold does not tell: a policy that leaves steps out may clip at another norm than
-        # it skips at
+        # not the threshold: a policy that skips steps may clip at another norm than it skips at
         before = (
             f", the {len(self._taken)} steps taken before had at most {max(self._taken):.6g}"
             if self._taken

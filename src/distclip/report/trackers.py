@@ -26,12 +26,12 @@ _SCALARS = (
 _MOST_GROUPS = 50  # more curves than this help nobody; a tracker keeps each as a series of its own
 
 
-def scalars(report: ClipReport) -> dict[str, float]:
+def report_scalars(report: ClipReport) -> dict[str, float]:
     """What trackers draw, as floats under `clip/…`: norms, coefficient, threshold, clip rate,
     skips; the norm of each layer where known.
 
     With up to 50 groups, norm, coefficient and threshold of each; with more, only the largest group
-    norm and the smallest coefficient. A threshold of inf (no clipping) is left out.
+    norm and the smallest coefficient. A threshold of inf (no clipping) is not drawn.
     """
     said = report.to_dict()
     out = {f"clip/{name}": float(said[name]) for name in _SCALARS if name in said}
@@ -81,11 +81,11 @@ class TensorBoardSink:
     def write(self, report: ClipReport) -> None:
         if report.step % self.every and not report.skipped.item():
             return
-        # here and not before: a writer makes its file at once, on ranks that never write too
+        # not before: a writer makes its file at once, also on ranks that never write
         if self._writer is None:
             self._writer = _summary_writer()(self._log_dir)
             weakref.finalize(self, self._writer.close)
-        for name, value in scalars(report).items():
+        for name, value in report_scalars(report).items():
             self._writer.add_scalar(name, value, report.step)
         if report.culprits:
             text = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
@@ -101,7 +101,7 @@ def _summary_writer() -> Any:
         ) from error
 
 
-class _Run(Protocol):
+class _WandbRun(Protocol):
     def log(self, data: dict[str, Any], step: int) -> Any: ...
 
 
@@ -120,7 +120,7 @@ class WandbSink:
         ConfigError: `run` has no `log`, or `every` is not a whole number of at least 1.
     """
 
-    def __init__(self, run: _Run | None, every: int = 1) -> None:
+    def __init__(self, run: _WandbRun | None, every: int = 1) -> None:
         self.every = checked_every("WandbSink", every)
         if run is not None and not callable(getattr(run, "log", None)):
             raise ConfigError(
@@ -137,4 +137,4 @@ class WandbSink:
         assert self.run is not None, "the clipper has looked at `lacks`"
         if report.step % self.every and not report.skipped.item():
             return
-        self.run.log(scalars(report), step=report.step)
+        self.run.log(report_scalars(report), step=report.step)

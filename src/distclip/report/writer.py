@@ -15,15 +15,15 @@ from distclip.records import ClipReport, Culprit
 class Sink(Protocol):
     """Takes each report, on the first rank of the clipper's group alone.
 
-    Where it has an attribute `lacks`, a text that is not empty says why it cannot write, and that
-    rank refuses it at set-up.
+    If it has an attribute `lacks` that is not empty, it cannot write for that reason, and that rank
+    raises it at set-up.
     """
 
     def write(self, report: ClipReport) -> None: ...
 
 
 class ReportWriter:
-    """Gives reports to the sinks: at once, or one call late where the host is not to wait for the
+    """Gives reports to the sinks: at once, or one call late where the host must not wait for the
     device."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -41,11 +41,12 @@ class ReportWriter:
             self._write_to_sinks(report)
 
     def add_culprits(self, culprits: tuple[Culprit, ...]) -> None:
-        """Culprits of the report that is still here: they were found when its call was judged."""
+        """Culprits of the report that is not yet written: they were found when its call was
+        checked."""
         self._culprits = culprits
 
     def flush(self) -> None:
-        """Give what is left, if anything is."""
+        """Write the report that is still queued, if there is one."""
         late = self._late.dequeue()
         if late is not None:
             self._write_to_sinks(
@@ -56,8 +57,7 @@ class ReportWriter:
         self._culprits = ()
 
     def _write_to_sinks(self, report: ClipReport) -> None:
-        """One that fails is told once and left out from then on: training is worth more than its
-        log."""
+        """A failing sink warns once and is disabled: training is worth more than its log."""
         for sink in list(self._sinks):
             try:
                 sink.write(report)

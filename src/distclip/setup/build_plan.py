@@ -1,5 +1,5 @@
-"""What the caller passed → an agreed plan. What is wrong on one rank is told on all
-before anything is kept."""
+"""What the caller passed → an agreed plan. An error on one rank is raised on all ranks before
+anything is kept."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from distclip.setup.parameters import (
     named_parameters,
     tensors_in,
 )
-from distclip.setup.placement import ReplicaDeclarations, pieces
+from distclip.setup.placement import ReplicaDeclarations, local_pieces
 from distclip.setup.plan import Plan, agree_on_call, make_plan
-from distclip.setup.unfinished_backward import Wrapper, wrappers
+from distclip.setup.unfinished_backward import ReducingWrapper, reducing_wrappers
 from distclip.setup.units import UnitRange, unit_range
-from distclip.torch_internals.join import UnevenInputs
+from distclip.torch_internals.join import JoinGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +42,25 @@ class SetupInputs:
     scan: ParamScan
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
-    device: torch.device  # where is computed
-    join: UnevenInputs = field(default_factory=lambda: UnevenInputs(()))
-    wrappers: tuple[Wrapper, ...] = ()  # modules that may leave gradients unfinished
+    device: torch.device  # the compute device
+    join: JoinGuard = field(default_factory=lambda: JoinGuard(()))
+    wrappers: tuple[ReducingWrapper, ...] = ()  # modules that may leave gradients unfinished
 
 
 @dataclass(slots=True)
 class _LocalSetup:
-    """What this rank makes of it, before all ranks have met."""
+    """What this rank reads by itself, before any exchange."""
 
     options: Options | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
     scan: ParamScan = field(default_factory=ParamScan)
-    wrappers: tuple[Wrapper, ...] = ()
+    wrappers: tuple[ReducingWrapper, ...] = ()
     members: list[Tensor] = field(default_factory=lambda: [])
     pieces: list[Piece] = field(default_factory=lambda: [])
     groups: list[str] = field(default_factory=lambda: [])
     layers: list[str] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
-    beside: list[Holding] = field(default_factory=lambda: [])  # of parameters that are no pieces
+    beside: list[Holding] = field(default_factory=lambda: [])  # of parameters without a piece
 
 
 def build_plan(
@@ -76,12 +76,8 @@ def build_plan(
         ConfigError, PlacementError: on the rank where it was found; AgreementError on the others.
             ConfigError inside `join()`, before anything is sent.
     """
-    join = (
-        UnevenInputs(modules_in(params), tensors_in(params))
-        if channel.size > 1
-        else UnevenInputs(())
-    )
-    join.refuse("GradClipper")
+    join = JoinGuard(modules_in(params), tensors_in(params)) if channel.size > 1 else JoinGuard(())
+    join.refuse_join("GradClipper")
     local, error = _LocalSetup(), None
     try:
         if channel.rank == 0:
@@ -97,7 +93,7 @@ def build_plan(
     assert local.options is not None, "without an error it is there"
     options, watch = local.options, local.options.watch
     patterns = [
-        *declared.patterns(),
+        *declared.all_patterns(),
         *options.grouping.patterns(),
         *(watch.groups.patterns() if watch else ()),
     ]
@@ -134,7 +130,7 @@ def _read_locally(
 ) -> None:
     local.options = options = check_options(passed)
     local.scan = scan = named_parameters(params)
-    local.wrappers = wrappers(params)
+    local.wrappers = reducing_wrappers(params)
     if channel.size > 1 and any(
         n.positional and not hasattr(n.param, "placements") for n in scan.named
     ):
@@ -143,10 +139,10 @@ def _read_locally(
             "other ranks; "
             "pass the model, or model.named_parameters()"
         )
-    held = pieces(scan.named, declared, channel.global_rank)
+    held = local_pieces(scan.named, declared, channel.global_rank)
     local.beside = [
         piece.holding
-        for _, piece in pieces(scan.whole_numbers, declared, channel.global_rank)
+        for _, piece in local_pieces(scan.whole_numbers, declared, channel.global_rank)
         if piece.placements
     ]
     local.members, local.pieces = [named.param for named, _ in held], [piece for _, piece in held]
@@ -162,7 +158,7 @@ def _read_locally(
         for group, param, piece in zip(local.groups, local.members, local.pieces, strict=True)
     ]
     told = {"replicated_over": ", ".join(declared.replicated_over), "shared": repr(declared.shared)}
-    local.config = options.texts() | told
+    local.config = options.config_texts() | told
 
 
 def _num_matches(pattern: str, held: Sequence[Piece]) -> int:

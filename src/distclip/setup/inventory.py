@@ -1,9 +1,9 @@
-"""Stage 2a: every rank's table of what it holds, made known to all by two small all-reduces.
+"""Every rank's table of what it holds, gathered on all ranks by two small all-reduces.
 
-A rank says (1) its holdings: few, each a region and the sets of ranks it is copied over, and (2)
-its table: for each parameter an 8-byte key of the name and which holding it has. Ranks of the same
-structure have equal tables, so a table travels once however many ranks share it: the traffic grows
-with ranks + distinct tables x parameters, not with ranks x parameters.
+A rank sends (1) its holdings: few, each a region and the sets of ranks that it is copied over, and
+(2) its table: for each parameter an 8-byte key of the name and which holding it has. Ranks of the
+same structure have equal tables, so a table travels once however many ranks share it: the traffic
+grows with ranks + distinct tables x parameters, not with ranks x parameters.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from distclip.errors import ConfigError
 from distclip.exchange.channel import Channel, hash64
 from distclip.records import Holding, Piece
 
-_TEXT_WORDS, _SCOPES = 8, 6
-_HOLDING_WORDS = _TEXT_WORDS + 2 + _SCOPES  # text, region, flags, scopes
-_DECLARED = 1 << _SCOPES  # a flag; those below it say which scopes are rank sets
+_TEXT_WORDS, _MAX_RANK_SETS = 8, 6
+_HOLDING_WORDS = _TEXT_WORDS + 2 + _MAX_RANK_SETS  # text, region, flags, rank sets
+_DECLARED = 1 << _MAX_RANK_SETS  # a flag; the bits below it mark the module rank sets
 # key of the name, holding, key of the shape, key of the group, key of the watched layer
 _ROW_WORDS = 5
 
@@ -32,14 +32,14 @@ class RemoteHolding(NamedTuple):
 
     description: str
     region: int
-    scopes: tuple[int, ...]
     rank_sets: tuple[int, ...]
+    module_rank_sets: tuple[int, ...]
     declared: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
-    """What every rank knows of every rank."""
+class HoldingTables:
+    """The holdings of all ranks, equal on every rank."""
 
     holdings: list[list[RemoteHolding]]  # [ranks]
     ranks_of: list[list[int]]  # [tables]: positions of the ranks that have it
@@ -56,12 +56,12 @@ def exchange_tables(
     counts: Sequence[int],
     device: torch.device,
     beside: Sequence[Holding] = (),
-) -> Tables:
+) -> HoldingTables:
     """Two all-reduces: sizes and digests, then holdings and each distinct table once.
 
     Args:
         group_of, layer_of: [pieces] names.
-        beside: of parameters that are no pieces, whose meshes join ranks too.
+        beside: holdings of parameters without a piece; their meshes join ranks too.
     """
     holdings = list(dict.fromkeys([*(piece.holding for piece in pieces), *beside]))
     ordinal = {holding: i for i, holding in enumerate(holdings)}
@@ -91,15 +91,15 @@ def exchange_tables(
     ]
     starts = [0, *accumulate(words)]
     buffer = torch.zeros(starts[-1] + len(counts), dtype=torch.int64, device="cpu")
-    _put(
+    _put_words(
         buffer,
         starts[channel.rank],
-        torch.tensor([_encode(h) for h in holdings], dtype=torch.int64, device="cpu"),
+        torch.tensor([_encode_holding(h) for h in holdings], dtype=torch.int64, device="cpu"),
     )
     if channel.rank in senders:
-        _put(buffer, starts[channel.size + senders.index(channel.rank)], table)
-    _put(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64, device="cpu"))
-    buffer = channel.reduce_(
+        _put_words(buffer, starts[channel.size + senders.index(channel.rank)], table)
+    _put_words(buffer, starts[-1], torch.tensor(counts, dtype=torch.int64, device="cpu"))
+    buffer = channel.all_reduce_(
         buffer.to(channel.comm_device(device)), "sum", "the set-up's exchange of tables"
     ).cpu()
 
@@ -107,9 +107,9 @@ def exchange_tables(
     for rank, head in enumerate(heads):
         ranks_of[first[head[0]]].append(rank)
     blocks = [buffer[a:b] for a, b in pairwise(starts)]
-    return Tables(
+    return HoldingTables(
         holdings=[
-            [_decode(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()]
+            [_decode_holding(words) for words in block.reshape(-1, _HOLDING_WORDS).tolist()]
             for block in blocks[: channel.size]
         ],
         ranks_of=list(ranks_of.values()),
@@ -119,34 +119,47 @@ def exchange_tables(
     )
 
 
-def _put(buffer: Tensor, start: int, words: Tensor) -> None:
+def _put_words(buffer: Tensor, start: int, words: Tensor) -> None:
     buffer[start : start + words.numel()] = words.flatten()
 
 
-def _encode(holding: Holding) -> list[int]:
+def _encode_holding(holding: Holding) -> list[int]:
     text = holding.description.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
-    scopes = [hash64(scope) for scope in holding.scopes]
-    if len(scopes) > _SCOPES:
+    rank_sets = [hash64(rank_set) for rank_set in holding.rank_sets]
+    if len(rank_sets) > _MAX_RANK_SETS:
         raise ConfigError(
-            f"a parameter is copied over {len(scopes)} nested sets of ranks ({holding.scopes}); at "
-            f"most {_SCOPES} are supported"
+            f"a parameter is copied over {len(rank_sets)} nested sets of ranks "
+            f"({holding.rank_sets}); at "
+            f"most {_MAX_RANK_SETS} are supported"
         )
     letters = [
         int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, len(text), 8)
     ]
-    flags = sum(1 << i for i, scope in enumerate(holding.scopes) if scope in holding.rank_sets)
+    flags = sum(
+        1 << i
+        for i, rank_set in enumerate(holding.rank_sets)
+        if rank_set in holding.module_rank_sets
+    )
     flags |= _DECLARED if holding.declared else 0
-    return [*letters, hash64(holding.region), flags, *scopes, *[0] * (_SCOPES - len(scopes))]
+    return [
+        *letters,
+        hash64(holding.region),
+        flags,
+        *rank_sets,
+        *[0] * (_MAX_RANK_SETS - len(rank_sets)),
+    ]
 
 
-def _decode(words: list[int]) -> RemoteHolding:
+def _decode_holding(words: list[int]) -> RemoteHolding:
     text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[:_TEXT_WORDS])
-    region, flags, *scopes = words[_TEXT_WORDS:]
+    region, flags, *rank_sets = words[_TEXT_WORDS:]
     return RemoteHolding(
         description=text.decode(errors="replace").rstrip(),
         region=region,
-        scopes=tuple(scope for scope in scopes if scope),
-        rank_sets=tuple(scope for i, scope in enumerate(scopes) if flags & (1 << i)),
+        rank_sets=tuple(rank_set for rank_set in rank_sets if rank_set),
+        module_rank_sets=tuple(
+            rank_set for i, rank_set in enumerate(rank_sets) if flags & (1 << i)
+        ),
         declared=bool(flags & _DECLARED),
     )
 

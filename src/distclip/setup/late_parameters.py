@@ -1,5 +1,5 @@
-"""Parameters that join the modules after set-up. At a step before which no module got anything new,
-none is looked at."""
+"""Parameters that join the modules after set-up. If no module registered anything since the last
+step, none is walked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn.modules import module as torch_modules
 from distclip.setup.parameters import ModuleEntry, module_entries
 
 
-class _Registrations:
-    """Counts what is registered with any module of this process, while somebody wants to know."""
+class _RegistrationCounter:
+    """Counts what is registered with any module of this process, while it has watchers."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -25,7 +25,7 @@ class _Registrations:
     def __call__(self, module: nn.Module, name: str, value: Any) -> None:
         self.count += 1
 
-    def watch(self, watcher: object) -> None:
+    def add_watcher(self, watcher: object) -> None:
         """Count for as long as `watcher` lives."""
         if not self._watchers:
             self._handles = [
@@ -33,23 +33,23 @@ class _Registrations:
                 torch_modules.register_module_module_registration_hook(self),
             ]
         self._watchers += 1
-        weakref.finalize(watcher, self._leave).atexit = False
+        weakref.finalize(watcher, self._remove_watcher).atexit = False
 
-    def _leave(self) -> None:
+    def _remove_watcher(self) -> None:
         self._watchers -= 1
         while not self._watchers and self._handles:
             self._handles.pop().remove()
 
 
-REGISTRATIONS = _Registrations()
+REGISTRATIONS = _RegistrationCounter()
 
 
 class LateParameters:
     """Compares the modules with what they held at set-up. Never communicates.
 
-    What counts is a trainable parameter, at a place where none was, that has a gradient: a frozen
-    or unused one is waited for. A parameter that takes a known one's place is none: sharding
-    frameworks swap those in and out, and `ModuleEntry.replaced` looks at them.
+    A late parameter is trainable, is registered under a name that was free, and has a gradient: a
+    frozen or unused one is reported once it has one. A parameter that replaces a known one is not
+    late: sharding frameworks swap those in and out, and `ModuleEntry.is_replaced` checks them.
 
     Args:
         modules: that were passed; none where pairs or parameters were.
@@ -60,20 +60,20 @@ class LateParameters:
     def __init__(
         self,
         modules: Sequence[nn.Module],
-        slots: Sequence[ModuleEntry],
+        entries: Sequence[ModuleEntry],
         grad_of: Callable[[Tensor], Tensor | None],
     ) -> None:
         self._modules, self._grad_of = modules, grad_of
-        # holds on to the tables and parameters below, so that their identities stay theirs
-        self._slots = slots
-        self._places = {(id(slot.table), slot.key) for slot in slots}
-        self._params = {id(slot.value) for slot in slots if isinstance(slot.value, Tensor)}
+        # keeps the tables and parameters below alive, so that their ids are not reused
+        self._module_entries = entries
+        self._places = {(id(entry.table), entry.key) for entry in entries}
+        self._params = {id(entry.value) for entry in entries if isinstance(entry.value, Tensor)}
         self._waiting: list[ModuleEntry] = []
-        self._keep()
+        self._remember_modules()
         if modules:
-            REGISTRATIONS.watch(self)
+            REGISTRATIONS.add_watcher(self)
 
-    def errors(self, of_params: bool = False) -> list[str]:
+    def late_errors(self, of_params: bool = False) -> list[str]:
         """A text if parameters joined. `of_params`: parameters are measured, and need no gradient
         to count."""
         if not self._modules:
@@ -83,10 +83,10 @@ class LateParameters:
         if REGISTRATIONS.count != self._seen or (
             self._lists and sum(map(len, self._lists)) != self._listed
         ):
-            self._look()
-        if self._joined(of_params):
-            self._look()  # unless it was taken away again
-        new = self._joined(of_params)
+            self._compare_modules()
+        if self._late_paths(of_params):
+            self._compare_modules()  # it may have been removed again
+        new = self._late_paths(of_params)
         return (
             [
                 f"{new[0]} joined the model after the clipper was built ({len(new)} in all); call "
@@ -96,44 +96,48 @@ class LateParameters:
             else []
         )
 
-    def _joined(self, of_params: bool) -> list[str]:
+    def _late_paths(self, of_params: bool) -> list[str]:
         return [
-            slot.path for slot in self._waiting if self._counts(slot.table.get(slot.key), of_params)
+            entry.path
+            for entry in self._waiting
+            if self._is_late(entry.table.get(entry.key), of_params)
         ]
 
-    def _look(self) -> None:
-        now = self._entries()
+    def _compare_modules(self) -> None:
+        now = self._held_values()
         if len(now) == len(self._held) and all(map(is_, now, self._held)):  # registered elsewhere
             self._seen, self._listed = REGISTRATIONS.count, sum(map(len, self._lists))
             return
-        self._keep()
+        self._remember_modules()
         self._waiting = [
-            slot
-            for slot in module_entries(self._modules)
-            if isinstance(slot.value, Tensor)
-            and (id(slot.table), slot.key) not in self._places
-            and id(slot.value) not in self._params
+            entry
+            for entry in module_entries(self._modules)
+            if isinstance(entry.value, Tensor)
+            and (id(entry.table), entry.key) not in self._places
+            and id(entry.value) not in self._params
         ]
 
-    def _keep(self) -> None:
-        """What the modules hold now: the next look compares with it."""
+    def _remember_modules(self) -> None:
+        """Record what the modules hold now: the next comparison is with this."""
         every = {id(m): m for module in self._modules for m in module.modules()}
         every |= {
-            id(slot.value): slot.value for slot in self._slots if isinstance(slot.value, nn.Module)
+            id(entry.value): entry.value
+            for entry in self._module_entries
+            if isinstance(entry.value, nn.Module)
         }
         self._tables: list[dict[str, Any]] = [
             table for m in every.values() for table in (m._parameters, m._modules)
         ]
-        self._held = self._entries()
+        self._held = self._held_values()
         self._lists = [
             m._modules for m in every.values() if isinstance(m, (nn.ModuleList, nn.Sequential))
         ]
         self._listed, self._seen = sum(map(len, self._lists)), REGISTRATIONS.count
 
-    def _entries(self) -> list[Any]:
+    def _held_values(self) -> list[Any]:
         return [value for table in self._tables for value in table.values()]
 
-    def _counts(self, param: Any, of_params: bool) -> bool:
+    def _is_late(self, param: Any, of_params: bool) -> bool:
         if not isinstance(param, Tensor) or not param.requires_grad:
             return False
         try:

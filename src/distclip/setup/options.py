@@ -1,4 +1,4 @@
-"""What the caller passed for, checked. Equal on every rank, or the set-up refuses."""
+"""The options that the caller passed, checked. Equal on every rank, or the set-up raises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.groups import ONE, Grouping, Watch
+from distclip.groups import WHOLE_MODEL, Grouping, Watch
 from distclip.policies import FixedNorm, Policy
 from distclip.policies.assignment import describe_rules
 from distclip.policies.policy import UnitPolicy, describe, is_policy
@@ -40,7 +40,7 @@ class PassedOptions:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The same, checked and with their meaning worked out."""
+    """The same options, checked, with defaults filled in."""
 
     policy: Policy
     norm_type: float
@@ -52,7 +52,7 @@ class Options:
     watch: Watch | None
     partial_grads: str
 
-    def texts(self) -> dict[str, str]:
+    def config_texts(self) -> dict[str, str]:
         """Option → a text that is equal on all ranks if the option is."""
         rules = describe_rules(self.grouping.rules())
         return {
@@ -64,13 +64,13 @@ class Options:
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
             "partial_grads": repr(self.partial_grads),
-            "watch": f"Watch({_described(self.watch.groups)}, every={self.watch.every})"
+            "watch": f"Watch({_describe_grouping(self.watch.groups)}, every={self.watch.every})"
             if self.watch
             else "None",
         }
 
 
-def _described(grouping: Grouping) -> str:
+def _describe_grouping(grouping: Grouping) -> str:
     """Its rules by `describe`: the repr of a table holds that of its policies, which may be an
     address."""
     rules = describe_rules(grouping.rules())
@@ -128,7 +128,7 @@ def check_options(passed: PassedOptions) -> Options:
         )
     by_units = [
         rule
-        for rule in (policy, *(passed.groups or ONE).rules().values())
+        for rule in (policy, *(passed.groups or WHOLE_MODEL).rules().values())
         if isinstance(rule, UnitPolicy)
     ]
     if by_units and p != 2:
@@ -137,14 +137,21 @@ def check_options(passed: PassedOptions) -> Options:
             f"cannot go with it, leave it at 2"
         )
     return Options(
-        policy, p, passed.groups or ONE, passed.on_nonfinite, passed.drift_tolerance, passed.skip_limit, passed.fold, passed.watch,
-        passed.partial_grads,
-    )  # fmt: skip
+        policy=policy,
+        norm_type=p,
+        grouping=passed.groups or WHOLE_MODEL,
+        on_nonfinite=passed.on_nonfinite,
+        drift_tolerance=passed.drift_tolerance,
+        skip_limit=passed.skip_limit,
+        fold=passed.fold,
+        watch=passed.watch,
+        partial_grads=passed.partial_grads,
+    )
 
 
 def _check_kinds(passed: PassedOptions) -> None:
-    """ConfigError for what is of another kind than meant, which would fail later without a word of
-    distclip's."""
+    """ConfigError for arguments of a wrong type, which would fail later with an error that does not
+    name the argument."""
     if passed.max_norm is not None and not hasattr(passed.max_norm, "__float__"):
         raise ConfigError(
             f"max_norm is a {type(passed.max_norm).__name__}; it is a number, the threshold of the "
@@ -163,7 +170,7 @@ def _check_kinds(passed: PassedOptions) -> None:
             f"policy}}), per_parameter(), per_layer() "
             "or per_param_group(optimizer)"
         )
-    for pattern, rule in (passed.groups or ONE).rules().items():
+    for pattern, rule in (passed.groups or WHOLE_MODEL).rules().items():
         if isinstance(rule, type):
             raise ConfigError(
                 f"groups=by_name({{{pattern!r}: {rule.__name__}}}): that is the class; call it: "
@@ -172,8 +179,8 @@ def _check_kinds(passed: PassedOptions) -> None:
 
 
 def check_sinks(sinks: Any, rank: int) -> None:
-    """On the rank that writes. Elsewhere sinks are not looked at: `None` may stand there in the
-    place of what only one rank has.
+    """Check the sinks, on the rank that writes. On other ranks they are not checked: an object that
+    only one rank has may be None on the others.
 
     Raises:
         ConfigError: one of them cannot take reports.

@@ -1,5 +1,4 @@
-"""Stage 0: what the caller passed → named parameters, each with the wrappers around it. Sends
-nothing."""
+"""What the caller passed → named parameters, each with the wrappers around it. Sends nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 
 @dataclass(frozen=True, slots=True)
 class NamedParam:
-    """A parameter, its name with wrapper prefixes stripped, and what stands around it."""
+    """A parameter, its name without wrapper prefixes, and the wrappers around it."""
 
     name: str
     param: Tensor
@@ -41,11 +40,11 @@ class ModuleEntry:
     value: Any
     path: str
 
-    def replaced(self) -> bool:
-        """True if another parameter or module stands here now.
+    def is_replaced(self) -> bool:
+        """True if the module holds another parameter or child under this name now.
 
-        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only an exchange like for like
-        is a replacement.
+        FSDP2 and TP × DDP swap sharded and plain tensors in and out; only a DTensor for a DTensor,
+        or a plain one for a plain one, is a replacement.
         """
         now = self.table.get(self.key)
         if now is self.value:
@@ -60,8 +59,8 @@ class ParamScan:
     """All that was found in what the caller passed."""
 
     named: list[NamedParam] = field(default_factory=list)
-    slots: list[ModuleEntry] = field(default_factory=list)
-    # that were passed; none where parameters were
+    entries: list[ModuleEntry] = field(default_factory=list)
+    # that were passed; empty where parameters were passed
     modules: list[nn.Module] = field(default_factory=list)
     # quantised parameters, which have no gradients
     whole_numbers: list[NamedParam] = field(default_factory=list)
@@ -71,16 +70,15 @@ def named_parameters(params: Params) -> ParamScan:
     """Parameters by name, each object once (a tied one under its first name).
 
     Raises:
-        ConfigError: nothing was passed, something else than parameters was, or two parameters have
-            one name.
+        ConfigError: nothing or anything but parameters was passed, or two parameters have one name.
     """
     if isinstance(params, nn.Module):
-        found = _of_modules([params])
+        found = _scan_modules([params])
     elif isinstance(params, Tensor):
         found = ParamScan([NamedParam("0", params, positional=True)])
     else:
-        found = _of_items(_listed(params))
-    return _once(found)
+        found = _scan_items(_list_items(params))
+    return _drop_duplicates(found)
 
 
 def modules_in(params: Params) -> list[nn.Module]:
@@ -111,14 +109,14 @@ def tensors_in(params: Params) -> Iterator[Tensor]:
 
 def module_entries(modules: Iterable[nn.Module]) -> list[ModuleEntry]:
     """Where modules keep their parameters and children now."""
-    slots: list[ModuleEntry] = []
+    entries: list[ModuleEntry] = []
     for module in modules:
-        for _ in _walk(module, "", (), slots, {}, seen=set()):
+        for _ in _walk_modules(module, "", (), entries, {}, seen=set()):
             pass
-    return slots
+    return entries
 
 
-def _listed(params: Any) -> list[Any]:
+def _list_items(params: Any) -> list[Any]:
     if hasattr(params, "param_groups"):
         raise ConfigError(
             f"params is a {type(params).__name__}, an optimizer; pass what it steps, "
@@ -138,9 +136,9 @@ def _listed(params: Any) -> list[Any]:
     return list(params)
 
 
-def _of_items(items: list[Any]) -> ParamScan:
+def _scan_items(items: list[Any]) -> ParamScan:
     if items and all(isinstance(item, nn.Module) for item in items):
-        return _of_modules(items)
+        return _scan_modules(items)
     found = ParamScan()
     for i, item in enumerate(items):
         if isinstance(item, Tensor):
@@ -151,7 +149,7 @@ def _of_items(items: list[Any]) -> ParamScan:
             and isinstance(item[0], str)
             and isinstance(item[1], Tensor)
         ):
-            found.named.append(NamedParam(strip(item[0]), item[1]))
+            found.named.append(NamedParam(strip_wrappers(item[0]), item[1]))
         else:
             raise ConfigError(
                 f"params[{i}] is a {type(item).__name__}; pass an nn.Module, a list of modules, "
@@ -160,34 +158,34 @@ def _of_items(items: list[Any]) -> ParamScan:
     return found
 
 
-def _of_modules(modules: list[nn.Module]) -> ParamScan:
+def _scan_modules(modules: list[nn.Module]) -> ParamScan:
     """Several modules are the pipeline stages of this rank; only where their names collide does
     each get its position before them."""
-    walked = [_walk_all(module) for module in modules]
-    names = Counter(named.name for found in walked for named in _distinct(found.named))
+    walked = [_scan_module(module) for module in modules]
+    names = Counter(named.name for found in walked for named in _distinct_params(found.named))
     prefix = any(count > 1 for count in names.values()) and len(modules) > 1
     out = ParamScan(modules=modules)
     for i, found in enumerate(walked):
-        out.slots += found.slots
+        out.entries += found.entries
         for named in found.named:
             name = f"{i}.{named.name}" if prefix else named.name
             out.named.append(NamedParam(name, named.param, named.ddp_groups, named.shard))
     return out
 
 
-def _walk_all(module: nn.Module) -> ParamScan:
+def _scan_module(module: nn.Module) -> ParamScan:
     found = ParamScan()
     shards = flat_shards(module)
-    for named in _walk(module, "", (), found.slots, shards, seen=set()):
+    for named in _walk_modules(module, "", (), found.entries, shards, seen=set()):
         found.named.append(named)
     return found
 
 
-def _walk(
+def _walk_modules(
     module: nn.Module,
     path: str,
     ddp_groups: tuple[ProcessGroup, ...],
-    slots: list[ModuleEntry],
+    entries: list[ModuleEntry],
     shards: dict[int, FlatShard],
     seen: set[int],
 ) -> Iterator[NamedParam]:
@@ -199,22 +197,24 @@ def _walk(
         for name, param in module.module.named_parameters():
             if name in module.parameters_to_ignore:  # DDP does not synchronise these
                 yield NamedParam(
-                    strip(f"{path}{name}"), param, ddp_groups[:-1], shards.get(id(param))
+                    strip_wrappers(f"{path}{name}"), param, ddp_groups[:-1], shards.get(id(param))
                 )
     for key, param in module._parameters.items():
         if param is not None:
-            name = strip(f"{path}{key}")
-            slots.append(ModuleEntry(module._parameters, key, param, name))
+            name = strip_wrappers(f"{path}{key}")
+            entries.append(ModuleEntry(module._parameters, key, param, name))
             yield NamedParam(name, param, ddp_groups, shards.get(id(param)))
     for key, child in module._modules.items():
         if child is not None:
             transparent = isinstance(module, (DistributedDataParallel, DataParallel))
             below = path if transparent or key in _WRAPPERS else f"{path}{key}."
-            slots.append(ModuleEntry(module._modules, key, child, strip(below).rstrip(".") or key))
-            yield from _walk(child, below, ddp_groups, slots, shards, seen)
+            entries.append(
+                ModuleEntry(module._modules, key, child, strip_wrappers(below).rstrip(".") or key)
+            )
+            yield from _walk_modules(child, below, ddp_groups, entries, shards, seen)
 
 
-def strip(name: str) -> str:
+def strip_wrappers(name: str) -> str:
     """The name without the components that wrappers add."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
@@ -222,24 +222,24 @@ def strip(name: str) -> str:
     return ".".join(parts)
 
 
-def _distinct(named: list[NamedParam]) -> list[NamedParam]:
+def _distinct_params(named: list[NamedParam]) -> list[NamedParam]:
     first: dict[int, NamedParam] = {}
     for n in named:
         first.setdefault(id(n.param), n)
     return list(first.values())
 
 
-def _once(found: ParamScan) -> ParamScan:
+def _drop_duplicates(found: ParamScan) -> ParamScan:
     """Each parameter object once; integer (quantised) ones apart."""
-    select_state, whole_numbers = [], []
-    for n in _distinct(found.named):
-        (
-            select_state if n.param.is_floating_point() or n.param.is_complex() else whole_numbers
-        ).append(n)
-    twice = [name for name, count in Counter(n.name for n in select_state).items() if count > 1]
+    floating: list[NamedParam] = []
+    whole_numbers: list[NamedParam] = []
+    for n in _distinct_params(found.named):
+        is_floating = n.param.is_floating_point() or n.param.is_complex()
+        (floating if is_floating else whole_numbers).append(n)
+    twice = [name for name, count in Counter(n.name for n in floating).items() if count > 1]
     if twice:
         raise ConfigError(
             f"two different parameters are named {twice[0]!r}; pass (name, "
             f"parameter) pairs with distinct names"
         )
-    return ParamScan(select_state, found.slots, found.modules, whole_numbers)
+    return ParamScan(floating, found.entries, found.modules, whole_numbers)

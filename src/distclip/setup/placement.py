@@ -1,5 +1,5 @@
-"""Stage 1: parameter → piece. What does this rank hold, and together with whom? Reads specs and
-handles; sends nothing.
+"""Parameter → piece. What does this rank hold, and together with whom? Reads specs and handles;
+sends nothing.
 
 Instances of the one idea (name, region, replica set):
   plain tensor          the whole parameter, copied over all ranks that have the name
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 
-class _Private:
+class _PrivateType:
     def __repr__(self) -> str:
         return "distclip.PRIVATE"
 
 
-PRIVATE: Final = _Private()
-ReplicatedOver: TypeAlias = Mapping[str, "ProcessGroup | _Private"]
+PRIVATE: Final = _PrivateType()
+ReplicatedOver: TypeAlias = Mapping[str, "ProcessGroup | _PrivateType"]
 Shared: TypeAlias = Sequence[Sequence[str]]
 
 DEVICES = ("cpu", "cuda")
@@ -53,19 +53,19 @@ class ReplicaDeclarations:
     replicated_over: ReplicatedOver
     shared: Shared
 
-    def patterns(self) -> list[str]:
+    def all_patterns(self) -> list[str]:
         """Patterns and names of which each must match on some rank."""
         return [*self.replicated_over, *(name for names in self.shared for name in names)]
 
 
-def pieces(
+def local_pieces(
     named: Sequence[NamedParam], declared: ReplicaDeclarations, rank: int
 ) -> list[tuple[NamedParam, Piece]]:
-    """The pieces that this rank holds, with their parameters; those on a mesh without this rank are
-    left out.
+    """The pieces that this rank holds, with their parameters; those on a mesh without this rank
+    have none.
 
     Frozen parameters are pieces too: their meshes say which ranks work together, and they may be
-    unfrozen. Where they lie is not judged.
+    unfrozen. Their device is not checked.
 
     Raises:
         PlacementError: a trainable parameter on a device that is not supported, or that is a
@@ -79,12 +79,12 @@ def pieces(
                 f"CUDA. A model on `meta` has no values yet: "
                 "build the clipper after it was materialised"
             )
-    out = [(n, _piece(n, declared, rank)) for n in named]
+    out = [(n, _piece_of(n, declared, rank)) for n in named]
     return [(n, piece) for n, piece in out if piece is not None]
 
 
-def _piece(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Piece | None:
-    over = _declared_scope(named.name, declared.replicated_over, rank)
+def _piece_of(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Piece | None:
+    over = _declared_rank_set(named.name, declared.replicated_over, rank)
     around = tuple(ranks_token(group) for group in named.ddp_groups)
     key, tied = named.name, ()
     for names in declared.shared:
@@ -92,11 +92,11 @@ def _piece(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Piece
             key, tied = names[0], ("shared " + " = ".join(names),)
     if over == (private_token(rank),):
         around = ()
-        # what is tied over ranks is none's alone, whatever pattern matches it
+        # what is tied over ranks is not private, whatever pattern matches it
         over = () if tied else over
-    scopes = _Scopes(around, over, tied)
+    rank_sets = _RankSets(around, over, tied)
     if named.shard is not None:
-        return _flat(named, key, named.shard, scopes)
+        return _flat_piece(named, key, named.shard, rank_sets)
     if is_flattened(named.param):
         raise PlacementError(
             f"{named.name} is a shard of an FSDP1 unit whose handle is out of sight; pass the "
@@ -106,24 +106,24 @@ def _piece(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Piece
         )
     spec = spec_of(named.param)
     if spec is not None:
-        return _distributed(named, key, spec, scopes)
+        return _dtensor_piece(named, key, spec, rank_sets)
     param = named.param
     description = "whole, in DDP" if around else "whole"
     if over:
         description = "private" if over == (private_token(rank),) else "whole, declared"
-    holding = scopes.holding(description, "whole", ())
+    holding = rank_sets.make_holding(description, "whole", ())
     shape = tuple(param.shape)
     return Piece(named.name, key, holding, shape, param.numel(), shape, None)
 
 
-class _Scopes(NamedTuple):
+class _RankSets(NamedTuple):
     """Sets of ranks around a parameter, besides those of the parameter itself."""
 
     ddp_groups: tuple[str, ...]  # groups of DDP modules
     declared: tuple[str, ...]  # by `replicated_over`
     tied: tuple[str, ...]  # by `shared`
 
-    def holding(self, description: str, region: str, own: tuple[str, ...]) -> Holding:
+    def make_holding(self, description: str, region: str, own: tuple[str, ...]) -> Holding:
         """`own`: the parameter's mesh, or its unit's groups."""
         every = (*own, *self.ddp_groups, *self.declared, *self.tied)
         return Holding(
@@ -135,25 +135,25 @@ class _Scopes(NamedTuple):
         )
 
 
-def _flat(named: NamedParam, key: str, shard: FlatShard, scopes: _Scopes) -> Piece:
+def _flat_piece(named: NamedParam, key: str, shard: FlatShard, rank_sets: _RankSets) -> Piece:
     index, parts = shard.part
     description = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
     region, over = f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups))
     if shard.spec is not None:  # of this rank's part under tensor parallelism
-        placed = _placed(shard.spec)
+        placed = _dtensor_part(shard.spec)
         description, region, over = (
             f"{description}, of {placed.description}",
             f"{placed.region} {region}",
             (placed.mesh, *over),
         )
-    holding = scopes.holding(description, region, over)
+    holding = rank_sets.make_holding(description, region, over)
     return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
 
 _IS_PARTIAL = methodcaller("is_partial")
 
 
-class _Placed(NamedTuple):
+class _DTensorPart(NamedTuple):
     """Which part of a DTensor this rank holds."""
 
     description: str
@@ -161,11 +161,11 @@ class _Placed(NamedTuple):
     mesh: str  # token of its ranks
 
 
-def _placed(spec: Any) -> _Placed:
+def _dtensor_part(spec: Any) -> _DTensorPart:
     """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as
     copies."""
     mesh = mesh_of(spec)
-    sizes, token = _facts(mesh)
+    sizes, token = _mesh_facts(mesh)
     # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part
     # of its own
     split = [
@@ -173,14 +173,16 @@ def _placed(spec: Any) -> _Placed:
         for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True)
         if not is_copy(p)
     ]
-    return _Placed(_described(tuple(spec.placements), sizes), " ".join(split) or "whole", token)
+    return _DTensorPart(
+        _describe_placements(tuple(spec.placements), sizes), " ".join(split) or "whole", token
+    )
 
 
 def is_copy(placement: Placement) -> bool:
     return placement.is_replicate() or placement.is_partial()
 
 
-def _distributed(named: NamedParam, key: str, spec: Any, scopes: _Scopes) -> Piece | None:
+def _dtensor_piece(named: NamedParam, key: str, spec: Any, rank_sets: _RankSets) -> Piece | None:
     placements: tuple[Placement, ...] = tuple(spec.placements)
     if mesh_of(spec).get_coordinate() is None:
         return None
@@ -189,10 +191,10 @@ def _distributed(named: NamedParam, key: str, spec: Any, scopes: _Scopes) -> Pie
             f"{named.name}: placements {placements} hold unreduced partial sums; redistribute the "
             f"parameter to Shard or Replicate"
         )
-    placed = _placed(spec)
+    placed = _dtensor_part(spec)
     param, shape = named.param, tuple(spec.shape)
     local = param._local_tensor if is_dtensor(param) else param
-    holding = scopes.holding(placed.description, placed.region, (placed.mesh,))
+    holding = rank_sets.make_holding(placed.description, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return Piece(
         named.name,
@@ -206,11 +208,11 @@ def _distributed(named: NamedParam, key: str, spec: Any, scopes: _Scopes) -> Pie
 
 
 @lru_cache(maxsize=256)
-def _described(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> str:
-    return f"{', '.join(map(_short, placements))} on a {' x '.join(map(str, sizes))} mesh"
+def _describe_placements(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> str:
+    return f"{', '.join(map(_placement_name, placements))} on a {' x '.join(map(str, sizes))} mesh"
 
 
-def _short(placement: Placement) -> str:
+def _placement_name(placement: Placement) -> str:
     return (
         "Replicate"
         if placement.is_replicate()
@@ -218,10 +220,10 @@ def _short(placement: Placement) -> str:
     )
 
 
-def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str, ...]:
+def _declared_rank_set(name: str, declared: ReplicatedOver, rank: int) -> tuple[str, ...]:
     for pattern, group in declared.items():
         if fnmatchcase(name, pattern):
-            if isinstance(group, _Private):
+            if isinstance(group, _PrivateType):
                 return (private_token(rank),)
             ranks = get_process_group_ranks(group)
             if rank not in ranks:
@@ -235,9 +237,8 @@ def _declared_scope(name: str, declared: ReplicatedOver, rank: int) -> tuple[str
 
 
 @lru_cache(maxsize=64)
-def _facts(mesh: Any) -> tuple[tuple[int, ...], str]:
-    """A mesh's sizes and the token of its ranks, which torch works out anew for each parameter that
-    asks."""
+def _mesh_facts(mesh: Any) -> tuple[tuple[int, ...], str]:
+    """A mesh's sizes and the token of its ranks, which torch would recompute for each parameter."""
     return tuple(mesh.shape), "ranks " + ",".join(map(str, sorted(mesh.mesh.flatten().tolist())))
 
 

@@ -1,4 +1,4 @@
-"""Stage 2: the one agreement, made when the clipper is built: holders → shares, the same groups and
+"""The one agreement, made when the clipper is built: holders → shares, the same groups and
 configuration on every rank."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distclip.exchange.channel import (
     lines_by_rank,
     raise_on_all_ranks,
 )
-from distclip.records import Holding, Piece, Row, Share
+from distclip.records import Holding, OwnershipRow, Piece, PieceShare
 from distclip.setup.inventory import DECLARE, exchange_tables
 from distclip.setup.replicas import find_replicas, rows_of
 
@@ -29,12 +29,12 @@ class Plan:
     communicates."""
 
     pieces: tuple[Piece, ...]
-    shares: tuple[Share, ...]
+    shares: tuple[PieceShare, ...]
     groups: tuple[str, ...]  # sorted, equal on every rank
     group_of: tuple[int, ...]  # [pieces]
     layers: tuple[str, ...]  # watched ones: sorted, equal on every rank
     layer_of: tuple[int, ...]  # [pieces], or nothing where none is watched
-    rows: tuple[Row, ...]  # of all ranks
+    rows: tuple[OwnershipRow, ...]  # of all ranks
     ranks: tuple[int, ...]
     norm_type: float
     words: int  # float64 numbers in the one message of a step
@@ -57,7 +57,7 @@ class Plan:
         width = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
         right = (0, 1, 4)
 
-        def text(line: tuple[str, ...]) -> str:
+        def format_line(line: tuple[str, ...]) -> str:
             return "  ".join(
                 c.rjust(w) if i in right else c.ljust(w)
                 for i, (c, w) in enumerate(zip(line, width, strict=True))
@@ -74,32 +74,31 @@ class Plan:
         return "\n".join(
             [
                 f"distclip plan: {total:,} parameters, {elements:,} elements, "
-                f"{_count(len(self.groups), 'group')}, "
-                f"{self.norm_type:g}-norm over {_count(len(self.ranks), 'rank')}",
-                *map(text, (head, *lines)),
+                f"{_count_text(len(self.groups), 'group')}, "
+                f"{self.norm_type:g}-norm over {_count_text(len(self.ranks), 'rank')}",
+                *map(format_line, (head, *lines)),
                 *([self.apart_text()] if self.apart else []),
-                f"this rank holds {_count(len(names), 'piece')}: {shown}",
+                f"this rank holds {_count_text(len(names), 'piece')}: {shown}",
                 message,
             ]
         )
 
     def apart_text(self) -> str:
         return (
-            f"{_count(self.apart, 'name')} on ranks that no parameter's mesh joins: taken for "
+            f"{_count_text(self.apart, 'name')} on ranks that no parameter's mesh joins: taken for "
             f"different parameters there (pipeline "
             "stages); if they are copies, pass the whole model, or declare replicated_over"
         )
 
 
-def _count(n: int, noun: str) -> str:
+def _count_text(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def agree_on_call(
     channel: Channel, config: Mapping[str, str], error: Exception | None, device: torch.device
 ) -> None:
-    """A collective of two words a rank: does every rank build the same clipper, without an error of
-    its own?
+    """A collective of two words a rank: does every rank build the same clipper, without an error?
 
     Raises:
         Exception: `error`, on the rank that had it.
@@ -155,13 +154,13 @@ def make_plan(
     layer_of: Sequence[str] | None = None,
     beside: Sequence[Holding] = (),
 ) -> Plan:
-    """A collective on all ranks: three small all-reduces, more only to name what is wrong.
+    """A collective on all ranks: three small all-reduces, and more only for an error's text.
 
     Args:
         group_of: [pieces] the group's name of each.
         layer_of: [pieces] the watched layer's name of each; None on all ranks where none is
             watched.
-        beside: of parameters that are no pieces, whose meshes join ranks too.
+        beside: holdings of parameters without a piece; their meshes join ranks too.
         patterns: pattern or name that must match on some rank → how often it does on this one.
 
     Raises:
@@ -175,7 +174,7 @@ def make_plan(
     for pattern, count in zip(patterns, tables.counts, strict=True):
         if not count:
             raise ConfigError(
-                f"{pattern!r} matches no parameter on any rank; {_nearest(pattern, pieces)}"
+                f"{pattern!r} matches no parameter on any rank; {_nearest_names(pattern, pieces)}"
             )
     if not sum(map(len, tables.rows)):
         raise ConfigError(
@@ -198,13 +197,14 @@ def make_plan(
         held[slot] += piece.local_numel / share.num_replicas
         whole[slot] += piece.numel / members
     sums = torch.tensor([held, whole], dtype=torch.float64, device="cpu")
-    sums = channel.reduce_(
+    sums = channel.all_reduce_(
         sums.to(channel.comm_device(device)), "sum", "the set-up's count of elements"
     ).cpu()
     lost = (sums[0] - sums[1]).abs() > 1e-6 * sums[1] + 1e-3
     if lost.any():
         local = [
-            f"{p.name} ({p.holding.description}): the parts held add up to {sums[0, s]:.0f} elements of "
+            f"{p.name} ({p.holding.description}): the parts held add up to {sums[0, s]:.0f} "
+            f"elements of "
             f"{sums[1, s]:.0f}; every rank that "
             "holds a part must be in process_group, and copies must be declared by replicated_over"
             for p, s in zip(pieces, holders.slot, strict=True)
@@ -235,28 +235,28 @@ def make_plan(
     )
 
 
-def _nearest(pattern: str, pieces: Sequence[Piece]) -> str:
-    """The names on this rank that are most like a pattern without a match."""
+def _nearest_names(pattern: str, pieces: Sequence[Piece]) -> str:
+    """The names on this rank that are most similar to a pattern without a match."""
     names = {name for piece in pieces for name in (piece.name, piece.key_name)}
     if not names:
         return "this rank holds no parameters"
     letters = SequenceMatcher(b=pattern.translate(dict.fromkeys(map(ord, "*?[]!"))), autojunk=False)
 
-    def likeness(name: str) -> float:
+    def name_similarity(name: str) -> float:
         ratios: list[float] = []
         for part in (name, *name.split(".")):
             letters.set_seq1(part)
             ratios.append(letters.ratio())
         return max(ratios)
 
-    nearest = sorted(names, key=lambda name: (-likeness(name), name))[:3]
+    nearest = sorted(names, key=lambda name: (-name_similarity(name), name))[:3]
     return f"the nearest names on this rank: {', '.join(nearest)} ({len(names)} in all)"
 
 
 def _agreed_names(
     channel: Channel, keys: Sequence[Tensor], own: Sequence[str], device: torch.device
 ) -> tuple[str, ...]:
-    """All ranks' names, sorted. Only those that some rank lacks are sent.
+    """All ranks' names, sorted. Only names that some rank lacks are sent.
 
     Args:
         keys: [tables] of [parameters] int64: the names' keys.

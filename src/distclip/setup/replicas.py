@@ -1,5 +1,5 @@
-"""Stage 2b: who holds what with whom, from the tables that all ranks know: all compute alike, and
-nothing is sent."""
+"""Which ranks hold copies or parts of the same parameters, computed from the tables that all ranks
+have: the same on every rank, and nothing is sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distclip.exchange.channel import Channel, hash64
-from distclip.records import Piece, Row, Share
-from distclip.setup.inventory import RemoteHolding, Tables
+from distclip.records import OwnershipRow, Piece, PieceShare
+from distclip.setup.inventory import HoldingTables, RemoteHolding
 
 
 class ReplicaSet(NamedTuple):
@@ -36,9 +36,9 @@ class ReplicaPosition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMap:
-    """The holders of every parameter, computed alike on all ranks."""
+    """The holders of every parameter: computed on each rank, equal on all."""
 
-    shares: list[Share]  # [this rank's pieces]
+    shares: list[PieceShare]  # [this rank's pieces]
     slot: list[int]  # [this rank's pieces]: position in the vector that checks the tiling
     members: list[int]  # [this rank's pieces]
     slots: int
@@ -47,28 +47,28 @@ class ReplicaMap:
     apart: int  # names that DTensors or wrapped parameters have on ranks that nothing joins
 
 
-def find_replicas(tables: Tables, rank: int, pieces: Sequence[Piece]) -> ReplicaMap:
-    """Joins ranks whose scopes meet, transitively, for each parameter; then counts equal regions.
-    Sends nothing.
+def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> ReplicaMap:
+    """Joins ranks whose rank sets overlap, transitively, for each parameter; then counts equal
+    regions. Sends nothing.
 
-    Scopes meet also where two ranks work on one set of modules (`_module_sets`): FSDP2 over dp
+    Ranks are also joined where they work on one set of modules (`_module_sets`): FSDP2 over dp
     beside tensor parallelism holds what no tensor-parallel plan names on the dp meshes alone, and
     the ranks of one tp mesh hold copies of it.
 
-    Parameters that the same holdings of the same tables hold are one case, so the joining is done
-    once a case, not once a name.
+    Parameters that the same holdings of the same tables hold are one case, so ranks are joined once
+    for each case, not for each name.
     """
     owner = torch.cat(
         [torch.full((len(rows),), i, device="cpu") for i, rows in enumerate(tables.rows)]
     )
     rows = torch.cat(tables.rows)
     names, name_of = torch.unique(rows[:, 0], return_inverse=True)
-    mark = _mixed(owner * 1_000_003 + rows[:, 1] + 1)
+    mark = _mix_bits(owner * 1_000_003 + rows[:, 1] + 1)
     signature = torch.zeros(len(names), dtype=torch.int64, device="cpu").index_add_(
         0, name_of, mark
     )
     cases, case_of = torch.unique(signature, return_inverse=True)
-    places, components, apart = _cases(
+    places, components, apart = _solve_cases(
         tables, _module_sets(tables), owner, rows, name_of, case_of, len(cases)
     )
 
@@ -78,7 +78,7 @@ def find_replicas(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Replica
     # numbers
     keys = [hash64(piece.key_name) for piece in pieces]
     at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64, device="cpu"))
-    shares: list[Share] = []
+    shares: list[PieceShare] = []
     slot: list[int] = []
     members: list[int] = []
     # a rank may hold a tied parameter under two names
@@ -90,7 +90,7 @@ def find_replicas(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Replica
         found = places[case][rank, ordinal]
         place = found[min(copy_of[name_key, ordinal], len(found) - 1)]
         copy_of[name_key, ordinal] += 1
-        shares.append(Share(place.holders, _weight(name_key, place)))
+        shares.append(PieceShare(place.holders, _drift_weight(name_key, place)))
         slot.append(first + place.component)
         members.append(place.members)
     of_case = case_of.argsort(stable=True).split(
@@ -107,12 +107,12 @@ def find_replicas(tables: Tables, rank: int, pieces: Sequence[Piece]) -> Replica
         members,
         int(per_name.sum()),
         table,
-        _misshapen(tables, rows, names, name_of, case_of, places, owner),
+        _find_shape_conflicts(tables, rows, names, name_of, case_of, places, owner),
         int(torch.tensor(apart, device="cpu")[case_of].sum()),
     )
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mix_bits(x: Tensor) -> Tensor:
     """Spreads small integers over 64 bits (splitmix64's steps, on wrapping int64)."""
     x = x * -7046029254386353131
     x = (x ^ (x >> 30)) * -4658895280553007687
@@ -123,39 +123,39 @@ def _mixed(x: Tensor) -> Tensor:
 _Positions = dict[tuple[int, int], list[ReplicaPosition]]
 
 
-def _module_sets(tables: Tables) -> list[Hashable]:
+def _module_sets(tables: HoldingTables) -> list[Hashable]:
     """[ranks] equal for ranks that work on one set of modules: some parameter's mesh, or the group
     of a wrapper, has both, transitively.
 
     What is declared or tied joins no ranks beyond its own parameters: an embedding is tied over
     stages that are different modules.
     """
-    joined = _Joined()
+    joined = _UnionFind()
     for rank, holdings in enumerate(tables.holdings):
         for holding in holdings:
-            for rank_set in holding.rank_sets:
-                joined.join(("rank", rank), rank_set)
-    return [joined.root(("rank", rank)) for rank in range(len(tables.holdings))]
+            for rank_set in holding.module_rank_sets:
+                joined.merge_sets(("rank", rank), rank_set)
+    return [joined.find_root(("rank", rank)) for rank in range(len(tables.holdings))]
 
 
-class _Joined:
-    """A union-find: `root` is equal for what was joined."""
+class _UnionFind:
+    """A union-find: `find_root` is equal for items that were merged."""
 
     def __init__(self) -> None:
         self._parent: dict[Hashable, Hashable] = {}
 
-    def root(self, item: Hashable) -> Hashable:
+    def find_root(self, item: Hashable) -> Hashable:
         while (parent := self._parent.setdefault(item, item)) != item:
             self._parent[item] = self._parent[parent]
             item = parent
         return item
 
-    def join(self, one: Hashable, other: Hashable) -> None:
-        self._parent[self.root(other)] = self.root(one)
+    def merge_sets(self, one: Hashable, other: Hashable) -> None:
+        self._parent[self.find_root(other)] = self.find_root(one)
 
 
-def _cases(
-    tables: Tables,
+def _solve_cases(
+    tables: HoldingTables,
     module_sets: Sequence[Hashable],
     owner: Tensor,
     rows: Tensor,
@@ -179,7 +179,7 @@ def _cases(
         strict=True,
     ):
         entries[case] += [(rank, ordinal) for rank in tables.ranks_of[table]]
-    solved = [_joined(tables, module_sets, sorted(entries[case])) for case in range(count)]
+    solved = [_solve_case(tables, module_sets, sorted(entries[case])) for case in range(count)]
     return (
         [places for places, _, _ in solved],
         [components for _, components, _ in solved],
@@ -187,20 +187,22 @@ def _cases(
     )
 
 
-def _joined(
-    tables: Tables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]
+def _solve_case(
+    tables: HoldingTables, module_sets: Sequence[Hashable], entries: list[tuple[int, int]]
 ) -> tuple[_Positions, list[ReplicaSet], bool]:
-    joined = _Joined()
+    joined = _UnionFind()
     for rank, ordinal in entries:
         holding = tables.holdings[rank][ordinal]
-        first, *others = cast("tuple[Hashable, ...]", holding.scopes)
-        if _widens(holding):
+        first, *others = cast("tuple[Hashable, ...]", holding.rank_sets)
+        if _joins_modules(holding):
             others.append(("modules", module_sets[rank]))
-        for scope in others:
-            joined.join(first, scope)
+        for rank_set in others:
+            joined.merge_sets(first, rank_set)
     together: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     for rank, ordinal in entries:
-        together[joined.root(tables.holdings[rank][ordinal].scopes[0])].append((rank, ordinal))
+        together[joined.find_root(tables.holdings[rank][ordinal].rank_sets[0])].append(
+            (rank, ordinal)
+        )
 
     places: _Positions = defaultdict(list)
     components: list[ReplicaSet] = []
@@ -219,20 +221,20 @@ def _joined(
             ReplicaSet(ranks, " / ".join(descriptions), len(next(iter(holders.values()))))
         )
     read = [
-        any(_widens(tables.holdings[rank][ordinal]) for rank, ordinal in members)
+        any(_joins_modules(tables.holdings[rank][ordinal]) for rank, ordinal in members)
         for members in together.values()
     ]
     return places, components, sum(read) > 1
 
 
-def _widens(holding: RemoteHolding) -> bool:
-    """Whether it is copied wherever ranks work on the same modules: what is declared is held as it
-    was declared."""
-    return bool(holding.rank_sets) and not holding.declared
+def _joins_modules(holding: RemoteHolding) -> bool:
+    """Whether ranks that work on the same modules hold copies of it. Not where the caller declared
+    the copies."""
+    return bool(holding.module_rank_sets) and not holding.declared
 
 
-def _misshapen(
-    tables: Tables,
+def _find_shape_conflicts(
+    tables: HoldingTables,
     rows: Tensor,
     names: Tensor,
     name_of: Tensor,
@@ -258,20 +260,20 @@ def _misshapen(
     return out
 
 
-def _weight(name_key: int, place: ReplicaPosition) -> float:
+def _drift_weight(name_key: int, place: ReplicaPosition) -> float:
     """This holder's weight in the drift sum: between 1/8 and 1 in size, zero-sum over the holders,
     0 for a single one."""
     if place.holders == 1:
         return 0.0
     draw = random.Random(name_key)
     size = draw.uniform(0.5, 1.0) * draw.choice((-1.0, 1.0))
-    return size * pattern(place.holders)[place.position]
+    return size * drift_pattern(place.holders)[place.position]
 
 
 _PATTERNS: dict[int, tuple[float, ...]] = {}
 
 
-def pattern(holders: int) -> tuple[float, ...]:
+def drift_pattern(holders: int) -> tuple[float, ...]:
     """Zero-sum numbers, each between 1/4 and 1 in size, of which no small subset sums to zero (as
     pairs of +1 and -1 would)."""
     if holders not in _PATTERNS:
@@ -288,7 +290,7 @@ def pattern(holders: int) -> tuple[float, ...]:
     return _PATTERNS[holders]
 
 
-def rows_of(holders: ReplicaMap, elements: Tensor, channel: Channel) -> tuple[Row, ...]:
+def rows_of(holders: ReplicaMap, elements: Tensor, channel: Channel) -> tuple[OwnershipRow, ...]:
     """The lines of the ownership table. `elements`: [slots] float64, each parameter's global number
     of elements."""
     merged: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(lambda: [0, 0])
@@ -298,6 +300,6 @@ def rows_of(holders: ReplicaMap, elements: Tensor, channel: Channel) -> tuple[Ro
         line[0] += len(slots)
         line[1] += round(float(elements[slots].sum()))
     return tuple(
-        Row(count, total, description, ranks, copies)
+        OwnershipRow(count, total, description, ranks, copies)
         for (description, ranks, copies), (count, total) in merged.items()
     )

@@ -1,7 +1,7 @@
-"""Stage 3a: modules whose gradients `backward()` may leave unfinished until `finalize_backward()`
-is called. Sends nothing.
+"""Modules whose gradients `backward()` may leave unfinished until `finalize_backward()` is called.
+Sends nothing.
 
-torch 2.15 lets the caller of DDP and FSDP2 say when gradients are waited for; before it there is no
+Since torch 2.15 the caller of DDP and FSDP2 may finalize gradients by hand; before it there is no
 such module. Pipeline schedules do so by themselves, and have finalized all stages when their `step`
 ends.
 """
@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distclip.setup.parameters import Params, modules_in, strip
+from distclip.setup.parameters import Params, modules_in, strip_wrappers
 from distclip.torch_internals.dtensor import imported_class
 
 
-class Wrapper(NamedTuple):
+class ReducingWrapper(NamedTuple):
     """A module that reduces the gradients of all that is in it."""
 
     name: str
     module: Any
 
 
-def wrappers(params: Params) -> tuple[Wrapper, ...]:
-    """The outermost ones in what the caller passed; of parameters without their modules none can be
-    found."""
-    # before its import nothing is one
+def reducing_wrappers(params: Params) -> tuple[ReducingWrapper, ...]:
+    """The outermost such modules in what the caller passed; none where parameters without modules
+    were passed."""
+    # before its import no module is an instance
     fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")
     kinds = tuple(
         kind
@@ -39,28 +39,28 @@ def wrappers(params: Params) -> tuple[Wrapper, ...]:
         wrapper
         for module in modules_in(params)
         if kinds
-        for wrapper in _outermost(module, kinds, "", seen=set())
+        for wrapper in _outermost_wrappers(module, kinds, "", seen=set())
     )
 
 
-def _outermost(
+def _outermost_wrappers(
     module: nn.Module, kinds: tuple[type, ...], path: str, seen: set[int]
-) -> Iterator[Wrapper]:
+) -> Iterator[ReducingWrapper]:
     if id(module) in seen:
         return
     seen.add(id(module))
     if isinstance(module, kinds):
-        yield Wrapper(strip(path) or "the model", module)
+        yield ReducingWrapper(strip_wrappers(path) or "the model", module)
         return
     for key, child in module._modules.items():
         if child is not None:
-            yield from _outermost(child, kinds, f"{path}.{key}" if path else key, seen)
+            yield from _outermost_wrappers(child, kinds, f"{path}.{key}" if path else key, seen)
 
 
-def unfinished(found: Sequence[Wrapper]) -> list[str]:
-    """What is wrong with gradients that are not final, in one text. Reads a flag of each module;
-    nothing of a device."""
-    late = [(name, remedy) for name, module in found if (remedy := _remedy(module))]
+def unfinished_errors(found: Sequence[ReducingWrapper]) -> list[str]:
+    """One text about gradients that are not final, or nothing. Reads a flag of each module, and no
+    device value."""
+    late = [(name, remedy) for name, module in found if (remedy := _remedy_for(module))]
     if not late:
         return []
     name, remedy = late[0]
@@ -68,8 +68,8 @@ def unfinished(found: Sequence[Wrapper]) -> list[str]:
     return [f"the gradients of {name} are not final{more}: {remedy}"]
 
 
-def _remedy(module: Any) -> str:
-    """Empty where gradients are final."""
+def _remedy_for(module: Any) -> str:
+    """What to do; empty where gradients are final."""
     if isinstance(module, DistributedDataParallel):
         late = module.require_manual_backward_finalization and not _has_reduced(module)
         handed_out = False

@@ -24,7 +24,7 @@ class UnitRange(NamedTuple):
 
 
 def unit_range(param: Tensor, piece: Piece) -> UnitRange:
-    """PlacementError where units are cut in a way that cannot be told."""
+    """PlacementError where units are sharded in a way that distclip does not know."""
     vector = len(piece.shape) < 2
     whole = 1 if vector else piece.shape[0]
     held = 1 if vector else piece.local_shape[0]

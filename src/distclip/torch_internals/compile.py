@@ -18,9 +18,9 @@ def outside_compile(function: Callable[P, R]) -> Callable[P, R]:
     compiler, which takes seconds."""
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call_outside(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         return function(*args, **kwargs)
 
-    return call
+    return call_outside

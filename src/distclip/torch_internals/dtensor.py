@@ -1,5 +1,5 @@
 """DTensor without importing it: torch.distributed.tensor takes a second to import, and a program
-that has none needs it nowhere."""
+without DTensors does not need it."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def mesh_of(spec: Any) -> Any:
 
 
 def is_contiguous_shard(placement: Placement) -> bool:
-    """Whether a rank's part is one run of indices: Shard, and not what is derived from it
-    (_StridedShard of some releases)."""
+    """Whether a rank's part is one run of indices: Shard, but no subclass of it (_StridedShard in
+    some releases)."""
     kind = imported_class("torch.distributed.tensor.placement_types", "Shard")
     return kind is not None and isinstance(placement, kind)
 
 
 def offset_of(shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
     """Where this rank's part of a DTensor of that shape begins, by dimension."""
-    # not before there is a DTensor: it takes a second
+    # imported only once there is a DTensor: the import takes a second
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return tuple(compute_local_shape_and_global_offset(shape, mesh_of(spec), spec.placements)[1])

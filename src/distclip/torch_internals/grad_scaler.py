@@ -1,9 +1,8 @@
-"""Unscale first: what GradScaler keeps of each optimizer. What torch keeps of each optimizer is read and
-written in this file alone.
+"""GradScaler's records of each optimizer: read and written in this file alone.
 
 A scaler knows for each optimizer whether its gradients were unscaled and whether one was not
-finite. Both are taken over here: the inverse scale becomes a factor of the clip's own multiply, and
-what the scaler is told is the overflow that all ranks agreed on.
+finite. Both are replaced here: the inverse scale becomes a factor of the clip's own multiply, and
+the scaler's record is set to the overflow that all ranks agreed on.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _OWN = ("state", "param_groups", "defaults")
 
 
 def unwrap_optimizer(optimizer: Any) -> list[Any]:
-    """`optimizer`, and what stands behind it while it is a framework's wrapper that only forwards;
-    the last one is to be stepped.
+    """`optimizer`, and what it wraps, for as long as that is a framework's wrapper that only
+    forwards; the last one is to be stepped.
 
-    Any other wrapper is the last one itself: what it does beside forwarding must happen, and a
+    Any other wrapper is the last one itself: what it does besides forwarding must happen, and a
     scaler keeps its records under it.
     """
     links = [optimizer]
@@ -66,7 +65,7 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
 
 
 def _attributes_of(holder: Any) -> Iterator[Any]:
-    """What an object keeps in its attributes, in lists and dicts too. No property is read: one may
+    """What an object keeps in its attributes, in lists and dicts too. No property is read: it may
     compute, or raise."""
     if type(holder).__module__.partition(".")[0] == "torch":
         return
@@ -94,23 +93,23 @@ def _slot_names(slots: Any) -> tuple[str, ...]:
 
 
 class ScalerState:
-    """What one call has to do with a scaler, or with none.
+    """The scaler's part in one call; with no scaler, nothing.
 
     Args:
-        scaler: a `torch.amp.GradScaler` or `ShardedGradScaler`; None or a disabled one has nothing
-            to say.
+        scaler: a `torch.amp.GradScaler` or `ShardedGradScaler`; None or a disabled one has no
+            effect.
         optimizers: as they were given, perhaps wrapped.
         device: where gradients are measured.
         on_host: the scale's inverse is read at once.
 
     Attributes:
-        enabled: False where there is nothing to do.
+        enabled: False without an enabled scaler.
         is_scaled: [optimizers] whose gradients still carry the scale.
         inv_scale: float, or [] float64 on the device; None without an enabled scaler.
 
     Raises:
         ConfigError: the scaler is of another kind, has scaled no loss yet, or has stepped an
-            optimizer since its update; it has unscaled what is inside a wrapper, and not the
+            optimizer since its update; it has unscaled an optimizer inside a wrapper, and not the
             wrapper.
     """
 
@@ -140,7 +139,7 @@ class ScalerState:
         try:
             lost = scaler._scale is None
             known = scaler._per_optimizer_states
-            # under which of them the user's own unscale_ and step go is not known yet: all are told
+            # which of them the user passes to unscale_ and step is not known yet: all are recorded
             records = [[known[id(o)] for o in links] for links in chains]
             stages = [{record["stage"] for record in links} for links in records]
             dealt_with = [
@@ -182,7 +181,7 @@ class ScalerState:
                     f"{outer}, or leave unscaling to the clipper"
                 )
         # on the scale's own device: scale() copies it to another without waiting, and the host
-        # would read it before it is there
+        # would read it before the copy is done
         one = torch.ones((), dtype=torch.float32, device=scaler._scale.device)
         inv_scale = scaler.scale(one).double().reciprocal().to(device)
         self.inv_scale = float(inv_scale) if on_host else inv_scale
@@ -196,8 +195,8 @@ class ScalerState:
                 found = torch.maximum(found, value.to(device, torch.float64).reshape(()))
         return found
 
-    def read(self, inv_scale: float) -> ScalerState:
-        """The same, with the inverse that the host has read meanwhile."""
+    def with_inv_scale(self, inv_scale: float) -> ScalerState:
+        """The same, with the inverse scale as a number that the host has read."""
         known = copy(self)
         known.inv_scale = inv_scale
         return known

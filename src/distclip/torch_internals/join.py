@@ -13,9 +13,8 @@ from torch.distributed.algorithms.join import Join, Joinable
 from distclip.errors import ConfigError
 
 
-class UnevenInputs:
-    """Knows whether a step is taken inside `join()`, which a message over ranks would never come
-    out of.
+class JoinGuard:
+    """Knows whether a step is taken inside `join()`, where a collective over all ranks would hang.
 
     Args:
         modules: that the clipper was given.
@@ -36,7 +35,7 @@ class UnevenInputs:
         # each one's latest context, where that is known to be over
         self._over: list[Any] = [None] * len(self._joinables)
 
-    def refuse(self, operation: str) -> None:
+    def refuse_join(self, operation: str) -> None:
         """ConfigError inside `join()`; on every rank that takes the step, before anything is
         sent."""
         for i, joinable in enumerate(self._joinables):
@@ -50,8 +49,8 @@ class UnevenInputs:
 
 
 def _is_open(joinable: Joinable) -> bool:
-    """Whether the context is still there: torch leaves its mark on the module afterwards. Looks at
-    every object, once a context."""
+    """Whether the context is still open: torch leaves its config on the module afterwards. Looks at
+    every object, once for each context."""
     contexts = [thing for thing in gc.get_objects() if issubclass(type(thing), Join)]
     return any(
         context._enable and any(j is joinable for j in context._joinables) for context in contexts

@@ -78,7 +78,7 @@ def facts(place: RankInfo, backend: str, device: torch.device) -> dict[str, Any]
         "backend": backend,
         "distclip": distclip.__version__,
         "torch": torch.__version__,
-        "note": distclip.versions.note(torch.__version__) or "none",
+        "note": distclip.versions.untested_release_note(torch.__version__) or "none",
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda or "none",
