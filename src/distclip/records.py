@@ -131,7 +131,7 @@ class Culprit(NamedTuple):
     kind: str  # "inf" or "NaN"
 
 
-class _Numbers:
+class _TensorField:
     """A field of a report: a tensor, or Python's numbers, which become one when it is read."""
 
     def __init__(self, name: str, dtype: torch.dtype | None) -> None:
@@ -268,4 +268,4 @@ _DTYPES: dict[str, torch.dtype] = {
     "skips": torch.int64,
 }
 for _name in _TENSORS:
-    setattr(ClipReport, _name, _Numbers(_name, _DTYPES.get(_name)))
+    setattr(ClipReport, _name, _TensorField(_name, _DTYPES.get(_name)))

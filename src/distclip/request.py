@@ -140,7 +140,8 @@ class Request:
             return []
         return [
             f"{pieces[left[0]].name} has a scaled gradient and is in none of the optimizers that "
-            f"were passed ({len(left)} parameter{'s' if len(left) > 1 else ''} in all); pass all of "
+            f"were passed ({len(left)} parameter{'s' if len(left) > 1 else ''} in all); pass all "
+            f"of "
             "the scaler's optimizers in one call"
         ]
 

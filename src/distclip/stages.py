@@ -12,11 +12,11 @@ from distclip.apply.gradients import GradientApplier
 from distclip.decide.decision import decide, ever_skips
 from distclip.decide.enforce import StepChecker
 from distclip.decide.global_norms import idle_norms
-from distclip.decide.guard import Streak
+from distclip.decide.guard import SkipStreak
 from distclip.decide.warn import StepWarnings
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import MessageLayout
-from distclip.measure.collect import Collector, GradOf
+from distclip.measure.collect import GradientCollector, GradOf
 from distclip.measure.local_sums import LocalMeasurer
 from distclip.measure.units import UnitClipper
 from distclip.optimizers import OptimizerIndex
@@ -29,7 +29,7 @@ from distclip.report.summary import ReportMaker
 from distclip.request import RequestMaker
 from distclip.setup.build_plan import SetupInputs
 from distclip.setup.late_parameters import LateParameters
-from distclip.setup.options import Options
+from distclip.setup.options import ClipOptions
 from distclip.setup.plan import Plan
 
 # Where reading a number makes the host wait: there a step is judged one call late if it may be.
@@ -61,7 +61,7 @@ class Stages:
     hash_weights: Tensor  # [2, groups] int64: of the decision's hash
 
     @property
-    def options(self) -> Options:
+    def options(self) -> ClipOptions:
         return self.inputs.options
 
     @property
@@ -107,7 +107,7 @@ def build_stages(
     clamped = decide(assignments, idle, initial)[0].clamped
 
     # Gradients, from parameters to sums
-    collector = Collector(members, plan, inputs.scan.entries, grad_of, layout)
+    collector = GradientCollector(members, plan, inputs.scan.entries, grad_of, layout)
     late = LateParameters(inputs.scan.modules, inputs.scan.entries, collector.grad_of)
     by_tensor = not inputs.scan.modules
     index = OptimizerIndex(members, plan.group_of, by_tensor, grad_of)
@@ -147,7 +147,7 @@ def build_stages(
         checker=StepChecker(
             channel=channel,
             plan=plan,
-            streak=Streak(options.on_nonfinite, options.skip_limit),
+            streak=SkipStreak(options.on_nonfinite, options.skip_limit),
             tolerance=tolerance,
             device=device,
             config=inputs.config,

@@ -1,4 +1,5 @@
-"""One step from top to bottom: measure → exchange → read norms → decide → check → remember → report.
+"""One step from top to bottom: measure → exchange → read norms → decide → check → remember →
+report.
 
 All of it happens before a gradient is touched. Two things differ between devices, and both are
 chosen at set-up: `HostNow` reads the reduced message at once, and from there on numbers are
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distclip.apply.gradients import StepOutcome
-from distclip.decide.decision import Decision, StepFlags, decide, no_decision, resolve
+from distclip.decide.decision import ClipDecision, StepFlags, decide, no_decision, resolve
 from distclip.decide.enforce import HostNumbers
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
@@ -102,7 +103,9 @@ class StepRunner:
             decision = no_decision(norms)
 
         # Errors, warnings and culprits; what becomes of the step
-        checked = timing.check(_Step(request, measurement, norms, decision), allow_late, capturing)
+        checked = timing.check(
+            _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
+        )
         if not request.read_only:
             state.update(decision, policies, checked.flags)
         report = stages.reports.make(
@@ -135,21 +138,21 @@ class StepRunner:
         return vector.to(device) if isinstance(message, Tensor) else Readback.read_now(vector)
 
 
-class _Step(NamedTuple):
+class _UncheckedStep(NamedTuple):
     """A step that is not yet checked."""
 
     request: Request
     measurement: LocalMeasurement
     norms: GlobalNorms
-    decision: Decision
+    decision: ClipDecision
 
 
-class _Checked(NamedTuple):
+class _CheckedStep(NamedTuple):
     """A step that may go on. `request`, `decision`, `finite` and `host_flags` are Python's numbers
     where `on_host`; `flags` are what the state and the report take."""
 
     request: Request
-    decision: Decision
+    decision: ClipDecision
     finite: Any
     flags: StepFlags
     host_flags: StepFlags
@@ -167,7 +170,7 @@ class HostNow:
     def check_previous(self) -> None:
         """Nothing was left."""
 
-    def check(self, step: _Step, allow_late: bool, capturing: bool) -> _Checked:
+    def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
         finite: Any = norms.finite
         flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
@@ -180,7 +183,7 @@ class HostNow:
         )
         culprits = self._stages.checker.check(measurement, norms.checks, numbers)
         grads = measurement.grads
-        return _Checked(request, decision, finite, flags, flags, True, grads, culprits)
+        return _CheckedStep(request, decision, finite, flags, flags, True, grads, culprits)
 
 
 class DeviceLate:
@@ -199,7 +202,7 @@ class DeviceLate:
         checks, numbers, _ = self._unpack(late.numbers)
         self._writer.add_culprits(self._stages.checker.check(late.what, checks, numbers))
 
-    def check(self, step: _Step, allow_late: bool, capturing: bool) -> _Checked:
+    def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
         finite: Any = norms.finite
         tolerance = self._stages.checker.tolerance
@@ -210,9 +213,9 @@ class DeviceLate:
         grads, measurement.grads = measurement.grads, None
         if not capturing:
             self._late.enqueue(self._pack(step, flags), measurement)
-        return _Checked(request, decision, finite, flags, flags, False, grads, ())
+        return _CheckedStep(request, decision, finite, flags, flags, False, grads, ())
 
-    def _check_now(self, step: _Step, flags: StepFlags) -> _Checked:
+    def _check_now(self, step: _UncheckedStep, flags: StepFlags) -> _CheckedStep:
         """One read, of everything that the host wants to know."""
         request, measurement, _, decision = step
         checks, numbers, rest = self._unpack(Readback.read_now(self._pack(step, flags)))
@@ -224,9 +227,9 @@ class DeviceLate:
         decision = replace(decision, coef=coefs)
         host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
         grads = measurement.grads
-        return _Checked(request, decision, finite, flags, host_flags, True, grads, culprits)
+        return _CheckedStep(request, decision, finite, flags, host_flags, True, grads, culprits)
 
-    def _pack(self, step: _Step, flags: StepFlags) -> Tensor:
+    def _pack(self, step: _UncheckedStep, flags: StepFlags) -> Tensor:
         """float64: the check words, what warnings look at, and the decision."""
         request, _, norms, decision = step
         device, one = self._stages.device, torch.ones

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import TensorWeakRef
 
 import distclip
-from distclip.measure.collect import Collector
+from distclip.measure.collect import GradientCollector
 from distclip.measure.gradient_cache import GradientCache
 
 
@@ -105,17 +105,17 @@ def test_what_changes_between_steps_is_noticed():
 def fast(clipper):
     """Steps that were not looked at one by one."""
     collector, slow = clipper._stages.measurer.collector, []
-    looked = Collector._collect_checked
+    looked = GradientCollector._collect_checked
 
     def counted(self, *args):
         slow.append(1)
         return looked(self, *args)
 
-    Collector._collect_checked = counted
+    GradientCollector._collect_checked = counted
     try:
         yield collector, slow
     finally:
-        Collector._collect_checked = looked
+        GradientCollector._collect_checked = looked
 
 
 def test_channels_last_and_changing_sets_are_compared_in_one_go():

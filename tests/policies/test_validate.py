@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from late import judged_late
 from torch import nn
 
 import distclip
+from late import judged_late
 
 GROUPS = ["a", "b", "c"]
 F64 = torch.float64

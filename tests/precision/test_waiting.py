@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
-from distclip.decide.guard import Verdict, is_fine, verdict_of
+from distclip.decide.guard import StepVerdict, is_fine, verdict_of
 from distclip.exchange.message import MessageLayout
 from distclip.exchange.readback import Readback
 from late import judged_late
@@ -245,5 +245,5 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
             verdicts.add(verdict)
             told = torch.tensor(message, dtype=torch.float64)
             fine = is_fine(layout(False).checks(told), 1e-5)
-            assert bool(fine) == (verdict is Verdict.FINE), (i, value, verdict)
+            assert bool(fine) == (verdict is StepVerdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts

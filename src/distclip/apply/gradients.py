@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Decision, StepFlags
+from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientSet
 from distclip.measure.units import UnitClipper, UnitMeasurement
@@ -25,7 +25,7 @@ class StepOutcome:
     """What a call is to do to the gradients."""
 
     request: Request
-    decision: Decision
+    decision: ClipDecision
     finite: Flag
     flags: StepFlags
     on_host: bool  # all of this is Python's: read at once, or in one go before anything is touched

@@ -18,7 +18,7 @@ from distclip.values import Column, Flag, FlagColumn, any_of, as_column, fill, m
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ClipDecision:
     """What happens to the gradients, one entry a group."""
 
     coef: Column  # 1 where the group is clamped or scaled by units
@@ -31,8 +31,8 @@ class Decision:
     skip: Flag | None  # a policy leaves this step out; None where no policy answered so
 
 
-class _Answer(NamedTuple):
-    """One policy's, for its groups: the columns of `Decision`."""
+class _PolicyAnswer(NamedTuple):
+    """One policy's, for its groups: the columns of `ClipDecision`."""
 
     coef: Column
     threshold: Column
@@ -43,9 +43,9 @@ class _Answer(NamedTuple):
 
 def decide(
     assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State
-) -> tuple[Decision, State]:
+) -> tuple[ClipDecision, State]:
     """Pure: equal norms and states on all ranks give equal decisions. No host sync on a device."""
-    answers: list[_Answer] = []
+    answers: list[_PolicyAnswer] = []
     next_states: list[tuple[Tensor, ...]] = []
     skips: list[Flag] = []
     clamped, unitwise = frozenset[int](), frozenset[int]()
@@ -68,19 +68,19 @@ def decide(
             unitwise = unitwise.union(assignment.groups)
     columns = answers[0] if len(answers) == 1 else _side_by_side(assignments, answers, norms)
     skip = _any_flag(skips) if skips else None
-    decision = Decision(*columns, clamped=clamped, unitwise=unitwise, skip=skip)
+    decision = ClipDecision(*columns, clamped=clamped, unitwise=unitwise, skip=skip)
     return decision, tuple(next_states)
 
 
-def _constant_answer(norms: list[float], threshold: float) -> _Answer:
+def _constant_answer(norms: list[float], threshold: float) -> _PolicyAnswer:
     """A fixed threshold's, in Python's numbers."""
     coef = [clip_coefficient(norm, threshold) for norm in norms]
     after = [norm * c for norm, c in zip(norms, coef)]
     clipped = [c != 1 for c in coef]
-    return _Answer(coef, [threshold] * len(norms), clipped, after, [1.0] * len(norms))
+    return _PolicyAnswer(coef, [threshold] * len(norms), clipped, after, [1.0] * len(norms))
 
 
-def _columns_of(answer: Scale | Clamp | UnitScale, norms: Norms, on_host: bool) -> _Answer:
+def _columns_of(answer: Scale | Clamp | UnitScale, norms: Norms, on_host: bool) -> _PolicyAnswer:
     one = torch.ones_like(norms.per_group)
     if isinstance(answer, Scale):
         after = norms.per_group * answer.coef
@@ -89,12 +89,12 @@ def _columns_of(answer: Scale | Clamp | UnitScale, norms: Norms, on_host: bool) 
         columns = one, answer.value, answer.clipped, answer.norm_after, answer.cosine
     else:
         columns = one, answer.threshold, answer.clipped, answer.norm_after, one
-    return _Answer(*(as_column(column, on_host) for column in columns))
+    return _PolicyAnswer(*(as_column(column, on_host) for column in columns))
 
 
 def _side_by_side(
-    assignments: Sequence[PolicyAssignment], answers: Sequence[_Answer], norms: GlobalNorms
-) -> _Answer:
+    assignments: Sequence[PolicyAssignment], answers: Sequence[_PolicyAnswer], norms: GlobalNorms
+) -> _PolicyAnswer:
     """[groups]: each policy's entries at its groups' places."""
     columns: list[Any] = []
     for values in zip(*answers, strict=True):
@@ -110,7 +110,7 @@ def _side_by_side(
             }
             out = [placed[group] for group in range(len(norms.per_group))]
         columns.append(out)
-    return _Answer(*columns)
+    return _PolicyAnswer(*columns)
 
 
 def _any_flag(flags: Sequence[Flag]) -> Flag:
@@ -120,11 +120,11 @@ def _any_flag(flags: Sequence[Flag]) -> Flag:
     return first
 
 
-def no_decision(norms: GlobalNorms) -> Decision:
+def no_decision(norms: GlobalNorms) -> ClipDecision:
     """For norms of parameters, of which nothing is clipped."""
     one = fill(norms.per_group, 1.0)
     nothing: Any = one.ne(one) if isinstance(one, Tensor) else [False] * len(one)
-    return Decision(
+    return ClipDecision(
         coef=one,
         threshold=multiply(one, float("inf")),
         clipped=nothing,
@@ -151,7 +151,7 @@ class StepFlags(NamedTuple):
 
 
 def resolve(
-    decision: Decision, finite: Flag, ok: Flag, read_only: bool, propagates: bool
+    decision: ClipDecision, finite: Flag, ok: Flag, read_only: bool, propagates: bool
 ) -> StepFlags:
     """Pure.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from distclip.decide import audit
-from distclip.decide.guard import Streak, Verdict, verdict_of
+from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
 from distclip.decide.warn import StepWarnings
 from distclip.errors import AgreementError, GradientError
 from distclip.exchange.channel import Channel, hash64
@@ -43,7 +43,7 @@ class StepChecker:
 
     channel: Channel
     plan: Plan
-    streak: Streak
+    streak: SkipStreak
     tolerance: float | None
     device: torch.device
     config: str
@@ -60,14 +60,14 @@ class StepChecker:
         request, step = measurement.request, measurement.step
         is_audit = request.operation == "audit"
         verdict = verdict_of(checks, None if is_audit else self.tolerance)
-        if verdict is Verdict.DISAGREE:
+        if verdict is StepVerdict.DISAGREE:
             raise audit.disagreement_error(self.channel, self._doing(measurement), self.device)
         if request.error is not None:
             raise request.error
-        if verdict is Verdict.ERROR:
+        if verdict is StepVerdict.ERROR:
             told = audit.gather_errors(self.channel, measurement.errors, self.device)
             raise GradientError(f"step {step}: {told}") from measurement.cause
-        if verdict in (Verdict.PARTIAL_GRADS, Verdict.DRIFT):
+        if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
             self.compare_replicas(request, step, measurement.grads, measurement)
             raise AgreementError(
                 f"step {step}: copies of {_things(request)} differ (drift "
@@ -76,7 +76,7 @@ class StepChecker:
         if request.read_only:
             return ()
         self._warn_of_request(request, checks)
-        if verdict is Verdict.NONFINITE:
+        if verdict is StepVerdict.NONFINITE:
             return self._count_bad_step(measurement, int(checks.nonfinite))
         self._count_finite_step(step, numbers)
         return ()

@@ -14,7 +14,7 @@ from distclip.values import Flag, negate
 WINDOW = 500  # steps: what the clip rate counts, and how long a threshold may always clip
 
 
-class Verdict(Enum):
+class StepVerdict(Enum):
     """In the order in which they are judged."""
 
     DISAGREE = "ranks made different calls"
@@ -25,27 +25,27 @@ class Verdict(Enum):
     FINE = "go on"
 
 
-def _violations(checks: CheckWords, tolerance: float | None) -> list[tuple[Verdict, Flag]]:
+def _violations(checks: CheckWords, tolerance: float | None) -> list[tuple[StepVerdict, Flag]]:
     """Which rules the reduced words break: the one list of them, for the host and the device.
 
     Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
     """
     broken = [
-        (Verdict.DISAGREE, negate(checks.agreed)),
-        (Verdict.ERROR, negate(checks.errors == 0)),
-        (Verdict.NONFINITE, negate(checks.finite)),
-        (Verdict.PARTIAL_GRADS, negate(abs(checks.presence) <= PRESENCE_TOLERANCE)),
+        (StepVerdict.DISAGREE, negate(checks.agreed)),
+        (StepVerdict.ERROR, negate(checks.errors == 0)),
+        (StepVerdict.NONFINITE, negate(checks.finite)),
+        (StepVerdict.PARTIAL_GRADS, negate(abs(checks.presence) <= PRESENCE_TOLERANCE)),
     ]
     if tolerance is not None:
         within = abs(checks.drift) <= tolerance * checks.power_sum
-        broken.append((Verdict.DRIFT, negate(within)))
+        broken.append((StepVerdict.DRIFT, negate(within)))
     return broken
 
 
-def verdict_of(checks: CheckWords, tolerance: float | None) -> Verdict:
+def verdict_of(checks: CheckWords, tolerance: float | None) -> StepVerdict:
     """The first rule that is broken, from Python's numbers that are equal on every rank."""
     return next(
-        (verdict for verdict, broken in _violations(checks, tolerance) if broken), Verdict.FINE
+        (verdict for verdict, broken in _violations(checks, tolerance) if broken), StepVerdict.FINE
     )
 
 
@@ -58,7 +58,7 @@ def is_fine(checks: CheckWords, tolerance: float | None) -> Flag:
 
 
 @dataclass(slots=True)
-class Streak:
+class SkipStreak:
     """Steps in a row that were not taken."""
 
     mode: OnNonfinite

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Decision, StepFlags
-from distclip.decide.guard import WINDOW, Streak
+from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.guard import WINDOW, SkipStreak
 from distclip.decide.rule_changes import RuleChange, describe_changes, rule_changes
 from distclip.decide.warn import user_stacklevel
 from distclip.errors import ConfigError
@@ -24,11 +24,11 @@ from distclip.p_norm import bits_of
 from distclip.policies.assignment import PolicyAssignment, describe_assignments
 from distclip.policies.policy import describe
 from distclip.policies.state import State, clone_state, select_state, state_to
-from distclip.setup.options import Options
+from distclip.setup.options import ClipOptions
 from distclip.values import Flag, Number
 
 
-class _Ring:
+class _FlagRing:
     """WINDOW flags, written round and round: in one memory, as Python's bytes and as a tensor."""
 
     def __init__(self, device: torch.device, on_host: bool) -> None:
@@ -62,7 +62,7 @@ class StepHistory:
 
     def __init__(self, device: torch.device, on_host: bool) -> None:
         zero: Any = 0 if on_host else torch.zeros((), dtype=torch.int64, device=device)
-        self._ring = _Ring(device, on_host)
+        self._ring = _FlagRing(device, on_host)
         self.num_calls, self.num_skips = zero, zero if on_host else zero.clone()
         self._num_clipped: Any = 0.0 if on_host else zero.double()
         self.clip_rate: Any = 0.0 if on_host else zero.double()
@@ -121,7 +121,7 @@ class ClipperState:
         groups: tuple[str, ...],
         initial: State,
         hash_weights: Tensor,
-        streak: Streak,
+        streak: SkipStreak,
         on_host: bool,
         is_alone: bool,
         step: int = 0,
@@ -138,7 +138,7 @@ class ClipperState:
             self._hash = torch.zeros((), dtype=torch.float64, device=hash_weights.device)
 
     def to(
-        self, hash_weights: Tensor, streak: Streak, on_host: bool, is_alone: bool
+        self, hash_weights: Tensor, streak: SkipStreak, on_host: bool, is_alone: bool
     ) -> ClipperState:
         """The same for a new plan of the same groups, perhaps on another device."""
         policies = state_to(self.policies, hash_weights.device)
@@ -159,7 +159,7 @@ class ClipperState:
         """For policies: an answer may hold on to its state, and is put to use after `update`."""
         return tuple(map(clone_state, self.policies)) if any(self.policies) else self.policies
 
-    def update(self, decision: Decision, policies: State, flags: StepFlags) -> None:
+    def update(self, decision: ClipDecision, policies: State, flags: StepFlags) -> None:
         """One more step that is not read-only.
 
         Args:
@@ -176,7 +176,7 @@ class ClipperState:
         if any(policies):
             self._keep(select_state(flags.taken, self.policies, policies))
 
-    def _hash_of(self, decision: Decision) -> Any:
+    def _hash_of(self, decision: ClipDecision) -> Any:
         """16 bits that depend on every bit of the coefficients and thresholds."""
         coef, threshold = decision.coef, decision.threshold
         if isinstance(coef, Tensor) and isinstance(threshold, Tensor):
@@ -202,7 +202,7 @@ class ClipperState:
     # Checkpoints
 
     def state_dict(
-        self, options: Options, assignments: Sequence[PolicyAssignment]
+        self, options: ClipOptions, assignments: Sequence[PolicyAssignment]
     ) -> dict[str, Any]:
         """A flat record of tensors and strings, which loads with `weights_only`."""
         numbers = {"step": self.step, "bad_in_a_row": self.streak.length}

@@ -146,7 +146,8 @@ class MessageLayout:
     def _spread(self, power_sums: Tensor) -> Tensor:
         """[groups + layers, and drift where they are sums]: what pieces add up to.
 
-        A maximum over ranks may lose a NaN: it is sent as inf. An inf or NaN makes drift meaningless; such a step is not judged by it.
+        A maximum over ranks may lose a NaN: it is sent as inf. An inf or NaN makes drift
+        meaningless; such a step is not judged by it.
         """
         if self.num_groups == 1 and not self.num_layers and not self.norm.is_max:
             return torch.mv(self._share_and_weight, power_sums)

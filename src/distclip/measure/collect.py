@@ -1,8 +1,8 @@
 """Parameters → this rank's gradient tensors, each compared with the plan. What is wrong
 becomes a text, never an early exit.
 
-A step compares its gradients with those that were found right before (`gradient_cache`), all at once.
-Where anything differs, parameters are looked at one by one.
+A step compares its gradients with those that were found right before (`gradient_cache`), all at
+once. Where anything differs, parameters are looked at one by one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class GradientSet:
         self.groups = [group_of[i] for i in self.unique]
         all_groups = layout.group_of
         self.group_index = all_groups if self.index is None else all_groups[self.index]
-        self.selections: dict[tuple[int, ...], Selection] = {}
+        self.selections: dict[tuple[int, ...], PolicySelection] = {}
         self.skip_masks: dict[frozenset[int], Tensor] = {}
 
     def key(self) -> tuple[object, ...]:
@@ -87,13 +87,13 @@ class GradientSet:
 
     def select(
         self, groups: tuple[int, ...], num_replicas: Sequence[int], device: torch.device
-    ) -> Selection:
+    ) -> PolicySelection:
         """The gradients of one policy's groups."""
         if groups not in self.selections:
             place = {group: i for i, group in enumerate(groups)}
             mine = [n for n, group in enumerate(self.groups) if group in place]
             portions = self.portions or [1.0] * len(self.unique)
-            self.selections[groups] = Selection(
+            self.selections[groups] = PolicySelection(
                 positions=mine,
                 at=_to_device(mine, torch.int64, device),
                 group=_to_device([place[self.groups[n]] for n in mine], torch.int64, device),
@@ -115,7 +115,7 @@ class GradientSet:
         return self.skip_masks[pieces]
 
 
-class Selection(NamedTuple):
+class PolicySelection(NamedTuple):
     """Those of a set's gradients that one policy governs; tensors on the compute device."""
 
     positions: list[int]  # in the TensorList
@@ -137,7 +137,7 @@ class CollectedGrads:
     errors: list[str] = field(default_factory=lambda: [])
 
 
-class Collector:
+class GradientCollector:
     """Fetches gradients and compares them with the plan. Never communicates.
 
     Args:
@@ -232,7 +232,8 @@ class Collector:
                 error = (
                     f"the gradient of {piece.name} has local shape {tuple(tensor.shape)}, the plan "
                     f"says {piece.local_shape} "
-                    f"({piece.holding.description}); it is not sharded or reduced yet (no_sync?): clip "
+                    f"({piece.holding.description}); it is not sharded or reduced yet (no_sync?): "
+                    f"clip "
                     f"after the reduction, or call "
                     "clipper.rebuild() if the parameter was changed"
                 )

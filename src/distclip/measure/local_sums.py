@@ -18,7 +18,7 @@ from distclip.exchange.channel import hash64
 from distclip.exchange.message import Message, MessageLayout
 from distclip.kernels.reference import SUMMED
 from distclip.kernels.tensor_list import TensorList
-from distclip.measure.collect import CollectedGrads, Collector, GradientSet
+from distclip.measure.collect import CollectedGrads, GradientCollector, GradientSet
 from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.optimizers import params_added_later, params_without_plan
 from distclip.p_norm import bits_of
@@ -62,7 +62,7 @@ class LocalMeasurer:
     """
 
     plan: Plan
-    collector: Collector
+    collector: GradientCollector
     layout: MessageLayout
     assignments: Sequence[PolicyAssignment]
     units: UnitClipper | None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import Decision, StepFlags
+from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
 from distclip.groups import Watch
@@ -39,7 +39,7 @@ class ReportMaker:
     def make(
         self,
         norms: GlobalNorms,
-        decision: Decision,
+        decision: ClipDecision,
         flags: StepFlags,
         state: ClipperState,
         read_only: bool,
@@ -69,7 +69,7 @@ class ReportMaker:
     def _numbers(
         self,
         norms: GlobalNorms,
-        decision: Decision,
+        decision: ClipDecision,
         flags: StepFlags,
         clip_rate: Number,
         num_skips: Number,

@@ -17,7 +17,7 @@ from distclip.exchange.channel import Channel
 from distclip.policies.assignment import policy_of
 from distclip.policies.policy import UnitPolicy
 from distclip.records import Holding, Piece
-from distclip.setup.options import Options, PassedOptions, check_options, check_sinks
+from distclip.setup.options import ClipOptions, PassedOptions, check_options, check_sinks
 from distclip.setup.parameters import (
     Params,
     ParamScan,
@@ -36,7 +36,7 @@ from distclip.torch_internals.join import JoinGuard
 class SetupInputs:
     """The parameters as they are now."""
 
-    options: Options
+    options: ClipOptions
     config: str  # the options as a text, equal on all ranks
     members: list[Tensor]  # [pieces] the parameters
     scan: ParamScan
@@ -51,7 +51,7 @@ class SetupInputs:
 class _LocalSetup:
     """What this rank reads by itself, before any exchange."""
 
-    options: Options | None = None
+    options: ClipOptions | None = None
     config: dict[str, str] = field(default_factory=lambda: {})
     scan: ParamScan = field(default_factory=ParamScan)
     wrappers: tuple[ReducingWrapper, ...] = ()

@@ -39,7 +39,7 @@ class PassedOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ClipOptions:
     """The same options, checked, with defaults filled in."""
 
     policy: Policy
@@ -79,7 +79,7 @@ def _describe_grouping(grouping: Grouping) -> str:
     )
 
 
-def check_options(passed: PassedOptions) -> Options:
+def check_options(passed: PassedOptions) -> ClipOptions:
     """ConfigError for what cannot be honoured."""
     if (passed.max_norm is None) == (passed.policy is None):
         seen = "both" if passed.policy is not None else "neither"
@@ -136,7 +136,7 @@ def check_options(passed: PassedOptions) -> Options:
             f"{describe(by_units[0])} works with 2-norms of units; norm_type={passed.norm_type!r} "
             f"cannot go with it, leave it at 2"
         )
-    return Options(
+    return ClipOptions(
         policy=policy,
         norm_type=p,
         grouping=passed.groups or WHOLE_MODEL,
