@@ -12,15 +12,19 @@ exit codes:  0  all checks passed    1  a check failed    2  it could not run to
              torchrun answers 1 for both 1 and 2, and prints each rank's own code.
 
 examples:    torchrun --nproc-per-node 4 -m distclip doctor
-             torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m distclip doctor
+             torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint \
+HOST:29500 -m distclip doctor
              distclip doctor --only copies --json
 
-A rank that is lost or stuck ends the run within the time-out and 20 s, and is named together with the collective.
+A rank that is lost or stuck ends the run within the time-out and 20 s, and is named together \
+with the collective.
 """
 _EPILOG_LOGS = """\
-exit codes:  0  done    1  it could not be made or written    2  wrong options, or a log of which nothing can be read
+exit codes:  0  done    1  it could not be made or written    2  wrong options, or a log of which \
+nothing can be read
 
-Of a folder, files that are no log of distclip are left out and named. A file that is named itself must be one.
+Of a folder, files that are no log of distclip are left out and named. A file that is named \
+itself must be one.
 """
 
 

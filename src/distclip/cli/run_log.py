@@ -240,11 +240,25 @@ class _Lines:
                         kind,
                     )
                 )
-        at = torch.tensor(steps)
         return Run(
-            name, str(path), at, norm, after, clipped > 0, skipped > 0, coef, threshold, cosine, rate, self._names["group"],
-            self._limits, self._norm_type, tuple(parts), tuple(self.skips[s] for s in sorted(self.skips)), tuple(self._notes(path)),
-        )  # fmt: skip
+            name=name,
+            path=str(path),
+            step=torch.tensor(steps),
+            norm=norm,
+            after=after,
+            clipped=clipped > 0,
+            skipped=skipped > 0,
+            coef=coef,
+            threshold=threshold,
+            cosine=cosine,
+            clip_rate=rate,
+            groups=self._names["group"],
+            limits=self._limits,
+            norm_type=self._norm_type,
+            parts=tuple(parts),
+            skips=tuple(self.skips[s] for s in sorted(self.skips)),
+            notes=tuple(self._notes(path)),
+        )
 
     def _notes(self, path: Path) -> Iterable[str]:
         bad = self.bad[:-1] if self._cut else self.bad
@@ -252,13 +266,22 @@ class _Lines:
             count = "1 line is" if len(bad) == 1 else f"{len(bad)} lines are"
             yield f"{path}: {count} no report of distclip and left out: {_ranges(bad)}"
         if self._cut:
-            yield f"{path}: line {self.bad[-1]}, the last, is cut short and left out: the run goes on, or was ended while it wrote"
+            yield (
+                f"{path}: line {self.bad[-1]}, the last, is cut short and left out: the run goes "
+                f"on, or was ended while it wrote"
+            )
         if self._again:
             count = "1 step is" if self._again == 1 else f"{self._again} steps are"
-            yield f"{path}: {count} there more than once (a run that was resumed?); the later line counts"
+            yield (
+                f"{path}: {count} there more than once (a run that was resumed?); the later line "
+                f"counts"
+            )
         if self._last < max(self.rows):
             last = max(self.rows)
-            yield f"{path}: its last line is step {self._last}, yet step {last} stands before it; were two runs written to one file?"
+            yield (
+                f"{path}: its last line is step {self._last}, yet step {last} stands before it; "
+                f"were two runs written to one file?"
+            )
 
 
 def _row(said: Mapping[str, Any]) -> tuple[float, ...]:

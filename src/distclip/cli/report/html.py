@@ -19,29 +19,40 @@ _DARK = ("#6cb2f5", "#ff9b63", "#4fcb9b", "#b99aff", "#e3b341", "#ff86b8", "#4ec
 _LIGHT_VARIABLES = "; ".join(f"--s{i}: {c}" for i, c in enumerate(SERIES))
 _DARK_VARIABLES = "; ".join(f"--s{i}: {c}" for i, c in enumerate(_DARK))
 _STYLE = f"""
-:root {{ color-scheme: light dark; --page: #ffffff; --card: #f5f7f9; --ink: #1b1f24; --muted: #5c6671; --grid: #d4dae1;
+:root {{ color-scheme: light dark; --page: #ffffff; --card: #f5f7f9; --ink: #1b1f24; \
+--muted: #5c6671; --grid: #d4dae1;
   --warn: #8a4b00; {_LIGHT_VARIABLES} }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #14171b; --card: #1d2127; --ink: #e6e9ed; --muted: #9aa5b1; --grid: #353c45;
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #14171b; --card: #1d2127; --ink: #e6e9ed; \
+--muted: #9aa5b1; --grid: #353c45;
   --warn: #f0b35a; {_DARK_VARIABLES} }} }}
 * {{ box-sizing: border-box }}
-body {{ margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }}
+body {{ margin: 0; background: var(--page); color: var(--ink); \
+font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }}
 main {{ max-width: 1060px; margin: 0 auto; padding: 16px }}
-h1 {{ font-size: 1.5rem; margin: 8px 0 }} h2 {{ font-size: 1.15rem; margin: 32px 0 8px }} h3 {{ font-size: 1rem; margin: 0 0 4px }}
+h1 {{ font-size: 1.5rem; margin: 8px 0 }} h2 {{ font-size: 1.15rem; margin: 32px 0 8px }} \
+h3 {{ font-size: 1rem; margin: 0 0 4px }}
 p {{ margin: 4px 0 }}
-.runs {{ display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }}
+.runs {{ display: grid; gap: 12px; \
+grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }}
 .run {{ background: var(--card); border-radius: 8px; border-left: 4px solid; padding: 12px 16px }}
-.run ul {{ margin: 8px 0 0; padding-left: 18px; font-size: .9rem }} .warn {{ color: var(--warn) }} .note {{ color: var(--muted) }}
-.legend {{ display: flex; flex-wrap: wrap; gap: 2px 18px; padding: 0; margin: 8px 0; list-style: none; font-size: .9rem }}
-.legend span {{ display: inline-block; width: 22px; height: 4px; border-radius: 2px; margin-right: 7px; vertical-align: middle }}
+.run ul {{ margin: 8px 0 0; padding-left: 18px; font-size: .9rem }} \
+.warn {{ color: var(--warn) }} .note {{ color: var(--muted) }}
+.legend {{ display: flex; flex-wrap: wrap; gap: 2px 18px; padding: 0; margin: 8px 0; \
+list-style: none; font-size: .9rem }}
+.legend span {{ display: inline-block; width: 22px; height: 4px; border-radius: 2px; \
+margin-right: 7px; vertical-align: middle }}
 figure {{ margin: 0 }} figcaption, .muted {{ color: var(--muted); font-size: .85rem }}
-svg {{ display: block; width: 100%; height: auto }} svg text {{ font-family: system-ui, sans-serif }}
+svg {{ display: block; width: 100%; height: auto }} \
+svg text {{ font-family: system-ui, sans-serif }}
 svg * {{ stroke-linejoin: round; stroke-linecap: butt }}
 svg.narrow {{ display: none; max-width: 560px }}
 @media (max-width: 700px) {{ svg.wide {{ display: none }} svg.narrow {{ display: block }} }}
 .scroll {{ overflow-x: auto; max-width: 100% }}
 table {{ border-collapse: collapse; font-size: .9rem; overflow-wrap: normal }}
-th, td {{ padding: 4px 14px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid) }}
-.skips td, .skips th {{ min-width: 3.2em; white-space: normal }} .skips td:nth-child(n + 2) {{ min-width: 7.5em; overflow-wrap: anywhere }}
+th, td {{ padding: 4px 14px 4px 0; text-align: left; vertical-align: top; \
+border-bottom: 1px solid var(--grid) }}
+.skips td, .skips th {{ min-width: 3.2em; white-space: normal }} \
+.skips td:nth-child(n + 2) {{ min-width: 7.5em; overflow-wrap: anywhere }}
 td {{ font-variant-numeric: tabular-nums }} thead th {{ white-space: nowrap }}
 @media (max-width: 700px) {{ table {{ font-size: .8rem }} th, td {{ padding-right: 9px }} }}
 """
@@ -120,7 +131,10 @@ def summary(run: Run) -> Iterable[str]:
     norms = run.norm[run.finite]
     if len(norms):
         at = int(torch.where(run.finite, run.norm, -1.0).argmax())
-        yield f"Norm before clipping: median {_median(norms):.4g}, largest {_largest(norms):.4g} (step {int(run.step[at]):,})."
+        yield (
+            f"Norm before clipping: median {_median(norms):.4g}, largest {_largest(norms):.4g} "
+            f"(step {int(run.step[at]):,})."
+        )
     else:
         yield "No norm is finite."
 
@@ -161,7 +175,8 @@ def _numbers(runs: Sequence[Run]) -> str:
     ]
     head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(v)}</td>" for v in values)}</tr>\n'
+        f'<tr><th scope="row">{escape(name)}</th>'
+        f"{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>\n"
         for name, values in rows
     )
     return (

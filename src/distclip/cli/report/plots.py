@@ -24,18 +24,32 @@ def figures(runs: Sequence[Run]) -> tuple[list[Drawn], list[str]]:
         "one was skipped."
     )
     plans = [
-        Planned("norm", f"Gradient norm before clipping (p = {p})", marks + strip, lambda f, w: norm(f, w, runs), runs, 1.15),
         Planned(
-            "coefficient", "Clip coefficient", "What the gradients were multiplied by; of several "
-                                               "groups the smallest. 1: not clipped.",
-            lambda f, w: lines(f, w, runs, lambda run: run.coef, "coefficient (factor)", log=True), runs,
+            "norm",
+            f"Gradient norm before clipping (p = {p})",
+            marks + strip,
+            lambda f, w: norm(f, w, runs),
+            runs,
+            height=1.15,
         ),
         Planned(
-            "clip_rate", "Clip rate", "Share of the last 500 steps (from the start: of all so far) "
-                                      "that were clipped.",
-            lambda f, w: lines(f, w, runs, lambda run: 100 * run.clip_rate, "clipped steps (%)", (-3, 103)), runs,
+            "coefficient",
+            "Clip coefficient",
+            "What the gradients were multiplied by; of several groups the smallest. 1: not "
+            "clipped.",
+            lambda f, w: lines(f, w, runs, lambda run: run.coef, "coefficient (factor)", log=True),
+            runs,
         ),
-    ]  # fmt: skip
+        Planned(
+            "clip_rate",
+            "Clip rate",
+            "Share of the last 500 steps (from the start: of all so far) that were clipped.",
+            lambda f, w: lines(
+                f, w, runs, lambda run: 100 * run.clip_rate, "clipped steps (%)", (-3, 103)
+            ),
+            runs,
+        ),
+    ]
     if any(bool((run.cosine < 0.9999).any()) for run in runs):
         caption = (
             "How far value clipping bends the direction; of several groups the smallest. 1: "

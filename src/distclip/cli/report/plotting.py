@@ -26,12 +26,27 @@ COLOURS = {
 STEP = "step (optimizer steps)"
 _WIDE, _NARROW = (10.4, 3.7), (3.6, 3.0)  # inches
 _RULES: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED,
-    "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.linewidth": 1.1, "savefig.transparent": True,
-    # a $ is a part of a name
-    "legend.frameon": False, "svg.hashsalt": "distclip", "text.parse_math": False,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.1,
+    "savefig.transparent": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "distclip",
+    "text.parse_math": False,  # a $ is a part of a name
+}
 _ACROSS = 72  # columns of the widest letters that fit into a PNG
 
 

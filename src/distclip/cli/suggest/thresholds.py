@@ -106,11 +106,20 @@ def warnings(run: Run) -> Iterator[str]:
     steps, finite = len(run.step), run.finite
     norms = run.norm[finite]
     if steps < _FEW:
-        yield f"only {steps} steps: percentiles above {100 - 100 // max(steps, 1)} are the largest step or two; log at least {_FEW}"
+        yield (
+            f"only {steps} steps: percentiles above {100 - 100 // max(steps, 1)} are the largest "
+            f"step or two; log at least {_FEW}"
+        )
     if (bad := steps - len(norms)) > 0:
-        yield f"{bad} of {steps} steps had norms that are not finite; they are left out of all percentiles"
+        yield (
+            f"{bad} of {steps} steps had norms that are not finite; they are left out of all "
+            f"percentiles"
+        )
     if len(run.groups) > 1:
-        yield f"this run clipped {len(run.groups)} groups by norms of their own; what is said here is of the norm over all of them"
+        yield (
+            f"this run clipped {len(run.groups)} groups by norms of their own; what is said here "
+            f"is of the norm over all of them"
+        )
     yield from _about_rate(run)
     yield from _about_spikes(run)
     bent = run.cosine[run.cosine < _BENT]
@@ -141,7 +150,10 @@ def _about_rate(run: Run) -> Iterator[str]:
     rate = _rate(run)
     what = "value clipping acted" if run.clamps else "the run was clipped"
     if rate > _ALWAYS:
-        yield f"{what} at {rate:.1%} of the steps: the threshold sets the length of nearly every step and is no safety net"
+        yield (
+            f"{what} at {rate:.1%} of the steps: the threshold sets the length of nearly every "
+            f"step and is no safety net"
+        )
     elif rate == 0:
         yield "the run was never clipped: its threshold was above every norm and did nothing"
 

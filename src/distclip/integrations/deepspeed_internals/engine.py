@@ -21,9 +21,20 @@ from torch import Tensor
 from distclip import ClipReport, ConfigError, GradClipper
 
 OF_ENGINE = (
-    "module", "optimizer", "basic_optimizer", "mpu", "has_moe_layers", "pipeline_parallelism", "torch_autocast_z0_gradscaler",
-    "fp16_enabled", "dynamic_loss_scale", "gradient_clipping", "_config.gradient_clipping", "skipped_steps", "get_global_grad_norm",
-)  # fmt: skip
+    "module",
+    "optimizer",
+    "basic_optimizer",
+    "mpu",
+    "has_moe_layers",
+    "pipeline_parallelism",
+    "torch_autocast_z0_gradscaler",
+    "fp16_enabled",
+    "dynamic_loss_scale",
+    "gradient_clipping",
+    "_config.gradient_clipping",
+    "skipped_steps",
+    "get_global_grad_norm",
+)
 
 _OWN_CLIPPING = (
     'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train '
@@ -47,12 +58,12 @@ def unsupported(engine: Any) -> list[str]:
     """What this engine has, of whatever kind, that distclip cannot clip under, and what serves
     instead."""
     muon = "muon" in type(engine.basic_optimizer).__name__.lower()
+    autocast = "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"
     found = {
         f"a model-parallel mpu; {_OWN_CLIPPING}": engine.mpu is not None,
         f"DeepSpeed's mixture-of-experts layers; {_OWN_CLIPPING}": engine.has_moe_layers,
         f"pipeline parallelism; {_OWN_CLIPPING}": engine.pipeline_parallelism,
-        "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16": engine.torch_autocast_z0_gradscaler
-        is not None,
+        autocast: engine.torch_autocast_z0_gradscaler is not None,
         "Muon with fp16; use bf16": engine.fp16_enabled() and muon,
     }
     return [what for what, has in found.items() if has]

@@ -34,10 +34,24 @@ class ZeRO12(EngineAdapter):
     """Stages 1 and 2: each rank steps a contiguous part of every param group, laid out flat."""
 
     needs = (
-        "averaged_gradients", "params_in_partition", "single_partition_of_fp32_groups", "partition_size", "grad_start_offset",
-        "grad_partition_insertion_offset", "real_dp_process_group", "get_param_id", "cpu_offload", "loss_scale", "check_grad_overflow",
-        "check_overflow", "scaled_global_norm", "unscale_and_clip_grads", "_update_scale", "compute_grad_norm", "torch_autocast_gradscaler",
-    )  # fmt: skip
+        "averaged_gradients",
+        "params_in_partition",
+        "single_partition_of_fp32_groups",
+        "partition_size",
+        "grad_start_offset",
+        "grad_partition_insertion_offset",
+        "real_dp_process_group",
+        "get_param_id",
+        "cpu_offload",
+        "loss_scale",
+        "check_grad_overflow",
+        "check_overflow",
+        "scaled_global_norm",
+        "unscale_and_clip_grads",
+        "_update_scale",
+        "compute_grad_norm",
+        "torch_autocast_gradscaler",
+    )
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
@@ -109,9 +123,19 @@ class ZeRO3(EngineAdapter):
     """Stage 3: each rank steps a slice of every parameter, sub-groups of them laid out flat."""
 
     needs = (
-        "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "offload_optimizer", "loss_scale",
-        "check_overflow", "_get_norm_groups", "unscale_and_clip_grads", "_update_scale", "swap_optimizer", "torch_autocast_gradscaler",
-    )  # fmt: skip
+        "averaged_gradients",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "sub_group_to_group_id",
+        "offload_optimizer",
+        "loss_scale",
+        "check_overflow",
+        "_get_norm_groups",
+        "unscale_and_clip_grads",
+        "_update_scale",
+        "swap_optimizer",
+        "torch_autocast_gradscaler",
+    )
 
     @classmethod
     def unsupported(cls, optimizer: Any) -> list[str]:
@@ -169,9 +193,13 @@ class BF16(EngineAdapter):
     """Stage 1 in bf16 with float32 accumulation: gradients are float32 and flat from the first."""
 
     needs = (
-        "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "real_dp_process_group", "clear_hp_grads",
+        "bf16_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradient_flat_partition",
+        "real_dp_process_group",
+        "clear_hp_grads",
         "clear_lp_grads",
-    )  # fmt: skip
+    )
 
     def found_parts(self) -> Iterator[Part]:
         o = self.optimizer
