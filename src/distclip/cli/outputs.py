@@ -37,8 +37,8 @@ def check_not_read(outputs: Iterable[Path], logs: Iterable[Path]) -> None:
     for output in outputs:
         if output.exists() and any(output.samefile(log) for log in read):
             raise OutputError(
-                f"{output} is a log that is read here, and a log is never "
-                f"overwritten; name another output"
+                f"{output} is a log that is read here, and a log is never overwritten; name "
+                "another output"
             )
 
 

@@ -165,7 +165,7 @@ def read(path: Path, name: str) -> Run:
         )
         raise RunError(
             f"{path}: {what}; write one with GradClipper(..., "
-            f'sinks=[distclip.JSONLSink("run.jsonl")])'
+            'sinks=[distclip.JSONLSink("run.jsonl")])'
         )
     return found.run(path, name)
 

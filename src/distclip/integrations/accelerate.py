@@ -16,8 +16,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import lacking
+from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
 from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale
-from distclip.integrations.set_aside import params_of, set_aside, stepped_by
+from distclip.integrations.set_aside import params_of, stepped_by
 
 try:
     from accelerate import Accelerator
@@ -95,8 +95,8 @@ def prepare(
     """
     if not models:
         raise ConfigError(
-            "prepare(accelerator, model, max_norm=...) needs the model that "
-            "accelerator.prepare returned"
+            "prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare "
+            "returned"
         )
     if "grad_of" in options:
         raise ConfigError(
@@ -116,30 +116,28 @@ def prepare(
         clipper = _attached(models, max_norm, policy, options)
     else:
         clipper = GradClipper(list(models), max_norm, policy=policy, **options)
-    clipping = _Clipping.of(accelerator) or _Clipping(accelerator)
-    clipping.take_over(
-        _Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options)
-    )
+    scope = _AcceleratorScope.of(accelerator) or _AcceleratorScope(accelerator)
+    scope.add(_Prepared(models, max_norm, float(options.get("norm_type", 2.0)), options, clipper))
     return clipper
 
 
 def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
     """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper
     was built with."""
-    clipping = _Clipping.of(accelerator)
-    assert clipping is not None, "prepare comes first"
-    for prepared in clipping.prepared:
+    scope = _AcceleratorScope.of(accelerator)
+    assert scope is not None, "prepare comes first"
+    for prepared in scope.prepared:
         if prepared.clipper is clipper:
             prepared.max_norm = max_norm
 
 
 def release(accelerator: Accelerator, clipper: GradClipper) -> None:
     """Forget this clipper; with the last one Accelerate clips by itself again."""
-    clipping = _Clipping.of(accelerator)
-    if clipping is not None:
-        clipping.forget([prepared for prepared in clipping.prepared if prepared.clipper is clipper])
-        if not clipping.prepared:
-            clipping.give_back()
+    scope = _AcceleratorScope.of(accelerator)
+    if scope is not None:
+        scope.forget([prepared for prepared in scope.prepared if prepared.clipper is clipper])
+        if not scope.prepared:
+            scope.give_back()
 
 
 def _attached(
@@ -155,17 +153,13 @@ def _attached(
 
 
 @dataclass
-class _Prepared:
+class _Prepared(PreparedModels):
     clipper: GradClipper
-    models: tuple[nn.Module, ...]
-    max_norm: float | None
-    norm_type: float
-    options: dict[str, Any]
 
     def others(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
         """The parameters that are not asked for; None unless all that trains now is, and nothing of
         another model."""
-        own = {id(param): param for param in params_of(self.models)}
+        own = self.params_by_id()
         others = [param for i, param in own.items() if i not in asked]
         return (
             others
@@ -176,15 +170,15 @@ class _Prepared:
     def serves(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
         """Whether this clipper does what is asked for. ConfigError where it is of the whole model,
         or where a policy decides."""
-        alike = max_norm == self.max_norm and norm_type == self.norm_type
-        if not alike and (whole or self.max_norm is None):
+        same = self.has_norm(max_norm, norm_type)
+        if not same and (whole or self.max_norm is None):
             raise ConfigError(
                 f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type:g}, "
                 f"but distclip was prepared with "
                 f"max_norm={self.max_norm}, norm_type={self.norm_type:g} for this model; make them "
                 f"equal" + (" (under a policy max_norm is None)" if self.max_norm is None else "")
             )
-        return alike
+        return same
 
 
 class _Part(NamedTuple):
@@ -205,38 +199,34 @@ class _Owner(NamedTuple):
     held: dict[int, Tensor]  # by identity
 
 
-@dataclass(eq=False)
-class _Clipping:
+class _AcceleratorScope(ClippingScope[_Prepared]):
     """What stands behind an accelerator's clipping methods."""
 
-    accelerator: Any
-    prepared: list[_Prepared] = field(default_factory=list)
-    parts: OrderedDict[_Part, GradClipper] = field(default_factory=OrderedDict)
-    later: DeferredScalerUpdate | None = None
-    told: bool = False  # that some of the parameters are in no optimizer
-
-    def __post_init__(self) -> None:
-        accelerator = self.accelerator
+    def __init__(self, accelerator: Any) -> None:
+        super().__init__()
+        self.accelerator = accelerator
+        self.parts = OrderedDict[_Part, GradClipper]()
+        self.warned_unstepped = False  # that some of the parameters are in no optimizer
         self._free = accelerator.free_memory
         accelerator.clip_grad_norm_ = self.clip_grad_norm_
         accelerator.clip_grad_value_ = self.clip_grad_value_
         accelerator.free_memory = self.free_memory
 
     @classmethod
-    def of(cls, accelerator: Accelerator) -> _Clipping | None:
+    def of(cls, accelerator: Accelerator) -> _AcceleratorScope | None:
         """The one that stands there now."""
-        found = getattr(accelerator.clip_grad_norm_, "__self__", None)
-        return found if isinstance(found, cls) else None
+        return cls.behind(accelerator.clip_grad_norm_)
 
     def give_back(self) -> None:
         """Accelerate's own methods stand there again."""
         for name in ("clip_grad_norm_", "clip_grad_value_", "free_memory"):
             delattr(self.accelerator, name)
 
-    def take_over(self, new: _Prepared) -> None:
-        mine = set(map(id, params_of(new.models)))
+    def add(self, new: _Prepared) -> None:
+        """In place of those that have parameters of the same models."""
+        mine = new.params_by_id()
         self.forget(
-            [old for old in self.prepared if not mine.isdisjoint(map(id, params_of(old.models)))]
+            [old for old in self.prepared if not mine.keys().isdisjoint(old.params_by_id())]
         )
         self.prepared.append(new)
         self.accelerator.register_for_checkpointing(new.clipper)
@@ -283,9 +273,8 @@ class _Clipping:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ConfigError(
                 f"under DeepSpeed accelerator.backward() already takes the step, so {what} cannot "
-                f"be clipped after it; tell prepare: "
-                "prepare(accelerator, model, policy=distclip.FixedValue(...)), or "
-                "groups=distclip.by_name({...})"
+                "be clipped after it; tell prepare: prepare(accelerator, model, "
+                "policy=distclip.FixedValue(...)), or groups=distclip.by_name({...})"
             )
 
     def _clip_whole(
@@ -298,13 +287,13 @@ class _Clipping:
                     "clips and steps: call it first"
                 )
             return prepared.clipper.last_report
-        return self._clip(asked, self._owners(asked), prepared.models, others, prepared.clipper)
+        return self._clip(asked, self._owners(asked), prepared.modules, others, prepared.clipper)
 
     def _clip_part(
         self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
     ) -> ClipReport:
         prepared = self._holding(asked)
-        models = tuple({id(model): model for p in prepared for model in p.models}.values())
+        models = tuple({id(model): model for p in prepared for model in p.modules}.values())
         owners = self._owners(asked)
         key = _Part(
             tuple(map(id, models)),
@@ -314,11 +303,7 @@ class _Clipping:
             norm_type,
         )
         if key not in self.parts:
-            options = {
-                k: v
-                for k, v in prepared[0].options.items()
-                if k not in ("groups", "norm_type", "sinks")
-            }
+            options = prepared[0].options_without("groups", "norm_type", "sinks")
             how: dict[str, Any] = (
                 {"max_norm": bound} if rule == "norm" else {"policy": FixedValue(bound)}
             )
@@ -334,7 +319,7 @@ class _Clipping:
         only one there is."""
         if not asked and len(self.prepared) == 1:
             return self.prepared
-        known = [(p, set(map(id, params_of(p.models)))) for p in self.prepared]
+        known = [(p, p.params_by_id().keys()) for p in self.prepared]
         strange = len(asked.keys() - set[int]().union(*(own for _, own in known)))
         if strange:
             raise ConfigError(
@@ -344,10 +329,9 @@ class _Clipping:
             )
         if not asked:
             raise ConfigError(
-                f"no parameters were passed (a generator that was used up?), and distclip knows "
-                f"{len(known)} sets of models here; pass "
-                "model.parameters() anew at each call, and call prepare(accelerator, model, "
-                "max_norm=...) before"
+                "no parameters were passed (a generator that was used up?), and distclip knows "
+                f"{len(known)} sets of models here; pass model.parameters() anew at each call, and "
+                "call prepare(accelerator, model, max_norm=...) before"
             )
         return [p for p, own in known if not own.isdisjoint(asked)]
 
@@ -372,15 +356,12 @@ class _Clipping:
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
             self._unscale_rests(scaler, asked, owners)
-        with (
-            set_aside(others) as had,
-            nullcontext() if self.later is None else self.later.clipping(),
-        ):
-            report = clipper.clip_([owner.optimizer for owner in owners], scaler)
-        if had and bool(report.skipped):  # a step that is left out is left out whole
+        optimizers = [owner.optimizer for owner in owners]
+        report, others_had_grad = self.clip_without(others, clipper, optimizers, scaler)
+        if others_had_grad and bool(report.skipped):  # a step is skipped as a whole
             for param in (p for owner in owners for p in owner.held.values()):
                 param.grad = None
-        if owners and not self.told:
+        if owners and not self.warned_unstepped:
             self._tell_unstepped(asked, owners, models)
         return report
 
@@ -394,8 +375,8 @@ class _Clipping:
                 "no optimizer that accelerator.prepare was given holds these "
                 "parameters, so they cannot be unscaled"
             )
-        if self.later is None and len(self.accelerator._optimizers) > 1:
-            self.later = DeferredScalerUpdate(scaler)
+        if self.deferred_update is None and len(self.accelerator._optimizers) > 1:
+            self.deferred_update = DeferredScalerUpdate(scaler)
         for owner in owners:
             if not owner.held.keys() <= asked.keys():
                 unscale(scaler, owner.optimizer.optimizer)
@@ -413,13 +394,12 @@ class _Clipping:
             name for name, p in named if id(p) in asked and id(p) not in held and p.grad is not None
         ]
         if left:
-            self.told = True
+            self.warned_unstepped = True
             warnings.warn(
                 f"{left[0]} has a gradient and was passed to be clipped, but is in no optimizer of "
-                f"this accelerator ({len(left)} such "
-                "parameters): it counts in the norm, and optimizer.zero_grad() does not clear it. "
-                "Give it to an optimizer, or freeze "
-                "it and set its .grad to None, or pass the other parameters alone",
+                f"this accelerator ({len(left)} such parameters): it counts in the norm, and "
+                "optimizer.zero_grad() does not clear it. Give it to an optimizer, or freeze it "
+                "and set its .grad to None, or pass the other parameters alone",
                 RuntimeWarning,
                 stacklevel=5,
             )

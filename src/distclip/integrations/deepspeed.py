@@ -83,9 +83,8 @@ def attach(
     if (own := own_clipping(engine)) and not take_over:
         raise ConfigError(
             f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where '
-            f"a config does not). Write "
-            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., '
-            "take_over=True)"
+            'a config does not). Write "gradient_clipping": 0.0 into the DeepSpeed config, or '
+            "attach(engine, ..., take_over=True)"
         )
     inside = kind(engine)
     if engine.fp16_enabled() and options.get("on_nonfinite") == "propagate":

@@ -15,7 +15,6 @@ and checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.optim import Optimizer
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import lacking
+from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
 from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
 
@@ -162,8 +162,7 @@ class GradientClipping(Callback):
         if index >= len(clippers):
             raise ConfigError(
                 f"a step of an optimizer ({type(optimizer).__name__}) that was not there when "
-                f"training began; return all optimizers from "
-                "configure_optimizers"
+                "training began; return all optimizers from configure_optimizers"
             )
         groups = tuple(
             (id(group["params"]), len(group["params"])) for group in optimizer.param_groups
@@ -230,8 +229,7 @@ class _Guard:
         if not hasattr(plugin, "_after_closure"):
             raise ConfigError(
                 f"{type(plugin).__name__} has no _after_closure, by which distclip clips in "
-                f"searches; distclip was written against "
-                "lightning 2.6"
+                "searches; distclip was written against lightning 2.6"
             )
         cls.remove(plugin)
         plugin._after_closure = _Searches(callback, trainer, plugin._after_closure)
@@ -263,10 +261,9 @@ class _SecondClip(_Guard):
             name = type(self.trainer.lightning_module).__name__
             raise ConfigError(
                 f"{name} calls self.clip_gradients(gradient_clip_val={clip_val}) and "
-                f"GradientClipping clips too: the norm that is "
-                "measured second is that of clipped gradients. Take the call out, and give "
-                "GradientClipping(max_norm=...) its threshold "
-                "(policy=distclip.FixedValue(...) for gradient_clip_algorithm='value')"
+                "GradientClipping clips too: the norm that is measured second is that of clipped "
+                "gradients. Take the call out, and give GradientClipping(max_norm=...) its "
+                "threshold (policy=distclip.FixedValue(...) for gradient_clip_algorithm='value')"
             )
         self.own(optimizer, clip_val, *args, **kwargs)
 
@@ -300,14 +297,13 @@ def prepare(
     _refuse_grad_of(options)
     _refuse_deepspeed(fabric.strategy, "module")
     clipper = GradClipper(list(modules), max_norm, policy=policy, **options)
-    now = getattr(fabric.clip_gradients, "__self__", None)
-    clipping = now if isinstance(now, _Clipping) else _Clipping(fabric)
-    clipping.take_over(
+    scope = _FabricScope.behind(fabric.clip_gradients) or _FabricScope(fabric)
+    scope.add(
         _Prepared(
             modules, max_norm, float(options.get("norm_type", 2.0)), options, [_Part(clipper)]
         )
     )
-    fabric.clip_gradients = clipping.clip_gradients
+    fabric.clip_gradients = scope.clip_gradients
     return clipper
 
 
@@ -320,11 +316,7 @@ class _Part:
 
 
 @dataclass
-class _Prepared:
-    modules: tuple[nn.Module, ...]
-    max_norm: float | None
-    norm_type: float
-    options: dict[str, Any]
+class _Prepared(PreparedModels):
     parts: list[_Part]  # the clipper that was returned is the first one's
     values: dict[float, GradClipper] = field(default_factory=dict[float, GradClipper])
 
@@ -333,22 +325,22 @@ class _Prepared:
         return any(module is own or module is getattr(own, "module", None) for own in self.modules)
 
     def refuse_other(self, max_norm: float | None, norm_type: float) -> None:
-        if self.max_norm is not None and (max_norm != self.max_norm or norm_type != self.norm_type):
+        if self.max_norm is not None and not self.has_norm(max_norm, norm_type):
             raise ConfigError(
                 f"clip_gradients was called with max_norm={max_norm}, norm_type={norm_type:g}, but "
-                f"distclip was prepared with "
-                f"max_norm={self.max_norm}, norm_type={self.norm_type:g}; make them equal"
+                f"distclip was prepared with max_norm={self.max_norm}, "
+                f"norm_type={self.norm_type:g}; make them equal"
             )
 
     def others(self, held: Mapping[int, Tensor]) -> list[Tensor]:
         """The modules' parameters that the optimizer does not hold."""
-        own = {id(param): param for param in params_of(self.modules)}
+        own = self.params_by_id()
         strange = len(held.keys() - own.keys())
         if strange:
             raise ConfigError(
                 f"clip_gradients: the optimizer holds {strange} parameters of other modules, which "
-                f"Fabric would clip with these; prepare "
-                "all its modules together: prepare(fabric, module, other, max_norm=...)"
+                "Fabric would clip with these; prepare all its modules together: prepare(fabric, "
+                "module, other, max_norm=...)"
             )
         return [param for i, param in own.items() if i not in held]
 
@@ -361,9 +353,8 @@ class _Prepared:
                 return part.clipper
         if self.max_norm is None:
             raise ConfigError(
-                "clip_gradients: a second optimizer steps another part of the module, which has no "
-                "policy of its own; prepare the module "
-                "with max_norm=, or each part as a module"
+                "clip_gradients: a second optimizer steps another part of the module, which has "
+                "no policy of its own; prepare the module with max_norm=, or each part as a module"
             )
         self.parts.append(
             _Part(GradClipper(list(self.modules), self.max_norm, **self.options), held)
@@ -374,21 +365,25 @@ class _Prepared:
         if bound not in self.values:
             if len(self.values) >= _BOUNDS:
                 self.values.clear()
-            rest = {k: v for k, v in self.options.items() if k not in ("groups", "sinks")}
-            self.values[bound] = GradClipper(list(self.modules), policy=FixedValue(bound), **rest)
+            options = self.options_without("groups", "sinks")
+            self.values[bound] = GradClipper(
+                list(self.modules), policy=FixedValue(bound), **options
+            )
         return self.values[bound]
 
 
-class _Clipping:
+class _FabricScope(ClippingScope[_Prepared]):
     """What stands behind a fabric's `clip_gradients`."""
 
     def __init__(self, fabric: Fabric) -> None:
-        self.prepared: list[_Prepared] = []
+        super().__init__()
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.later = None if self.scaler is None else DeferredScalerUpdate(self.scaler)
+        if self.scaler is not None:
+            self.deferred_update = DeferredScalerUpdate(self.scaler)
 
-    def take_over(self, new: _Prepared) -> None:
+    def add(self, new: _Prepared) -> None:
+        """In place of those that have one of its modules."""
         self.prepared = [
             old for old in self.prepared if not any(old.has(module) for module in new.modules)
         ]
@@ -410,8 +405,8 @@ class _Clipping:
         prepared = next((known for known in self.prepared if known.has(module)), None)
         if prepared is None:
             raise ConfigError(
-                "clip_gradients: distclip does not know this module; call "
-                "prepare(fabric, module, max_norm=...) for it"
+                "clip_gradients: distclip does not know this module; call prepare(fabric, module, "
+                "max_norm=...) for it"
             )
         held = stepped_by(optimizer)
         others = prepared.others(held)
@@ -420,8 +415,7 @@ class _Clipping:
         else:
             prepared.refuse_other(max_norm, float(norm_type))
             clipper = prepared.of(frozenset(held))
-        with set_aside(others), nullcontext() if self.later is None else self.later.clipping():
-            report: ClipReport = clipper.clip_(optimizer, self.scaler)
+        report, _ = self.clip_without(others, clipper, optimizer, self.scaler)
         if error_if_nonfinite and bool(report.nonfinite):
             raise RuntimeError(
                 f"the norm of the gradients is {float(report.total_norm)}; nothing "

@@ -176,8 +176,8 @@ class DistclipState(TrainerCallback, ExportableState):
         what = f"that of step {found['step']}" if found.get("record") else "none"
         warnings.warn(
             f"the checkpoint of step {step} that training resumes from should hold the state of "
-            f"distclip's clipper in its "
-            f"trainer_state.json, and holds {what}: adaptive thresholds and counters begin anew",
+            f"distclip's clipper in its trainer_state.json, and holds {what}: adaptive thresholds "
+            "and counters begin anew",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -140,9 +140,8 @@ def cannot_start(all_facts: Sequence[dict[str, Any]]) -> str:
             f"{name} on {_where(ranks, all_facts)}" for name, ranks in backends.items()
         )
         return (
-            f"ranks would use different backends: {which}. See why some have no CUDA device, "
-            f"or "
-            f"pass --backend gloo"
+            f"ranks would use different backends: {which}. See why some have no CUDA device, or "
+            "pass --backend gloo"
         )
     return ""
 

@@ -71,9 +71,8 @@ class Speed:
 
     name: str = "speed"
     line: str = (
-        "median time of clip_ and of torch's clip_grad_norm_, by turns, when nothing is "
-        "to "
-        "be clipped and when all is"
+        "median time of clip_ and of torch's clip_grad_norm_, by turns, when nothing is to be "
+        "clipped and when all is"
     )
 
     def lacks(self, size: int) -> str:
@@ -121,8 +120,7 @@ class Speed:
         if len(seen) > 1:
             whole = " and ".join(f"{worst(case, 'all'):.1f} ms" for case in cases)
             seconds += (
-                f". This is the work on one rank: torch's function sends nothing here. "
-                f"With "
-                f"the all_reduce of a clip {whole}"
+                ". This is the work on one rank: torch's function sends nothing here. With the "
+                f"all_reduce of a clip {whole}"
             )
         return Result(self.name, "measured", seconds)

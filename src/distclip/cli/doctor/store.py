@@ -71,10 +71,9 @@ class StatusStore:
                 who = "the launcher's agent on the first node" if by_agent else "rank 0"
                 raise CannotRun(
                     f"rank {place.rank} on {place.host} did not reach the store at {self.where} "
-                    f"within {place.timeout_s:g} s "
-                    f"({str(error).splitlines()[0]}). {who} opens it: see whether it started, "
-                    f"whether MASTER_ADDR and MASTER_PORT are "
-                    "the same on every rank, and whether a firewall stands between"
+                    f"within {place.timeout_s:g} s ({str(error).splitlines()[0]}). {who} opens it: "
+                    "see whether it started, whether MASTER_ADDR and MASTER_PORT are the same on "
+                    "every rank, and whether a firewall stands between"
                 ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix, self._bare = f"distclip-doctor-{attempt}", store

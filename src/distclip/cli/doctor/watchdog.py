@@ -229,16 +229,15 @@ class Watchdog:
                 elsewhere.append(f"rank {rank} on {sign.host} (alive, in '{sign.text}')")
         if dead or elsewhere:
             return (
-                f"Did not answer: {', '.join(dead or elsewhere)}. Look at the logs and the "
-                f"node "
-                f"of that rank"
+                f"Did not answer: {', '.join(dead or elsewhere)}. Look at the logs and the node of "
+                "that rank"
             )
         if self._place.size == 1:
             return "Nothing else runs here: run with a larger --timeout"
         return (
             "Every other rank is alive and waits in the same place: the network between them does "
-            "not carry this; see "
-            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO, and firewalls"
+            "not carry this; see GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO, and "
+            "firewalls"
         )
 
     def part(self, why: str) -> None:

@@ -65,13 +65,13 @@ def page(runs: Sequence[Run], drawn: Sequence[Drawn]) -> str:
         + ", ".join(run.name for run in runs[:4])
         + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
     )
+    cards = "".join(_card(i, run) for i, run in enumerate(runs))
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>",
-            f"<h1>What clipping did</h1>\n<div "
-            f'class="runs">\n{"".join(_card(i, run) for i, run in enumerate(runs))}</div>',
+            f'<h1>What clipping did</h1>\n<div class="runs">\n{cards}</div>',
             *(_figure(figure, runs) for figure in drawn),
             f"<h2>Main numbers</h2>\n{_numbers(runs)}",
             *(_skips(run) for run in runs if run.skips),
@@ -82,18 +82,15 @@ def page(runs: Sequence[Run], drawn: Sequence[Drawn]) -> str:
 
 def _card(i: int, run: Run) -> str:
     advice = recommend(run)
-    suggested = (
-        f"<li>suggested: "
-        f"{'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, "
-        f"{escape(advice.reason)}</li>"
-    )
+    suggested = f"<li>suggested: {advice.setting}, {escape(advice.reason)}</li>"
     items = "".join(f'<li class="warn">{escape(text)}</li>' for text in warnings(run)) + suggested
     items += "".join(f'<li class="note">{escape(text)}</li>' for text in run.notes)
     said = "".join(f"<p>{escape(text)}</p>" for text in summary(run))
     colour = f"border-left-color: var(--s{i % len(SERIES)})"
     return (
-        f'<section class="run" style="{colour}"><h2 style="margin-top: '
-        f'0">{escape(run.name)}</h2>{said}<ul>{items}</ul></section>\n'
+        f'<section class="run" style="{colour}">'
+        f'<h2 style="margin-top: 0">{escape(run.name)}</h2>'
+        f"{said}<ul>{items}</ul></section>\n"
     )
 
 
@@ -117,10 +114,8 @@ def summary(run: Run) -> Iterable[str]:
     elif run.clamps:
         what = f"At {rate:.1%} elements were clamped to ±{limits[0]:.4g}."
     else:
-        what = (
-            f"{rate:.1%} were clipped, to a norm of "
-            f"{limits[0]:.4g}{' in each group' if len(limits) > 1 else ''}."
-        )
+        where = " in each group" if len(limits) > 1 else ""
+        what = f"{rate:.1%} were clipped, to a norm of {limits[0]:.4g}{where}."
     skipped = int(run.skipped.sum())
     left = (
         "None was skipped."
@@ -180,8 +175,8 @@ def _numbers(runs: Sequence[Run]) -> str:
         for name, values in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Main '
-        f'numbers"><table><thead><tr><td></td>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Main numbers">'
+        f"<table><thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>\n{body}</tbody></table></div>"
     )
 
@@ -212,12 +207,11 @@ def _skips(run: Run) -> str:
     more = len(run.skips) - _MOST_SKIPS
     rest = f'<p class="muted">and {more:,} more</p>' if more > 0 else ""
     return (
-        f'<h2>{escape(run.name)}: skipped steps</h2>\n<div class="scroll" tabindex="0" '
-        f'role="region" '
-        f'aria-label="Skipped steps of {escape(run.name)}"><table class="skips"><thead><tr><th '
-        f'scope="col">step</th>'
-        f'<th scope="col">why</th><th scope="col">culprits, named at the first of a '
-        f"streak</th></tr></thead>"
+        f"<h2>{escape(run.name)}: skipped steps</h2>\n"
+        f'<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="Skipped steps of {escape(run.name)}">'
+        f'<table class="skips"><thead><tr><th scope="col">step</th><th scope="col">why</th>'
+        f'<th scope="col">culprits, named at the first of a streak</th></tr></thead>'
         f"<tbody>\n{rows}</tbody></table></div>{rest}"
     )
 

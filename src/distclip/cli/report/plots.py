@@ -64,8 +64,7 @@ def figures(runs: Sequence[Run]) -> tuple[list[Drawn], list[str]]:
     plans += [heat_map(i, run, parts) for i, run in enumerate(runs) for parts in run.parts]
     made, unknown = drawn(plans)
     note = (
-        f"no font here has {shortened(unknown, 40)}: boxes stand for them in the PNGs; the "
-        f"page "
-        f"shows them"
+        f"no font here has {shortened(unknown, 40)}: boxes stand for them in the PNGs; the page "
+        "shows them"
     )
     return made, [note] if unknown else []

@@ -62,11 +62,7 @@ def _text(one: Run) -> str:
         "",
     ]
     advice = recommend(one)
-    lines.append(
-        f"recommendation: "
-        f"{'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, "
-        f"{advice.reason}"
-    )
+    lines.append(f"recommendation: {advice.setting}, {advice.reason}")
     lines += [f"warning: {text}" for text in warnings(one)]
     lines += [f"note: {text}" for text in one.notes]
     return "\n".join(lines)

@@ -36,6 +36,11 @@ class Recommendation:
     max_norm: float | None  # None where the run tells nothing
     reason: str
 
+    @property
+    def setting(self) -> str:
+        """As it is written in Python, or "none"."""
+        return "none" if self.max_norm is None else f"max_norm={self.max_norm:g}"
+
 
 def rounded(value: float, digits: int = 4, up: bool = False) -> float:
     """To so many significant digits; `up` never below the value."""
@@ -67,8 +72,8 @@ def recommend(run: Run) -> Recommendation:
     if (blown := _blown_up(run)) is not None:
         return Recommendation(
             None,
-            f"the run blew up at step {blown} and its norms tell nothing; "
-            f"log one that is clipped, say at 1",
+            f"the run blew up at step {blown} and its norms tell nothing; log one that is clipped, "
+            "say at 1",
         )
     late, where = norms, ""
     if _drift(norms) is not None:
@@ -126,8 +131,8 @@ def warnings(run: Run) -> Iterator[str]:
     if len(bent):
         yield (
             f"value clipping bends the direction: at {len(bent) / steps:.1%} of the steps the "
-            f"cosine between raw and clipped gradient is "
-            f"below {_BENT}, down to {float(bent.min()):.2g}; a norm threshold keeps the direction"
+            f"cosine between raw and clipped gradient is below {_BENT}, down to "
+            f"{float(bent.min()):.2g}; a norm threshold keeps the direction"
         )
     if (ratio := _drift(norms)) is not None:
         way = (
@@ -139,8 +144,7 @@ def warnings(run: Run) -> Iterator[str]:
         )
         yield (
             f"the median norm {way} from the first to the last third of the run: one fixed "
-            f"threshold does not fit both; look at "
-            "AutoClip, ZClip or Scheduled"
+            "threshold does not fit both; look at AutoClip, ZClip or Scheduled"
         )
 
 

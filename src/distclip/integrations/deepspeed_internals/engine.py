@@ -38,8 +38,8 @@ OF_ENGINE = (
 
 _OWN_CLIPPING = (
     'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train '
-    "such a model under FSDP2 with its experts, "
-    "stages or tensor-parallel parts as torch has them, where GradClipper(model, ...) knows them"
+    "such a model under FSDP2 with its experts, stages or tensor-parallel parts as torch has "
+    "them, where GradClipper(model, ...) knows them"
 )
 
 
@@ -147,8 +147,7 @@ class EngineAdapter:
         if id(param) not in self._names:
             raise ConfigError(
                 f"the engine's optimizer steps a parameter of shape {tuple(param.shape)} that is "
-                f"not in the model; put it into the model "
-                "that deepspeed.initialize gets"
+                "not in the model; put it into the model that deepspeed.initialize gets"
             )
         return self._names[id(param)]
 
