@@ -1,5 +1,5 @@
-"""What each command of `distclip` can be told. Imports nothing, so that help and refusals wait for
-nothing."""
+"""The options of each `distclip` command. Imports neither torch nor the commands, so that help and
+usage errors appear at once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ itself must be one.
 """
 
 
-def of_doctor(parser: argparse.ArgumentParser) -> None:
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG_DOCTOR
     parser.add_argument("--list", action="store_true", help="list the checks and end")
     parser.add_argument(
         "--only",
         action="append",
-        type=_check,
+        type=_known_check,
         metavar="NAME",
         help="run this check; may be given several times",
     )
@@ -49,15 +49,15 @@ def of_doctor(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=_positive_seconds,
         default=40.0,
         metavar="SECONDS",
         help="of every collective (default: 40)",
     )
 
 
-def of_report(parser: argparse.ArgumentParser) -> None:
-    _logs(parser)
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_log_arguments(parser)
     parser.add_argument(
         "--output",
         default="report.html",
@@ -69,14 +69,14 @@ def of_report(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def of_suggest(parser: argparse.ArgumentParser) -> None:
-    _logs(parser)
+def add_suggest_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_log_arguments(parser)
     parser.add_argument(
         "--json", action="store_true", help="machine-readable: one object with a list of runs"
     )
 
 
-def _logs(parser: argparse.ArgumentParser) -> None:
+def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG_LOGS
     parser.add_argument(
@@ -84,14 +84,14 @@ def _logs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check(name: str) -> str:
+def _known_check(name: str) -> str:
     names = [check.name for check in import_module("distclip.cli.doctor.command").CHECKS]
     if name not in names:
         raise argparse.ArgumentTypeError(f"{name!r} is no check; the checks are {', '.join(names)}")
     return name
 
 
-def _seconds(text: str) -> float:
+def _positive_seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -26,7 +26,9 @@ def __dir__() -> list[str]:
     return sorted({*_FRAMEWORKS, *(name for name in globals() if name.startswith("__"))})
 
 
-def lacking(error: ModuleNotFoundError, framework: str, needs: str | None = None) -> NoReturn:
+def raise_missing_extra(
+    error: ModuleNotFoundError, framework: str, needs: str | None = None
+) -> NoReturn:
     """The import of `needs` (the framework itself, where None) failed with `error`: say which extra
     brings it."""
     needed = needs or framework

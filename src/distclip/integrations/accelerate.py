@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
-from distclip.integrations import lacking
+from distclip.integrations import raise_missing_extra
 from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
-from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale
+from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale_once
 from distclip.integrations.set_aside import params_of, stepped_by
 
 try:
@@ -33,16 +33,18 @@ try:
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.utils import DistributedType
 except ModuleNotFoundError as error:
-    lacking(error, "accelerate")
+    raise_missing_extra(error, "accelerate")
 
-_HERE = (
+_SUPPORTED_TYPES = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.FSDP,
     DistributedType.DEEPSPEED,
 )
-_PARTS = 16  # clippers for parts that are kept: another bound at every step must not pile them up
+_MOST_PARTS = (
+    16  # clippers for parts that are kept: another bound at every step must not pile them up
+)
 
 
 def prepare(
@@ -103,7 +105,7 @@ def prepare(
             "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use "
             "GradClipper itself for other gradients"
         )
-    if accelerator.distributed_type not in _HERE:
+    if accelerator.distributed_type not in _SUPPORTED_TYPES:
         raise ConfigError(
             f"accelerate's distributed type {accelerator.distributed_type.value} is not supported"
         )
@@ -113,18 +115,20 @@ def prepare(
             "written against accelerate 1.15"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        clipper = _attached(models, max_norm, policy, options)
+        clipper = _attach_engine(models, max_norm, policy, options)
     else:
         clipper = GradClipper(list(models), max_norm, policy=policy, **options)
-    scope = _AcceleratorScope.of(accelerator) or _AcceleratorScope(accelerator)
-    scope.add(_Prepared(models, max_norm, float(options.get("norm_type", 2.0)), options, clipper))
+    scope = _AcceleratorScope.scope_of(accelerator) or _AcceleratorScope(accelerator)
+    scope.add_prepared(
+        _PreparedClipper(models, max_norm, float(options.get("norm_type", 2.0)), options, clipper)
+    )
     return clipper
 
 
-def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
+def set_expected_max_norm(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
     """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper
     was built with."""
-    scope = _AcceleratorScope.of(accelerator)
+    scope = _AcceleratorScope.scope_of(accelerator)
     assert scope is not None, "prepare comes first"
     for prepared in scope.prepared:
         if prepared.clipper is clipper:
@@ -133,14 +137,16 @@ def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> N
 
 def release(accelerator: Accelerator, clipper: GradClipper) -> None:
     """Forget this clipper; with the last one Accelerate clips by itself again."""
-    scope = _AcceleratorScope.of(accelerator)
+    scope = _AcceleratorScope.scope_of(accelerator)
     if scope is not None:
-        scope.forget([prepared for prepared in scope.prepared if prepared.clipper is clipper])
+        scope.forget_prepared(
+            [prepared for prepared in scope.prepared if prepared.clipper is clipper]
+        )
         if not scope.prepared:
             scope.give_back()
 
 
-def _attached(
+def _attach_engine(
     models: Sequence[Any], max_norm: float | None, policy: Policy | None, options: dict[str, Any]
 ) -> GradClipper:
     from distclip.integrations.deepspeed import attach
@@ -153,10 +159,10 @@ def _attached(
 
 
 @dataclass
-class _Prepared(PreparedModels):
+class _PreparedClipper(PreparedModels):
     clipper: GradClipper
 
-    def others(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
+    def rest_of_models(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
         """The parameters that are not asked for; None unless all that trains now is, and nothing of
         another model."""
         own = self.params_by_id()
@@ -167,7 +173,7 @@ class _Prepared(PreparedModels):
             else None
         )
 
-    def serves(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
+    def accepts_norm(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
         """Whether this clipper does what is asked for. ConfigError where it is of the whole model,
         or where a policy decides."""
         same = self.has_norm(max_norm, norm_type)
@@ -181,7 +187,7 @@ class _Prepared(PreparedModels):
         return same
 
 
-class _Part(NamedTuple):
+class _PartKey(NamedTuple):
     """What a clipper for a part is known by. Nothing of it depends on which parameters are asked
     for: ranks build one together."""
 
@@ -193,27 +199,27 @@ class _Part(NamedTuple):
     norm_type: float
 
 
-class _Owner(NamedTuple):
+class _OwningOptimizer(NamedTuple):
     position: int  # among the accelerator's optimizers
     optimizer: AcceleratedOptimizer
     held: dict[int, Tensor]  # by identity
 
 
-class _AcceleratorScope(ClippingScope[_Prepared]):
+class _AcceleratorScope(ClippingScope[_PreparedClipper]):
     """What stands behind an accelerator's clipping methods."""
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__()
         self.accelerator = accelerator
-        self.parts = OrderedDict[_Part, GradClipper]()
+        self.parts = OrderedDict[_PartKey, GradClipper]()
         self.warned_unstepped = False  # that some of the parameters are in no optimizer
-        self._free = accelerator.free_memory
+        self._accelerate_free_memory = accelerator.free_memory
         accelerator.clip_grad_norm_ = self.clip_grad_norm_
         accelerator.clip_grad_value_ = self.clip_grad_value_
         accelerator.free_memory = self.free_memory
 
     @classmethod
-    def of(cls, accelerator: Accelerator) -> _AcceleratorScope | None:
+    def scope_of(cls, accelerator: Accelerator) -> _AcceleratorScope | None:
         """The one that stands there now."""
         return cls.behind(accelerator.clip_grad_norm_)
 
@@ -222,16 +228,16 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
         for name in ("clip_grad_norm_", "clip_grad_value_", "free_memory"):
             delattr(self.accelerator, name)
 
-    def add(self, new: _Prepared) -> None:
+    def add_prepared(self, new: _PreparedClipper) -> None:
         """In place of those that have parameters of the same models."""
         mine = new.params_by_id()
-        self.forget(
+        self.forget_prepared(
             [old for old in self.prepared if not mine.keys().isdisjoint(old.params_by_id())]
         )
         self.prepared.append(new)
         self.accelerator.register_for_checkpointing(new.clipper)
 
-    def forget(self, gone: Sequence[_Prepared]) -> None:
+    def forget_prepared(self, gone: Sequence[_PreparedClipper]) -> None:
         clippers = {id(prepared.clipper) for prepared in gone}
         self.prepared = [
             prepared for prepared in self.prepared if id(prepared.clipper) not in clippers
@@ -242,18 +248,20 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
 
     def free_memory(self, *objects: Any) -> Any:
         """Accelerate forgets models and optimizers, and so does distclip."""
-        self.forget(self.prepared)
-        return self._free(*objects)
+        self.forget_prepared(self.prepared)
+        return self._accelerate_free_memory(*objects)
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2
     ) -> Tensor:
-        asked = _asked(parameters)
+        asked = _params_by_id(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
         for prepared in self.prepared if asked else ():
-            others = prepared.others(asked)
-            if others is not None and prepared.serves(max_norm, float(norm_type), whole=not others):
+            others = prepared.rest_of_models(asked)
+            if others is not None and prepared.accepts_norm(
+                max_norm, float(norm_type), whole=not others
+            ):
                 return self._clip_whole(asked, prepared, others).total_norm
         self._refuse_under_deepspeed("parts of a model")
         if max_norm is None:
@@ -264,7 +272,7 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
         return self._clip_part(asked, "norm", float(max_norm), float(norm_type)).total_norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
-        asked = _asked(parameters)
+        asked = _params_by_id(parameters)
         self._refuse_under_deepspeed("elements, by value,")
         if self.accelerator.sync_gradients:
             self._clip_part(asked, "value", float(clip_value), 2.0)
@@ -278,7 +286,7 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
             )
 
     def _clip_whole(
-        self, asked: Mapping[int, Tensor], prepared: _Prepared, others: Sequence[Tensor]
+        self, asked: Mapping[int, Tensor], prepared: _PreparedClipper, others: Sequence[Tensor]
     ) -> ClipReport:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             if prepared.clipper.last_report is None:
@@ -287,15 +295,17 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
                     "clips and steps: call it first"
                 )
             return prepared.clipper.last_report
-        return self._clip(asked, self._owners(asked), prepared.modules, others, prepared.clipper)
+        return self._clip_grads(
+            asked, self._owning_optimizers(asked), prepared.modules, others, prepared.clipper
+        )
 
     def _clip_part(
         self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
     ) -> ClipReport:
-        prepared = self._holding(asked)
+        prepared = self._prepared_with(asked)
         models = tuple({id(model): model for p in prepared for model in p.modules}.values())
-        owners = self._owners(asked)
-        key = _Part(
+        owners = self._owning_optimizers(asked)
+        key = _PartKey(
             tuple(map(id, models)),
             tuple(owner.position for owner in owners),
             rule,
@@ -308,13 +318,13 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
                 {"max_norm": bound} if rule == "norm" else {"policy": FixedValue(bound)}
             )
             self.parts[key] = GradClipper(models, norm_type=norm_type, **how, **options)
-            if len(self.parts) > _PARTS:
+            if len(self.parts) > _MOST_PARTS:
                 self.parts.popitem(last=False)
         self.parts.move_to_end(key)
         others = [param for param in params_of(models) if id(param) not in asked]
-        return self._clip(asked, owners, models, others, self.parts[key])
+        return self._clip_grads(asked, owners, models, others, self.parts[key])
 
-    def _holding(self, asked: Mapping[int, Tensor]) -> list[_Prepared]:
+    def _prepared_with(self, asked: Mapping[int, Tensor]) -> list[_PreparedClipper]:
         """Those whose models have the parameters that are asked for. On a rank where none is, the
         only one there is."""
         if not asked and len(self.prepared) == 1:
@@ -335,19 +345,19 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
             )
         return [p for p, own in known if not own.isdisjoint(asked)]
 
-    def _owners(self, asked: Mapping[int, Tensor]) -> list[_Owner]:
+    def _owning_optimizers(self, asked: Mapping[int, Tensor]) -> list[_OwningOptimizer]:
         """The optimizers that hold something of it."""
         every = enumerate(self.accelerator._optimizers)
         return [
-            _Owner(k, o, held)
+            _OwningOptimizer(k, o, held)
             for k, o in every
             if not asked.keys().isdisjoint(held := stepped_by(o))
         ]
 
-    def _clip(
+    def _clip_grads(
         self,
         asked: Mapping[int, Tensor],
-        owners: Sequence[_Owner],
+        owners: Sequence[_OwningOptimizer],
         models: Sequence[nn.Module],
         others: Sequence[Tensor],
         clipper: GradClipper,
@@ -362,11 +372,11 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
             for param in (p for owner in owners for p in owner.held.values()):
                 param.grad = None
         if owners and not self.warned_unstepped:
-            self._tell_unstepped(asked, owners, models)
+            self._warn_unstepped(asked, owners, models)
         return report
 
     def _unscale_rests(
-        self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_Owner]
+        self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_OwningOptimizer]
     ) -> None:
         """The scaler knows an optimizer as a whole: what it holds beside the parameters that are
         asked for is unscaled too."""
@@ -379,10 +389,13 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
             self.deferred_update = DeferredScalerUpdate(scaler)
         for owner in owners:
             if not owner.held.keys() <= asked.keys():
-                unscale(scaler, owner.optimizer.optimizer)
+                unscale_once(scaler, owner.optimizer.optimizer)
 
-    def _tell_unstepped(
-        self, asked: Mapping[int, Tensor], owners: Sequence[_Owner], models: Iterable[nn.Module]
+    def _warn_unstepped(
+        self,
+        asked: Mapping[int, Tensor],
+        owners: Sequence[_OwningOptimizer],
+        models: Iterable[nn.Module],
     ) -> None:
         """Once: what is passed counts, and a gradient that nobody steps or zeroes grows from step
         to step."""
@@ -405,7 +418,7 @@ class _AcceleratorScope(ClippingScope[_Prepared]):
             )
 
 
-def _asked(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
+def _params_by_id(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
     """By identity, each once."""
     return {
         id(param): param

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def unscale(scaler: Any, optimizer: Any) -> None:
+def unscale_once(scaler: Any, optimizer: Any) -> None:
     """`scaler.unscale_(optimizer)`, once a round: where it was called before there is nothing left
     to do."""
     try:
@@ -60,18 +60,18 @@ class DeferredScalerUpdate:
 
     def scale(self, outputs: Any) -> Any:
         if not self._clipping:
-            self._settle()
+            self._run_due_update()
         return self._scale(outputs)
 
     def get_scale(self) -> float:
-        self._settle()
+        self._run_due_update()
         return self._get_scale()
 
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
+        self._run_due_update()
         return self._state_dict()
 
-    def _settle(self) -> None:
+    def _run_due_update(self) -> None:
         if self._due:
             self._due = False
             self._update()

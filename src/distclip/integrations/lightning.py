@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
-from distclip.integrations import lacking
+from distclip.integrations import raise_missing_extra
 from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
 from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
@@ -31,9 +31,11 @@ try:
     from lightning.fabric import Fabric
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError as error:
-    lacking(error, "lightning")
+    raise_missing_extra(error, "lightning")
 
-_BOUNDS = 16  # clippers for values that are kept: another bound at every step must not pile them up
+_MOST_BOUNDS = (
+    16  # clippers for values that are kept: another bound at every step must not pile them up
+)
 
 
 class GradientClipping(Callback):
@@ -74,18 +76,18 @@ class GradientClipping(Callback):
         self.max_norm, self.policy, self.log, self.options = max_norm, policy, log, options
         self.clippers: list[GradClipper] = []
         self._fitting = False
-        self._saved: list[dict[str, Any]] = []  # of a checkpoint, until there are clippers
+        self._saved_states: list[dict[str, Any]] = []  # of a checkpoint, until there are clippers
         # whose callbacks stand in place of ours
         self._search: tuple[list[Callback], list[GradClipper]] | None = None
         # by optimizer: its param groups, what is in none of them
-        self._others: dict[int, tuple[object, list[Tensor]]] = {}
+        self._rest_of_model: dict[int, tuple[object, list[Tensor]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._refuse_two_clips(trainer, pl_module)
         self.clippers, self._fitting, self._search = [], False, None
-        _Guard.install(self, trainer)
+        _PluginGuard.install(self, trainer)
 
     def _refuse_two_clips(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.gradient_clip_val:
@@ -101,7 +103,7 @@ class GradientClipping(Callback):
                 f"{type(pl_module).__name__}.configure_gradient_clipping may clip too; take it "
                 f"out: GradientClipping is enough"
             )
-        if sum(isinstance(callback, GradientClipping) for callback in _callbacks(trainer)) > 1:
+        if sum(isinstance(callback, GradientClipping) for callback in _callbacks_of(trainer)) > 1:
             raise ConfigError(
                 "this Trainer has two GradientClipping callbacks; pass one, it clips "
                 "every optimizer"
@@ -109,16 +111,16 @@ class GradientClipping(Callback):
         _refuse_deepspeed(trainer.strategy, "trainer.model")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clippers = self._built(trainer, pl_module, self.options)
-        self._fitting, self._search, self._others = True, None, {}
-        saved, self._saved = self._saved, []
-        _load(self.clippers, saved)
+        self.clippers = self._build_clippers(trainer, pl_module, self.options)
+        self._fitting, self._search, self._rest_of_model = True, None, {}
+        saved, self._saved_states = self._saved_states, []
+        _load_states(self.clippers, saved)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         self._search = None
-        index, report = self._clip(self.clippers, trainer, pl_module, optimizer)
+        index, report = self._clip_optimizer(self.clippers, trainer, pl_module, optimizer)
         if self.log:
             suffix = f"_{index}" if len(self.clippers) > 1 else ""
             told = {
@@ -132,13 +134,13 @@ class GradientClipping(Callback):
     ) -> None:
         """At a step of a search, which has put callbacks of its own in the place of the Trainer's.
         Its first step is a set-up."""
-        if self._search is None or self._search[0] is not _callbacks(trainer):
-            clippers = self._built(trainer, pl_module, self.options | {"sinks": ()})
-            _load(clippers, self.state_dict()["clippers"])
-            self._search, self._others = (_callbacks(trainer), clippers), {}
-        self._clip(self._search[1], trainer, pl_module, optimizer)
+        if self._search is None or self._search[0] is not _callbacks_of(trainer):
+            clippers = self._build_clippers(trainer, pl_module, self.options | {"sinks": ()})
+            _load_states(clippers, self.state_dict()["clippers"])
+            self._search, self._rest_of_model = (_callbacks_of(trainer), clippers), {}
+        self._clip_optimizer(self._search[1], trainer, pl_module, optimizer)
 
-    def _built(
+    def _build_clippers(
         self, trainer: Trainer, pl_module: LightningModule, options: dict[str, Any]
     ) -> list[GradClipper]:
         """One for each optimizer, all of them of the whole model."""
@@ -148,7 +150,7 @@ class GradientClipping(Callback):
             for _ in trainer.optimizers
         ]
 
-    def _clip(
+    def _clip_optimizer(
         self,
         clippers: list[GradClipper],
         trainer: Trainer,
@@ -167,15 +169,15 @@ class GradientClipping(Callback):
         groups = tuple(
             (id(group["params"]), len(group["params"])) for group in optimizer.param_groups
         )
-        if index not in self._others or self._others[index][0] != groups:
+        if index not in self._rest_of_model or self._rest_of_model[index][0] != groups:
             held = stepped_by(optimizer)
             others = [
                 param
                 for param in params_of([trainer.strategy.model or pl_module])
                 if id(param) not in held
             ]
-            self._others[index] = groups, others
-        with set_aside(self._others[index][1]):
+            self._rest_of_model[index] = groups, others
+        with set_aside(self._rest_of_model[index][1]):
             return index, clippers[index].clip_(
                 optimizer, getattr(trainer.precision_plugin, "scaler", None)
             )
@@ -183,29 +185,31 @@ class GradientClipping(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._saved = []
+        self._saved_states = []
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._fitting, self._search, self._others = False, None, {}
-            _Guard.remove(trainer.precision_plugin)
+            self._fitting, self._search, self._rest_of_model = False, None, {}
+            _PluginGuard.remove(trainer.precision_plugin)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"clippers": [clipper.state_dict() for clipper in self.clippers] or self._saved}
+        return {
+            "clippers": [clipper.state_dict() for clipper in self.clippers] or self._saved_states
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:  # a search within the fit restores what it found
-            _load(self.clippers, state_dict["clippers"])
+            _load_states(self.clippers, state_dict["clippers"])
         else:
-            self._saved = state_dict["clippers"]
+            self._saved_states = state_dict["clippers"]
 
 
-def _callbacks(trainer: Any) -> list[Callback]:
+def _callbacks_of(trainer: Any) -> list[Callback]:
     return trainer.callbacks  # an attribute that Trainer does not declare
 
 
-def _load(clippers: list[GradClipper], states: list[dict[str, Any]]) -> None:
+def _load_states(clippers: list[GradClipper], states: list[dict[str, Any]]) -> None:
     if states and len(states) != len(clippers):
         raise ConfigError(
             f"the checkpoint has clippers of {len(states)} optimizers, this run has {len(clippers)}"
@@ -215,7 +219,7 @@ def _load(clippers: list[GradClipper], states: list[dict[str, Any]]) -> None:
 
 
 @dataclass
-class _Guard:
+class _PluginGuard:
     """Stands in a precision plugin's place of `_after_closure` and `clip_gradients` while a
     callback's fit runs."""
 
@@ -232,26 +236,26 @@ class _Guard:
                 "searches; distclip was written against lightning 2.6"
             )
         cls.remove(plugin)
-        plugin._after_closure = _Searches(callback, trainer, plugin._after_closure)
-        plugin.clip_gradients = _SecondClip(callback, trainer, plugin.clip_gradients)
+        plugin._after_closure = _SearchClipping(callback, trainer, plugin._after_closure)
+        plugin.clip_gradients = _SecondClipRefusal(callback, trainer, plugin.clip_gradients)
 
     @staticmethod
     def remove(plugin: Any) -> None:
         for name in ("_after_closure", "clip_gradients"):
-            if isinstance(vars(plugin).get(name), _Guard):
+            if isinstance(vars(plugin).get(name), _PluginGuard):
                 delattr(plugin, name)
 
 
-class _Searches(_Guard):
+class _SearchClipping(_PluginGuard):
     """Between unscaling and the hooks before a step: a search runs without the callback."""
 
     def __call__(self, model: LightningModule, optimizer: Optimizer) -> None:
-        if self.callback not in _callbacks(self.trainer):
+        if self.callback not in _callbacks_of(self.trainer):
             self.callback.clip_in_search(self.trainer, model, optimizer)
         self.own(model, optimizer)
 
 
-class _SecondClip(_Guard):
+class _SecondClipRefusal(_PluginGuard):
     """`LightningModule.clip_gradients` ends here, with 0 where nothing is to be clipped."""
 
     def __call__(
@@ -298,9 +302,13 @@ def prepare(
     _refuse_deepspeed(fabric.strategy, "module")
     clipper = GradClipper(list(modules), max_norm, policy=policy, **options)
     scope = _FabricScope.behind(fabric.clip_gradients) or _FabricScope(fabric)
-    scope.add(
-        _Prepared(
-            modules, max_norm, float(options.get("norm_type", 2.0)), options, [_Part(clipper)]
+    scope.add_prepared(
+        _PreparedClippers(
+            modules,
+            max_norm,
+            float(options.get("norm_type", 2.0)),
+            options,
+            [_OptimizerClipper(clipper)],
         )
     )
     fabric.clip_gradients = scope.clip_gradients
@@ -308,7 +316,7 @@ def prepare(
 
 
 @dataclass
-class _Part:
+class _OptimizerClipper:
     """One of several optimizers of the same modules."""
 
     clipper: GradClipper
@@ -316,15 +324,15 @@ class _Part:
 
 
 @dataclass
-class _Prepared(PreparedModels):
-    parts: list[_Part]  # the clipper that was returned is the first one's
+class _PreparedClippers(PreparedModels):
+    parts: list[_OptimizerClipper]  # the clipper that was returned is the first one's
     values: dict[float, GradClipper] = field(default_factory=dict[float, GradClipper])
 
-    def has(self, module: nn.Module) -> bool:
+    def has_module(self, module: nn.Module) -> bool:
         """A LightningModule that runs under Fabric passes itself, without Fabric's wrapper."""
         return any(module is own or module is getattr(own, "module", None) for own in self.modules)
 
-    def refuse_other(self, max_norm: float | None, norm_type: float) -> None:
+    def check_norm(self, max_norm: float | None, norm_type: float) -> None:
         if self.max_norm is not None and not self.has_norm(max_norm, norm_type):
             raise ConfigError(
                 f"clip_gradients was called with max_norm={max_norm}, norm_type={norm_type:g}, but "
@@ -332,7 +340,7 @@ class _Prepared(PreparedModels):
                 f"norm_type={self.norm_type:g}; make them equal"
             )
 
-    def others(self, held: Mapping[int, Tensor]) -> list[Tensor]:
+    def rest_of_modules(self, held: Mapping[int, Tensor]) -> list[Tensor]:
         """The modules' parameters that the optimizer does not hold."""
         own = self.params_by_id()
         strange = len(held.keys() - own.keys())
@@ -344,7 +352,7 @@ class _Prepared(PreparedModels):
             )
         return [param for i, param in own.items() if i not in held]
 
-    def of(self, held: frozenset[int]) -> GradClipper:
+    def clipper_for(self, held: frozenset[int]) -> GradClipper:
         """The clipper of the optimizer that holds these now: it may have got or lost some since its
         last call."""
         for part in self.parts:
@@ -357,13 +365,13 @@ class _Prepared(PreparedModels):
                 "no policy of its own; prepare the module with max_norm=, or each part as a module"
             )
         self.parts.append(
-            _Part(GradClipper(list(self.modules), self.max_norm, **self.options), held)
+            _OptimizerClipper(GradClipper(list(self.modules), self.max_norm, **self.options), held)
         )
         return self.parts[-1].clipper
 
-    def of_value(self, bound: float) -> GradClipper:
+    def value_clipper(self, bound: float) -> GradClipper:
         if bound not in self.values:
-            if len(self.values) >= _BOUNDS:
+            if len(self.values) >= _MOST_BOUNDS:
                 self.values.clear()
             options = self.options_without("groups", "sinks")
             self.values[bound] = GradClipper(
@@ -372,7 +380,7 @@ class _Prepared(PreparedModels):
         return self.values[bound]
 
 
-class _FabricScope(ClippingScope[_Prepared]):
+class _FabricScope(ClippingScope[_PreparedClippers]):
     """What stands behind a fabric's `clip_gradients`."""
 
     def __init__(self, fabric: Fabric) -> None:
@@ -382,10 +390,12 @@ class _FabricScope(ClippingScope[_Prepared]):
         if self.scaler is not None:
             self.deferred_update = DeferredScalerUpdate(self.scaler)
 
-    def add(self, new: _Prepared) -> None:
+    def add_prepared(self, new: _PreparedClippers) -> None:
         """In place of those that have one of its modules."""
         self.prepared = [
-            old for old in self.prepared if not any(old.has(module) for module in new.modules)
+            old
+            for old in self.prepared
+            if not any(old.has_module(module) for module in new.modules)
         ]
         self.prepared.append(new)
 
@@ -402,19 +412,19 @@ class _FabricScope(ClippingScope[_Prepared]):
         `clip_val`."""
         if (clip_val is None) == (max_norm is None):
             raise ConfigError("clip_gradients: pass exactly one of clip_val and max_norm")
-        prepared = next((known for known in self.prepared if known.has(module)), None)
+        prepared = next((known for known in self.prepared if known.has_module(module)), None)
         if prepared is None:
             raise ConfigError(
                 "clip_gradients: distclip does not know this module; call prepare(fabric, module, "
                 "max_norm=...) for it"
             )
         held = stepped_by(optimizer)
-        others = prepared.others(held)
+        others = prepared.rest_of_modules(held)
         if clip_val is not None:
-            clipper = prepared.of_value(float(clip_val))
+            clipper = prepared.value_clipper(float(clip_val))
         else:
-            prepared.refuse_other(max_norm, float(norm_type))
-            clipper = prepared.of(frozenset(held))
+            prepared.check_norm(max_norm, float(norm_type))
+            clipper = prepared.clipper_for(frozenset(held))
         report, _ = self.clip_without(others, clipper, optimizer, self.scaler)
         if error_if_nonfinite and bool(report.nonfinite):
             raise RuntimeError(

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from distclip import ConfigError, GradClipper, Policy
-from distclip.integrations import lacking
+from distclip.integrations import raise_missing_extra
 
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState
 except ModuleNotFoundError as error:
-    lacking(error, "transformers")
+    raise_missing_extra(error, "transformers")
 try:
-    from distclip.integrations.accelerate import expect, prepare, release
+    from distclip.integrations.accelerate import prepare, release, set_expected_max_norm
 except ModuleNotFoundError as error:
-    lacking(error, "transformers", "accelerate")
+    raise_missing_extra(error, "transformers", "accelerate")
 
 
 def clip_with_distclip(
@@ -84,10 +84,12 @@ class DistclipCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, policy: Policy | None, options: dict[str, Any]) -> None:
         self.trainer, self.policy, self.options = trainer, policy, options
         self.clipper: GradClipper | None = None
-        self._steps = 0
-        self._clipped: Tensor | None = None  # [2]: steps clipped and skipped since the last log
-        self._own_log = trainer.log
-        trainer.log = self._log
+        self._num_steps = 0
+        self._clipped_and_skipped: Tensor | None = (
+            None  # [2]: steps clipped and skipped since the last log
+        )
+        self._trainer_log = trainer.log
+        trainer.log = self._log_with_clipping
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
@@ -100,8 +102,8 @@ class DistclipCallback(TrainerCallback):
             policy=self.policy,
             **self.options,
         )
-        expect(trainer.accelerator, self.clipper, norm)
-        self._steps, self._clipped = 0, None
+        set_expected_max_norm(trainer.accelerator, self.clipper, norm)
+        self._num_steps, self._clipped_and_skipped = 0, None
         # Trainer has a norm of its own for parameters on several meshes, which would pass distclip
         # by
         if hasattr(trainer, "_mixed_mesh_grads"):
@@ -123,8 +125,10 @@ class DistclipCallback(TrainerCallback):
         if report is None:
             return
         did = torch.stack([report.clipped, report.skipped]).long()
-        self._clipped = did if self._clipped is None else self._clipped + did
-        self._steps += 1
+        self._clipped_and_skipped = (
+            did if self._clipped_and_skipped is None else self._clipped_and_skipped + did
+        )
+        self._num_steps += 1
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Accelerate's own methods stand there again: a later `train()` without this callback is
@@ -132,17 +136,17 @@ class DistclipCallback(TrainerCallback):
         if self.clipper is not None:
             release(self.trainer.accelerator, self.clipper)
 
-    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def _log_with_clipping(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         report = None if self.clipper is None else self.clipper.last_report
-        if report is not None and self._clipped is not None and "grad_norm" in logs:
-            clipped, skipped = self._clipped.tolist()
+        if report is not None and self._clipped_and_skipped is not None and "grad_norm" in logs:
+            clipped, skipped = self._clipped_and_skipped.tolist()
             logs |= {
                 "clip_coef": float(report.coefs.min()),
-                "clip_rate": clipped / self._steps,
+                "clip_rate": clipped / self._num_steps,
                 "clip_skipped": skipped,
             }
-            self._steps, self._clipped = 0, None
-        self._own_log(logs, *args, **kwargs)
+            self._num_steps, self._clipped_and_skipped = 0, None
+        self._trainer_log(logs, *args, **kwargs)
 
 
 class DistclipState(TrainerCallback, ExportableState):
@@ -163,15 +167,15 @@ class DistclipState(TrainerCallback, ExportableState):
         from."""
         self.clipper, self.step, self._training = clipper, state.global_step, state
         if state.global_step:
-            self._resume(
+            self._load_or_warn(
                 clipper, state.stateful_callbacks.get(type(self).__name__), state.global_step
             )
         state.stateful_callbacks[type(self).__name__] = self.state()
 
-    def _resume(self, clipper: GradClipper, kept: Any, step: int) -> None:
+    def _load_or_warn(self, clipper: GradClipper, kept: Any, step: int) -> None:
         found = kept.get("attributes", {}) if isinstance(kept, dict) else {}
         if found.get("record") and found.get("step") == step:
-            clipper.load_state_dict(_decoded(found["record"]))
+            clipper.load_state_dict(_decode_state(found["record"]))
             return
         what = f"that of step {found['step']}" if found.get("record") else "none"
         warnings.warn(
@@ -185,7 +189,7 @@ class DistclipState(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What Trainer writes into its JSON. Sends nothing: the clipper's state is the same on
         every rank."""
-        record = None if self.clipper is None else _encoded(self.clipper.state_dict())
+        record = None if self.clipper is None else _encode_state(self.clipper.state_dict())
         return {"args": {}, "attributes": {"step": self.step, "record": record}}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -212,12 +216,12 @@ class DistclipState(TrainerCallback, ExportableState):
         self.keep(args, state)
 
 
-def _encoded(state: dict[str, Any]) -> str:
+def _encode_state(state: dict[str, Any]) -> str:
     """As text, bit for bit."""
     file = io.BytesIO()
     torch.save(state, file)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _decoded(text: str) -> dict[str, Any]:
+def _decode_state(text: str) -> dict[str, Any]:
     return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True, map_location="cpu")

@@ -1,5 +1,5 @@
-"""The page of `distclip report`: one file without anything from outside, readable at any width, in
-light and dark."""
+"""The page of `distclip report`: one self-contained file, readable at any width, in light and
+dark."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from html import escape
 import torch
 
 import distclip
-from distclip.cli.report.plotting import SERIES, Drawn
-from distclip.cli.run_log import Run
-from distclip.cli.suggest.thresholds import percentile_of, recommend, warnings
+from distclip.cli.report.plotting import SERIES, DrawnFigure
+from distclip.cli.run_log import RunLog
+from distclip.cli.suggest.thresholds import find_warnings, percentile_of, recommend_max_norm
 
 _MOST_SKIPS = 100  # rows of a table
-_DARK = ("#6cb2f5", "#ff9b63", "#4fcb9b", "#b99aff", "#e3b341", "#ff86b8", "#4ecbe4", "#a9b4c0")
+_DARK_SERIES = (
+    "#6cb2f5",
+    "#ff9b63",
+    "#4fcb9b",
+    "#b99aff",
+    "#e3b341",
+    "#ff86b8",
+    "#4ecbe4",
+    "#a9b4c0",
+)
 _LIGHT_VARIABLES = "; ".join(f"--s{i}: {c}" for i, c in enumerate(SERIES))
-_DARK_VARIABLES = "; ".join(f"--s{i}: {c}" for i, c in enumerate(_DARK))
-_STYLE = f"""
+_DARK_VARIABLES = "; ".join(f"--s{i}: {c}" for i, c in enumerate(_DARK_SERIES))
+_STYLE_SHEET = f"""
 :root {{ color-scheme: light dark; --page: #ffffff; --card: #f5f7f9; --ink: #1b1f24; \
 --muted: #5c6671; --grid: #d4dae1;
   --warn: #8a4b00; {_LIGHT_VARIABLES} }}
@@ -58,43 +67,45 @@ td {{ font-variant-numeric: tabular-nums }} thead th {{ white-space: nowrap }}
 """
 
 
-def page(runs: Sequence[Run], drawn: Sequence[Drawn]) -> str:
+def build_page(runs: Sequence[RunLog], drawn: Sequence[DrawnFigure]) -> str:
     """The whole HTML text."""
     title = (
         "distclip: "
         + ", ".join(run.name for run in runs[:4])
         + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
     )
-    cards = "".join(_card(i, run) for i, run in enumerate(runs))
+    cards = "".join(_run_card(i, run) for i, run in enumerate(runs))
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>",
+            f"<title>{escape(title)}</title>\n<style>{_STYLE_SHEET}</style>\n</head>\n<body>\n<main>",
             f'<h1>What clipping did</h1>\n<div class="runs">\n{cards}</div>',
-            *(_figure(figure, runs) for figure in drawn),
-            f"<h2>Main numbers</h2>\n{_numbers(runs)}",
-            *(_skips(run) for run in runs if run.skips),
+            *(_figure_html(figure, runs) for figure in drawn),
+            f"<h2>Main numbers</h2>\n{_numbers_table(runs)}",
+            *(_skips_table(run) for run in runs if run.skips),
             f'<p class="muted">distclip {distclip.__version__}</p>\n</main>\n</body>\n</html>\n',
         ]
     )
 
 
-def _card(i: int, run: Run) -> str:
-    advice = recommend(run)
+def _run_card(i: int, run: RunLog) -> str:
+    advice = recommend_max_norm(run)
     suggested = f"<li>suggested: {advice.setting}, {escape(advice.reason)}</li>"
-    items = "".join(f'<li class="warn">{escape(text)}</li>' for text in warnings(run)) + suggested
+    items = (
+        "".join(f'<li class="warn">{escape(text)}</li>' for text in find_warnings(run)) + suggested
+    )
     items += "".join(f'<li class="note">{escape(text)}</li>' for text in run.notes)
-    said = "".join(f"<p>{escape(text)}</p>" for text in summary(run))
+    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in run_summary(run))
     colour = f"border-left-color: var(--s{i % len(SERIES)})"
     return (
         f'<section class="run" style="{colour}">'
         f'<h2 style="margin-top: 0">{escape(run.name)}</h2>'
-        f"{said}<ul>{items}</ul></section>\n"
+        f"{paragraphs}<ul>{items}</ul></section>\n"
     )
 
 
-def summary(run: Run) -> Iterable[str]:
+def run_summary(run: RunLog) -> Iterable[str]:
     """The run in plain words."""
     steps, rate = len(run.step), float(run.clipped.double().mean())
     limits = [limit for limit in run.limits if math.isfinite(limit)]
@@ -127,22 +138,22 @@ def summary(run: Run) -> Iterable[str]:
     if len(norms):
         at = int(torch.where(run.finite, run.norm, -1.0).argmax())
         yield (
-            f"Norm before clipping: median {_median(norms):.4g}, largest {_largest(norms):.4g} "
-            f"(step {int(run.step[at]):,})."
+            f"Norm before clipping: median {_median_norm(norms):.4g}, "
+            f"largest {_largest_norm(norms):.4g} (step {int(run.step[at]):,})."
         )
     else:
         yield "No norm is finite."
 
 
-def _median(norms: torch.Tensor) -> float:
+def _median_norm(norms: torch.Tensor) -> float:
     return percentile_of(norms, 50)
 
 
-def _largest(norms: torch.Tensor) -> float:
+def _largest_norm(norms: torch.Tensor) -> float:
     return float(norms.max())
 
 
-def _figure(figure: Drawn, runs: Sequence[Run]) -> str:
+def _figure_html(figure: DrawnFigure, runs: Sequence[RunLog]) -> str:
     items = "".join(
         f'<li><span style="background: var(--s{i % len(SERIES)})"></span>{escape(run.name)}</li>'
         for i, run in enumerate(runs)
@@ -153,7 +164,7 @@ def _figure(figure: Drawn, runs: Sequence[Run]) -> str:
     return f"<h2>{escape(figure.title)}</h2>\n<figure>{legend}\n{figure.svg}\n{caption}</figure>"
 
 
-def _numbers(runs: Sequence[Run]) -> str:
+def _numbers_table(runs: Sequence[RunLog]) -> str:
     rows: list[tuple[str, list[str]]] = [
         ("steps", [f"{len(run.step):,}" for run in runs]),
         ("first and last step", [f"{int(run.step[0]):,} – {int(run.step[-1]):,}" for run in runs]),
@@ -161,11 +172,11 @@ def _numbers(runs: Sequence[Run]) -> str:
         ("clipped, of the last 500 steps", [f"{float(run.clip_rate[-1]):.2%}" for run in runs]),
         ("skipped", [f"{int(run.skipped.sum()):,}" for run in runs]),
         ("norm not finite", [f"{int((~run.finite).sum()):,}" for run in runs]),
-        ("median norm", [_of(run, _median) for run in runs]),
-        ("largest norm", [_of(run, _largest) for run in runs]),
+        ("median norm", [_norm_text(run, _median_norm) for run in runs]),
+        ("largest norm", [_norm_text(run, _largest_norm) for run in runs]),
         ("norm type p", [f"{run.norm_type:g}" for run in runs]),
-        ("last threshold", [_span(run.limits) for run in runs]),
-        ("smallest coefficient of a step that was taken", [_smallest(run) for run in runs]),
+        ("last threshold", [_limits_text(run.limits) for run in runs]),
+        ("smallest coefficient of a step that was taken", [_smallest_coef(run) for run in runs]),
         ("groups", [f"{max(1, len(run.groups)):,}" for run in runs]),
     ]
     head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
@@ -181,26 +192,26 @@ def _numbers(runs: Sequence[Run]) -> str:
     )
 
 
-def _of(run: Run, number: Callable[[torch.Tensor], float]) -> str:
+def _norm_text(run: RunLog, number: Callable[[torch.Tensor], float]) -> str:
     norms = run.norm[run.finite]
     return f"{number(norms):.5g}" if len(norms) else "–"
 
 
-def _span(limits: Sequence[float]) -> str:
+def _limits_text(limits: Sequence[float]) -> str:
     finite = [limit for limit in limits if math.isfinite(limit)]
     if not finite:
         return "none"
     return f"{finite[0]:.4g}" if len(set(finite)) == 1 else f"{min(finite):.4g} – {max(finite):.4g}"
 
 
-def _smallest(run: Run) -> str:
+def _smallest_coef(run: RunLog) -> str:
     taken = run.coef[run.coef.isfinite() & ~run.skipped]
     return f"{float(taken.min()):.4g}" if len(taken) else "–"
 
 
-def _skips(run: Run) -> str:
+def _skips_table(run: RunLog) -> str:
     rows = "".join(
-        f"<tr><td>{skip.step:,}</td><td>{escape(_why(skip.nonfinite, skip.norm))}</td>"
+        f"<tr><td>{skip.step:,}</td><td>{escape(_skip_reason(skip.nonfinite, skip.norm))}</td>"
         f"<td>{'<br>'.join(map(escape, skip.culprits)) or '–'}</td></tr>\n"
         for skip in run.skips[:_MOST_SKIPS]
     )
@@ -216,7 +227,7 @@ def _skips(run: Run) -> str:
     )
 
 
-def _why(nonfinite: int, norm: float) -> str:
+def _skip_reason(nonfinite: int, norm: float) -> str:
     if nonfinite:
         return (
             "1 gradient is not finite"

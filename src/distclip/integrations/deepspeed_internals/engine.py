@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distclip import ClipReport, ConfigError, GradClipper
 
-OF_ENGINE = (
+NEEDED_OF_ENGINE = (
     "module",
     "optimizer",
     "basic_optimizer",
@@ -43,7 +43,7 @@ _OWN_CLIPPING = (
 )
 
 
-def missing(holder: Any, names: Sequence[str]) -> list[str]:
+def missing_names(holder: Any, names: Sequence[str]) -> list[str]:
     """Those of the dotted names that `holder` has not, each behind its class."""
     lost: list[str] = []
     for name in names:
@@ -54,7 +54,7 @@ def missing(holder: Any, names: Sequence[str]) -> list[str]:
     return lost
 
 
-def unsupported(engine: Any) -> list[str]:
+def unsupported_features(engine: Any) -> list[str]:
     """What this engine has, of whatever kind, that distclip cannot clip under, and what serves
     instead."""
     muon = "muon" in type(engine.basic_optimizer).__name__.lower()
@@ -80,7 +80,7 @@ def end_own_clipping(engine: Any) -> None:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Part:
+class ParamPart:
     """What this rank steps of one parameter."""
 
     name: str
@@ -94,30 +94,30 @@ class Part:
 class EngineAdapter:
     """One attached engine."""
 
-    needs: ClassVar[tuple[str, ...]] = ()  # of the optimizer
+    needed_names: ClassVar[tuple[str, ...]] = ()  # of the optimizer
     sharded: ClassVar[bool] = True  # parts of different ranks are different data
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         self._names = {id(param): name for name, param in engine.module.named_parameters()}
-        self.parts: list[Part] = list(self.found_parts())
+        self.parts: list[ParamPart] = list(self.find_parts())
         self._grads: dict[int, Tensor] = {}  # id of a master → its gradient now
-        self._spike = False
+        self._policy_skip = False
         self.clipper: GradClipper
 
     @classmethod
-    def unsupported(cls, optimizer: Any) -> list[str]:
+    def unsupported_features(cls, optimizer: Any) -> list[str]:
         """What this optimizer has that distclip cannot clip under."""
         return []
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         raise NotImplementedError
 
     def install(self, clipper: GradClipper) -> None:
         self.clipper = clipper
         if hasattr(self.optimizer, "_update_scale"):
-            self.replace("_update_scale", self._update_scale)
-        self.replace("step", self._step)
+            self.replace_method("_update_scale", self._update_scale)
+        self.replace_method("step", self._step_and_publish_norm)
 
     def grad_of(self, master: Tensor) -> Tensor | None:
         return self._grads.get(id(master))
@@ -136,14 +136,19 @@ class EngineAdapter:
             for group, params in zip(groups, saved, strict=True):
                 group["params"] = params
 
-    def part(
+    def flat_part(
         self, param: Tensor, group: int, flat: int, buffer: Tensor, start: int, count: int
-    ) -> Part:
-        return Part(
-            self.name(param), param, group, flat, start, buffer.detach().narrow(0, start, count)
+    ) -> ParamPart:
+        return ParamPart(
+            self.param_name(param),
+            param,
+            group,
+            flat,
+            start,
+            buffer.detach().narrow(0, start, count),
         )
 
-    def name(self, param: Tensor) -> str:
+    def param_name(self, param: Tensor) -> str:
         if id(param) not in self._names:
             raise ConfigError(
                 f"the engine's optimizer steps a parameter of shape {tuple(param.shape)} that is "
@@ -151,7 +156,7 @@ class EngineAdapter:
             )
         return self._names[id(param)]
 
-    def slices(self, flat: int, grad: Tensor) -> list[Part]:
+    def assign_slices(self, flat: int, grad: Tensor) -> list[ParamPart]:
         """The parts of one flat buffer; their gradients are from now on those of `grad`."""
         mine = [part for part in self.parts if part.flat == flat]
         self._grads |= {
@@ -159,17 +164,17 @@ class EngineAdapter:
         }
         return mine
 
-    def decide(self, scale: float = 1.0) -> ClipReport:
+    def decide_step(self, scale: float = 1.0) -> ClipReport:
         dynamic = bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
         report = self.clipper.decide(1 / scale, dynamic_loss_scale=dynamic)
-        self._spike = (
+        self._policy_skip = (
             bool(report.skipped)
             and not int(report.nonfinite)
             and bool(report.total_norm.isfinite())
         )
         return report
 
-    def replace(self, name: str, new: Callable[..., Any]) -> None:
+    def replace_method(self, name: str, new: Callable[..., Any]) -> None:
         """A method of the optimizer by ours; the optimizer's own is `own_<name>` from now on."""
 
         def instead(_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,15 +187,15 @@ class EngineAdapter:
 
     def _update_scale(self, *args: Any, **kwargs: Any) -> None:
         """A spike that a policy leaves out is no overflow."""
-        given, named = ((False,), {}) if self._spike else (args, kwargs)
+        given, named = ((False,), {}) if self._policy_skip else (args, kwargs)
         self.own__update_scale(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
+    def _step_and_publish_norm(self, *args: Any, **kwargs: Any) -> Any:
         before = self.clipper.last_report
         try:
             return self.take_step(*args, **kwargs)
         finally:
-            self._spike = False
+            self._policy_skip = False
             self._grads.clear()
             report = self.clipper.last_report
             if report is not None and report is not before:
