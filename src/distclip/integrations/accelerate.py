@@ -1,13 +1,13 @@
-"""Hugging Face Accelerate: the loop keeps its lines, `accelerator.clip_grad_norm_` goes through
-distclip.
+"""Hugging Face Accelerate: the training loop is unchanged, and `accelerator.clip_grad_norm_` clips
+through distclip.
 
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
     clipper = prepare(accelerator, model, max_norm=1.0)
     ...
     accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as before
 
-Written against accelerate 1.15; of its private names `_optimizers` and `_custom_objects` are used,
-and checked.
+Written against accelerate 1.15. It uses the private names `_optimizers` and `_custom_objects`, and
+checks that they exist.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SUPPORTED_TYPES = (
     DistributedType.DEEPSPEED,
 )
 _MOST_PARTS = (
-    16  # clippers for parts that are kept: another bound at every step must not pile them up
+    16  # clippers for parts that are kept: a new bound at every step must not accumulate them
 )
 
 
@@ -58,38 +58,38 @@ def prepare(
     now on. A collective.
 
     Call it after `accelerator.prepare`, once for each model (or set of models) that is clipped by a
-    norm of its own; a second call for a model takes the first one's place. Its state goes with
-    `accelerator.save_state` and `load_state`. `accelerator.free_memory()` forgets it together with
-    its models.
+    norm of its own; a second call for a model replaces the first one's clipper. Its state is saved
+    by `accelerator.save_state` and loaded by `load_state`. `accelerator.free_memory()` drops it
+    together with its models.
 
-    Afterwards, on every rank alike:
+    Afterwards, in the same way on every rank:
 
     * Exactly the parameters that are passed are measured and clipped, each once, frozen ones too
       where they have a gradient.
     * `clip_grad_norm_(parameters, max_norm, norm_type)` takes a model's parameters, a part of them,
       or those of several models, and returns the global norm before clipping, a plain 0-dim tensor.
-      For a whole model `max_norm` and `norm_type` must be those
-      given here (None under a `policy`, for all that trains now): two thresholds for one model are
-          a mistake. Of a part, or of all
-      that trains where the rest is frozen, they may be others; `groups`, `policy` and `sinks` are
-      of whole models. The first call for parts, and each for another bound, is a collective set-up.
+      For a whole model `max_norm` and `norm_type` must be those given here (None under a `policy`,
+      for all parameters that train now): two thresholds for one model are a mistake. For a part, or
+      for all that trains where the rest is frozen, they may differ; `groups`, `policy` and `sinks`
+      apply to whole models. The first call for parts, and each with a new bound, is a collective
+      set-up.
     * `clip_grad_value_(parameters, clip_value)` works on sharded models too.
     * Only the optimizers that hold the given parameters are unscaled. With several optimizers the
       scaler is updated once a round, when the next loss is scaled, and not after each optimizer's
       step, by which Accelerate unscales the others twice.
-    * On a micro-step of gradient accumulation nothing is done or sent, and the answer is NaN.
+    * On a micro-step of gradient accumulation nothing is done or sent, and the result is NaN.
     * A step that is not finite is skipped on all ranks: the gradients of the optimizers concerned
-      are None, `optimizer.step()` moves nothing.
+      are set to None, and `optimizer.step()` changes nothing.
     * Inside `accelerator.join_uneven_inputs` a clip is refused: a rank that ran out of batches does
       not take part in it.
 
     Under DeepSpeed `accelerator.backward()` already takes the step, so distclip decides there, in
     place of the engine's own clipping (see `distclip.integrations.deepspeed.attach`);
-    `clip_grad_norm_` then tells that step's norm. Clipping by value or parts of the model is
+    `clip_grad_norm_` then returns that step's norm. Clipping by value or parts of the model is
     refused: use `policy=` and `groups=`.
 
     Args:
-        options: of `GradClipper`; under DeepSpeed of `attach`.
+        options: those of `GradClipper`; under DeepSpeed those of `attach`.
 
     Raises:
         ConfigError: no model, an option that cannot be honoured, or a framework under which
@@ -126,8 +126,8 @@ def prepare(
 
 
 def set_expected_max_norm(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
-    """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper
-    was built with."""
+    """From now on `clip_grad_norm_` for this clipper's models must be called with `max_norm`,
+    whatever the clipper was built with."""
     scope = _AcceleratorScope.scope_of(accelerator)
     assert scope is not None, "prepare comes first"
     for prepared in scope.prepared:
@@ -136,7 +136,7 @@ def set_expected_max_norm(accelerator: Accelerator, clipper: GradClipper, max_no
 
 
 def release(accelerator: Accelerator, clipper: GradClipper) -> None:
-    """Forget this clipper; with the last one Accelerate clips by itself again."""
+    """Stop clipping by this clipper; without any, Accelerate clips by itself again."""
     scope = _AcceleratorScope.scope_of(accelerator)
     if scope is not None:
         scope.forget_prepared(
@@ -163,8 +163,8 @@ class _PreparedClipper(PreparedModels):
     clipper: GradClipper
 
     def rest_of_models(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
-        """The parameters that are not asked for; None unless all that trains now is, and nothing of
-        another model."""
+        """The models' parameters that are not in `asked`; None unless `asked` has all that train
+        now, and none of another model."""
         own = self.params_by_id()
         others = [param for i, param in own.items() if i not in asked]
         return (
@@ -174,8 +174,8 @@ class _PreparedClipper(PreparedModels):
         )
 
     def accepts_norm(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
-        """Whether this clipper does what is asked for. ConfigError where it is of the whole model,
-        or where a policy decides."""
+        """Whether this clipper has the given norm. ConfigError if it has not and the whole model
+        is clipped, or a policy decides."""
         same = self.has_norm(max_norm, norm_type)
         if not same and (whole or self.max_norm is None):
             raise ConfigError(
@@ -188,11 +188,11 @@ class _PreparedClipper(PreparedModels):
 
 
 class _PartKey(NamedTuple):
-    """What a clipper for a part is known by. Nothing of it depends on which parameters are asked
-    for: ranks build one together."""
+    """The key of a clipper for a part. It does not depend on which parameters are clipped, so that
+    ranks build one together."""
 
     models: tuple[int, ...]  # their identities
-    # positions of those that hold what is asked for: bad steps in a row are counted for each
+    # positions of those that hold the parameters: streaks of bad steps are counted for each
     optimizers: tuple[int, ...]
     rule: str
     bound: float
@@ -220,16 +220,16 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
 
     @classmethod
     def scope_of(cls, accelerator: Accelerator) -> _AcceleratorScope | None:
-        """The one that stands there now."""
+        """The accelerator's scope, or None before `prepare`."""
         return cls.behind(accelerator.clip_grad_norm_)
 
     def give_back(self) -> None:
-        """Accelerate's own methods stand there again."""
+        """Restore Accelerate's own methods."""
         for name in ("clip_grad_norm_", "clip_grad_value_", "free_memory"):
             delattr(self.accelerator, name)
 
     def add_prepared(self, new: _PreparedClipper) -> None:
-        """In place of those that have parameters of the same models."""
+        """Add `new`; it replaces those that have parameters of the same models."""
         mine = new.params_by_id()
         self.forget_prepared(
             [old for old in self.prepared if not mine.keys().isdisjoint(old.params_by_id())]
@@ -247,7 +247,7 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         self.parts.clear()
 
     def free_memory(self, *objects: Any) -> Any:
-        """Accelerate forgets models and optimizers, and so does distclip."""
+        """Accelerate drops its models and optimizers, and distclip its clippers."""
         self.forget_prepared(self.prepared)
         return self._accelerate_free_memory(*objects)
 
@@ -325,15 +325,15 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         return self._clip_grads(asked, owners, models, others, self.parts[key])
 
     def _prepared_with(self, asked: Mapping[int, Tensor]) -> list[_PreparedClipper]:
-        """Those whose models have the parameters that are asked for. On a rank where none is, the
-        only one there is."""
+        """Those whose models have parameters in `asked`. On a rank that passes no parameters: the
+        only one, if it is the only one."""
         if not asked and len(self.prepared) == 1:
             return self.prepared
         known = [(p, p.params_by_id().keys()) for p in self.prepared]
-        strange = len(asked.keys() - set[int]().union(*(own for _, own in known)))
-        if strange:
+        num_unknown = len(asked.keys() - set[int]().union(*(own for _, own in known)))
+        if num_unknown:
             raise ConfigError(
-                f"{strange} of {len(asked)} parameters are of no model that distclip knows; "
+                f"{num_unknown} of {len(asked)} parameters are of no model that distclip knows; "
                 "call distclip.integrations.accelerate.prepare(accelerator, model, max_norm=...) "
                 "for that model too"
             )
@@ -346,7 +346,7 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         return [p for p, own in known if not own.isdisjoint(asked)]
 
     def _owning_optimizers(self, asked: Mapping[int, Tensor]) -> list[_OwningOptimizer]:
-        """The optimizers that hold something of it."""
+        """The optimizers that hold any of these parameters."""
         every = enumerate(self.accelerator._optimizers)
         return [
             _OwningOptimizer(k, o, held)
@@ -378,8 +378,8 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
     def _unscale_rests(
         self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_OwningOptimizer]
     ) -> None:
-        """The scaler knows an optimizer as a whole: what it holds beside the parameters that are
-        asked for is unscaled too."""
+        """The scaler unscales an optimizer as a whole: what it holds beside the clipped parameters
+        must be unscaled too."""
         if not owners:
             raise ConfigError(
                 "no optimizer that accelerator.prepare was given holds these "
@@ -397,8 +397,8 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         owners: Sequence[_OwningOptimizer],
         models: Iterable[nn.Module],
     ) -> None:
-        """Once: what is passed counts, and a gradient that nobody steps or zeroes grows from step
-        to step."""
+        """Warn once: the parameters that are passed count in the norm, and a gradient that no
+        optimizer steps or zeroes grows from step to step."""
         held = set[int]().union(*(owner.held for owner in owners))
         if not asked.keys() - held:
             return
@@ -419,7 +419,7 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
 
 
 def _params_by_id(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
-    """By identity, each once."""
+    """Each parameter once, by its id."""
     return {
         id(param): param
         for param in ([parameters] if isinstance(parameters, Tensor) else parameters)

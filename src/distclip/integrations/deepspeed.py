@@ -6,8 +6,8 @@
     engine.backward(loss)
     engine.step()  # as before
 
-Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside/`
-alone, and is checked here.
+Written against DeepSpeed 0.19; all use of DeepSpeed's internals is in `deepspeed_internals/`, and
+their presence is checked here.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def attach(
     float16. One all-reduce in place of DeepSpeed's own norm and overflow check. Gradients are
     measured where DeepSpeed keeps them and multiplied once, in float32, by coefficient and inverse
     loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a
-    policy leaves out (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and no
-    learning-rate scheduler moves.
+    policy skips (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and advances no
+    learning-rate scheduler.
 
     `engine.get_global_grad_norm()` is the report's `total_norm`, and inf at a step that is not
-    finite, as DeepSpeed has it (the report tells NaN from inf); the report itself is
+    finite, as in DeepSpeed (the report distinguishes NaN from inf); the report itself is
     `clipper.last_report`. Save `clipper.state_dict()` in `client_state` of
     `engine.save_checkpoint`.
 
@@ -109,8 +109,8 @@ def attach(
 
 
 def _checked_kind(engine: Any) -> type[EngineAdapter]:
-    """ConfigError unless this is an engine of a kind, with a layout and of a DeepSpeed that
-    distclip knows."""
+    """The adapter's class. ConfigError unless distclip supports the engine, its optimizer, its
+    layout and this version of DeepSpeed."""
     _refuse_missing(missing_names(engine, NEEDED_OF_ENGINE))
     _refuse_unsupported(unsupported_features(engine))
     kind = adapter_for(engine)
@@ -142,7 +142,7 @@ def _refuse_missing(lost: Sequence[str]) -> None:
 
 
 class _OriginalGrouping:
-    """A grouping that is asked about the model's parameters: the clipper's own are the parts of
+    """Passes the model's parameters to a grouping; the clipper's own parameters are parts of
     DeepSpeed's flat float32 copies."""
 
     def __init__(self, grouping: Any, adapter: EngineAdapter) -> None:

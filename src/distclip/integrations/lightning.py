@@ -8,8 +8,8 @@
     ...
     fabric.clip_gradients(model, optimizer, max_norm=1.0)  # as before
 
-Written against lightning 2.6; of its private names `_after_closure` of precision plugins is used,
-and checked.
+Written against lightning 2.6. It uses the private `_after_closure` of precision plugins, and checks
+that it exists.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     raise_missing_extra(error, "lightning")
 
 _MOST_BOUNDS = (
-    16  # clippers for values that are kept: another bound at every step must not pile them up
+    16  # clippers for values that are kept: a new bound at every step must not accumulate them
 )
 
 
@@ -43,25 +43,26 @@ class GradientClipping(Callback):
     after unscaling.
 
     One process, DDP and FSDP2 (`ModelParallelStrategy`). The norm is that of the parameters that
-    the optimizer holds at this step, of each its own with several optimizers: what nobody steps
-    does not count, and a param group that joins later does. Accumulated batches cost nothing: the
-    hook runs at steps alone. The state goes with Lightning's checkpoints. `log=True` logs
+    the optimizer holds at this step, with several optimizers a norm for each: parameters that no
+    optimizer steps do not count, and a param group that is added later does. Accumulated batches
+    cost nothing: the hook runs only at steps. The state is saved in Lightning's checkpoints.
+    `log=True` logs
     `grad_norm` and `clip_coef` (the smallest, where there are groups); `clippers[0].last_report`
     has the rest.
 
     Searches (`Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks), which run without
-    callbacks, are clipped as the fit is: by clippers of their own, which begin with the state of
-    the fit's and leave it as it was, and write to no sink.
+    callbacks, are clipped as the fit is: by clippers of their own, which start with the state of
+    the fit's, do not change it, and write to no sink.
 
     Args:
-        max_norm, policy, options: of `GradClipper`.
-        log: through `pl_module.log_dict`, at each step.
+        max_norm, policy, options: those of `GradClipper`.
+        log: whether to log through `pl_module.log_dict` at each step.
 
     Raises:
         ConfigError: when fitting starts: the Trainer or the module clips too, there are two such
-            callbacks, or the strategy takes the step out of Lightning's hands (DeepSpeed: use
+            callbacks, or the strategy takes the step itself (DeepSpeed: use
             `distclip.integrations.deepspeed`). At a step: the module calls `self.clip_gradients`,
-                which would clip a second time.
+            which would clip a second time.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class GradientClipping(Callback):
         self.max_norm, self.policy, self.log, self.options = max_norm, policy, log, options
         self.clippers: list[GradClipper] = []
         self._fitting = False
-        self._saved_states: list[dict[str, Any]] = []  # of a checkpoint, until there are clippers
-        # whose callbacks stand in place of ours
+        self._saved_states: list[
+            dict[str, Any]
+        ] = []  # of a checkpoint, until the clippers are built
+        # the callbacks of a search, and its clippers
         self._search: tuple[list[Callback], list[GradClipper]] | None = None
-        # by optimizer: its param groups, what is in none of them
+        # by the optimizer's position: its param groups, and the parameters in none of them
         self._rest_of_model: dict[int, tuple[object, list[Tensor]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,17 +126,17 @@ class GradientClipping(Callback):
         index, report = self._clip_optimizer(self.clippers, trainer, pl_module, optimizer)
         if self.log:
             suffix = f"_{index}" if len(self.clippers) > 1 else ""
-            told = {
+            metrics = {
                 f"grad_norm{suffix}": report.total_norm,
                 f"clip_coef{suffix}": report.coefs.min(),
             }
-            pl_module.log_dict(told, on_step=True, on_epoch=False)
+            pl_module.log_dict(metrics, on_step=True, on_epoch=False)
 
     def clip_in_search(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """At a step of a search, which has put callbacks of its own in the place of the Trainer's.
-        Its first step is a set-up."""
+        """Clip at a step of a search, which has replaced the Trainer's callbacks by its own. Its
+        first step is a collective set-up."""
         if self._search is None or self._search[0] is not _callbacks_of(trainer):
             clippers = self._build_clippers(trainer, pl_module, self.options | {"sinks": ()})
             _load_states(clippers, self.state_dict()["clippers"])
@@ -143,7 +146,7 @@ class GradientClipping(Callback):
     def _build_clippers(
         self, trainer: Trainer, pl_module: LightningModule, options: dict[str, Any]
     ) -> list[GradClipper]:
-        """One for each optimizer, all of them of the whole model."""
+        """A clipper of the whole model for each optimizer."""
         model = trainer.strategy.model or pl_module
         return [
             GradClipper(model, self.max_norm, policy=self.policy, **options)
@@ -157,7 +160,7 @@ class GradientClipping(Callback):
         pl_module: LightningModule,
         optimizer: Optimizer,
     ) -> tuple[int, ClipReport]:
-        """One all-reduce; the optimizer's position, and what was done."""
+        """Clip with one all-reduce; returns the optimizer's position and the report."""
         index = next(
             (i for i, known in enumerate(trainer.optimizers) if known is optimizer), len(clippers)
         )
@@ -199,7 +202,7 @@ class GradientClipping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._fitting:  # a search within the fit restores what it found
+        if self._fitting:  # a search within the fit restores the state from before it
             _load_states(self.clippers, state_dict["clippers"])
         else:
             self._saved_states = state_dict["clippers"]
@@ -220,8 +223,8 @@ def _load_states(clippers: list[GradClipper], states: list[dict[str, Any]]) -> N
 
 @dataclass
 class _PluginGuard:
-    """Stands in a precision plugin's place of `_after_closure` and `clip_gradients` while a
-    callback's fit runs."""
+    """Replaces a precision plugin's `_after_closure` and `clip_gradients` during a callback's
+    fit."""
 
     callback: GradientClipping
     trainer: Trainer
@@ -247,7 +250,8 @@ class _PluginGuard:
 
 
 class _SearchClipping(_PluginGuard):
-    """Between unscaling and the hooks before a step: a search runs without the callback."""
+    """Clips between unscaling and the hooks before a step, since a search runs without the
+    callback."""
 
     def __call__(self, model: LightningModule, optimizer: Optimizer) -> None:
         if self.callback not in _callbacks_of(self.trainer):
@@ -256,7 +260,8 @@ class _SearchClipping(_PluginGuard):
 
 
 class _SecondClipRefusal(_PluginGuard):
-    """`LightningModule.clip_gradients` ends here, with 0 where nothing is to be clipped."""
+    """Refuses `LightningModule.clip_gradients`, which passes a `clip_val` of 0 where there is
+    nothing to clip."""
 
     def __call__(
         self, optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any
@@ -285,9 +290,10 @@ def prepare(
     `fabric.clip_gradients(module, optimizer, max_norm=...)` must be given the `max_norm` and
     `norm_type` of this clipper (any under a `policy`); `clip_val=` works on sharded modules too. As
     in Fabric it measures and clips exactly what `optimizer` holds at this call: several optimizers
-    of one module by a norm each, which a `policy` cannot serve. The clipper that is returned is
-    that of the first optimizer; others get one at their first call, which is a collective. A second
-    `prepare` for a module takes the first one's place. A step that is not finite is skipped on all
+    of one module by a norm each, which a `policy` cannot do. The clipper that is returned is that
+    of the first optimizer; others get one at their first call, which is a collective. A second
+    `prepare` for a module replaces the first one's clipper. A step that is not finite is skipped on
+    all
     ranks; `error_if_nonfinite=True`, which is not the default here, raises instead. Under fp16 the
     scaler is updated once a round, when the next loss is scaled.
 
@@ -317,7 +323,7 @@ def prepare(
 
 @dataclass
 class _OptimizerClipper:
-    """One of several optimizers of the same modules."""
+    """The clipper for one of several optimizers of the same modules."""
 
     clipper: GradClipper
     held: frozenset[int] = frozenset()  # what the optimizer held at its last call, by identity
@@ -329,7 +335,8 @@ class _PreparedClippers(PreparedModels):
     values: dict[float, GradClipper] = field(default_factory=dict[float, GradClipper])
 
     def has_module(self, module: nn.Module) -> bool:
-        """A LightningModule that runs under Fabric passes itself, without Fabric's wrapper."""
+        """Whether `module` is one of these, also without Fabric's wrapper: a LightningModule under
+        Fabric passes itself."""
         return any(module is own or module is getattr(own, "module", None) for own in self.modules)
 
     def check_norm(self, max_norm: float | None, norm_type: float) -> None:
@@ -343,18 +350,18 @@ class _PreparedClippers(PreparedModels):
     def rest_of_modules(self, held: Mapping[int, Tensor]) -> list[Tensor]:
         """The modules' parameters that the optimizer does not hold."""
         own = self.params_by_id()
-        strange = len(held.keys() - own.keys())
-        if strange:
+        num_unknown = len(held.keys() - own.keys())
+        if num_unknown:
             raise ConfigError(
-                f"clip_gradients: the optimizer holds {strange} parameters of other modules, which "
+                f"clip_gradients: the optimizer holds {num_unknown} parameters of other modules, which "
                 "Fabric would clip with these; prepare all its modules together: prepare(fabric, "
                 "module, other, max_norm=...)"
             )
         return [param for i, param in own.items() if i not in held]
 
     def clipper_for(self, held: frozenset[int]) -> GradClipper:
-        """The clipper of the optimizer that holds these now: it may have got or lost some since its
-        last call."""
+        """The clipper of the optimizer that holds these parameters now; some may have been added or
+        removed since its last call."""
         for part in self.parts:
             if not (part.held and held) or not part.held.isdisjoint(held):
                 part.held = held
@@ -391,7 +398,7 @@ class _FabricScope(ClippingScope[_PreparedClippers]):
             self.deferred_update = DeferredScalerUpdate(self.scaler)
 
     def add_prepared(self, new: _PreparedClippers) -> None:
-        """In place of those that have one of its modules."""
+        """Add `new`; it replaces those that have one of its modules."""
         self.prepared = [
             old
             for old in self.prepared
@@ -408,8 +415,8 @@ class _FabricScope(ClippingScope[_PreparedClippers]):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
     ) -> Tensor | None:
-        """See `prepare`. One all-reduce; the norm before clipping, a 0-dim tensor, or None with
-        `clip_val`."""
+        """See `prepare`. One all-reduce. Returns the norm before clipping, a 0-dim tensor, or None
+        with `clip_val`."""
         if (clip_val is None) == (max_norm is None):
             raise ConfigError("clip_gradients: pass exactly one of clip_val and max_norm")
         prepared = next((known for known in self.prepared if known.has_module(module)), None)

@@ -1,5 +1,4 @@
-"""What stands of DeepSpeed's inside in distclip, all of it: where gradients are, and where a step
-lets a clipper in.
+"""All use of DeepSpeed's internals: where it keeps gradients, and where a step can be intercepted.
 
 `engine.py` has what all kinds of engine share, `sharded.py` stages 1 to 3, `whole.py` stage 0.
 """

@@ -1,9 +1,9 @@
 """What all kinds of DeepSpeed engine share.
 
 Each kind of DeepSpeed optimizer reduces and partitions gradients during backward. Its `step` then
-measures a norm, moves the loss scale, and multiplies float32 copies of the gradients by clip and
-inverse scale. The first and the last are replaced here; the loss scale is read before it moves,
-since gradients carry the one of their backward.
+measures a norm, updates the loss scale, and multiplies float32 copies of the gradients by clip
+coefficient and inverse scale. The first and the last are replaced here; the loss scale is read
+before its update, since gradients are scaled by that of their backward.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OWN_CLIPPING = (
 
 
 def missing_names(holder: Any, names: Sequence[str]) -> list[str]:
-    """Those of the dotted names that `holder` has not, each behind its class."""
+    """Those of the dotted names that `holder` does not have, each with its class's name."""
     lost: list[str] = []
     for name in names:
         try:
@@ -55,7 +55,7 @@ def missing_names(holder: Any, names: Sequence[str]) -> list[str]:
 
 
 def unsupported_features(engine: Any) -> list[str]:
-    """What this engine has, of whatever kind, that distclip cannot clip under, and what serves
+    """Features of this engine, of any kind, under which distclip cannot clip, each with what to use
     instead."""
     muon = "muon" in type(engine.basic_optimizer).__name__.lower()
     autocast = "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"
@@ -75,27 +75,27 @@ def own_clipping(engine: Any) -> float:
 
 def end_own_clipping(engine: Any) -> None:
     engine._config.gradient_clipping = 0.0
-    if hasattr(engine.optimizer, "clip_grad"):  # a wrapper's; the user's own optimizer has none
+    if hasattr(engine.optimizer, "clip_grad"):  # only DeepSpeed's own optimizers have it
         engine.optimizer.clip_grad = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ParamPart:
-    """What this rank steps of one parameter."""
+    """The part of one parameter that this rank steps."""
 
     name: str
     param: Tensor  # the model's
     group: int  # its param group
-    flat: int  # its place among DeepSpeed's flat buffers
+    flat: int  # its index among DeepSpeed's flat buffers
     start: int  # in the flat buffer
-    master: Tensor  # float32, as a rule a view of the flat buffer
+    master: Tensor  # float32, usually a view of the flat buffer
 
 
 class EngineAdapter:
     """One attached engine."""
 
-    needed_names: ClassVar[tuple[str, ...]] = ()  # of the optimizer
-    sharded: ClassVar[bool] = True  # parts of different ranks are different data
+    needed_names: ClassVar[tuple[str, ...]] = ()  # attributes of the optimizer
+    sharded: ClassVar[bool] = True  # whether ranks hold different parts
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
@@ -107,7 +107,7 @@ class EngineAdapter:
 
     @classmethod
     def unsupported_features(cls, optimizer: Any) -> list[str]:
-        """What this optimizer has that distclip cannot clip under."""
+        """Features of this optimizer under which distclip cannot clip."""
         return []
 
     def find_parts(self) -> Iterator[ParamPart]:
@@ -124,8 +124,8 @@ class EngineAdapter:
 
     @contextmanager
     def original_param_groups(self) -> Generator[None]:
-        """Param groups hold the model's parameters again; DeepSpeed leaves flat buffers there, or
-        nothing."""
+        """Within this context param groups hold the model's parameters, in place of DeepSpeed's
+        flat buffers or empty lists."""
         groups = self.optimizer.param_groups
         saved = [group["params"] for group in groups]
         try:
@@ -157,7 +157,7 @@ class EngineAdapter:
         return self._names[id(param)]
 
     def assign_slices(self, flat: int, grad: Tensor) -> list[ParamPart]:
-        """The parts of one flat buffer; their gradients are from now on those of `grad`."""
+        """The parts of one flat buffer; their gradients become slices of `grad`."""
         mine = [part for part in self.parts if part.flat == flat]
         self._grads |= {
             id(part.master): grad.narrow(0, part.start, part.master.numel()) for part in mine
@@ -175,18 +175,18 @@ class EngineAdapter:
         return report
 
     def replace_method(self, name: str, new: Callable[..., Any]) -> None:
-        """A method of the optimizer by ours; the optimizer's own is `own_<name>` from now on."""
+        """Replace a method of the optimizer by `new`; its own is kept as `own_<name>`."""
 
         def instead(_: Any, *args: Any, **kwargs: Any) -> Any:
             return new(*args, **kwargs)
 
         setattr(self, f"own_{name}", getattr(self.optimizer, name))
-        # bound to the optimizer: a learning-rate scheduler takes the function out of
-        # `optimizer.step` and binds it anew
+        # bound to the optimizer: a learning-rate scheduler takes the function of `optimizer.step`
+        # and binds it again
         setattr(self.optimizer, name, MethodType(instead, self.optimizer))
 
     def _update_scale(self, *args: Any, **kwargs: Any) -> None:
-        """A spike that a policy leaves out is no overflow."""
+        """A step that a policy skips is no overflow."""
         given, named = ((False,), {}) if self._policy_skip else (args, kwargs)
         self.own__update_scale(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -199,7 +199,7 @@ class EngineAdapter:
             self._grads.clear()
             report = self.clipper.last_report
             if report is not None and report is not before:
-                # a step that is not finite reads inf, as DeepSpeed's own
+                # inf for a step that is not finite, as in DeepSpeed
                 norm = float(report.total_norm)
                 self.optimizer._global_grad_norm = (
                     math.inf if int(report.nonfinite) or math.isnan(norm) else norm
@@ -212,5 +212,5 @@ class EngineAdapter:
 
 
 def never_overflows(*args: Any, **kwargs: Any) -> bool:
-    """In place of DeepSpeed's checks for overflow."""
+    """Replaces DeepSpeed's checks for overflow."""
     return False

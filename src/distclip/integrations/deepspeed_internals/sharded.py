@@ -18,7 +18,8 @@ from distclip.integrations.deepspeed_internals.engine import (
 
 
 def _flat_norm(report: ClipReport) -> Tensor:
-    """What DeepSpeed's step takes for its norm: it goes on where it is finite, whatever it is."""
+    """The norm that DeepSpeed's step sees: inf at a step to be skipped, else 1, as it checks only
+    whether the norm is finite."""
     return (
         report.total_norm.new_full((), float("inf"))
         if bool(report.skipped)
@@ -83,9 +84,8 @@ class ZeRO12Adapter(EngineAdapter):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.replace_method(
-            "check_overflow", never_overflows
-        )  # the norm tells, by one message instead of two
+        # overflow shows in the norm, by one collective instead of two
+        self.replace_method("check_overflow", never_overflows)
         self.replace_method("scaled_global_norm", self.measure_norm)
         self.replace_method("unscale_and_clip_grads", self.apply_clip)
         self._own_checks = self.optimizer.check_grad_overflow
@@ -105,7 +105,7 @@ class ZeRO12Adapter(EngineAdapter):
             mine = [part for part in self.parts if part.flat == i]
             self._grads |= {id(part.master): grad.reshape(-1) for part, grad in zip(mine, grads)}
         report = self.decide_step(float(o.loss_scale))
-        # bf16 ignores a norm that is not finite unless it checks for overflow
+        # with bf16 the optimizer ignores a norm that is not finite unless it checks for overflow
         o.check_grad_overflow = bool(report.skipped) or self._own_checks
         return _flat_norm(report)
 
@@ -126,7 +126,8 @@ class ZeRO12Adapter(EngineAdapter):
 
 
 class ZeRO3Adapter(EngineAdapter):
-    """Stage 3: each rank steps a slice of every parameter, sub-groups of them laid out flat."""
+    """Stage 3: each rank steps a slice of every parameter; those of a sub-group lie in one flat
+    buffer."""
 
     needed_names = (
         "averaged_gradients",
@@ -196,7 +197,8 @@ class ZeRO3Adapter(EngineAdapter):
 
 
 class BF16Adapter(EngineAdapter):
-    """Stage 1 in bf16 with float32 accumulation: gradients are float32 and flat from the first."""
+    """Stage 1 in bf16 with float32 accumulation: gradients are accumulated in flat float32
+    buffers."""
 
     needed_names = (
         "bf16_groups",

@@ -18,8 +18,8 @@ from distclip.integrations.deepspeed_internals.engine import (
 class WholeAdapter(EngineAdapter):
     """Stage 0 in fp16 or bf16: every rank steps float32 copies of all parameters.
 
-    DeepSpeed 0.19 does not scale the loss of these optimizers, and yet divides their gradients by
-    the loss scale. Here they are not.
+    DeepSpeed 0.19 does not scale the loss of these optimizers, but divides their gradients by the
+    loss scale. distclip does not divide them.
     """
 
     needed_names = (
@@ -129,7 +129,7 @@ class PlainAdapter(EngineAdapter):
         return master.grad
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
-        # the engine counts a skipped step by it
+        # by this attribute the engine counts a skipped step
         self.optimizer.overflow = bool(self.decide_step().skipped)
         if self.optimizer.overflow:
             self.optimizer.zero_grad(set_to_none=True)
