@@ -162,14 +162,14 @@ def _attach_engine(
 class _PreparedClipper(PreparedModels):
     clipper: GradClipper
 
-    def rest_of_models(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
-        """The models' parameters that are not in `asked`; None unless `asked` has all that train
-        now, and none of another model."""
+    def rest_of_models(self, selected: Mapping[int, Tensor]) -> list[Tensor] | None:
+        """The models' parameters that are not in `selected`; None unless that has all that train now,
+        and none of another model."""
         own = self.params_by_id()
-        others = [param for i, param in own.items() if i not in asked]
+        others = [param for i, param in own.items() if i not in selected]
         return (
             others
-            if asked.keys() <= own.keys() and not any(p.requires_grad for p in others)
+            if selected.keys() <= own.keys() and not any(p.requires_grad for p in others)
             else None
         )
 
@@ -254,28 +254,28 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2
     ) -> Tensor:
-        asked = _params_by_id(parameters)
+        selected = _params_by_id(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
-        for prepared in self.prepared if asked else ():
-            others = prepared.rest_of_models(asked)
+        for prepared in self.prepared if selected else ():
+            others = prepared.rest_of_models(selected)
             if others is not None and prepared.accepts_norm(
                 max_norm, float(norm_type), whole=not others
             ):
-                return self._clip_whole(asked, prepared, others).total_norm
+                return self._clip_whole(selected, prepared, others).total_norm
         self._refuse_under_deepspeed("parts of a model")
         if max_norm is None:
             raise ConfigError(
                 "max_norm=None: parts of a model, and several together, have no "
                 "policy of their own; pass a number"
             )
-        return self._clip_part(asked, "norm", float(max_norm), float(norm_type)).total_norm
+        return self._clip_part(selected, "norm", float(max_norm), float(norm_type)).total_norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
-        asked = _params_by_id(parameters)
+        selected = _params_by_id(parameters)
         self._refuse_under_deepspeed("elements, by value,")
         if self.accelerator.sync_gradients:
-            self._clip_part(asked, "value", float(clip_value), 2.0)
+            self._clip_part(selected, "value", float(clip_value), 2.0)
 
     def _refuse_under_deepspeed(self, what: str) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -286,7 +286,7 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
             )
 
     def _clip_whole(
-        self, asked: Mapping[int, Tensor], prepared: _PreparedClipper, others: Sequence[Tensor]
+        self, selected: Mapping[int, Tensor], prepared: _PreparedClipper, others: Sequence[Tensor]
     ) -> ClipReport:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             if prepared.clipper.last_report is None:
@@ -296,15 +296,15 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
                 )
             return prepared.clipper.last_report
         return self._clip_grads(
-            asked, self._owning_optimizers(asked), prepared.modules, others, prepared.clipper
+            selected, self._owning_optimizers(selected), prepared.modules, others, prepared.clipper
         )
 
     def _clip_part(
-        self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
+        self, selected: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
     ) -> ClipReport:
-        prepared = self._prepared_with(asked)
+        prepared = self._prepared_with(selected)
         models = tuple({id(model): model for p in prepared for model in p.modules}.values())
-        owners = self._owning_optimizers(asked)
+        owners = self._owning_optimizers(selected)
         key = _PartKey(
             tuple(map(id, models)),
             tuple(owner.position for owner in owners),
@@ -321,42 +321,42 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
             if len(self.parts) > _MOST_PARTS:
                 self.parts.popitem(last=False)
         self.parts.move_to_end(key)
-        others = [param for param in params_of(models) if id(param) not in asked]
-        return self._clip_grads(asked, owners, models, others, self.parts[key])
+        others = [param for param in params_of(models) if id(param) not in selected]
+        return self._clip_grads(selected, owners, models, others, self.parts[key])
 
-    def _prepared_with(self, asked: Mapping[int, Tensor]) -> list[_PreparedClipper]:
-        """Those whose models have parameters in `asked`. On a rank that passes no parameters: the
-        only one, if it is the only one."""
-        if not asked and len(self.prepared) == 1:
+    def _prepared_with(self, selected: Mapping[int, Tensor]) -> list[_PreparedClipper]:
+        """Those whose models have parameters in `selected`. On a rank that passes none: the only one,
+        if there is only one."""
+        if not selected and len(self.prepared) == 1:
             return self.prepared
         known = [(p, p.params_by_id().keys()) for p in self.prepared]
-        num_unknown = len(asked.keys() - set[int]().union(*(own for _, own in known)))
+        num_unknown = len(selected.keys() - set[int]().union(*(own for _, own in known)))
         if num_unknown:
             raise ConfigError(
-                f"{num_unknown} of {len(asked)} parameters are of no model that distclip knows; "
+                f"{num_unknown} of {len(selected)} parameters are of no model that distclip knows; "
                 "call distclip.integrations.accelerate.prepare(accelerator, model, max_norm=...) "
                 "for that model too"
             )
-        if not asked:
+        if not selected:
             raise ConfigError(
                 "no parameters were passed (a generator that was used up?), and distclip knows "
                 f"{len(known)} sets of models here; pass model.parameters() anew at each call, and "
                 "call prepare(accelerator, model, max_norm=...) before"
             )
-        return [p for p, own in known if not own.isdisjoint(asked)]
+        return [p for p, own in known if not own.isdisjoint(selected)]
 
-    def _owning_optimizers(self, asked: Mapping[int, Tensor]) -> list[_OwningOptimizer]:
+    def _owning_optimizers(self, selected: Mapping[int, Tensor]) -> list[_OwningOptimizer]:
         """The optimizers that hold any of these parameters."""
         every = enumerate(self.accelerator._optimizers)
         return [
             _OwningOptimizer(k, o, held)
             for k, o in every
-            if not asked.keys().isdisjoint(held := stepped_by(o))
+            if not selected.keys().isdisjoint(held := stepped_by(o))
         ]
 
     def _clip_grads(
         self,
-        asked: Mapping[int, Tensor],
+        selected: Mapping[int, Tensor],
         owners: Sequence[_OwningOptimizer],
         models: Sequence[nn.Module],
         others: Sequence[Tensor],
@@ -365,18 +365,18 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         """One all-reduce."""
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
-            self._unscale_rests(scaler, asked, owners)
+            self._unscale_rests(scaler, selected, owners)
         optimizers = [owner.optimizer for owner in owners]
         report, others_had_grad = self.clip_without(others, clipper, optimizers, scaler)
         if others_had_grad and bool(report.skipped):  # a step is skipped as a whole
             for param in (p for owner in owners for p in owner.held.values()):
                 param.grad = None
         if owners and not self.warned_unstepped:
-            self._warn_unstepped(asked, owners, models)
+            self._warn_unstepped(selected, owners, models)
         return report
 
     def _unscale_rests(
-        self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_OwningOptimizer]
+        self, scaler: Any, selected: Mapping[int, Tensor], owners: Sequence[_OwningOptimizer]
     ) -> None:
         """The scaler unscales an optimizer as a whole: what it holds beside the clipped parameters
         must be unscaled too."""
@@ -388,23 +388,25 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         if self.deferred_update is None and len(self.accelerator._optimizers) > 1:
             self.deferred_update = DeferredScalerUpdate(scaler)
         for owner in owners:
-            if not owner.held.keys() <= asked.keys():
+            if not owner.held.keys() <= selected.keys():
                 unscale_once(scaler, owner.optimizer.optimizer)
 
     def _warn_unstepped(
         self,
-        asked: Mapping[int, Tensor],
+        selected: Mapping[int, Tensor],
         owners: Sequence[_OwningOptimizer],
         models: Iterable[nn.Module],
     ) -> None:
         """Warn once: the parameters that are passed count in the norm, and a gradient that no
         optimizer steps or zeroes grows from step to step."""
         held = set[int]().union(*(owner.held for owner in owners))
-        if not asked.keys() - held:
+        if not selected.keys() - held:
             return
         named = (pair for model in models for pair in model.named_parameters())
         left = [
-            name for name, p in named if id(p) in asked and id(p) not in held and p.grad is not None
+            name
+            for name, p in named
+            if id(p) in selected and id(p) not in held and p.grad is not None
         ]
         if left:
             self.warned_unstepped = True

@@ -130,18 +130,18 @@ class CheckRunner:
 
     def run(self, checks: Sequence[Check], backend: str | None) -> int:
         try:
-            asked, device = device_for(self._info, backend)
-            mine = collect_facts(self._info, asked, device)
+            backend_name, device = device_for(self._info, backend)
+            mine = collect_facts(self._info, backend_name, device)
         # ConfigError: the requested kernel is not available
         except (CannotRun, distclip.ConfigError) as error:
-            asked, device, mine = "", torch.device("cpu"), {"cannot": str(error)}
+            backend_name, device, mine = "", torch.device("cpu"), {"cannot": str(error)}
         stop = self._exchange_verdict("start", mine, self._judge_facts)
         if not stop and self._info.size > 1:
             self._watch.enter_stage("start of the process group")
             # NCCL's own watchdog aborts the process after the time-out without naming the missing
             # rank: ours must come first
             self._status_store.start_group(
-                asked, self._info.timeout_s * (3 if "nccl" in asked else 1)
+                backend_name, self._info.timeout_s * (3 if "nccl" in backend_name else 1)
             )
         self._findings.hint = more_ranks(checks, self._info.size)
         broken = ""

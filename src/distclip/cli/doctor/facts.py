@@ -50,9 +50,9 @@ def device_for(info: RankInfo, backend: str | None) -> tuple[str, torch.device]:
         CannotRun: `backend` is not available here.
     """
     cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
-    asked = backend or ("nccl" if cuda and dist.is_nccl_available() else "gloo")
-    if "nccl" not in asked:
-        return asked, torch.device("cpu")
+    backend_name = backend or ("nccl" if cuda and dist.is_nccl_available() else "gloo")
+    if "nccl" not in backend_name:
+        return backend_name, torch.device("cpu")
     if not cuda or not dist.is_nccl_available():
         raise CannotRun(
             f"rank {info.rank} on {info.host} has no CUDA device or no NCCL; "
@@ -60,7 +60,7 @@ def device_for(info: RankInfo, backend: str | None) -> tuple[str, torch.device]:
         )
     device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    return asked, device
+    return backend_name, device
 
 
 def collect_facts(info: RankInfo, backend: str, device: torch.device) -> dict[str, Any]:
