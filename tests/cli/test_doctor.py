@@ -21,7 +21,7 @@ from distclip.cli.doctor.command import CHECKS, more_ranks
 from distclip.cli.doctor.layouts import LAYOUTS
 from distclip.cli.doctor.output import Findings, as_json, as_table
 from distclip.cli.doctor.records import Result
-from distclip.cli.doctor.speed_checks import Speed
+from distclip.cli.doctor.speed_checks import SpeedCheck
 from distclip.testing import fresh_process
 
 LOST, TIMEOUT_S = 2, 40  # many processes start at once
@@ -166,8 +166,8 @@ def test_the_speed_line_compares_work_with_work():
 
     one = seen((0.008, 0.004, 0.0041), (0.012, 0.009, 0.0085))
     alike = "50 MB on each rank: nothing to clip 4.0 ms, torch 4.1 ms; clipped 9.0 ms, torch 8.5 ms"
-    assert Speed().judge([one]).seen == alike
-    assert Speed().judge([one, seen((0.009, 0.003, 0.004), (0.011, 0.008, 0.008))]).seen == (
+    assert SpeedCheck().judge([one]).seen == alike
+    assert SpeedCheck().judge([one, seen((0.009, 0.003, 0.004), (0.011, 0.008, 0.008))]).seen == (
         f"{alike}. This is the work on one rank: torch's function sends nothing here. With the "
         f"all_reduce of a clip 9.0 ms and 12.0 ms"
     )
@@ -205,7 +205,7 @@ def test_a_rank_with_another_environment_is_named(tmp_path):
 
 
 def test_other_differences_are_named():
-    one = dict.fromkeys(doctor_facts.SAME, "x") | {
+    one = dict.fromkeys(doctor_facts.MUST_MATCH, "x") | {
         "host": "n1",
         "device": "cuda:0 A",
         "device id": "",

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 import distclip
 from cli.logs import BAD, SPIKES, rewritten, rows_of, spiky_norms, write_log
 from distclip.cli import main
-from distclip.cli.glyphs import families_for, shortened
-from distclip.cli.report.heat import _shares
-from distclip.cli.report.plots import figures
-from distclip.cli.report.plotting import _ACROSS, _RULES, _WIDE, _add_legend
-from distclip.cli.report.thinning import clipped_shares, thinned
+from distclip.cli.glyphs import families_for, shorten_name
+from distclip.cli.report.heat import _norm_shares
+from distclip.cli.report.plots import draw_figures
+from distclip.cli.report.plotting import _PNG_COLUMNS, _RC_PARAMS, _WIDE_SIZE, _add_legend
+from distclip.cli.report.thinning import clipped_shares, thinned_points
 from distclip.cli.run_log import RunError, read_runs
 
 EMPTY = {"meta", "br", "img", "link", "input", "hr"}
@@ -285,13 +285,13 @@ def test_thinning_keeps_extremes_and_gaps():
     y[[123, 7777]] = 9.0, -9.0
     y[5000] = np.nan
     x = np.arange(10_000) * 2
-    kept_x, kept_y = thinned(x, y, 100)
+    kept_x, kept_y = thinned_points(x, y, 100)
     assert len(kept_x) <= 301 and (np.diff(kept_x) > 0).all()
     assert np.nanmax(kept_y) == 9 and np.nanmin(kept_y) == -9 and np.isnan(kept_y).sum() == 1
     assert (y[kept_x // 2][~np.isnan(kept_y)] == kept_y[~np.isnan(kept_y)]).all()
     assert (
-        thinned(x[:150], y[:150], 100)[1] is not None
-        and len(thinned(x[:150], y[:150], 100)[0]) == 150
+        thinned_points(x[:150], y[:150], 100)[1] is not None
+        and len(thinned_points(x[:150], y[:150], 100)[0]) == 150
     )
 
 
@@ -318,7 +318,7 @@ def test_shares_of_clipped_steps_and_of_groups_are_those_of_numpy(tmp_path):
     )
     (two,), _ = read_runs([str(log)])
     np.testing.assert_allclose(
-        _shares(two, two.parts[0]), [[36, 64], [36, 64], [np.nan, np.nan]], rtol=1e-12
+        _norm_shares(two, two.parts[0]), [[36, 64], [36, 64], [np.nan, np.nan]], rtol=1e-12
     )
 
 
@@ -349,7 +349,7 @@ def test_bent_directions_and_watched_layers_are_drawn(tmp_path):
         rtol=1e-6,
     )
     assert one.parts[0].kind == "layer" and one.parts[0].steps.tolist() == [10, 20, 30, 40, 50, 60]
-    np.testing.assert_allclose(_shares(one, one.parts[0]), 50, rtol=1e-6)
+    np.testing.assert_allclose(_norm_shares(one, one.parts[0]), 50, rtol=1e-6)
     page, _ = made(tmp_path, log)
     assert (
         "Cosine between raw and clipped gradient" in page.texts
@@ -650,11 +650,11 @@ def test_names_are_text_in_figures_too(tmp_path, capsys):
     ids=["W", "CJK", "eight"],
 )
 def test_a_legend_stays_inside_its_picture(names):
-    with warnings.catch_warnings(), matplotlib.rc_context(_RULES):
+    with warnings.catch_warnings(), matplotlib.rc_context(_RC_PARAMS):
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure = Figure(figsize=_WIDE, layout="constrained")
+        figure = Figure(figsize=_WIDE_SIZE, layout="constrained")
         axes = figure.subplots()
-        _add_legend(figure, [shortened(name, _ACROSS) for name in names])
+        _add_legend(figure, [shorten_name(name, _PNG_COLUMNS) for name in names])
         figure.draw_without_rendering()
         (legend,) = figure.legends
         box = legend.get_window_extent()
@@ -668,8 +668,8 @@ def test_a_legend_stays_inside_its_picture(names):
 
 
 def test_shortened_names_keep_their_ends():
-    assert shortened("abc", 3) == "abc" and shortened("abcdefghij", 6) == "ab…hij"
-    assert shortened("层" * 10, 20) == "层" * 10 and shortened("层" * 10, 10) == "层层…层层"
+    assert shorten_name("abc", 3) == "abc" and shorten_name("abcdefghij", 6) == "ab…hij"
+    assert shorten_name("层" * 10, 20) == "层" * 10 and shorten_name("层" * 10, 10) == "层层…层层"
 
 
 def test_without_matplotlib_it_says_what_to_install(spiky, capsys, monkeypatch, tmp_path):
@@ -700,7 +700,7 @@ def test_the_oracle_sees_spikes_and_gaps(spiky):
         one.skipped
     ].tolist() == [at + 1 for at in BAD]
     assert torch.equal(one.skipped, ~one.finite) and {
-        figure.name for figure in figures([one])[0]
+        figure.name for figure in draw_figures([one])[0]
     } == {"norm", "coefficient", "clip_rate"}
     with pytest.raises(RunError):
         read_runs([str(spiky.with_name("none"))])

@@ -16,7 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 import distclip
 import distclip.testing
 from distclip.integrations.deepspeed import attach
-from distclip.integrations.deepspeed_internals import kind_of
+from distclip.integrations.deepspeed_internals import adapter_for
 from problem import HUGE, TINY, data, loss_of, net, off, oracle
 
 # its C++ build takes minutes, and gloo does
@@ -415,7 +415,7 @@ def missing():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config()
         )
-        needs = kind_of(engine).needs
+        needs = adapter_for(engine).needed_names
         if at_engine:
             del engine.torch_autocast_z0_gradscaler
         elif needs:

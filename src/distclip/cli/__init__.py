@@ -1,5 +1,5 @@
-"""The `distclip` command. Help and refusals come from here and `arguments`; the file of a command
-is imported when it runs."""
+"""The `distclip` command. Help and usage errors come from here and `arguments`; a command's own
+module is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn, TextIO
 
 import distclip
-from distclip.cli.arguments import of_doctor, of_report, of_suggest
+from distclip.cli.arguments import add_doctor_arguments, add_report_arguments, add_suggest_arguments
 
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # as the shell reports SIGINT and SIGPIPE
 
 
-class _Command(NamedTuple):
+class CommandEntry(NamedTuple):
     line: str  # for --help
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    module: str  # its function `run` takes the parsed options and gives the exit code
+    module: str  # its function `run` takes the parsed options and returns the exit code
 
 
 COMMANDS = {
-    "doctor": _Command(
+    "doctor": CommandEntry(
         "check on this machine or cluster that clipping works: run it under torchrun",
-        of_doctor,
+        add_doctor_arguments,
         "doctor.command",
     ),
-    "report": _Command(
+    "report": CommandEntry(
         "a page with figures of one or several runs, from the files that JSONLSink wrote",
-        of_report,
+        add_report_arguments,
         "report.command",
     ),
-    "suggest": _Command(
+    "suggest": CommandEntry(
         "how often which max_norm would have clipped a run, and which one to take",
-        of_suggest,
+        add_suggest_arguments,
         "suggest.command",
     ),
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Under torchrun every rank gets the same line: a refusal is said by the first rank of each
-    node."""
+class _OneRankParser(argparse.ArgumentParser):
+    """Under torchrun every rank gets the same command line: only the first rank of each node prints
+    a usage error."""
 
     def error(self, message: str) -> NoReturn:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -52,36 +52,38 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code.
+    """Run one command and return its exit code.
 
     Raises:
         SystemExit: 0 after --help and --version, 2 for a wrong command or option.
     """
-    # a file's name may hold what the terminal's encoding lacks
+    # a file's name may have characters that the terminal's encoding has not
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         try:
-            options = _parser().parse_args(arguments)
+            options = _build_parser().parse_args(arguments)
             return int(
                 import_module(f"distclip.cli.{COMMANDS[options.command].module}").run(options)
             )
         finally:
-            sys.stdout.flush()  # here, since what fails after the program's end is a traceback
-    except BrokenPipeError:  # `distclip ... | head` has seen enough
-        silence(sys.stdout)
+            sys.stdout.flush()  # here: a failure at the interpreter's exit prints a traceback
+    except BrokenPipeError:  # the reader of `distclip ... | head` has exited
+        silence_stream(sys.stdout)
         return _PIPE_CLOSED
     except KeyboardInterrupt:
         return _INTERRUPTED
 
 
-def silence(stream: TextIO) -> None:
-    """What is still to be printed there goes nowhere: the pipe that it would go to is closed."""
+def silence_stream(stream: TextIO) -> None:
+    """Discard everything printed there from now on: the pipe behind it is closed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="distclip", description="Gradient clipping for distributed PyTorch")
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _OneRankParser(
+        prog="distclip", description="Gradient clipping for distributed PyTorch"
+    )
     parser.add_argument("--version", action="version", version=f"distclip {distclip.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -1,5 +1,5 @@
-"""What each command of `distclip` can be told. Imports nothing, so that help and refusals wait for
-nothing."""
+"""The options of each `distclip` command. Imports neither torch nor the commands, so that help and
+usage errors appear at once."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ exit codes:  0  all checks passed    1  a check failed    2  it could not run to
              torchrun answers 1 for both 1 and 2, and prints each rank's own code.
 
 examples:    torchrun --nproc-per-node 4 -m distclip doctor
-             torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m distclip doctor
+             torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint \
+HOST:29500 -m distclip doctor
              distclip doctor --only copies --json
 
-A rank that is lost or stuck ends the run within the time-out and 20 s, and is named together with the collective.
+A rank that is lost or stuck ends the run within the time-out and 20 s, and is named together \
+with the collective.
 """
 _EPILOG_LOGS = """\
-exit codes:  0  done    1  it could not be made or written    2  wrong options, or a log of which nothing can be read
+exit codes:  0  done    1  it could not be made or written    2  wrong options, or a log of which \
+nothing can be read
 
-Of a folder, files that are no log of distclip are left out and named. A file that is named itself must be one.
+Of a folder, files that are no log of distclip are left out and named. A file that is named \
+itself must be one.
 """
 
 
-def of_doctor(parser: argparse.ArgumentParser) -> None:
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG_DOCTOR
     parser.add_argument("--list", action="store_true", help="list the checks and end")
     parser.add_argument(
         "--only",
         action="append",
-        type=_check,
+        type=_known_check,
         metavar="NAME",
         help="run this check; may be given several times",
     )
@@ -45,15 +49,15 @@ def of_doctor(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=_positive_seconds,
         default=40.0,
         metavar="SECONDS",
         help="of every collective (default: 40)",
     )
 
 
-def of_report(parser: argparse.ArgumentParser) -> None:
-    _logs(parser)
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_log_arguments(parser)
     parser.add_argument(
         "--output",
         default="report.html",
@@ -65,14 +69,14 @@ def of_report(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def of_suggest(parser: argparse.ArgumentParser) -> None:
-    _logs(parser)
+def add_suggest_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_log_arguments(parser)
     parser.add_argument(
         "--json", action="store_true", help="machine-readable: one object with a list of runs"
     )
 
 
-def _logs(parser: argparse.ArgumentParser) -> None:
+def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG_LOGS
     parser.add_argument(
@@ -80,14 +84,14 @@ def _logs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check(name: str) -> str:
+def _known_check(name: str) -> str:
     names = [check.name for check in import_module("distclip.cli.doctor.command").CHECKS]
     if name not in names:
         raise argparse.ArgumentTypeError(f"{name!r} is no check; the checks are {', '.join(names)}")
     return name
 
 
-def _seconds(text: str) -> float:
+def _positive_seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Names in figures: any script, any length."""
+"""Fonts for names in figures, in any script, and names cut to a width."""
 
 from __future__ import annotations
 
@@ -8,45 +8,48 @@ from unicodedata import east_asian_width
 
 from matplotlib.font_manager import fontManager, get_font
 
-USUAL = "DejaVu Sans"  # comes with matplotlib
-_BOXES = "Last Resort"  # too, and has a box for every character
+USUAL_FONT = "DejaVu Sans"  # comes with matplotlib
+_BOX_FONT = "Last Resort"  # comes with matplotlib too; has a box for every character
 
 
 def families_for(texts: Iterable[str]) -> tuple[list[str], str]:
-    """Installed fonts that together have the characters of `texts`, the usual one first; and the
-    characters that none has."""
-    lacking = {ord(c) for text in texts for c in text} - _characters(fontManager.findfont(USUAL))
-    families = [USUAL]
+    """Installed fonts that together have the characters of `texts`, the usual font first, and the
+    characters that no font has."""
+    lacking = {ord(c) for text in texts for c in text} - _font_characters(
+        fontManager.findfont(USUAL_FONT)
+    )
+    families = [USUAL_FONT]
     for font in fontManager.ttflist if lacking else ():
-        if not font.name.startswith(_BOXES) and lacking & _characters(font.fname):
+        if not font.name.startswith(_BOX_FONT) and lacking & _font_characters(font.fname):
             families.append(font.name)
-            lacking -= _characters(font.fname)
+            lacking -= _font_characters(font.fname)
     return families, "".join(map(chr, sorted(lacking)))
 
 
 @lru_cache(maxsize=64)
-def _characters(path: str) -> frozenset[int]:
+def _font_characters(path: str) -> frozenset[int]:
     try:
         return frozenset(get_font(path).get_charmap())
     except (OSError, RuntimeError):  # listed, but gone or broken
         return frozenset()
 
 
-def shortened(name: str, most: int) -> str:
-    """Start and end of a name that takes more than `most` columns; CJK characters take two."""
-    if sum(map(_columns, name)) <= most:
+def shorten_name(name: str, most: int) -> str:
+    """`name`, or its start and end where it takes more than `most` columns. CJK characters take
+    two columns."""
+    if sum(map(_column_width, name)) <= most:
         return name
-    return f"{_within(name, most // 2 - 1)}…{_within(name[::-1], most // 2)[::-1]}"
+    return f"{_fitting_start(name, most // 2 - 1)}…{_fitting_start(name[::-1], most // 2)[::-1]}"
 
 
-def _within(name: str, most: int) -> str:
+def _fitting_start(name: str, most: int) -> str:
     taken = 0
     for i, character in enumerate(name):
-        taken += _columns(character)
+        taken += _column_width(character)
         if taken > most:
             return name[:i]
     return name
 
 
-def _columns(character: str) -> int:
+def _column_width(character: str) -> int:
     return 2 if east_asian_width(character) in "WF" else 1

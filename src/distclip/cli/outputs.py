@@ -1,4 +1,5 @@
-"""Files that a command writes: never over a log, and whole or not at all."""
+"""Files that a command writes: a log is never overwritten, and a file is written whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -13,8 +14,7 @@ class OutputError(Exception):
 
 
 def check_page(page: Path) -> None:
-    """OutputError where `page` has the name of something else than a page, or something else stands
-    there."""
+    """OutputError where `page` is not the name of an HTML file, or exists and is no HTML file."""
     if page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"--output {page}: the page is HTML; name a file that ends in .html")
     if page.is_dir():
@@ -37,26 +37,26 @@ def check_not_read(outputs: Iterable[Path], logs: Iterable[Path]) -> None:
     for output in outputs:
         if output.exists() and any(output.samefile(log) for log in read):
             raise OutputError(
-                f"{output} is a log that is read here, and a log is never "
-                f"overwritten; name another output"
+                f"{output} is a log that is read here, and a log is never overwritten; name "
+                "another output"
             )
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
-    """All of them, or none: each is written beside its place and then renamed, so that a full disk
-    leaves what was there.
+    """Write all of them, or none: each under a temporary name beside its target, and then renamed,
+    so that a full disk leaves the earlier files.
 
     Raises:
         OSError: one could not be written.
     """
-    with ExitStack() as left:
-        beside: list[tuple[Path, Path]] = []
+    with ExitStack() as cleanup:
+        temporary: list[tuple[Path, Path]] = []
         for path, content in files.items():
-            place = path.resolve()  # what a link points to, so that it stays a link
-            place.parent.mkdir(parents=True, exist_ok=True)
-            new = place.with_name(f".distclip-{os.getpid()}-{len(beside)}.part")
-            left.callback(new.unlink, missing_ok=True)
+            target = path.resolve()  # what a link points to, so that it stays a link
+            target.parent.mkdir(parents=True, exist_ok=True)
+            new = target.with_name(f".distclip-{os.getpid()}-{len(temporary)}.part")
+            cleanup.callback(new.unlink, missing_ok=True)
             new.write_bytes(content)
-            beside.append((new, place))
-        for new, place in beside:
-            new.replace(place)
+            temporary.append((new, target))
+        for new, target in temporary:
+            new.replace(target)

@@ -1,7 +1,7 @@
 """distclip inside the frameworks that own the training loop: `accelerate`, `deepspeed`,
 `lightning`, `transformers`.
 
-Each file needs its framework, and is imported when it is named:
+Each module needs its framework, and is imported on first access:
 `distclip.integrations.accelerate.prepare(...)` works after `import distclip` alone.
 """
 
@@ -26,9 +26,11 @@ def __dir__() -> list[str]:
     return sorted({*_FRAMEWORKS, *(name for name in globals() if name.startswith("__"))})
 
 
-def lacking(error: ModuleNotFoundError, framework: str, needs: str | None = None) -> NoReturn:
-    """The import of `needs` (the framework itself, where None) failed with `error`: say which extra
-    brings it."""
+def raise_missing_extra(
+    error: ModuleNotFoundError, framework: str, needs: str | None = None
+) -> NoReturn:
+    """Raise a ModuleNotFoundError that names the extra to install: importing `needs` (by default
+    the framework) failed with `error`."""
     needed = needs or framework
     if (error.name or "").partition(".")[0] != needed:
         raise error

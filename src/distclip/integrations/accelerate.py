@@ -1,13 +1,13 @@
-"""Hugging Face Accelerate: the loop keeps its lines, `accelerator.clip_grad_norm_` goes through
-distclip.
+"""Hugging Face Accelerate: the training loop is unchanged, and `accelerator.clip_grad_norm_` clips
+through distclip.
 
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
     clipper = prepare(accelerator, model, max_norm=1.0)
     ...
     accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as before
 
-Written against accelerate 1.15; of its private names `_optimizers` and `_custom_objects` are used,
-and checked.
+Written against accelerate 1.15. It uses the private names `_optimizers` and `_custom_objects`, and
+checks that they exist.
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
-from distclip.integrations import lacking
-from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale
-from distclip.integrations.set_aside import params_of, set_aside, stepped_by
+from distclip.integrations import raise_missing_extra
+from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
+from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale_once
+from distclip.integrations.set_aside import params_of, stepped_by
 
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.utils import DistributedType
 except ModuleNotFoundError as error:
-    lacking(error, "accelerate")
+    raise_missing_extra(error, "accelerate")
 
-_HERE = (
+_SUPPORTED_TYPES = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.FSDP,
     DistributedType.DEEPSPEED,
 )
-_PARTS = 16  # clippers for parts that are kept: another bound at every step must not pile them up
+_MOST_PARTS = (
+    16  # clippers for parts that are kept: a new bound at every step must not accumulate them
+)
 
 
 def prepare(
@@ -56,38 +58,38 @@ def prepare(
     now on. A collective.
 
     Call it after `accelerator.prepare`, once for each model (or set of models) that is clipped by a
-    norm of its own; a second call for a model takes the first one's place. Its state goes with
-    `accelerator.save_state` and `load_state`. `accelerator.free_memory()` forgets it together with
-    its models.
+    norm of its own; a second call for a model replaces the first one's clipper. Its state is saved
+    by `accelerator.save_state` and loaded by `load_state`. `accelerator.free_memory()` drops it
+    together with its models.
 
-    Afterwards, on every rank alike:
+    Afterwards, in the same way on every rank:
 
     * Exactly the parameters that are passed are measured and clipped, each once, frozen ones too
       where they have a gradient.
     * `clip_grad_norm_(parameters, max_norm, norm_type)` takes a model's parameters, a part of them,
       or those of several models, and returns the global norm before clipping, a plain 0-dim tensor.
-      For a whole model `max_norm` and `norm_type` must be those
-      given here (None under a `policy`, for all that trains now): two thresholds for one model are
-          a mistake. Of a part, or of all
-      that trains where the rest is frozen, they may be others; `groups`, `policy` and `sinks` are
-      of whole models. The first call for parts, and each for another bound, is a collective set-up.
+      For a whole model `max_norm` and `norm_type` must be those given here (None under a `policy`,
+      for all parameters that train now): two thresholds for one model are a mistake. For a part, or
+      for all that trains where the rest is frozen, they may differ; `groups`, `policy` and `sinks`
+      apply to whole models. The first call for parts, and each with a new bound, is a collective
+      set-up.
     * `clip_grad_value_(parameters, clip_value)` works on sharded models too.
     * Only the optimizers that hold the given parameters are unscaled. With several optimizers the
       scaler is updated once a round, when the next loss is scaled, and not after each optimizer's
       step, by which Accelerate unscales the others twice.
-    * On a micro-step of gradient accumulation nothing is done or sent, and the answer is NaN.
+    * On a micro-step of gradient accumulation nothing is done or sent, and the result is NaN.
     * A step that is not finite is skipped on all ranks: the gradients of the optimizers concerned
-      are None, `optimizer.step()` moves nothing.
+      are set to None, and `optimizer.step()` changes nothing.
     * Inside `accelerator.join_uneven_inputs` a clip is refused: a rank that ran out of batches does
       not take part in it.
 
     Under DeepSpeed `accelerator.backward()` already takes the step, so distclip decides there, in
     place of the engine's own clipping (see `distclip.integrations.deepspeed.attach`);
-    `clip_grad_norm_` then tells that step's norm. Clipping by value or parts of the model is
+    `clip_grad_norm_` then returns that step's norm. Clipping by value or parts of the model is
     refused: use `policy=` and `groups=`.
 
     Args:
-        options: of `GradClipper`; under DeepSpeed of `attach`.
+        options: those of `GradClipper`; under DeepSpeed those of `attach`.
 
     Raises:
         ConfigError: no model, an option that cannot be honoured, or a framework under which
@@ -95,15 +97,15 @@ def prepare(
     """
     if not models:
         raise ConfigError(
-            "prepare(accelerator, model, max_norm=...) needs the model that "
-            "accelerator.prepare returned"
+            "prepare(accelerator, model, max_norm=...) needs the model that accelerator.prepare "
+            "returned"
         )
     if "grad_of" in options:
         raise ConfigError(
             "prepare(accelerator, ..., grad_of=): Accelerate steps what is in .grad; use "
             "GradClipper itself for other gradients"
         )
-    if accelerator.distributed_type not in _HERE:
+    if accelerator.distributed_type not in _SUPPORTED_TYPES:
         raise ConfigError(
             f"accelerate's distributed type {accelerator.distributed_type.value} is not supported"
         )
@@ -113,36 +115,38 @@ def prepare(
             "written against accelerate 1.15"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        clipper = _attached(models, max_norm, policy, options)
+        clipper = _attach_engine(models, max_norm, policy, options)
     else:
         clipper = GradClipper(list(models), max_norm, policy=policy, **options)
-    clipping = _Clipping.of(accelerator) or _Clipping(accelerator)
-    clipping.take_over(
-        _Prepared(clipper, models, max_norm, float(options.get("norm_type", 2.0)), options)
+    scope = _AcceleratorScope.scope_of(accelerator) or _AcceleratorScope(accelerator)
+    scope.add_prepared(
+        _PreparedClipper(models, max_norm, float(options.get("norm_type", 2.0)), options, clipper)
     )
     return clipper
 
 
-def expect(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
-    """`clip_grad_norm_` of this clipper's models is called with `max_norm`, whatever the clipper
-    was built with."""
-    clipping = _Clipping.of(accelerator)
-    assert clipping is not None, "prepare comes first"
-    for prepared in clipping.prepared:
+def set_expected_max_norm(accelerator: Accelerator, clipper: GradClipper, max_norm: float) -> None:
+    """From now on `clip_grad_norm_` for this clipper's models must be called with `max_norm`,
+    whatever the clipper was built with."""
+    scope = _AcceleratorScope.scope_of(accelerator)
+    assert scope is not None, "prepare comes first"
+    for prepared in scope.prepared:
         if prepared.clipper is clipper:
             prepared.max_norm = max_norm
 
 
 def release(accelerator: Accelerator, clipper: GradClipper) -> None:
-    """Forget this clipper; with the last one Accelerate clips by itself again."""
-    clipping = _Clipping.of(accelerator)
-    if clipping is not None:
-        clipping.forget([prepared for prepared in clipping.prepared if prepared.clipper is clipper])
-        if not clipping.prepared:
-            clipping.give_back()
+    """Stop clipping by this clipper; without any, Accelerate clips by itself again."""
+    scope = _AcceleratorScope.scope_of(accelerator)
+    if scope is not None:
+        scope.forget_prepared(
+            [prepared for prepared in scope.prepared if prepared.clipper is clipper]
+        )
+        if not scope.prepared:
+            scope.give_back()
 
 
-def _attached(
+def _attach_engine(
     models: Sequence[Any], max_norm: float | None, policy: Policy | None, options: dict[str, Any]
 ) -> GradClipper:
     from distclip.integrations.deepspeed import attach
@@ -155,93 +159,85 @@ def _attached(
 
 
 @dataclass
-class _Prepared:
+class _PreparedClipper(PreparedModels):
     clipper: GradClipper
-    models: tuple[nn.Module, ...]
-    max_norm: float | None
-    norm_type: float
-    options: dict[str, Any]
 
-    def others(self, asked: Mapping[int, Tensor]) -> list[Tensor] | None:
-        """The parameters that are not asked for; None unless all that trains now is, and nothing of
-        another model."""
-        own = {id(param): param for param in params_of(self.models)}
-        others = [param for i, param in own.items() if i not in asked]
+    def rest_of_models(self, selected: Mapping[int, Tensor]) -> list[Tensor] | None:
+        """The models' parameters that are not in `selected`; None unless that has all that train now,
+        and none of another model."""
+        own = self.params_by_id()
+        others = [param for i, param in own.items() if i not in selected]
         return (
             others
-            if asked.keys() <= own.keys() and not any(p.requires_grad for p in others)
+            if selected.keys() <= own.keys() and not any(p.requires_grad for p in others)
             else None
         )
 
-    def serves(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
-        """Whether this clipper does what is asked for. ConfigError where it is of the whole model,
-        or where a policy decides."""
-        alike = max_norm == self.max_norm and norm_type == self.norm_type
-        if not alike and (whole or self.max_norm is None):
+    def accepts_norm(self, max_norm: float | None, norm_type: float, whole: bool) -> bool:
+        """Whether this clipper has the given norm. ConfigError if it has not and the whole model
+        is clipped, or a policy decides."""
+        same = self.has_norm(max_norm, norm_type)
+        if not same and (whole or self.max_norm is None):
             raise ConfigError(
                 f"clip_grad_norm_ was called with max_norm={max_norm}, norm_type={norm_type:g}, "
                 f"but distclip was prepared with "
                 f"max_norm={self.max_norm}, norm_type={self.norm_type:g} for this model; make them "
                 f"equal" + (" (under a policy max_norm is None)" if self.max_norm is None else "")
             )
-        return alike
+        return same
 
 
-class _Part(NamedTuple):
-    """What a clipper for a part is known by. Nothing of it depends on which parameters are asked
-    for: ranks build one together."""
+class _PartKey(NamedTuple):
+    """The key of a clipper for a part. It does not depend on which parameters are clipped, so that
+    ranks build one together."""
 
     models: tuple[int, ...]  # their identities
-    # positions of those that hold what is asked for: bad steps in a row are counted for each
+    # positions of those that hold the parameters: streaks of bad steps are counted for each
     optimizers: tuple[int, ...]
     rule: str
     bound: float
     norm_type: float
 
 
-class _Owner(NamedTuple):
+class _OwningOptimizer(NamedTuple):
     position: int  # among the accelerator's optimizers
     optimizer: AcceleratedOptimizer
     held: dict[int, Tensor]  # by identity
 
 
-@dataclass(eq=False)
-class _Clipping:
+class _AcceleratorScope(ClippingScope[_PreparedClipper]):
     """What stands behind an accelerator's clipping methods."""
 
-    accelerator: Any
-    prepared: list[_Prepared] = field(default_factory=list)
-    parts: OrderedDict[_Part, GradClipper] = field(default_factory=OrderedDict)
-    later: DeferredScalerUpdate | None = None
-    told: bool = False  # that some of the parameters are in no optimizer
-
-    def __post_init__(self) -> None:
-        accelerator = self.accelerator
-        self._free = accelerator.free_memory
+    def __init__(self, accelerator: Any) -> None:
+        super().__init__()
+        self.accelerator = accelerator
+        self.parts = OrderedDict[_PartKey, GradClipper]()
+        self.warned_unstepped = False  # that some of the parameters are in no optimizer
+        self._accelerate_free_memory = accelerator.free_memory
         accelerator.clip_grad_norm_ = self.clip_grad_norm_
         accelerator.clip_grad_value_ = self.clip_grad_value_
         accelerator.free_memory = self.free_memory
 
     @classmethod
-    def of(cls, accelerator: Accelerator) -> _Clipping | None:
-        """The one that stands there now."""
-        found = getattr(accelerator.clip_grad_norm_, "__self__", None)
-        return found if isinstance(found, cls) else None
+    def scope_of(cls, accelerator: Accelerator) -> _AcceleratorScope | None:
+        """The accelerator's scope, or None before `prepare`."""
+        return cls.behind(accelerator.clip_grad_norm_)
 
     def give_back(self) -> None:
-        """Accelerate's own methods stand there again."""
+        """Restore Accelerate's own methods."""
         for name in ("clip_grad_norm_", "clip_grad_value_", "free_memory"):
             delattr(self.accelerator, name)
 
-    def take_over(self, new: _Prepared) -> None:
-        mine = set(map(id, params_of(new.models)))
-        self.forget(
-            [old for old in self.prepared if not mine.isdisjoint(map(id, params_of(old.models)))]
+    def add_prepared(self, new: _PreparedClipper) -> None:
+        """Add `new`; it replaces those that have parameters of the same models."""
+        mine = new.params_by_id()
+        self.forget_prepared(
+            [old for old in self.prepared if not mine.keys().isdisjoint(old.params_by_id())]
         )
         self.prepared.append(new)
         self.accelerator.register_for_checkpointing(new.clipper)
 
-    def forget(self, gone: Sequence[_Prepared]) -> None:
+    def forget_prepared(self, gone: Sequence[_PreparedClipper]) -> None:
         clippers = {id(prepared.clipper) for prepared in gone}
         self.prepared = [
             prepared for prepared in self.prepared if id(prepared.clipper) not in clippers
@@ -251,45 +247,46 @@ class _Clipping:
         self.parts.clear()
 
     def free_memory(self, *objects: Any) -> Any:
-        """Accelerate forgets models and optimizers, and so does distclip."""
-        self.forget(self.prepared)
-        return self._free(*objects)
+        """Accelerate drops its models and optimizers, and distclip its clippers."""
+        self.forget_prepared(self.prepared)
+        return self._accelerate_free_memory(*objects)
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2
     ) -> Tensor:
-        asked = _asked(parameters)
+        selected = _params_by_id(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
-        for prepared in self.prepared if asked else ():
-            others = prepared.others(asked)
-            if others is not None and prepared.serves(max_norm, float(norm_type), whole=not others):
-                return self._clip_whole(asked, prepared, others).total_norm
+        for prepared in self.prepared if selected else ():
+            others = prepared.rest_of_models(selected)
+            if others is not None and prepared.accepts_norm(
+                max_norm, float(norm_type), whole=not others
+            ):
+                return self._clip_whole(selected, prepared, others).total_norm
         self._refuse_under_deepspeed("parts of a model")
         if max_norm is None:
             raise ConfigError(
                 "max_norm=None: parts of a model, and several together, have no "
                 "policy of their own; pass a number"
             )
-        return self._clip_part(asked, "norm", float(max_norm), float(norm_type)).total_norm
+        return self._clip_part(selected, "norm", float(max_norm), float(norm_type)).total_norm
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
-        asked = _asked(parameters)
+        selected = _params_by_id(parameters)
         self._refuse_under_deepspeed("elements, by value,")
         if self.accelerator.sync_gradients:
-            self._clip_part(asked, "value", float(clip_value), 2.0)
+            self._clip_part(selected, "value", float(clip_value), 2.0)
 
     def _refuse_under_deepspeed(self, what: str) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ConfigError(
                 f"under DeepSpeed accelerator.backward() already takes the step, so {what} cannot "
-                f"be clipped after it; tell prepare: "
-                "prepare(accelerator, model, policy=distclip.FixedValue(...)), or "
-                "groups=distclip.by_name({...})"
+                "be clipped after it; tell prepare: prepare(accelerator, model, "
+                "policy=distclip.FixedValue(...)), or groups=distclip.by_name({...})"
             )
 
     def _clip_whole(
-        self, asked: Mapping[int, Tensor], prepared: _Prepared, others: Sequence[Tensor]
+        self, selected: Mapping[int, Tensor], prepared: _PreparedClipper, others: Sequence[Tensor]
     ) -> ClipReport:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             if prepared.clipper.last_report is None:
@@ -298,15 +295,17 @@ class _Clipping:
                     "clips and steps: call it first"
                 )
             return prepared.clipper.last_report
-        return self._clip(asked, self._owners(asked), prepared.models, others, prepared.clipper)
+        return self._clip_grads(
+            selected, self._owning_optimizers(selected), prepared.modules, others, prepared.clipper
+        )
 
     def _clip_part(
-        self, asked: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
+        self, selected: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
     ) -> ClipReport:
-        prepared = self._holding(asked)
-        models = tuple({id(model): model for p in prepared for model in p.models}.values())
-        owners = self._owners(asked)
-        key = _Part(
+        prepared = self._prepared_with(selected)
+        models = tuple({id(model): model for p in prepared for model in p.modules}.values())
+        owners = self._owning_optimizers(selected)
+        key = _PartKey(
             tuple(map(id, models)),
             tuple(owner.position for owner in owners),
             rule,
@@ -314,56 +313,51 @@ class _Clipping:
             norm_type,
         )
         if key not in self.parts:
-            options = {
-                k: v
-                for k, v in prepared[0].options.items()
-                if k not in ("groups", "norm_type", "sinks")
-            }
+            options = prepared[0].options_without("groups", "norm_type", "sinks")
             how: dict[str, Any] = (
                 {"max_norm": bound} if rule == "norm" else {"policy": FixedValue(bound)}
             )
             self.parts[key] = GradClipper(models, norm_type=norm_type, **how, **options)
-            if len(self.parts) > _PARTS:
+            if len(self.parts) > _MOST_PARTS:
                 self.parts.popitem(last=False)
         self.parts.move_to_end(key)
-        others = [param for param in params_of(models) if id(param) not in asked]
-        return self._clip(asked, owners, models, others, self.parts[key])
+        others = [param for param in params_of(models) if id(param) not in selected]
+        return self._clip_grads(selected, owners, models, others, self.parts[key])
 
-    def _holding(self, asked: Mapping[int, Tensor]) -> list[_Prepared]:
-        """Those whose models have the parameters that are asked for. On a rank where none is, the
-        only one there is."""
-        if not asked and len(self.prepared) == 1:
+    def _prepared_with(self, selected: Mapping[int, Tensor]) -> list[_PreparedClipper]:
+        """Those whose models have parameters in `selected`. On a rank that passes none: the only one,
+        if there is only one."""
+        if not selected and len(self.prepared) == 1:
             return self.prepared
-        known = [(p, set(map(id, params_of(p.models)))) for p in self.prepared]
-        strange = len(asked.keys() - set[int]().union(*(own for _, own in known)))
-        if strange:
+        known = [(p, p.params_by_id().keys()) for p in self.prepared]
+        num_unknown = len(selected.keys() - set[int]().union(*(own for _, own in known)))
+        if num_unknown:
             raise ConfigError(
-                f"{strange} of {len(asked)} parameters are of no model that distclip knows; "
+                f"{num_unknown} of {len(selected)} parameters are of no model that distclip knows; "
                 "call distclip.integrations.accelerate.prepare(accelerator, model, max_norm=...) "
                 "for that model too"
             )
-        if not asked:
+        if not selected:
             raise ConfigError(
-                f"no parameters were passed (a generator that was used up?), and distclip knows "
-                f"{len(known)} sets of models here; pass "
-                "model.parameters() anew at each call, and call prepare(accelerator, model, "
-                "max_norm=...) before"
+                "no parameters were passed (a generator that was used up?), and distclip knows "
+                f"{len(known)} sets of models here; pass model.parameters() anew at each call, and "
+                "call prepare(accelerator, model, max_norm=...) before"
             )
-        return [p for p, own in known if not own.isdisjoint(asked)]
+        return [p for p, own in known if not own.isdisjoint(selected)]
 
-    def _owners(self, asked: Mapping[int, Tensor]) -> list[_Owner]:
-        """The optimizers that hold something of it."""
+    def _owning_optimizers(self, selected: Mapping[int, Tensor]) -> list[_OwningOptimizer]:
+        """The optimizers that hold any of these parameters."""
         every = enumerate(self.accelerator._optimizers)
         return [
-            _Owner(k, o, held)
+            _OwningOptimizer(k, o, held)
             for k, o in every
-            if not asked.keys().isdisjoint(held := stepped_by(o))
+            if not selected.keys().isdisjoint(held := stepped_by(o))
         ]
 
-    def _clip(
+    def _clip_grads(
         self,
-        asked: Mapping[int, Tensor],
-        owners: Sequence[_Owner],
+        selected: Mapping[int, Tensor],
+        owners: Sequence[_OwningOptimizer],
         models: Sequence[nn.Module],
         others: Sequence[Tensor],
         clipper: GradClipper,
@@ -371,62 +365,63 @@ class _Clipping:
         """One all-reduce."""
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
-            self._unscale_rests(scaler, asked, owners)
-        with (
-            set_aside(others) as had,
-            nullcontext() if self.later is None else self.later.clipping(),
-        ):
-            report = clipper.clip_([owner.optimizer for owner in owners], scaler)
-        if had and bool(report.skipped):  # a step that is left out is left out whole
+            self._unscale_rests(scaler, selected, owners)
+        optimizers = [owner.optimizer for owner in owners]
+        report, others_had_grad = self.clip_without(others, clipper, optimizers, scaler)
+        if others_had_grad and bool(report.skipped):  # a step is skipped as a whole
             for param in (p for owner in owners for p in owner.held.values()):
                 param.grad = None
-        if owners and not self.told:
-            self._tell_unstepped(asked, owners, models)
+        if owners and not self.warned_unstepped:
+            self._warn_unstepped(selected, owners, models)
         return report
 
     def _unscale_rests(
-        self, scaler: Any, asked: Mapping[int, Tensor], owners: Sequence[_Owner]
+        self, scaler: Any, selected: Mapping[int, Tensor], owners: Sequence[_OwningOptimizer]
     ) -> None:
-        """The scaler knows an optimizer as a whole: what it holds beside the parameters that are
-        asked for is unscaled too."""
+        """The scaler unscales an optimizer as a whole: what it holds beside the clipped parameters
+        must be unscaled too."""
         if not owners:
             raise ConfigError(
                 "no optimizer that accelerator.prepare was given holds these "
                 "parameters, so they cannot be unscaled"
             )
-        if self.later is None and len(self.accelerator._optimizers) > 1:
-            self.later = DeferredScalerUpdate(scaler)
+        if self.deferred_update is None and len(self.accelerator._optimizers) > 1:
+            self.deferred_update = DeferredScalerUpdate(scaler)
         for owner in owners:
-            if not owner.held.keys() <= asked.keys():
-                unscale(scaler, owner.optimizer.optimizer)
+            if not owner.held.keys() <= selected.keys():
+                unscale_once(scaler, owner.optimizer.optimizer)
 
-    def _tell_unstepped(
-        self, asked: Mapping[int, Tensor], owners: Sequence[_Owner], models: Iterable[nn.Module]
+    def _warn_unstepped(
+        self,
+        selected: Mapping[int, Tensor],
+        owners: Sequence[_OwningOptimizer],
+        models: Iterable[nn.Module],
     ) -> None:
-        """Once: what is passed counts, and a gradient that nobody steps or zeroes grows from step
-        to step."""
+        """Warn once: the parameters that are passed count in the norm, and a gradient that no
+        optimizer steps or zeroes grows from step to step."""
         held = set[int]().union(*(owner.held for owner in owners))
-        if not asked.keys() - held:
+        if not selected.keys() - held:
             return
         named = (pair for model in models for pair in model.named_parameters())
         left = [
-            name for name, p in named if id(p) in asked and id(p) not in held and p.grad is not None
+            name
+            for name, p in named
+            if id(p) in selected and id(p) not in held and p.grad is not None
         ]
         if left:
-            self.told = True
+            self.warned_unstepped = True
             warnings.warn(
                 f"{left[0]} has a gradient and was passed to be clipped, but is in no optimizer of "
-                f"this accelerator ({len(left)} such "
-                "parameters): it counts in the norm, and optimizer.zero_grad() does not clear it. "
-                "Give it to an optimizer, or freeze "
-                "it and set its .grad to None, or pass the other parameters alone",
+                f"this accelerator ({len(left)} such parameters): it counts in the norm, and "
+                "optimizer.zero_grad() does not clear it. Give it to an optimizer, or freeze it "
+                "and set its .grad to None, or pass the other parameters alone",
                 RuntimeWarning,
                 stacklevel=5,
             )
 
 
-def _asked(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
-    """By identity, each once."""
+def _params_by_id(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
+    """Each parameter once, by its id."""
     return {
         id(param): param
         for param in ([parameters] if isinstance(parameters, Tensor) else parameters)

@@ -6,8 +6,8 @@
     engine.backward(loss)
     engine.step()  # as before
 
-Written against DeepSpeed 0.19; what it needs of DeepSpeed's inside stands in `deepspeed_inside/`
-alone, and is checked here.
+Written against DeepSpeed 0.19; all use of DeepSpeed's internals is in `deepspeed_internals/`, and
+their presence is checked here.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import Any
 from torch import Tensor
 
 from distclip import PRIVATE, ConfigError, GradClipper, Policy
-from distclip.integrations import lacking
+from distclip.integrations import raise_missing_extra
 from distclip.integrations.deepspeed_internals import (
-    KINDS,
-    OF_ENGINE,
+    ADAPTERS,
+    NEEDED_OF_ENGINE,
     EngineAdapter,
+    adapter_for,
     end_own_clipping,
-    kind_of,
-    missing,
+    missing_names,
     own_clipping,
-    unsupported,
+    unsupported_features,
 )
 
 try:
     import deepspeed
 except ModuleNotFoundError as error:
-    lacking(error, "deepspeed")
+    raise_missing_extra(error, "deepspeed")
 
-_OPTIONS = ("norm_type", "groups", "on_nonfinite", "drift_tolerance", "skip_limit", "sinks")
+_ATTACH_OPTIONS = ("norm_type", "groups", "on_nonfinite", "drift_tolerance", "skip_limit", "sinks")
 
 
 def attach(
@@ -53,11 +53,11 @@ def attach(
     float16. One all-reduce in place of DeepSpeed's own norm and overflow check. Gradients are
     measured where DeepSpeed keeps them and multiplied once, in float32, by coefficient and inverse
     loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a
-    policy leaves out (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and no
-    learning-rate scheduler moves.
+    policy skips (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and advances no
+    learning-rate scheduler.
 
     `engine.get_global_grad_norm()` is the report's `total_norm`, and inf at a step that is not
-    finite, as DeepSpeed has it (the report tells NaN from inf); the report itself is
+    finite, as in DeepSpeed (the report distinguishes NaN from inf); the report itself is
     `clipper.last_report`. Save `clipper.state_dict()` in `client_state` of
     `engine.save_checkpoint`.
 
@@ -72,10 +72,10 @@ def attach(
             that is not supported.
     """
     for name in options:
-        if name not in _OPTIONS:
+        if name not in _ATTACH_OPTIONS:
             raise ConfigError(
                 f"attach(engine, ..., {name}=): DeepSpeed decides that; the options "
-                f"are {', '.join(_OPTIONS)}"
+                f"are {', '.join(_ATTACH_OPTIONS)}"
             )
     if getattr(engine, "_distclip", None) is not None:
         raise ConfigError("this engine has a clipper already; attach one only")
@@ -83,11 +83,10 @@ def attach(
     if (own := own_clipping(engine)) and not take_over:
         raise ConfigError(
             f'this engine also clips: its "gradient_clipping" is {own:g} (DeepSpeed sets it where '
-            f"a config does not). Write "
-            '"gradient_clipping": 0.0 into the DeepSpeed config, or attach(engine, ..., '
-            "take_over=True)"
+            'a config does not). Write "gradient_clipping": 0.0 into the DeepSpeed config, or '
+            "attach(engine, ..., take_over=True)"
         )
-    inside = kind(engine)
+    adapter = kind(engine)
     if engine.fp16_enabled() and options.get("on_nonfinite") == "propagate":
         raise ConfigError(
             "on_nonfinite='propagate' and fp16 exclude each other: steps that "
@@ -95,33 +94,33 @@ def attach(
         )
     grouping = options.pop("groups", None)
     clipper = GradClipper(
-        [(part.name, part.master) for part in inside.parts],
+        [(part.name, part.master) for part in adapter.parts],
         max_norm,
         policy=policy,
-        grad_of=inside.grad_of,
-        groups=None if grouping is None else _ByOriginal(grouping, inside),
+        grad_of=adapter.grad_of,
+        groups=None if grouping is None else _OriginalGrouping(grouping, adapter),
         replicated_over={"*": PRIVATE} if kind.sharded else None,
         **options,
     )
     end_own_clipping(engine)
-    inside.install(clipper)
-    engine._distclip = inside
+    adapter.install(clipper)
+    engine._distclip = adapter
     return clipper
 
 
 def _checked_kind(engine: Any) -> type[EngineAdapter]:
-    """ConfigError unless this is an engine of a kind, with a layout and of a DeepSpeed that
-    distclip knows."""
-    _refuse_missing(missing(engine, OF_ENGINE))
-    _refuse_unsupported(unsupported(engine))
-    kind = kind_of(engine)
+    """The adapter's class. ConfigError unless distclip supports the engine, its optimizer, its
+    layout and this version of DeepSpeed."""
+    _refuse_missing(missing_names(engine, NEEDED_OF_ENGINE))
+    _refuse_unsupported(unsupported_features(engine))
+    kind = adapter_for(engine)
     if kind is None:
         raise ConfigError(
             f"the engine's optimizer is a {type(engine.optimizer).__name__}; "
-            f"distclip knows {', '.join(KINDS)}"
+            f"distclip knows {', '.join(ADAPTERS)}"
         )
-    _refuse_missing(missing(engine.optimizer, kind.needs))
-    _refuse_unsupported(kind.unsupported(engine.optimizer))
+    _refuse_missing(missing_names(engine.optimizer, kind.needed_names))
+    _refuse_unsupported(kind.unsupported_features(engine.optimizer))
     return kind
 
 
@@ -142,16 +141,16 @@ def _refuse_missing(lost: Sequence[str]) -> None:
         )
 
 
-class _ByOriginal:
-    """A grouping that is asked about the model's parameters: the clipper's own are the parts of
+class _OriginalGrouping:
+    """Passes the model's parameters to a grouping; the clipper's own parameters are parts of
     DeepSpeed's flat float32 copies."""
 
-    def __init__(self, grouping: Any, inside: EngineAdapter) -> None:
-        self.grouping, self.inside = grouping, inside
+    def __init__(self, grouping: Any, adapter: EngineAdapter) -> None:
+        self.grouping, self.adapter = grouping, adapter
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
-        original = {id(part.master): part.param for part in self.inside.parts}
-        with self.inside.original_param_groups():
+        original = {id(part.master): part.param for part in self.adapter.parts}
+        with self.adapter.original_param_groups():
             return self.grouping.assign(names, [original[id(master)] for master in params])
 
     def rules(self) -> Mapping[str, Any]:

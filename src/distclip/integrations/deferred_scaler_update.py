@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def unscale(scaler: Any, optimizer: Any) -> None:
-    """`scaler.unscale_(optimizer)`, once a round: where it was called before there is nothing left
-    to do."""
+def unscale_once(scaler: Any, optimizer: Any) -> None:
+    """`scaler.unscale_(optimizer)`, unless it was called in this round already."""
     try:
         scaler.unscale_(optimizer)
     except RuntimeError as error:
-        # torch's two texts: called twice, or after step(), which the clip refuses by name
+        # torch's two errors: called twice, or after step(), which the clip itself refuses
         if "unscale_()" not in str(error):
             raise
 
@@ -22,9 +21,9 @@ def unscale(scaler: Any, optimizer: Any) -> None:
 class DeferredScalerUpdate:
     """Puts `scaler.update()` off until the next loss is scaled.
 
-    Where there are several optimizers, an update after each one's step forgets which others are
+    With several optimizers, an update after each one's step resets the record of which others are
     unscaled already, so that they would be unscaled a second time, and it changes the scale that
-    their gradients carry. Here one round is one update, as torch asks for.
+    was used for their gradients. Here there is one update per round, as torch requires.
     """
 
     def __init__(self, scaler: Any) -> None:
@@ -44,7 +43,7 @@ class DeferredScalerUpdate:
 
     @contextmanager
     def clipping(self) -> Generator[None]:
-        """Inside, the scale is read without beginning a new round."""
+        """Within this context reading the scale does not begin a new round."""
         self._clipping = True
         try:
             yield
@@ -60,18 +59,18 @@ class DeferredScalerUpdate:
 
     def scale(self, outputs: Any) -> Any:
         if not self._clipping:
-            self._settle()
+            self._run_due_update()
         return self._scale(outputs)
 
     def get_scale(self) -> float:
-        self._settle()
+        self._run_due_update()
         return self._get_scale()
 
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
+        self._run_due_update()
         return self._state_dict()
 
-    def _settle(self) -> None:
+    def _run_due_update(self) -> None:
         if self._due:
             self._due = False
             self._update()

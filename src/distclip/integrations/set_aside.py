@@ -1,8 +1,7 @@
-"""A clip of some of a model's parameters: the gradients of the others are set aside while it is
-made.
+"""Clips some of a model's parameters, with the gradients of the others set aside meanwhile.
 
-So one clipper of the whole model serves whatever is asked for at a step, and nothing has to be
-agreed on anew when other parameters are frozen, unfrozen or given to the optimizer.
+So one clipper of the whole model serves any subset, and needs no new collective set-up when other
+parameters are frozen, unfrozen or added to the optimizer.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def set_aside(params: Iterable[Tensor]) -> Generator[list[tuple[Tensor, Tensor]]]:
-    """Inside, these parameters have no gradient; afterwards the one that they had. Gives those that
-    had one. Sends nothing."""
+    """Within this context the `.grad` of these parameters is None; it is restored at the end. No
+    collective. Yields the parameters that had a gradient, each with it."""
     had = [(param, param.grad) for param in params if param.grad is not None]
     for param, _ in had:
         param.grad = None
@@ -33,5 +32,5 @@ def params_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def stepped_by(optimizer: Any) -> dict[int, Tensor]:
-    """What the optimizer holds now, by identity."""
+    """The parameters that the optimizer holds now, by their ids."""
     return {id(param): param for group in optimizer.param_groups for param in group["params"]}

@@ -1,7 +1,7 @@
-"""Hugging Face Trainer: `max_grad_norm` goes through distclip, and the log tells what clipping did.
+"""Hugging Face Trainer: distclip clips by `max_grad_norm`, and the log shows what clipping did.
 
     trainer = Trainer(model, TrainingArguments(max_grad_norm=1.0, ...), ...)
-    clip_with_distclip(trainer)  # the one line
+    clip_with_distclip(trainer)  # the only new line
     trainer.train()
 
 Written against transformers 5.23 and accelerate 1.15.
@@ -19,45 +19,45 @@ import torch
 from torch import Tensor
 
 from distclip import ConfigError, GradClipper, Policy
-from distclip.integrations import lacking
+from distclip.integrations import raise_missing_extra
 
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState
 except ModuleNotFoundError as error:
-    lacking(error, "transformers")
+    raise_missing_extra(error, "transformers")
 try:
-    from distclip.integrations.accelerate import expect, prepare, release
+    from distclip.integrations.accelerate import prepare, release, set_expected_max_norm
 except ModuleNotFoundError as error:
-    lacking(error, "transformers", "accelerate")
+    raise_missing_extra(error, "transformers", "accelerate")
 
 
 def clip_with_distclip(
     trainer: Trainer, *, policy: Policy | None = None, **options: Any
 ) -> DistclipCallback:
-    """From the next `trainer.train()` on, its gradients are clipped by distclip: one process, DDP,
-    FSDP1, FSDP2 and DeepSpeed.
+    """Let distclip clip the gradients from the next `trainer.train()` on: one process, DDP, FSDP1,
+    FSDP2 and DeepSpeed.
 
     The threshold is `TrainingArguments.max_grad_norm`; 0 only measures, as in Trainer. With
-    `policy` it is the policy that decides, and `max_grad_norm` only has to be positive. The
-    training log gets, beside `grad_norm`, the latest `clip_coef` (the smallest, where there are
-    groups), `clip_rate` (the share of steps since the last log that were clipped) and
-    `clip_skipped` (how many were skipped).
+    `policy` the policy decides, and `max_grad_norm` only has to be positive. Beside `grad_norm` the
+    training log gets the latest `clip_coef` (the smallest, where there are groups), `clip_rate`
+    (the share of steps since the last log that were clipped) and `clip_skipped` (how many were
+    skipped).
 
-    The clipper's state goes in each checkpoint's `trainer_state.json`, wherever Trainer writes
-    that, and comes back with the one that Trainer resumes from. If that one has none, or one of
-    another step, a RuntimeWarning says so and the clipper begins anew; it never takes another
-    run's. Each `train()` builds a clipper, which begins anew unless the training is resumed.
+    The clipper's state is saved in each checkpoint's `trainer_state.json`, wherever Trainer writes
+    that, and loaded from the one that Trainer resumes from. If that one has no such state, or that
+    of another step, a RuntimeWarning says so and the clipper starts afresh; it never loads another
+    run's. Each `train()` builds a clipper, which starts afresh unless the training is resumed.
 
     Args:
-        options: of `GradClipper`.
+        options: those of `GradClipper`.
 
     Returns:
-        The callback; its `clipper` is there once training began.
+        The callback; its `clipper` is None until training begins.
 
     Raises:
-        ConfigError: a policy together with `max_grad_norm=0`, which would tell Trainer not to clip;
-            a trainer that was given one before.
+        ConfigError: a policy together with `max_grad_norm=0`, by which Trainer would not clip at
+            all; a trainer that this function was called for before.
     """
     if any(
         isinstance(callback, DistclipCallback) for callback in trainer.callback_handler.callbacks
@@ -72,22 +72,24 @@ def clip_with_distclip(
         )
     callback = DistclipCallback(trainer, policy, options)
     trainer.add_callback(callback)
-    trainer.remove_callback(DistclipState)  # of a DistclipCallback that was taken out
+    trainer.remove_callback(DistclipState)  # left by a DistclipCallback that was removed
     trainer.add_callback(DistclipState())
     return callback
 
 
 class DistclipCallback(TrainerCallback):
-    """Builds the clipper when training begins, and tells its reports to the log. Made by
+    """Builds the clipper when training begins, and adds its reports to the log. Created by
     `clip_with_distclip`."""
 
     def __init__(self, trainer: Trainer, policy: Policy | None, options: dict[str, Any]) -> None:
         self.trainer, self.policy, self.options = trainer, policy, options
         self.clipper: GradClipper | None = None
-        self._steps = 0
-        self._clipped: Tensor | None = None  # [2]: steps clipped and skipped since the last log
-        self._own_log = trainer.log
-        trainer.log = self._log
+        self._num_steps = 0
+        self._clipped_and_skipped: Tensor | None = (
+            None  # [2]: steps clipped and skipped since the last log
+        )
+        self._trainer_log = trainer.log
+        trainer.log = self._log_with_clipping
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
@@ -100,10 +102,9 @@ class DistclipCallback(TrainerCallback):
             policy=self.policy,
             **self.options,
         )
-        expect(trainer.accelerator, self.clipper, norm)
-        self._steps, self._clipped = 0, None
-        # Trainer has a norm of its own for parameters on several meshes, which would pass distclip
-        # by
+        set_expected_max_norm(trainer.accelerator, self.clipper, norm)
+        self._num_steps, self._clipped_and_skipped = 0, None
+        # for parameters on several meshes Trainer has a norm of its own, which bypasses distclip
         if hasattr(trainer, "_mixed_mesh_grads"):
             trainer._mixed_mesh_grads = False
         saving = [
@@ -123,81 +124,81 @@ class DistclipCallback(TrainerCallback):
         if report is None:
             return
         did = torch.stack([report.clipped, report.skipped]).long()
-        self._clipped = did if self._clipped is None else self._clipped + did
-        self._steps += 1
+        self._clipped_and_skipped = (
+            did if self._clipped_and_skipped is None else self._clipped_and_skipped + did
+        )
+        self._num_steps += 1
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Accelerate's own methods stand there again: a later `train()` without this callback is
-        not clipped by distclip."""
+        """Restore Accelerate's own methods: a later `train()` without this callback is not clipped
+        by distclip."""
         if self.clipper is not None:
             release(self.trainer.accelerator, self.clipper)
 
-    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def _log_with_clipping(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         report = None if self.clipper is None else self.clipper.last_report
-        if report is not None and self._clipped is not None and "grad_norm" in logs:
-            clipped, skipped = self._clipped.tolist()
+        if report is not None and self._clipped_and_skipped is not None and "grad_norm" in logs:
+            clipped, skipped = self._clipped_and_skipped.tolist()
             logs |= {
                 "clip_coef": float(report.coefs.min()),
-                "clip_rate": clipped / self._steps,
+                "clip_rate": clipped / self._num_steps,
                 "clip_skipped": skipped,
             }
-            self._steps, self._clipped = 0, None
-        self._own_log(logs, *args, **kwargs)
+            self._num_steps, self._clipped_and_skipped = 0, None
+        self._trainer_log(logs, *args, **kwargs)
 
 
 class DistclipState(TrainerCallback, ExportableState):
-    """The clipper's state in `trainer_state.json`: Trainer asks for it when it writes one, and
-    hands it back when it resumes.
+    """The clipper's state in `trainer_state.json`: Trainer calls `state()` when it writes the file,
+    and passes the saved state to `begin` when it resumes.
 
-    A callback without arguments, since Trainer may put a new one of this class in its place when it
-    resumes.
+    It takes no arguments, since Trainer may replace it by a new instance when it resumes.
     """
 
     def __init__(self) -> None:
         self.clipper: GradClipper | None = None
         self.step = 0  # Trainer's
-        self._training: Any = None  # Trainer's state object, which each train() makes anew
+        self._training: Any = None  # Trainer's state object, a new one in each train()
 
     def begin(self, clipper: GradClipper, state: Any) -> None:
-        """Training begins; `state` is Trainer's, empty or of the checkpoint that it resumes
-        from."""
+        """Begin training; `state` is Trainer's, new or of the checkpoint that it resumes from."""
         self.clipper, self.step, self._training = clipper, state.global_step, state
         if state.global_step:
-            self._resume(
+            self._load_or_warn(
                 clipper, state.stateful_callbacks.get(type(self).__name__), state.global_step
             )
         state.stateful_callbacks[type(self).__name__] = self.state()
 
-    def _resume(self, clipper: GradClipper, kept: Any, step: int) -> None:
+    def _load_or_warn(self, clipper: GradClipper, kept: Any, step: int) -> None:
         found = kept.get("attributes", {}) if isinstance(kept, dict) else {}
         if found.get("record") and found.get("step") == step:
-            clipper.load_state_dict(_decoded(found["record"]))
+            clipper.load_state_dict(_decode_state(found["record"]))
             return
         what = f"that of step {found['step']}" if found.get("record") else "none"
         warnings.warn(
             f"the checkpoint of step {step} that training resumes from should hold the state of "
-            f"distclip's clipper in its "
-            f"trainer_state.json, and holds {what}: adaptive thresholds and counters begin anew",
+            f"distclip's clipper in its trainer_state.json, and holds {what}: adaptive thresholds "
+            "and counters begin anew",
             RuntimeWarning,
             stacklevel=2,
         )
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into its JSON. Sends nothing: the clipper's state is the same on
+        """What Trainer writes into its JSON. No collective: the clipper's state is the same on
         every rank."""
-        record = None if self.clipper is None else _encoded(self.clipper.state_dict())
+        record = None if self.clipper is None else _encode_state(self.clipper.state_dict())
         return {"args": {}, "attributes": {"step": self.step, "record": record}}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state is not self._training:  # the callback that clips was taken out
+        if state is not self._training:  # the callback that clips was removed
             self.clipper = None
         self.step = state.global_step
         if control.should_save:
             self.keep(args, state)
 
     def keep(self, args: Any, state: Any) -> None:
-        """For code that writes `trainer_state.json` by itself: Trainer asks only where it saves a
-        checkpoint of its own."""
+        """For code that writes `trainer_state.json` by itself: Trainer calls `state()` only for
+        checkpoints of its own."""
         if args.should_save and state is self._training:
             state.stateful_callbacks[type(self).__name__] = self.state()
 
@@ -212,12 +213,12 @@ class DistclipState(TrainerCallback, ExportableState):
         self.keep(args, state)
 
 
-def _encoded(state: dict[str, Any]) -> str:
-    """As text, bit for bit."""
+def _encode_state(state: dict[str, Any]) -> str:
+    """The state as text, without loss."""
     file = io.BytesIO()
     torch.save(state, file)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _decoded(text: str) -> dict[str, Any]:
+def _decode_state(text: str) -> dict[str, Any]:
     return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True, map_location="cpu")

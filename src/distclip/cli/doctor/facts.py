@@ -1,5 +1,5 @@
-"""What is installed and works on each rank, and where ranks differ. Sends nothing: the facts travel
-over the board."""
+"""What is installed and works on each rank, and where ranks differ. No collectives: the facts are
+exchanged through the status store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.constants import default_pg_nccl_timeout, default_pg_time
 import distclip
 import distclip.kernels
 import distclip.versions
-from distclip.cli.doctor.records import CannotRun, RankInfo, Result, by_value, spans
+from distclip.cli.doctor.records import CannotRun, RankInfo, Result, name_ranks, ranks_by_value
 
 PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,8 +25,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 ENVIRONMENT = ("OMP_NUM_THREADS", "NCCL_ALGO", "NCCL_PROTO", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
 
-# what must be equal on all ranks → what to do if it is not
-SAME = {
+# what must be equal on all ranks, and the remedy if it is not
+MUST_MATCH = {
     "distclip": "install one version on every node",
     "torch": "install one version on every node",
     "python": "install one version on every node",
@@ -43,28 +43,28 @@ SAME = {
 }
 
 
-def device_for(place: RankInfo, backend: str | None) -> tuple[str, torch.device]:
-    """The backend and this rank's device: nccl on CUDA, gloo on the CPU, unless asked otherwise.
+def device_for(info: RankInfo, backend: str | None) -> tuple[str, torch.device]:
+    """The backend and this rank's device: nccl on CUDA, gloo on the CPU, unless `backend` is given.
 
     Raises:
-        CannotRun: the backend that was asked for is not available here.
+        CannotRun: `backend` is not available here.
     """
     cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
-    asked = backend or ("nccl" if cuda and dist.is_nccl_available() else "gloo")
-    if "nccl" not in asked:
-        return asked, torch.device("cpu")
+    backend_name = backend or ("nccl" if cuda and dist.is_nccl_available() else "gloo")
+    if "nccl" not in backend_name:
+        return backend_name, torch.device("cpu")
     if not cuda or not dist.is_nccl_available():
         raise CannotRun(
-            f"rank {place.rank} on {place.host} has no CUDA device or no NCCL; "
+            f"rank {info.rank} on {info.host} has no CUDA device or no NCCL; "
             f"--backend gloo runs on the CPU"
         )
-    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    return asked, device
+    return backend_name, device
 
 
-def facts(place: RankInfo, backend: str, device: torch.device) -> dict[str, Any]:
-    """Of this rank."""
+def collect_facts(info: RankInfo, backend: str, device: torch.device) -> dict[str, Any]:
+    """The facts of this rank."""
     on_cuda = device.type == "cuda"
     torchs_own = (
         default_pg_nccl_timeout
@@ -72,7 +72,7 @@ def facts(place: RankInfo, backend: str, device: torch.device) -> dict[str, Any]
         else default_pg_timeout
     )
     return {
-        "host": place.host,
+        "host": info.host,
         "device": f"{device} {torch.cuda.get_device_name(device)}" if on_cuda else "cpu",
         "device id": str(torch.cuda.get_device_properties(device).uuid) if on_cuda else "",
         "backend": backend,
@@ -80,36 +80,37 @@ def facts(place: RankInfo, backend: str, device: torch.device) -> dict[str, Any]
         "torch": torch.__version__,
         "note": distclip.versions.untested_release_note(torch.__version__) or "none",
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: _installed_version(name) for name in PACKAGES},
         "cuda": torch.version.cuda or "none",
         "nccl": ".".join(map(str, nccl.version())) if on_cuda else "none",
         "threads": torch.get_num_threads(),
         **{name: os.environ.get(name, "not set") for name in ENVIRONMENT},
         "kernel": distclip.kernels.active(),
         "dtypes": ", ".join(
-            str(d).removeprefix("torch.") for d in DTYPES if _multiplies(d, device)
+            str(d).removeprefix("torch.") for d in DTYPES if _can_multiply(d, device)
         ),
         "fused": ", ".join(o.__name__ for o in OPTIMIZERS if _steps_fused(o, device)) or "none",
-        "time-out": f"{place.timeout_s:g} s here (--timeout); torch's default is "
+        "time-out": f"{info.timeout_s:g} s here (--timeout); torch's default is "
         f"{torchs_own.total_seconds():g} s",
     }
 
 
 def judge_facts(all_facts: Sequence[dict[str, Any]]) -> Result:
-    """Whether ranks have what must be equal, and a device each."""
+    """Whether the facts that must match do, and each rank has a GPU of its own."""
     problems: list[str] = []
     remedies: list[str] = []
-    for name, remedy in SAME.items():
-        found = by_value([one[name] for one in all_facts])
+    for name, remedy in MUST_MATCH.items():
+        found = ranks_by_value([one[name] for one in all_facts])
         if len(found) > 1:
             problems.append(
                 f"{name}: "
                 + ", ".join(
-                    f"{value} on {_where(ranks, all_facts)}" for value, ranks in found.items()
+                    f"{value} on {_format_location(ranks, all_facts)}"
+                    for value, ranks in found.items()
                 )
             )
             remedies.append(f"{name}: {remedy}")
-    devices = by_value(
+    devices = ranks_by_value(
         [
             f"{one['host']} {one['device id']}" if one["device id"] else f"rank {r}"
             for r, one in enumerate(all_facts)
@@ -118,7 +119,7 @@ def judge_facts(all_facts: Sequence[dict[str, Any]]) -> Result:
     for ranks in devices.values():
         if len(ranks) > 1:
             problems.append(
-                f"{spans(ranks)} share one GPU ({all_facts[ranks[0]]['device']} on "
+                f"{name_ranks(ranks)} share one GPU ({all_facts[ranks[0]]['device']} on "
                 f"{all_facts[ranks[0]]['host']})"
             )
             remedies.append("start as many processes on a node as it has GPUs")
@@ -134,44 +135,44 @@ def cannot_start(all_facts: Sequence[dict[str, Any]]) -> str:
     refusals = [one["cannot"] for one in all_facts if "cannot" in one]
     if refusals:
         return "; ".join(refusals)
-    backends = by_value([one["backend"] for one in all_facts])
+    backends = ranks_by_value([one["backend"] for one in all_facts])
     if len(backends) > 1:
         which = ", ".join(
-            f"{name} on {_where(ranks, all_facts)}" for name, ranks in backends.items()
+            f"{name} on {_format_location(ranks, all_facts)}" for name, ranks in backends.items()
         )
         return (
-            f"ranks would use different backends: {which}. See why some have no CUDA device, "
-            f"or "
-            f"pass --backend gloo"
+            f"ranks would use different backends: {which}. See why some have no CUDA device, or "
+            "pass --backend gloo"
         )
     return ""
 
 
-def nodes(all_facts: Sequence[dict[str, Any]]) -> str:
-    """host: ranks 0-7, other: ranks 8-15"""
-    hosts = by_value([one["host"] for one in all_facts])
+def format_nodes(all_facts: Sequence[dict[str, Any]]) -> str:
+    """For instance "host: ranks 0-7, other: ranks 8-15"."""
+    hosts = ranks_by_value([one["host"] for one in all_facts])
     return ", ".join(
-        f"{host}: {spans(ranks)}" for host, ranks in sorted(hosts.items(), key=lambda item: item[1])
+        f"{host}: {name_ranks(ranks)}"
+        for host, ranks in sorted(hosts.items(), key=lambda item: item[1])
     )
 
 
-def _where(ranks: Sequence[int], all_facts: Sequence[dict[str, Any]]) -> str:
+def _format_location(ranks: Sequence[int], all_facts: Sequence[dict[str, Any]]) -> str:
     hosts = {all_facts[rank]["host"] for rank in ranks}
-    return spans(ranks) + (
+    return name_ranks(ranks) + (
         f" ({hosts.pop()})"
         if len(hosts) == 1 and len({one["host"] for one in all_facts}) > 1
         else ""
     )
 
 
-def _version(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
 
 
-def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+def _can_multiply(dtype: torch.dtype, device: torch.device) -> bool:
     try:
         one = torch.ones(2, 2, dtype=dtype, device=device)
         return bool((one @ one == 2).all())
@@ -180,7 +181,7 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _steps_fused(optimizer: type[torch.optim.Optimizer], device: torch.device) -> bool:
-    """A fused step moves a parameter as the plain one does."""
+    """Whether a fused step gives the same parameter as a plain one."""
     try:
         moved: list[torch.Tensor] = []
         for fused in (True, False):

@@ -5,25 +5,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-from distclip.cli.doctor.facts import nodes
-from distclip.cli.doctor.records import Result, by_value, spans
+from distclip.cli.doctor.facts import format_nodes
+from distclip.cli.doctor.records import Result, name_ranks, ranks_by_value
 
 COLUMNS = 100
-HIDDEN = ("host", "device id")  # said by `nodes`, or of use to the comparison alone
+HIDDEN_FACTS = ("host", "device id")  # shown by `format_nodes`, or needed for the comparison alone
 
 
 @dataclass(slots=True)
 class Findings:
-    """What is known so far."""
+    """The facts and results so far."""
 
     facts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # by rank
     results: list[Result] = field(default_factory=list[Result])
     stopped: str = ""  # why the doctor did not get to the end
-    hint: str = ""  # how checks are run that this world is too small for
+    hint: str = ""  # the command line for checks that need more ranks
 
     @property
     def exit_code(self) -> int:
@@ -37,12 +37,15 @@ class Findings:
         return {kind: sum(result.result == kind for result in self.results) for kind in kinds}
 
     def shared_facts(self) -> dict[str, dict[str, str]]:
-        """fact → value → the ranks that have it."""
+        """For each fact its values, each with the ranks that have it."""
         if not self.facts:
             return {}
-        names = [name for name in self.facts[0] if name not in HIDDEN]
+        names = [name for name in self.facts[0] if name not in HIDDEN_FACTS]
         return {
-            name: {v: spans(r) for v, r in by_value([one[name] for one in self.facts]).items()}
+            name: {
+                v: name_ranks(r)
+                for v, r in ranks_by_value([one[name] for one in self.facts]).items()
+            }
             for name in names
         }
 
@@ -51,9 +54,12 @@ def as_json(findings: Findings) -> str:
     """One document: world, nodes, facts, checks, summary, stopped, exit_code."""
     document = {
         "world": len(findings.facts),
-        "nodes": nodes(findings.facts),
+        "nodes": format_nodes(findings.facts),
         "facts": findings.shared_facts(),
-        "checks": [asdict(result) for result in findings.results],
+        "checks": [
+            {"name": r.name, "result": r.result, "seen": r.seen, "do": r.remedy}
+            for r in findings.results
+        ],
         "summary": findings.summary(),
         "hint": findings.hint,
         "stopped": findings.stopped,
@@ -63,20 +69,20 @@ def as_json(findings: Findings) -> str:
 
 
 def as_table(findings: Findings) -> str:
-    """Facts, then one line a check, then what to do."""
+    """Facts, then the checks with their remedies, then the summary."""
     lines: list[str] = []
     if findings.facts:
         size = len(findings.facts)
-        lines += _rows([("ranks", str(size)), ("nodes", nodes(findings.facts))])
+        lines += _fact_lines([("ranks", str(size)), ("nodes", format_nodes(findings.facts))])
         for name, values in findings.shared_facts().items():
             one = len(values) == 1
-            said = (
+            text = (
                 next(iter(values))
                 if one
                 else ", ".join(f"{value} ({ranks})" for value, ranks in values.items())
             )
-            if said not in ("not set", "not installed", "none"):
-                lines += _rows([(name, said)])
+            if text not in ("not set", "not installed", "none"):
+                lines += _fact_lines([(name, text)])
         lines.append("")
     lines += [f"{'check':<10}{'result':<10}what was seen", "-" * COLUMNS]
     for result in findings.results:
@@ -85,8 +91,8 @@ def as_table(findings: Findings) -> str:
             f"{result.name:<10}{result.result:<10}{first}",
             *(" " * 20 + line for line in rest),
         ]
-        if result.do:
-            lines += [" " * 20 + line for line in wrap(f"do: {result.do}", COLUMNS - 20)]
+        if result.remedy:
+            lines += [" " * 20 + line for line in wrap(f"do: {result.remedy}", COLUMNS - 20)]
     lines += [
         "",
         ", ".join(f"{count} {kind}" for kind, count in findings.summary().items() if count),
@@ -98,7 +104,7 @@ def as_table(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-def _rows(pairs: Sequence[tuple[str, str]]) -> list[str]:
+def _fact_lines(pairs: Sequence[tuple[str, str]]) -> list[str]:
     lines: list[str] = []
     for name, value in pairs:
         first, *rest = wrap(value, COLUMNS - 20) or [""]

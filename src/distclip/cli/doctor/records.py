@@ -1,4 +1,4 @@
-"""Records that the doctor's files hand to each other."""
+"""Records that the doctor's files exchange, and how ranks are named in its texts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from distclip.cli.number_ranges import format_ranges, number_ranges
+
 # What one rank saw in a check; travels to rank 0 as JSON.
 Observation = dict[str, Any]
 
 
 class CannotRun(Exception):
-    """The doctor cannot start or go on here; its text says what to do."""
+    """The doctor cannot start or continue here; its text names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """Where this process stands in the job, from the launcher's environment variables."""
+    """This process's place in the job, from the launcher's environment variables."""
 
     rank: int
     size: int
@@ -35,13 +37,13 @@ class RankInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckContext:
-    """What a check works with on this rank. `stage(step, sends)` tells the watch what comes next,
-    and which collectives it sends."""
+    """What a check works with on this rank. `begin_stage(step, sends)` tells the watchdog what
+    comes next, and which collectives it sends."""
 
     rank: int
     size: int
     device: torch.device
-    stage: Callable[[str, str], None]
+    begin_stage: Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Result:
     name: str
     result: Literal["pass", "fail", "measured", "not run"]
     seen: str
-    do: str = ""  # only where it failed
+    remedy: str = ""  # only where it failed
 
 
 class Check(Protocol):
@@ -65,32 +67,26 @@ class Check(Protocol):
         """One line for --list."""
         ...
 
-    def lacks(self, size: int) -> str:
-        """What a world of `size` ranks lacks for this check, or an empty text."""
+    def unmet_requirement(self, size: int) -> str:
+        """What this check needs and a world of `size` ranks does not have; empty if nothing."""
         ...
 
-    def run(self, bench: CheckContext) -> Observation: ...
+    def run(self, context: CheckContext) -> Observation: ...
 
-    def judge(self, seen: Sequence[Observation]) -> Result:
-        """`seen` by rank, of ranks that raised nothing."""
+    def judge(self, observations: Sequence[Observation]) -> Result:
+        """`observations` by rank, of ranks that raised nothing."""
         ...
 
 
-def spans(ranks: Iterable[int]) -> str:
+def name_ranks(ranks: Iterable[int]) -> str:
     """`rank 2` or `ranks 0-3,6`."""
-    ordered = sorted(ranks)
-    parts: list[list[int]] = []
-    for rank in ordered:
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-    return f"{'rank' if len(ordered) == 1 else 'ranks'} {text}"
+    ranges = number_ranges(ranks)
+    one = len(ranges) == 1 and ranges[0][0] == ranges[0][1]
+    return f"{'rank' if one else 'ranks'} {format_ranges(ranges)}"
 
 
-def by_value(values: Sequence[Any]) -> dict[str, list[int]]:
-    """value, as text → the ranks that have it; the commonest first."""
+def ranks_by_value(values: Sequence[Any]) -> dict[str, list[int]]:
+    """Each value, as text, with the ranks that have it; the most frequent first."""
     found: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         found.setdefault(str(value), []).append(rank)

@@ -1,5 +1,5 @@
-"""The board: a key-value store beside the process group, on which ranks say where they are, also
-when no collective gets through."""
+"""A key-value store beside the process group, in which ranks publish their state, also while no
+collective gets through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from distclip.cli.doctor.records import CannotRun, RankInfo
 
 
-def read_place(timeout_s: float) -> RankInfo:
+def read_rank_info(timeout_s: float) -> RankInfo:
     """From RANK, WORLD_SIZE and LOCAL_RANK; without them this process is a world of one.
 
     Raises:
@@ -50,60 +50,58 @@ class StatusStore:
         CannotRun: it cannot be reached within the time-out.
     """
 
-    def __init__(self, place: RankInfo) -> None:
-        self.place = place
-        if place.size == 1:
-            self.where, self.hosted, store = "this process", True, dist.HashStore()
+    def __init__(self, info: RankInfo) -> None:
+        self.info = info
+        if info.size == 1:
+            self.address, self.hosted_here, store = "this process", True, dist.HashStore()
         else:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            self.where, self.hosted = f"{host}:{port}", not by_agent
-            opens, wait = place.rank == 0 and not by_agent, timedelta(seconds=place.timeout_s)
+            self.address, self.hosted_here = f"{host}:{port}", not by_agent
+            opens, wait = info.rank == 0 and not by_agent, timedelta(seconds=info.timeout_s)
             try:
                 if not opens:
-                    _await_port(host, port, place.timeout_s)
-                # workers are waited for by name, in `collect`: the store itself only knows their
-                # number
+                    _await_port(host, port, info.timeout_s)
+                # `collect` waits for each worker by name; the store itself could only count them
                 store = dist.TCPStore(
                     host, port, None, opens, wait, wait_for_workers=False, multi_tenant=True
                 )
             except (dist.DistError, RuntimeError, OSError) as error:
                 who = "the launcher's agent on the first node" if by_agent else "rank 0"
                 raise CannotRun(
-                    f"rank {place.rank} on {place.host} did not reach the store at {self.where} "
-                    f"within {place.timeout_s:g} s "
-                    f"({str(error).splitlines()[0]}). {who} opens it: see whether it started, "
-                    f"whether MASTER_ADDR and MASTER_PORT are "
-                    "the same on every rank, and whether a firewall stands between"
+                    f"rank {info.rank} on {info.host} did not reach the store at {self.address} "
+                    f"within {info.timeout_s:g} s ({str(error).splitlines()[0]}). {who} opens it: "
+                    "see whether it started, whether MASTER_ADDR and MASTER_PORT are the same on "
+                    "every rank, and whether a firewall stands between"
                 ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix, self._bare = f"distclip-doctor-{attempt}", store
+        self._prefix, self._plain_store = f"distclip-doctor-{attempt}", store
         self._store = dist.PrefixStore(self._prefix, store)
 
-    def twin(self) -> dist.Store:
-        """A connection of its own, for another thread."""
+    def clone_connection(self) -> dist.Store:
+        """A connection of its own to the same store, for another thread."""
         # in torch, but not in its stubs
-        return dist.PrefixStore(self._prefix, cast(Any, self._bare).clone())
+        return dist.PrefixStore(self._prefix, cast(Any, self._plain_store).clone())
 
     def start_group(self, backend: str, timeout_s: float) -> None:
-        """The default process group, met over this store."""
+        """Start the default process group, with this store for its rendezvous."""
         store = dist.PrefixStore("group", self._store)
         wait = timedelta(seconds=timeout_s)
         dist.init_process_group(
-            backend, store=store, rank=self.place.rank, world_size=self.place.size, timeout=wait
+            backend, store=store, rank=self.info.rank, world_size=self.info.size, timeout=wait
         )
 
-    def tell(self, topic: str, said: Any) -> None:
-        """This rank's word on a topic."""
-        self._store.set(f"{topic}/{self.place.rank}", json.dumps(said))
+    def publish(self, topic: str, value: Any) -> None:
+        """Set this rank's value of a topic; it is stored as JSON."""
+        self._store.set(f"{topic}/{self.info.rank}", json.dumps(value))
 
     def collect(self, topic: str, wait_s: float, ranks: Sequence[int] | None = None) -> list[Any]:
-        """What `ranks` (all) told, by rank.
+        """The values that `ranks` (all by default) published, by rank.
 
         Raises:
-            TimeoutError: one did not within `wait_s`, or the store is gone.
+            TimeoutError: one is missing after `wait_s`, or the store is gone.
         """
-        keys = [f"{topic}/{rank}" for rank in (range(self.place.size) if ranks is None else ranks)]
+        keys = [f"{topic}/{rank}" for rank in (range(self.info.size) if ranks is None else ranks)]
         try:
             self._store.wait(keys, timedelta(seconds=wait_s))
             return [json.loads(text) for text in self._store.multi_get(keys)]
@@ -112,7 +110,8 @@ class StatusStore:
 
 
 def _await_port(host: str, port: int, wait_s: float) -> None:
-    """Until something listens there. The store's own client may take several times its time-out.
+    """Wait until something listens there. The store's own client may take several times its
+    time-out.
 
     Raises:
         OSError: the last refusal, after `wait_s`.

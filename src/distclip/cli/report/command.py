@@ -12,8 +12,8 @@ from distclip.cli.run_log import RunError, log_files, read_runs
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; 1 if matplotlib is missing or a file cannot be written; 2 if a log cannot be used or an
-    output is refused."""
+    """Returns the exit code: 0; 1 if matplotlib is missing or a file cannot be written; 2 if a log
+    cannot be used or an output is refused."""
     output = Path(options.output)
     folder = Path(options.png) if options.png else output.parent
     try:
@@ -27,22 +27,22 @@ def run(options: argparse.Namespace) -> int:
             )
         runs, left_out = read_runs(options.runs)
         try:
-            from distclip.cli.report.html import page
-            from distclip.cli.report.plots import figures
+            from distclip.cli.report.html import build_page
+            from distclip.cli.report.plots import draw_figures
         except ImportError:
             print(
                 'distclip report: figures need matplotlib: pip install "distclip[report]"',
                 file=sys.stderr,
             )
             return 1
-        drawn, without_glyphs = figures(runs)
+        drawn, without_glyphs = draw_figures(runs)
         pictures = {folder / f"{output.stem}-{figure.name}.png": figure.png for figure in drawn}
         check_not_read(pictures, logs)
     except (RunError, OutputError) as error:
         print(f"distclip report: {error}", file=sys.stderr)
         return 2
     try:
-        write_all({output: page(runs, drawn).encode(errors="backslashreplace"), **pictures})
+        write_all({output: build_page(runs, drawn).encode(errors="backslashreplace"), **pictures})
     except OSError as error:
         print(f"distclip report: {error}", file=sys.stderr)
         return 1

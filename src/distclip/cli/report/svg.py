@@ -1,5 +1,5 @@
-"""matplotlib's SVG made fit for a page: the page's colours and font, identifiers of its own, no
-outside names."""
+"""Adapts matplotlib's SVG to a page: the page's colours and font, unique ids, no external
+references."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections.abc import Mapping
 from html import escape
 
 
-def inline(svg: str, prefix: str, css_class: str, label: str, colours: Mapping[str, str]) -> str:
+def inline_svg(
+    svg: str, prefix: str, css_class: str, label: str, colours: Mapping[str, str]
+) -> str:
     """An `<svg>` element for HTML that follows light and dark through CSS variables.
 
     Args:
         svg: the file that matplotlib wrote, with text as text (svg.fonttype "none").
         prefix: set before all ids, which must differ between the figures of a page.
         css_class: for the element.
-        label: what the figure shows, for those who do not see it.
+        label: what the figure shows, for screen readers.
         colours: name of a CSS variable → the colour (#rrggbb) that stands for it in the file.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    # between the tags stand names and numbers as they are to be read
-    svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], prefix, colours), svg)
+    # only tags: the text between them is shown as it is
+    svg = re.sub(r"<[^>]*>", lambda tag: _adapted_tag(tag[0], prefix, colours), svg)
     box = re.search(r'viewBox="[^"]*"', svg)
     head = (
         f'<svg class="{css_class}" role="img" aria-label="{escape(label)}" {box[0] if box else ""}>'
@@ -31,7 +33,7 @@ def inline(svg: str, prefix: str, css_class: str, label: str, colours: Mapping[s
     ).strip()
 
 
-def _tag(tag: str, prefix: str, colours: Mapping[str, str]) -> str:
+def _adapted_tag(tag: str, prefix: str, colours: Mapping[str, str]) -> str:
     tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
     tag = re.sub(r"(\.\d{3})\d+", r"\1", tag)
     tag = tag.replace("xlink:href", "href")

@@ -1,4 +1,4 @@
-"""Long runs, drawn with as many points as can be told apart, and with their spikes."""
+"""Fewer points for long runs: as many as a figure can resolve, spikes among them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from distclip.cli.run_log import Run
+from distclip.cli.run_log import RunLog
 
-_POINTS = 3000  # drawn in a figure, shared by its runs
+_MOST_POINTS = 3000  # drawn in a figure, shared by its runs
 
 
 def stretches_for(runs: int, wide: bool) -> int:
-    """Stretches of a line, each of which shows its lowest and its highest point."""
-    return max(60, (_POINTS if wide else _POINTS // 3) // 2 // runs)
+    """Number of stretches of a line, each of which shows its lowest and its highest point."""
+    return max(60, (_MOST_POINTS if wide else _MOST_POINTS // 3) // 2 // runs)
 
 
-def known_points(run: Run, values: Any) -> tuple[Any, Any]:
+def known_points(run: RunLog, values: Any) -> tuple[Any, Any]:
     known = values.isfinite()
     return run.step[known].numpy(), values[known].numpy()
 
 
-def thinned(x: Any, y: Any, stretches: int) -> tuple[Any, Any]:
-    """At most the lowest and highest point of each stretch, and a gap where one is in it."""
+def thinned_points(x: Any, y: Any, stretches: int) -> tuple[Any, Any]:
+    """The lowest and highest point of each stretch, and a gap where a value in it is not finite."""
     if len(x) <= 2 * stretches:
         return x, y
     kept: list[int] = []
@@ -36,7 +36,7 @@ def thinned(x: Any, y: Any, stretches: int) -> tuple[Any, Any]:
     return x[kept], y[kept]
 
 
-def clipped_shares(run: Run, stretches: int) -> tuple[Any, Any]:
+def clipped_shares(run: RunLog, stretches: int) -> tuple[Any, Any]:
     """Steps, and the share of clipped ones in the stretch of each."""
     x, clipped = run.step.numpy(), run.clipped.double().numpy()
     if len(x) <= 2 * stretches:
@@ -47,6 +47,6 @@ def clipped_shares(run: Run, stretches: int) -> tuple[Any, Any]:
     )
 
 
-def spread(steps: Any, most: int) -> Any:
-    """At most so many of them, evenly."""
+def spread_evenly(steps: Any, most: int) -> Any:
+    """At most `most` of them, evenly spaced."""
     return steps if len(steps) <= most else steps[np.linspace(0, len(steps) - 1, most).astype(int)]

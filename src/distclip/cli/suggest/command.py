@@ -1,4 +1,4 @@
-"""`distclip suggest RUN...`: what max_norm would have clipped how often, and which one to take."""
+"""`distclip suggest RUN...`: how often each max_norm would have clipped, and a recommendation."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ import json
 import sys
 from typing import Any
 
-from distclip.cli.run_log import Run, RunError, read_runs
-from distclip.cli.suggest.thresholds import Candidate, candidates, recommend, warnings
+from distclip.cli.run_log import RunError, RunLog, read_runs
+from distclip.cli.suggest.thresholds import (
+    Candidate,
+    find_candidates,
+    find_warnings,
+    recommend_max_norm,
+)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 2 if a log cannot be used."""
+    """Returns the exit code: 0, or 2 if a log cannot be used."""
     try:
-        runs, left_out = read_runs(options.runs, _check)
+        runs, left_out = read_runs(options.runs, _check_trains)
     except RunError as error:
         print(f"distclip suggest: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps({"runs": [_record(one) for one in runs], "left_out": left_out}, indent=2))
+        print(
+            json.dumps(
+                {"runs": [_json_record(one) for one in runs], "left_out": left_out}, indent=2
+            )
+        )
     else:
-        print("\n\n".join(_text(one) for one in runs))
+        print("\n\n".join(_plain_text(one) for one in runs))
         for note in left_out:
             print(f"note: {note}", file=sys.stderr)
     return 0
 
 
-def _check(one: Run) -> None:
+def _check_trains(one: RunLog) -> None:
     if not bool((one.norm > 0).any()):
         raise RunError(
             f"{one.path}: none of its {len(one.step)} steps has a finite norm above 0; "
@@ -35,21 +44,21 @@ def _check(one: Run) -> None:
         )
 
 
-def _record(one: Run) -> dict[str, Any]:
+def _json_record(one: RunLog) -> dict[str, Any]:
     return {
         "run": one.path,
         "steps": len(one.step),
         "not_finite": int((~one.finite).sum()),
         "skipped": int(one.skipped.sum()),
         "clipped_share": float(one.clipped.double().mean()),
-        "candidates": [vars(candidate) for candidate in candidates(one)],
-        "recommendation": vars(recommend(one)),
-        "warnings": list(warnings(one)),
+        "candidates": [vars(candidate) for candidate in find_candidates(one)],
+        "recommendation": vars(recommend_max_norm(one)),
+        "warnings": list(find_warnings(one)),
         "notes": list(one.notes),
     }
 
 
-def _text(one: Run) -> str:
+def _plain_text(one: RunLog) -> str:
     steps = "1 step" if len(one.step) == 1 else f"{len(one.step)} steps"
     lines = [
         f"{one.path}: {steps}, {float(one.clipped.double().mean()):.1%} clipped; norms before "
@@ -58,20 +67,16 @@ def _text(one: Run) -> str:
     ]
     lines += [
         f"{'percentile':>10}  {'max_norm':>10}  would have clipped",
-        *map(_row, candidates(one)),
+        *map(_candidate_row, find_candidates(one)),
         "",
     ]
-    advice = recommend(one)
-    lines.append(
-        f"recommendation: "
-        f"{'none' if advice.max_norm is None else f'max_norm={advice.max_norm:g}'}, "
-        f"{advice.reason}"
-    )
-    lines += [f"warning: {text}" for text in warnings(one)]
+    advice = recommend_max_norm(one)
+    lines.append(f"recommendation: {advice.setting}, {advice.reason}")
+    lines += [f"warning: {text}" for text in find_warnings(one)]
     lines += [f"note: {text}" for text in one.notes]
     return "\n".join(lines)
 
 
-def _row(candidate: Candidate) -> str:
+def _candidate_row(candidate: Candidate) -> str:
     name = "max" if candidate.percentile == 100 else f"{candidate.percentile:g}"
     return f"{name:>10}  {candidate.max_norm:>10.4g}  {candidate.share:>18.1%}"

@@ -1,5 +1,4 @@
-"""What the norms of a run say about a threshold: candidates, one recommendation, and what to look
-at."""
+"""Thresholds from the norms of a run: candidates, one recommendation, and warnings."""
 
 from __future__ import annotations
 
@@ -10,16 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.cli.run_log import Run
+from distclip.cli.run_log import RunLog
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 100.0)
-_SPIKE = 10.0  # times the running median
-_NEAR = 101  # steps of the running median, half before and half after
-_FEW = 100  # steps below which percentiles say little
-_DRIFT = 2.0  # median of the last third over that of the first, or its inverse
-_BEYOND = 1000.0  # the same, of a spike after which a model has seldom recovered by itself
-_ALWAYS = 0.95  # share of clipped steps
-_BENT = 0.9  # cosine between raw and clipped gradient
+_SPIKE_RATIO = 10.0  # times the running median
+_MEDIAN_WINDOW = 101  # steps of the running median, centred
+_FEW_STEPS = 100  # with fewer steps percentiles mean little
+_DRIFT_RATIO = 2.0  # median of the last third over that of the first, or its inverse
+_BLOWN_UP_RATIO = (
+    1000.0  # times the running median: after such a spike a model seldom recovers by itself
+)
+_ALWAYS_SHARE = 0.95  # share of clipped steps
+_BENT_COSINE = 0.9  # cosine between raw and clipped gradient
 
 
 @dataclass(frozen=True)
@@ -33,45 +34,50 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    max_norm: float | None  # None where the run tells nothing
+    max_norm: float | None  # None where the run gives no ground for one
     reason: str
 
+    @property
+    def setting(self) -> str:
+        """As it is written in Python, or "none"."""
+        return "none" if self.max_norm is None else f"max_norm={self.max_norm:g}"
 
-def rounded(value: float, digits: int = 4, up: bool = False) -> float:
-    """To so many significant digits; `up` never below the value."""
+
+def round_significant(value: float, digits: int = 4, up: bool = False) -> float:
+    """Rounded to `digits` significant digits; with `up` never below the value."""
     near = float(f"{value:.{digits}g}")
     if up and near < value:
         near = float(f"{near + 10.0 ** (math.floor(math.log10(value)) - digits + 1):.{digits}g}")
     return near
 
 
-def candidates(run: Run) -> list[Candidate]:
+def find_candidates(run: RunLog) -> list[Candidate]:
     """Percentiles of the finite norms before clipping, interpolated linearly. Empty where there are
     none."""
     norms = run.norm[run.finite]
     out: list[Candidate] = []
     for percentile in PERCENTILES if len(norms) else ():
-        bound = rounded(percentile_of(norms, percentile), up=percentile == 100)
+        bound = round_significant(percentile_of(norms, percentile), up=percentile == 100)
         out.append(Candidate(percentile, bound, float((norms > bound).double().mean())))
     return out
 
 
-def recommend(run: Run) -> Recommendation:
+def recommend_max_norm(run: RunLog) -> Recommendation:
     """One max_norm.
 
     The 95th percentile of the late norms, or less where spikes reach down to it. Of a run that was
-    clipped at nearly every step, the length that it gave its steps: there the threshold is a part
+    clipped at nearly every step, the median norm after clipping: there the threshold acts as a part
     of the learning rate.
     """
     norms = run.norm[run.finite]
     if (blown := _blown_up(run)) is not None:
         return Recommendation(
             None,
-            f"the run blew up at step {blown} and its norms tell nothing; "
-            f"log one that is clipped, say at 1",
+            f"the run blew up at step {blown} and its norms tell nothing; log one that is clipped, "
+            "say at 1",
         )
     late, where = norms, ""
-    if _drift(norms) is not None:
+    if _norm_drift(norms) is not None:
         late, where = (
             norms[2 * len(norms) // 3 :],
             " of the last third of the run, since the norm drifts",
@@ -80,16 +86,22 @@ def recommend(run: Run) -> Recommendation:
     if middle <= 0:
         return Recommendation(None, "at least half of the norms are 0")
     lengths = run.after[run.finite & run.clipped & ~run.skipped]
-    if _rate(run) > _ALWAYS and len(lengths) and (length := percentile_of(lengths, 50)) > 0:
-        times = rounded(percentile_of(norms, 50) / length, 3)
+    if (
+        _clipped_share(run) > _ALWAYS_SHARE
+        and len(lengths)
+        and (length := percentile_of(lengths, 50)) > 0
+    ):
+        times = round_significant(percentile_of(norms, 50) / length, 3)
         reason = (
             f"the length of this run's clipped steps; norms were {times:g} times that, so "
             f"anything higher lengthens nearly every step"
         )
-        return Recommendation(rounded(length), f"{reason}: lower the learning rate by as much")
+        return Recommendation(
+            round_significant(length), f"{reason}: lower the learning rate by as much"
+        )
     for percentile in (95.0, 90.0, 75.0, 50.0):
-        bound = rounded(percentile_of(late, percentile))
-        if bound <= _SPIKE * middle:
+        bound = round_significant(percentile_of(late, percentile))
+        if bound <= _SPIKE_RATIO * middle:
             break
     clipped = float((late > bound).double().mean())
     reason = (
@@ -101,26 +113,35 @@ def recommend(run: Run) -> Recommendation:
     return Recommendation(bound, reason)
 
 
-def warnings(run: Run) -> Iterator[str]:
+def find_warnings(run: RunLog) -> Iterator[str]:
     """What a reader of this run should know, in plain words."""
     steps, finite = len(run.step), run.finite
     norms = run.norm[finite]
-    if steps < _FEW:
-        yield f"only {steps} steps: percentiles above {100 - 100 // max(steps, 1)} are the largest step or two; log at least {_FEW}"
+    if steps < _FEW_STEPS:
+        yield (
+            f"only {steps} steps: percentiles above {100 - 100 // max(steps, 1)} are the largest "
+            f"step or two; log at least {_FEW_STEPS}"
+        )
     if (bad := steps - len(norms)) > 0:
-        yield f"{bad} of {steps} steps had norms that are not finite; they are left out of all percentiles"
+        yield (
+            f"{bad} of {steps} steps had norms that are not finite; they are left out of all "
+            f"percentiles"
+        )
     if len(run.groups) > 1:
-        yield f"this run clipped {len(run.groups)} groups by norms of their own; what is said here is of the norm over all of them"
+        yield (
+            f"this run clipped {len(run.groups)} groups by norms of their own; what is said here "
+            f"is of the norm over all of them"
+        )
     yield from _about_rate(run)
     yield from _about_spikes(run)
-    bent = run.cosine[run.cosine < _BENT]
+    bent = run.cosine[run.cosine < _BENT_COSINE]
     if len(bent):
         yield (
             f"value clipping bends the direction: at {len(bent) / steps:.1%} of the steps the "
-            f"cosine between raw and clipped gradient is "
-            f"below {_BENT}, down to {float(bent.min()):.2g}; a norm threshold keeps the direction"
+            f"cosine between raw and clipped gradient is below {_BENT_COSINE}, down to "
+            f"{float(bent.min()):.2g}; a norm threshold keeps the direction"
         )
-    if (ratio := _drift(norms)) is not None:
+    if (ratio := _norm_drift(norms)) is not None:
         way = (
             f"rises {ratio:.3g}-fold"
             if ratio > 1
@@ -130,24 +151,26 @@ def warnings(run: Run) -> Iterator[str]:
         )
         yield (
             f"the median norm {way} from the first to the last third of the run: one fixed "
-            f"threshold does not fit both; look at "
-            "AutoClip, ZClip or Scheduled"
+            "threshold does not fit both; look at AutoClip, ZClip or Scheduled"
         )
 
 
-def _about_rate(run: Run) -> Iterator[str]:
+def _about_rate(run: RunLog) -> Iterator[str]:
     if not any(math.isfinite(limit) for limit in run.limits):
         return
-    rate = _rate(run)
+    rate = _clipped_share(run)
     what = "value clipping acted" if run.clamps else "the run was clipped"
-    if rate > _ALWAYS:
-        yield f"{what} at {rate:.1%} of the steps: the threshold sets the length of nearly every step and is no safety net"
+    if rate > _ALWAYS_SHARE:
+        yield (
+            f"{what} at {rate:.1%} of the steps: the threshold sets the length of nearly every "
+            f"step and is no safety net"
+        )
     elif rate == 0:
         yield "the run was never clipped: its threshold was above every norm and did nothing"
 
 
-def _about_spikes(run: Run) -> Iterator[str]:
-    at = spikes(run)
+def _about_spikes(run: RunLog) -> Iterator[str]:
+    at = find_spikes(run)
     if not len(at):
         return
     worst = int(at[run.norm[at].argmax()])
@@ -156,31 +179,33 @@ def _about_spikes(run: Run) -> Iterator[str]:
     count = "1 step has a norm" if len(at) == 1 else f"{len(at)} steps have norms"
     hidden = "; clipping hides that, look at their data" if bool(run.clipped[at].any()) else ""
     largest = f"the largest {times:.3g} times, at step {int(run.step[worst])}"
-    yield f"{count} above {_SPIKE:g} times the running median (step {steps}; {largest}){hidden}"
+    yield (
+        f"{count} above {_SPIKE_RATIO:g} times the running median (step {steps}; {largest}){hidden}"
+    )
 
 
-def _rate(run: Run) -> float:
+def _clipped_share(run: RunLog) -> float:
     return float(run.clipped.double().mean())
 
 
-def _blown_up(run: Run) -> int | None:
-    """The step of the largest norm, where it is a spike beyond all measure that nothing held
-    back."""
-    at = spikes(run)
+def _blown_up(run: RunLog) -> int | None:
+    """The step of the largest norm, where it is a spike of more than 1000 times the running median
+    that was neither clipped nor skipped."""
+    at = find_spikes(run)
     held = run.clipped[at] | run.skipped[at]
-    beyond = at[~held & (run.norm[at] > _BEYOND * _running_median(run.norm)[at])]
+    beyond = at[~held & (run.norm[at] > _BLOWN_UP_RATIO * _running_median(run.norm)[at])]
     return int(run.step[beyond[run.norm[beyond].argmax()]]) if len(beyond) else None
 
 
-def spikes(run: Run) -> Tensor:
+def find_spikes(run: RunLog) -> Tensor:
     """[n] int64: positions whose norm is above 10 times the median of the 101 steps around."""
-    return (run.finite & (run.norm > _SPIKE * _running_median(run.norm))).nonzero().flatten()
+    return (run.finite & (run.norm > _SPIKE_RATIO * _running_median(run.norm))).nonzero().flatten()
 
 
 def _running_median(norms: Tensor) -> Tensor:
     """[steps]: median of the finite norms among the 101 nearest; at both ends those of the first
     and last 101."""
-    width = min(_NEAR, len(norms))
+    width = min(_MEDIAN_WINDOW, len(norms))
     inside = norms.unfold(0, width, 1).nanmedian(1).values
     before = width // 2
     return torch.cat(
@@ -188,14 +213,14 @@ def _running_median(norms: Tensor) -> Tensor:
     )
 
 
-def _drift(norms: Tensor) -> float | None:
-    """Median of the last third over that of the first, where it is at least twice or at most half;
-    None else."""
+def _norm_drift(norms: Tensor) -> float | None:
+    """Median of the last third divided by that of the first, where it is at least 2 or at most 1/2;
+    otherwise None."""
     third = len(norms) // 3
-    if 3 * third < _FEW // 2:
+    if 3 * third < _FEW_STEPS // 2:
         return None
     first, last = percentile_of(norms[:third], 50), percentile_of(norms[-third:], 50)
-    if first <= 0 or last <= 0 or 1 / _DRIFT < last / first < _DRIFT:
+    if first <= 0 or last <= 0 or 1 / _DRIFT_RATIO < last / first < _DRIFT_RATIO:
         return None
     return last / first
 

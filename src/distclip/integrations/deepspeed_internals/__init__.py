@@ -1,5 +1,4 @@
-"""What stands of DeepSpeed's inside in distclip, all of it: where gradients are, and where a step
-lets a clipper in.
+"""All use of DeepSpeed's internals: where it keeps gradients, and where a step can be intercepted.
 
 `engine.py` has what all kinds of engine share, `sharded.py` stages 1 to 3, `whole.py` stage 0.
 """
@@ -7,39 +6,47 @@ lets a clipper in.
 from typing import Any
 
 from distclip.integrations.deepspeed_internals.engine import (
-    OF_ENGINE,
+    NEEDED_OF_ENGINE,
     EngineAdapter,
     end_own_clipping,
-    missing,
+    missing_names,
     own_clipping,
-    unsupported,
+    unsupported_features,
 )
-from distclip.integrations.deepspeed_internals.sharded import BF16, ZeRO3, ZeRO12
-from distclip.integrations.deepspeed_internals.whole import Fused, Plain, Unfused
+from distclip.integrations.deepspeed_internals.sharded import (
+    BF16Adapter,
+    ZeRO3Adapter,
+    ZeRO12Adapter,
+)
+from distclip.integrations.deepspeed_internals.whole import (
+    FusedAdapter,
+    PlainAdapter,
+    UnfusedAdapter,
+)
 
-KINDS: dict[str, type[EngineAdapter]] = {
-    "DeepSpeedZeroOptimizer": ZeRO12,
-    "DeepSpeedZeroOptimizer_Stage3": ZeRO3,
-    "BF16_Optimizer": BF16,
-    "FP16_UnfusedOptimizer": Unfused,
-    "FP16_Optimizer": Fused,
-    "plain": Plain,
+ADAPTERS: dict[str, type[EngineAdapter]] = {
+    "DeepSpeedZeroOptimizer": ZeRO12Adapter,
+    "DeepSpeedZeroOptimizer_Stage3": ZeRO3Adapter,
+    "BF16_Optimizer": BF16Adapter,
+    "FP16_UnfusedOptimizer": UnfusedAdapter,
+    "FP16_Optimizer": FusedAdapter,
+    "plain": PlainAdapter,
 }
 
 
-def kind_of(engine: Any) -> type[EngineAdapter] | None:
+def adapter_for(engine: Any) -> type[EngineAdapter] | None:
     if engine.optimizer is not None and engine.optimizer is engine.basic_optimizer:
-        return KINDS["plain"]
-    return KINDS.get(type(engine.optimizer).__name__)
+        return ADAPTERS["plain"]
+    return ADAPTERS.get(type(engine.optimizer).__name__)
 
 
 __all__ = [
-    "KINDS",
-    "OF_ENGINE",
+    "ADAPTERS",
+    "NEEDED_OF_ENGINE",
     "EngineAdapter",
     "end_own_clipping",
-    "kind_of",
-    "missing",
+    "adapter_for",
+    "missing_names",
     "own_clipping",
-    "unsupported",
+    "unsupported_features",
 ]

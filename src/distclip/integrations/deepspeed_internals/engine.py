@@ -1,9 +1,9 @@
 """What all kinds of DeepSpeed engine share.
 
 Each kind of DeepSpeed optimizer reduces and partitions gradients during backward. Its `step` then
-measures a norm, moves the loss scale, and multiplies float32 copies of the gradients by clip and
-inverse scale. The first and the last are replaced here; the loss scale is read before it moves,
-since gradients carry the one of their backward.
+measures a norm, updates the loss scale, and multiplies float32 copies of the gradients by clip
+coefficient and inverse scale. The first and the last are replaced here; the loss scale is read
+before its update, since gradients are scaled by that of their backward.
 """
 
 from __future__ import annotations
@@ -20,20 +20,31 @@ from torch import Tensor
 
 from distclip import ClipReport, ConfigError, GradClipper
 
-OF_ENGINE = (
-    "module", "optimizer", "basic_optimizer", "mpu", "has_moe_layers", "pipeline_parallelism", "torch_autocast_z0_gradscaler",
-    "fp16_enabled", "dynamic_loss_scale", "gradient_clipping", "_config.gradient_clipping", "skipped_steps", "get_global_grad_norm",
-)  # fmt: skip
+NEEDED_OF_ENGINE = (
+    "module",
+    "optimizer",
+    "basic_optimizer",
+    "mpu",
+    "has_moe_layers",
+    "pipeline_parallelism",
+    "torch_autocast_z0_gradscaler",
+    "fp16_enabled",
+    "dynamic_loss_scale",
+    "gradient_clipping",
+    "_config.gradient_clipping",
+    "skipped_steps",
+    "get_global_grad_norm",
+)
 
 _OWN_CLIPPING = (
     'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train '
-    "such a model under FSDP2 with its experts, "
-    "stages or tensor-parallel parts as torch has them, where GradClipper(model, ...) knows them"
+    "such a model under FSDP2 with its experts, stages or tensor-parallel parts as torch has "
+    "them, where GradClipper(model, ...) knows them"
 )
 
 
-def missing(holder: Any, names: Sequence[str]) -> list[str]:
-    """Those of the dotted names that `holder` has not, each behind its class."""
+def missing_names(holder: Any, names: Sequence[str]) -> list[str]:
+    """Those of the dotted names that `holder` does not have, each with its class's name."""
     lost: list[str] = []
     for name in names:
         try:
@@ -43,16 +54,16 @@ def missing(holder: Any, names: Sequence[str]) -> list[str]:
     return lost
 
 
-def unsupported(engine: Any) -> list[str]:
-    """What this engine has, of whatever kind, that distclip cannot clip under, and what serves
+def unsupported_features(engine: Any) -> list[str]:
+    """Features of this engine, of any kind, under which distclip cannot clip, each with what to use
     instead."""
     muon = "muon" in type(engine.basic_optimizer).__name__.lower()
+    autocast = "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"
     found = {
         f"a model-parallel mpu; {_OWN_CLIPPING}": engine.mpu is not None,
         f"DeepSpeed's mixture-of-experts layers; {_OWN_CLIPPING}": engine.has_moe_layers,
         f"pipeline parallelism; {_OWN_CLIPPING}": engine.pipeline_parallelism,
-        "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16": engine.torch_autocast_z0_gradscaler
-        is not None,
+        autocast: engine.torch_autocast_z0_gradscaler is not None,
         "Muon with fp16; use bf16": engine.fp16_enabled() and muon,
     }
     return [what for what, has in found.items() if has]
@@ -64,57 +75,57 @@ def own_clipping(engine: Any) -> float:
 
 def end_own_clipping(engine: Any) -> None:
     engine._config.gradient_clipping = 0.0
-    if hasattr(engine.optimizer, "clip_grad"):  # a wrapper's; the user's own optimizer has none
+    if hasattr(engine.optimizer, "clip_grad"):  # only DeepSpeed's own optimizers have it
         engine.optimizer.clip_grad = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Part:
-    """What this rank steps of one parameter."""
+class ParamPart:
+    """The part of one parameter that this rank steps."""
 
     name: str
     param: Tensor  # the model's
     group: int  # its param group
-    flat: int  # its place among DeepSpeed's flat buffers
+    flat: int  # its index among DeepSpeed's flat buffers
     start: int  # in the flat buffer
-    master: Tensor  # float32, as a rule a view of the flat buffer
+    master: Tensor  # float32, usually a view of the flat buffer
 
 
 class EngineAdapter:
     """One attached engine."""
 
-    needs: ClassVar[tuple[str, ...]] = ()  # of the optimizer
-    sharded: ClassVar[bool] = True  # parts of different ranks are different data
+    needed_names: ClassVar[tuple[str, ...]] = ()  # attributes of the optimizer
+    sharded: ClassVar[bool] = True  # whether ranks hold different parts
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         self._names = {id(param): name for name, param in engine.module.named_parameters()}
-        self.parts: list[Part] = list(self.found_parts())
+        self.parts: list[ParamPart] = list(self.find_parts())
         self._grads: dict[int, Tensor] = {}  # id of a master → its gradient now
-        self._spike = False
+        self._policy_skip = False
         self.clipper: GradClipper
 
     @classmethod
-    def unsupported(cls, optimizer: Any) -> list[str]:
-        """What this optimizer has that distclip cannot clip under."""
+    def unsupported_features(cls, optimizer: Any) -> list[str]:
+        """Features of this optimizer under which distclip cannot clip."""
         return []
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         raise NotImplementedError
 
     def install(self, clipper: GradClipper) -> None:
         self.clipper = clipper
         if hasattr(self.optimizer, "_update_scale"):
-            self.replace("_update_scale", self._update_scale)
-        self.replace("step", self._step)
+            self.replace_method("_update_scale", self._update_scale)
+        self.replace_method("step", self._step_and_publish_norm)
 
     def grad_of(self, master: Tensor) -> Tensor | None:
         return self._grads.get(id(master))
 
     @contextmanager
     def original_param_groups(self) -> Generator[None]:
-        """Param groups hold the model's parameters again; DeepSpeed leaves flat buffers there, or
-        nothing."""
+        """Within this context param groups hold the model's parameters, in place of DeepSpeed's
+        flat buffers or empty lists."""
         groups = self.optimizer.param_groups
         saved = [group["params"] for group in groups]
         try:
@@ -125,66 +136,70 @@ class EngineAdapter:
             for group, params in zip(groups, saved, strict=True):
                 group["params"] = params
 
-    def part(
+    def flat_part(
         self, param: Tensor, group: int, flat: int, buffer: Tensor, start: int, count: int
-    ) -> Part:
-        return Part(
-            self.name(param), param, group, flat, start, buffer.detach().narrow(0, start, count)
+    ) -> ParamPart:
+        return ParamPart(
+            self.param_name(param),
+            param,
+            group,
+            flat,
+            start,
+            buffer.detach().narrow(0, start, count),
         )
 
-    def name(self, param: Tensor) -> str:
+    def param_name(self, param: Tensor) -> str:
         if id(param) not in self._names:
             raise ConfigError(
                 f"the engine's optimizer steps a parameter of shape {tuple(param.shape)} that is "
-                f"not in the model; put it into the model "
-                "that deepspeed.initialize gets"
+                "not in the model; put it into the model that deepspeed.initialize gets"
             )
         return self._names[id(param)]
 
-    def slices(self, flat: int, grad: Tensor) -> list[Part]:
-        """The parts of one flat buffer; their gradients are from now on those of `grad`."""
+    def assign_slices(self, flat: int, grad: Tensor) -> list[ParamPart]:
+        """The parts of one flat buffer; their gradients become slices of `grad`."""
         mine = [part for part in self.parts if part.flat == flat]
         self._grads |= {
             id(part.master): grad.narrow(0, part.start, part.master.numel()) for part in mine
         }
         return mine
 
-    def decide(self, scale: float = 1.0) -> ClipReport:
+    def decide_step(self, scale: float = 1.0) -> ClipReport:
         dynamic = bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
         report = self.clipper.decide(1 / scale, dynamic_loss_scale=dynamic)
-        self._spike = (
+        self._policy_skip = (
             bool(report.skipped)
             and not int(report.nonfinite)
             and bool(report.total_norm.isfinite())
         )
         return report
 
-    def replace(self, name: str, new: Callable[..., Any]) -> None:
-        """A method of the optimizer by ours; the optimizer's own is `own_<name>` from now on."""
+    def replace_method(self, name: str, new: Callable[..., Any]) -> None:
+        """Replace a method of the optimizer by `new`; its own is kept as `own_<name>`."""
 
         def instead(_: Any, *args: Any, **kwargs: Any) -> Any:
             return new(*args, **kwargs)
 
         setattr(self, f"own_{name}", getattr(self.optimizer, name))
-        # bound to the optimizer: a learning-rate scheduler takes the function out of
-        # `optimizer.step` and binds it anew
+        # bound to the optimizer: a learning-rate scheduler takes the function of `optimizer.step`
+        # and binds it again
         setattr(self.optimizer, name, MethodType(instead, self.optimizer))
 
     def _update_scale(self, *args: Any, **kwargs: Any) -> None:
-        """A spike that a policy leaves out is no overflow."""
-        given, named = ((False,), {}) if self._spike else (args, kwargs)
+        """A step that a policy skips is no overflow."""
+        given, named = ((False,), {}) if self._policy_skip else (args, kwargs)
         self.own__update_scale(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
+    def _step_and_publish_norm(self, *args: Any, **kwargs: Any) -> Any:
         before = self.clipper.last_report
         try:
             return self.take_step(*args, **kwargs)
         finally:
-            self._spike = False
+            self._policy_skip = False
             self._grads.clear()
             report = self.clipper.last_report
             if report is not None and report is not before:
-                # a step that is not finite reads inf, as DeepSpeed's own
+                # inf for a step that is not finite, as in DeepSpeed
                 norm = float(report.total_norm)
                 self.optimizer._global_grad_norm = (
                     math.inf if int(report.nonfinite) or math.isnan(norm) else norm
@@ -197,5 +212,5 @@ class EngineAdapter:
 
 
 def never_overflows(*args: Any, **kwargs: Any) -> bool:
-    """In place of DeepSpeed's checks for overflow."""
+    """Replaces DeepSpeed's checks for overflow."""
     return False

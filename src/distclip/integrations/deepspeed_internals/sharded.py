@@ -10,11 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip import ClipReport, GradClipper
-from distclip.integrations.deepspeed_internals.engine import EngineAdapter, Part, never_overflows
+from distclip.integrations.deepspeed_internals.engine import (
+    EngineAdapter,
+    ParamPart,
+    never_overflows,
+)
 
 
 def _flat_norm(report: ClipReport) -> Tensor:
-    """What DeepSpeed's step takes for its norm: it goes on where it is finite, whatever it is."""
+    """The norm that DeepSpeed's step sees: inf at a step to be skipped, else 1, as it checks only
+    whether the norm is finite."""
     return (
         report.total_norm.new_full((), float("inf"))
         if bool(report.skipped)
@@ -22,7 +27,7 @@ def _flat_norm(report: ClipReport) -> Tensor:
     )
 
 
-def _autocast(optimizer: Any) -> list[str]:
+def _autocast_unsupported(optimizer: Any) -> list[str]:
     return (
         ["torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"]
         if optimizer.torch_autocast_gradscaler is not None
@@ -30,25 +35,39 @@ def _autocast(optimizer: Any) -> list[str]:
     )
 
 
-class ZeRO12(EngineAdapter):
+class ZeRO12Adapter(EngineAdapter):
     """Stages 1 and 2: each rank steps a contiguous part of every param group, laid out flat."""
 
-    needs = (
-        "averaged_gradients", "params_in_partition", "single_partition_of_fp32_groups", "partition_size", "grad_start_offset",
-        "grad_partition_insertion_offset", "real_dp_process_group", "get_param_id", "cpu_offload", "loss_scale", "check_grad_overflow",
-        "check_overflow", "scaled_global_norm", "unscale_and_clip_grads", "_update_scale", "compute_grad_norm", "torch_autocast_gradscaler",
-    )  # fmt: skip
+    needed_names = (
+        "averaged_gradients",
+        "params_in_partition",
+        "single_partition_of_fp32_groups",
+        "partition_size",
+        "grad_start_offset",
+        "grad_partition_insertion_offset",
+        "real_dp_process_group",
+        "get_param_id",
+        "cpu_offload",
+        "loss_scale",
+        "check_grad_overflow",
+        "check_overflow",
+        "scaled_global_norm",
+        "unscale_and_clip_grads",
+        "_update_scale",
+        "compute_grad_norm",
+        "torch_autocast_gradscaler",
+    )
 
     @classmethod
-    def unsupported(cls, optimizer: Any) -> list[str]:
+    def unsupported_features(cls, optimizer: Any) -> list[str]:
         without = (
             ['"zero_optimization": {"compute_grad_norm": false}; leave that out']
             if not optimizer.compute_grad_norm
             else []
         )
-        return [*without, *_autocast(optimizer)]
+        return [*without, *_autocast_unsupported(optimizer)]
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         o = self.optimizer
         for i, params in enumerate(o.params_in_partition):
             rank = dist.get_rank(o.real_dp_process_group[i])
@@ -59,23 +78,24 @@ class ZeRO12(EngineAdapter):
                     param.numel() - int(o.grad_start_offset[i][rank][key]),
                     int(o.partition_size[i]) - start,
                 )
-                yield self.part(param, i, i, o.single_partition_of_fp32_groups[i], start, count)
+                yield self.flat_part(
+                    param, i, i, o.single_partition_of_fp32_groups[i], start, count
+                )
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.replace(
-            "check_overflow", never_overflows
-        )  # the norm tells, by one message instead of two
-        self.replace("scaled_global_norm", self.norm)
-        self.replace("unscale_and_clip_grads", self.clip)
-        self._checks = self.optimizer.check_grad_overflow
+        # overflow shows in the norm, by one collective instead of two
+        self.replace_method("check_overflow", never_overflows)
+        self.replace_method("scaled_global_norm", self.measure_norm)
+        self.replace_method("unscale_and_clip_grads", self.apply_clip)
+        self._own_checks = self.optimizer.check_grad_overflow
 
-    def norm(self, norm_type: float = 2) -> Tensor:
+    def measure_norm(self, norm_type: float = 2) -> Tensor:
         o = self.optimizer
         for i, flat in enumerate(o.single_partition_of_fp32_groups):
             if o.cpu_offload:
                 if flat.grad is not None:
-                    self.slices(i, flat.grad)
+                    self.assign_slices(i, flat.grad)
                 continue
             grads = [
                 g
@@ -84,53 +104,64 @@ class ZeRO12(EngineAdapter):
             ]
             mine = [part for part in self.parts if part.flat == i]
             self._grads |= {id(part.master): grad.reshape(-1) for part, grad in zip(mine, grads)}
-        report = self.decide(float(o.loss_scale))
-        # bf16 ignores a norm that is not finite unless it checks for overflow
-        o.check_grad_overflow = bool(report.skipped) or self._checks
+        report = self.decide_step(float(o.loss_scale))
+        # with bf16 the optimizer ignores a norm that is not finite unless it checks for overflow
+        o.check_grad_overflow = bool(report.skipped) or self._own_checks
         return _flat_norm(report)
 
-    def clip(self, grad_groups_flat: Sequence[Tensor], total_norm: Any) -> None:
+    def apply_clip(self, grad_groups_flat: Sequence[Tensor], total_norm: Any) -> None:
         for grad in grad_groups_flat:
             i = next(
                 i
                 for i, flat in enumerate(self.optimizer.single_partition_of_fp32_groups)
                 if flat.grad is grad
             )
-            self.clipper.apply_([part.master for part in self.slices(i, grad)])
+            self.clipper.apply_([part.master for part in self.assign_slices(i, grad)])
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.own_step(*args, **kwargs)
         finally:
-            self.optimizer.check_grad_overflow = self._checks
+            self.optimizer.check_grad_overflow = self._own_checks
 
 
-class ZeRO3(EngineAdapter):
-    """Stage 3: each rank steps a slice of every parameter, sub-groups of them laid out flat."""
+class ZeRO3Adapter(EngineAdapter):
+    """Stage 3: each rank steps a slice of every parameter; those of a sub-group lie in one flat
+    buffer."""
 
-    needs = (
-        "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "offload_optimizer", "loss_scale",
-        "check_overflow", "_get_norm_groups", "unscale_and_clip_grads", "_update_scale", "swap_optimizer", "torch_autocast_gradscaler",
-    )  # fmt: skip
+    needed_names = (
+        "averaged_gradients",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "sub_group_to_group_id",
+        "offload_optimizer",
+        "loss_scale",
+        "check_overflow",
+        "_get_norm_groups",
+        "unscale_and_clip_grads",
+        "_update_scale",
+        "swap_optimizer",
+        "torch_autocast_gradscaler",
+    )
 
     @classmethod
-    def unsupported(cls, optimizer: Any) -> list[str]:
+    def unsupported_features(cls, optimizer: Any) -> list[str]:
         return [
             *(
                 ["an optimizer swapped to NVMe; offload it to the CPU"]
                 if optimizer.swap_optimizer
                 else []
             ),
-            *_autocast(optimizer),
+            *_autocast_unsupported(optimizer),
         ]
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         o = self.optimizer
         for i, params in enumerate(o.fp16_groups):
             start = 0
             for param in params:
                 count = int(param.partition_numel())
-                yield self.part(
+                yield self.flat_part(
                     param,
                     int(o.sub_group_to_group_id[i]),
                     i,
@@ -142,38 +173,43 @@ class ZeRO3(EngineAdapter):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.replace("check_overflow", never_overflows)
-        self.replace("_get_norm_groups", self.norms)
-        self.replace("unscale_and_clip_grads", self.clip)
+        self.replace_method("check_overflow", never_overflows)
+        self.replace_method("_get_norm_groups", self.measure_norms)
+        self.replace_method("unscale_and_clip_grads", self.apply_clip)
 
-    def norms(self) -> list[Tensor]:
+    def measure_norms(self) -> list[Tensor]:
         o = self.optimizer
         for i, flat in enumerate(o.fp32_partitioned_groups_flat):
             if o.offload_optimizer:
                 if flat.grad is not None:
-                    self.slices(i, flat.grad)
+                    self.assign_slices(i, flat.grad)
                 continue
             mine = [part for part in self.parts if part.flat == i]
             self._grads |= {
                 id(part.master): grad.reshape(-1)
                 for part, grad in zip(mine, o.averaged_gradients.get(i) or ())
             }
-        return [_flat_norm(self.decide(float(o.loss_scale)))]
+        return [_flat_norm(self.decide_step(float(o.loss_scale)))]
 
-    def clip(self, sub_group_id: int, total_norm: Any) -> None:
+    def apply_clip(self, sub_group_id: int, total_norm: Any) -> None:
         grad = self.optimizer.fp32_partitioned_groups_flat[sub_group_id].grad
-        self.clipper.apply_([part.master for part in self.slices(sub_group_id, grad)])
+        self.clipper.apply_([part.master for part in self.assign_slices(sub_group_id, grad)])
 
 
-class BF16(EngineAdapter):
-    """Stage 1 in bf16 with float32 accumulation: gradients are float32 and flat from the first."""
+class BF16Adapter(EngineAdapter):
+    """Stage 1 in bf16 with float32 accumulation: gradients are accumulated in flat float32
+    buffers."""
 
-    needs = (
-        "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "real_dp_process_group", "clear_hp_grads",
+    needed_names = (
+        "bf16_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradient_flat_partition",
+        "real_dp_process_group",
+        "clear_hp_grads",
         "clear_lp_grads",
-    )  # fmt: skip
+    )
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         o = self.optimizer
         for i, params in enumerate(o.bf16_groups):
             flat = o.fp32_groups_flat_partition[i]
@@ -182,14 +218,14 @@ class BF16(EngineAdapter):
             for param in params:
                 start, end = max(at - low, 0), min(at + param.numel() - low, flat.numel())
                 if start < end:
-                    yield self.part(param, i, i, flat, start, end - start)
+                    yield self.flat_part(param, i, i, flat, start, end - start)
                 at += param.numel()
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
         o = self.optimizer
         for i, grad in enumerate(o.fp32_groups_gradient_flat_partition):
-            self.slices(i, grad)
-        if bool(self.decide().skipped):
+            self.assign_slices(i, grad)
+        if bool(self.decide_step().skipped):
             o.overflow = True
             o.clear_hp_grads()
             o.clear_lp_grads()

@@ -8,17 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from distclip import GradClipper
-from distclip.integrations.deepspeed_internals.engine import EngineAdapter, Part, never_overflows
+from distclip.integrations.deepspeed_internals.engine import (
+    EngineAdapter,
+    ParamPart,
+    never_overflows,
+)
 
 
-class Whole(EngineAdapter):
+class WholeAdapter(EngineAdapter):
     """Stage 0 in fp16 or bf16: every rank steps float32 copies of all parameters.
 
-    DeepSpeed 0.19 does not scale the loss of these optimizers, and yet divides their gradients by
-    the loss scale. Here they are not.
+    DeepSpeed 0.19 does not scale the loss of these optimizers, but divides their gradients by the
+    loss scale. distclip does not divide them.
     """
 
-    needs = (
+    needed_names = (
         "fp16_groups",
         "unscale_and_clip_grads",
         "_skip_invalid_grad_norm",
@@ -34,33 +38,38 @@ class Whole(EngineAdapter):
             for part in self.parts
             if part.param.grad is not None
         }
-        if bool(self.decide().skipped):
+        if bool(self.decide_step().skipped):
             return self.optimizer._skip_invalid_grad_norm()
         return self.own_step(*args, **kwargs)
 
 
-class Unfused(Whole):
-    needs = (*Whole.needs, "fp32_groups", "overflow_checker.check", "fused_lamb_legacy")
+class UnfusedAdapter(WholeAdapter):
+    needed_names = (
+        *WholeAdapter.needed_names,
+        "fp32_groups",
+        "overflow_checker.check",
+        "fused_lamb_legacy",
+    )
 
     @classmethod
-    def unsupported(cls, optimizer: Any) -> list[str]:
+    def unsupported_features(cls, optimizer: Any) -> list[str]:
         return (
             ["DeepSpeed's own Lamb; use another optimizer"] if optimizer.fused_lamb_legacy else []
         )
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         for i, (params, masters) in enumerate(
             zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
         ):
             for param, master in zip(params, masters, strict=True):
-                yield Part(self.name(param), param, i, i, 0, master)
+                yield ParamPart(self.param_name(param), param, i, i, 0, master)
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
         self.optimizer.overflow_checker.check = never_overflows
-        self.replace("unscale_and_clip_grads", self.clip)
+        self.replace_method("unscale_and_clip_grads", self.apply_clip)
 
-    def clip(self, total_norm: Any, apply_scale: bool = True) -> float:
+    def apply_clip(self, total_norm: Any, apply_scale: bool = True) -> float:
         self._grads = {
             id(part.master): part.master.grad for part in self.parts if part.master.grad is not None
         }
@@ -68,55 +77,60 @@ class Unfused(Whole):
         return 1.0
 
 
-class Fused(Whole):
-    needs = (*Whole.needs, "fp32_groups_flat", "overflow_checker.has_overflow", "fused_adam_legacy")
+class FusedAdapter(WholeAdapter):
+    needed_names = (
+        *WholeAdapter.needed_names,
+        "fp32_groups_flat",
+        "overflow_checker.has_overflow",
+        "fused_adam_legacy",
+    )
 
     @classmethod
-    def unsupported(cls, optimizer: Any) -> list[str]:
+    def unsupported_features(cls, optimizer: Any) -> list[str]:
         return (
             ['a legacy fused optimizer; take "legacy_fusion" out of its config']
             if optimizer.fused_adam_legacy
             else []
         )
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         for i, (params, flat) in enumerate(
             zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups_flat, strict=True)
         ):
             start = 0
             for param in params:
-                yield self.part(param, i, i, flat, start, param.numel())
+                yield self.flat_part(param, i, i, flat, start, param.numel())
                 start += param.numel()
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
         self.optimizer.overflow_checker.has_overflow = never_overflows
-        self.replace("unscale_and_clip_grads", self.clip)
+        self.replace_method("unscale_and_clip_grads", self.apply_clip)
 
-    def clip(
+    def apply_clip(
         self, grad_groups_flat: Sequence[Tensor], total_norm: Any, apply_scale: bool = True
     ) -> float:
         for i, grad in enumerate(grad_groups_flat):
-            self.clipper.apply_([part.master for part in self.slices(i, grad)])
+            self.clipper.apply_([part.master for part in self.assign_slices(i, grad)])
         return 1.0
 
 
-class Plain(EngineAdapter):
+class PlainAdapter(EngineAdapter):
     """Stage 0 in float32: the user's own optimizer on the model's own parameters."""
 
     sharded = False
 
-    def found_parts(self) -> Iterator[Part]:
+    def find_parts(self) -> Iterator[ParamPart]:
         for i, group in enumerate(self.optimizer.param_groups):
             for param in group["params"]:
-                yield Part(self.name(param), param, i, i, 0, param)
+                yield ParamPart(self.param_name(param), param, i, i, 0, param)
 
     def grad_of(self, master: Tensor) -> Tensor | None:
         return master.grad
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:
-        # the engine counts a skipped step by it
-        self.optimizer.overflow = bool(self.decide().skipped)
+        # by this attribute the engine counts a skipped step
+        self.optimizer.overflow = bool(self.decide_step().skipped)
         if self.optimizer.overflow:
             self.optimizer.zero_grad(set_to_none=True)
             return None
