@@ -29,7 +29,9 @@ def survivor(rank, store, fault, pipe):
     p.grad = torch.full((4,), 3.0)
     clipper.step(optimizer)
     grad, start = p.grad.clone(), p.detach().clone()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S))
+    # torch 2.15 has it under a public name, and warns of the other
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
+    set_timeout(timedelta(seconds=TIMEOUT_S))
     if rank == LOST:
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)

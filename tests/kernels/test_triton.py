@@ -7,6 +7,8 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 
 import pytest
@@ -200,12 +202,18 @@ def test_asking_does_not_import_triton():
 PARTS = {"CHUNK": cases.CHUNK, "BLOCK": cases.BLOCK, "PART": 1024}
 WIDE_LOAD, ANY_LOAD, WIDE_STORE = r"ld\.global\S*\.v[24]\.b(?:32|64)", r"ld\.global", r"st\.global\S*\.v[24]\.b(?:32|64)"
 TARGETS = pytest.mark.parametrize("target", [75, 80, 90, 100, 120])
+# which instructions a compiler picks is its own affair
+JUDGED = pytest.mark.skipif(
+    find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) > (3, 7),
+    reason="instructions are judged with triton up to 3.7, the pinned one",
+)
 
 
 def counted(pattern, text):
     return len(re.findall(pattern, text))
 
 
+@JUDGED
 @pytest.mark.parametrize("double", [True, False], ids=["double", "float"])
 @pytest.mark.parametrize("target, code", [(target, code) for target in (75, 80, 90, 100, 120) for code in (0, 2)] + [(90, 1), (90, 3)])
 def test_the_norm_compiles(compiler, target, code, double):
@@ -242,6 +250,7 @@ def test_the_second_sum_compiles(compiler, target):
     assert len(loops) == 2 and not spilled and "atom." not in ptx
 
 
+@JUDGED
 @pytest.mark.parametrize("stride, clamp, size", [(0, False, cases.LARGE), (1, True, cases.SMALL)], ids=["scale", "clamp"])
 @TARGETS
 def test_the_change_compiles(compiler, target, stride, clamp, size):
