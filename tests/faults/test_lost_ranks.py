@@ -20,7 +20,7 @@ TIMEOUT_S, LOST = 4, 2
 HANGS_S = 600  # so long is waited for an answer
 # the group's time-out until all have met: on a busy machine the start takes long. gloo of torch 2.8
 # keeps it to the end
-PATIENCE_S = 60 if versions.before(2, 9) else HANGS_S
+PATIENCE_S = 60 if versions.is_before(2, 9) else HANGS_S
 
 
 def survivor(rank, store, fault, pipe):
