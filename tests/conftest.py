@@ -24,8 +24,10 @@ def nothing_is_left_behind():
         return {
             k: v
             for k, v in os.environ.items()
+            # set by pytest and torch, and by libraries that frameworks import
             if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
-        }  # set by pytest and torch
+            and not k.startswith("KMP_")
+        }
 
     before = environment()
     yield

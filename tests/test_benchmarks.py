@@ -14,7 +14,7 @@ from benchmarks.__main__ import MARKS
 from benchmarks.cases import CASES
 from benchmarks.floors import CEILINGS, FLOORS, ceiling, floor
 from benchmarks.plot import draw
-from benchmarks.records import PlanRow, Spread
+from benchmarks.records import Row, Spread
 from benchmarks.scaling import block
 from benchmarks.table import text
 from benchmarks.worlds import held_by, world
@@ -34,7 +34,7 @@ def benchmarks(*arguments, check=True):
 
 def row(value, floor=1.0, issue=False, at_least=True, q3=None):
     spread = Spread(value, value, q3 or value, 3)
-    return PlanRow(
+    return Row(
         "gpt2",
         "fp32 idle",
         spread,
@@ -72,7 +72,7 @@ def test_two_quick_cases_end_in_a_table_json_a_picture_and_markdown(tmp_path):
     assert (
         machine["torch"].startswith("2.") and machine["cores"] >= 1 and machine["read_gb_s"][0] > 0
     )
-    rows = [PlanRow.from_dict(record) for record in found["rows"]]
+    rows = [Row.from_dict(record) for record in found["rows"]]
     sharded = [r for r in rows if r.case == "fsdp2"]
     assert {(r.what, r.ranks, r.threads) for r in sharded} == {
         ("10 parameters, idle", 2, 1),
@@ -144,7 +144,7 @@ def test_floors_depend_on_the_kernels_and_are_all_for_cases_that_exist():
 def test_a_spread_is_median_and_quartiles():
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Spread(3.0, 2.0, 4.0, 5)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
-    assert PlanRow.from_dict(row(1.5).to_dict()) == row(1.5)
+    assert Row.from_dict(row(1.5).to_dict()) == row(1.5)
 
 
 def test_wrong_arguments_are_told_with_what_to_do():
