@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm as torchs_get_total_norm
 
 from distclip.errors import ConfigError, PlacementError
 from distclip.kernels.tensor_list import TensorList
-from distclip.p_norm import norm_of
+from distclip.p_norm import norm_of, p_norm
 from distclip.setup.placement import DEVICES
 from distclip.torch_internals.dtensor import dtensor_class, is_dtensor, local_tensor
 from distclip.torch_internals.fsdp1 import first_flattened
@@ -205,7 +205,7 @@ def _whole(norm: Tensor) -> Tensor:
 @torch.no_grad()
 def _norm_here(given: _GivenTensors, p: float) -> Tensor:
     """Of plain tensors: 0-dim, of the dtype in which torch would give it, float32 at least."""
-    norm = norm_of(_combined(given.local.power_sums(p), p), p)
+    norm = norm_of(p_norm(p).combine(given.local.power_sums(p)), p)
     return norm.to(_norm_dtype(given.distinct))
 
 
@@ -228,8 +228,8 @@ def _norm_over_meshes(given: list[Tensor], p: float) -> Tensor:
     device = next(iter(meshes.values()))[0].device
     parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
     if plain:
-        parts.append(_combined(TensorList.of(plain).power_sums(p), p).to(device))
-    norm = norm_of(_combined(torch.stack(parts), p), p).to(_norm_dtype(given))
+        parts.append(p_norm(p).combine(TensorList.of(plain).power_sums(p)).to(device))
+    norm = norm_of(p_norm(p).combine(torch.stack(parts)), p).to(_norm_dtype(given))
     if len(meshes) == 1 and not plain:
         from torch.distributed.tensor import DTensor, Replicate
 
@@ -243,10 +243,6 @@ def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     for own in set(map(attrgetter("dtype"), tensors)):
         dtype = torch.promote_types(dtype, own.to_real())
     return dtype
-
-
-def _combined(sums: Tensor, p: float) -> Tensor:
-    return sums.max() if math.isinf(p) else sums.sum()
 
 
 def _over_mesh(mesh: Any, tensors: list[DTensor], p: float) -> Tensor:

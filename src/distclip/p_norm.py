@@ -45,7 +45,7 @@ class PNorm:
         """What a factor of gradients does to their power sum."""
         return factor if self.is_max else factor**self.p
 
-    def combine(self, power_sums: Column) -> Number:
+    def combine(self, power_sums: Column) -> Any:
         """One power sum of several."""
         return largest_of(power_sums) if self.is_max else sum_of(power_sums)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distclip.p_norm import norm_of
+from distclip.p_norm import norm_of, p_norm
 from distclip.policies.fixed import checked_threshold
 from distclip.policies.policy import LocalGrads
 from distclip.records import Clamp, Norms
@@ -65,7 +65,7 @@ class FixedValue:
             own.scale.device
         )
         _, after, raw, bounded, both, beyond = sums.unbind(1)
-        after = after * (own.scale if math.isinf(own.norm_type) else own.scale**own.norm_type)
+        after = after * p_norm(own.norm_type).power_of(own.scale)
         square = own.scale.square()
         return own.reduced(
             torch.stack([beyond, after, raw * square, bounded * square, both * square], dim=1)

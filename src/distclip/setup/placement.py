@@ -79,7 +79,11 @@ def local_pieces(
                 f"CUDA. A model on `meta` has no values yet: "
                 "build the clipper after it was materialised"
             )
-    out = [(n, _piece_of(n, declared, rank)) for n in named]
+    try:
+        out = [(n, _piece_of(n, declared, rank)) for n in named]
+    finally:  # what is remembered would keep groups and meshes alive after the next rebuild
+        ranks_token.cache_clear()
+        _mesh_facts.cache_clear()
     return [(n, piece) for n, piece in out if piece is not None]
 
 
