@@ -29,6 +29,7 @@ from distclip.setup.parameters import ModuleEntry
 from distclip.setup.placement import DEVICES
 from distclip.setup.plan import Plan
 from distclip.torch_internals.dtensor import local_tensor
+from distclip.torch_internals.hooks import accumulate_hooks
 
 GradOf = Callable[[Tensor], "Tensor | None"]
 own_grad: GradOf = attrgetter("grad")
@@ -307,7 +308,7 @@ def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:
     hooked = [
         (piece.name, found)
         for param, piece in zip(params, pieces, strict=True)
-        if (found := _hooks_of(param))
+        if (found := accumulate_hooks(param))
     ]
     if not hooked:
         return ""
@@ -316,7 +317,3 @@ def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:
         f"the hook {getattr(hook, '__qualname__', type(hook).__qualname__)} of {name} "
         f"({len(hooked)} parameters have such hooks)"
     )
-
-
-def _hooks_of(param: Tensor) -> list[Callable[..., object]]:
-    return list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values())

@@ -20,15 +20,10 @@ from torch.utils.weak import TensorWeakRef
 
 from distclip import kernels, versions
 from distclip.kernels.tensor_list import PLAIN, TensorList, is_block
-from distclip.torch_internals.dtensor import dtensor_class
+from distclip.torch_internals.dtensor import dtensor_class, dtensor_local, dtensor_spec
 
 _POINTER, _STRIDES, _CONTIGUOUS = Tensor.data_ptr, Tensor.stride, Tensor.is_contiguous
-_SHAPE, _DTYPE, _SPEC, _LOCAL = (
-    attrgetter("shape"),
-    attrgetter("dtype"),
-    attrgetter("_spec"),
-    attrgetter("_local_tensor"),
-)
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 _ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
 # before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which
 # torch warns of
@@ -83,7 +78,7 @@ class GradientCache:
             shapes=[tensor.shape for tensor in listed.tensors],
             strides=[tensor.stride() for tensor in listed.tensors],
             dtypes=[tensor.dtype for tensor in listed.tensors],
-            specs=[_SPEC(grad) for grad in given if type(grad) is dtensor],
+            specs=[dtensor_spec(grad) for grad in given if type(grad) is dtensor],
             kernel_plan=listed.kernel_plan,
             fallback=listed.fallback,
             filled=len({tensor.data_ptr() for tensor in listed.tensors}),
@@ -114,7 +109,7 @@ class GradientCache:
                 return None
             dtensor = dtensor_class()
             if [
-                _SPEC(grad) for grad, kind in zip(given, self.types) if kind is dtensor
+                dtensor_spec(grad) for grad, kind in zip(given, self.types) if kind is dtensor
             ] != self.specs:
                 return None
         grads = self._local_parts(given)
@@ -145,6 +140,9 @@ class GradientCache:
         if not self.specs:
             return given
         if len(self.specs) == len(given):
-            return list(map(_LOCAL, given))
+            return list(map(dtensor_local, given))
         dtensor = dtensor_class()
-        return [_LOCAL(grad) if kind is dtensor else grad for grad, kind in zip(given, self.types)]
+        return [
+            dtensor_local(grad) if kind is dtensor else grad
+            for grad, kind in zip(given, self.types)
+        ]

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from distclip.errors import ConfigError, PlacementError
 from distclip.records import Holding, Piece
 from distclip.setup.parameters import NamedParam
-from distclip.torch_internals.dtensor import is_dtensor, mesh_of, spec_of
+from distclip.torch_internals.dtensor import dtensor_local, is_dtensor, mesh_of, spec_of
 from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _dtensor_piece(named: NamedParam, key: str, spec: Any, rank_sets: _RankSets)
         )
     placed = _dtensor_part(spec)
     param, shape = named.param, tuple(spec.shape)
-    local = param._local_tensor if is_dtensor(param) else param
+    local = dtensor_local(param) if is_dtensor(param) else param
     holding = rank_sets.make_holding(placed.description, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return Piece(

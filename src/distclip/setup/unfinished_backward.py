@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.setup.parameters import Params, modules_in, strip_wrappers
+from distclip.torch_internals.backward import fsdp2_is_unfinished, has_reduced
 from distclip.torch_internals.dtensor import imported_class
 
 
@@ -71,15 +72,11 @@ def unfinished_errors(found: Sequence[ReducingWrapper]) -> list[str]:
 def _remedy_for(module: Any) -> str:
     """What to do; empty where gradients are final."""
     if isinstance(module, DistributedDataParallel):
-        late = module.require_manual_backward_finalization and not _has_reduced(module)
+        late = module.require_manual_backward_finalization and not has_reduced(module)
         handed_out = False
     else:
         # the root's, from the first forward pass on
-        context: Any = module._get_fsdp_state()._state_ctx
-        late, handed_out = (
-            context.manual_backward_finalization_active,
-            context.gradient_reduction_pending,
-        )
+        late, handed_out = fsdp2_is_unfinished(module)
     if handed_out:
         return (
             "call wait() of the handle that its finalize_backward(async_op=True) gave, before "
@@ -91,11 +88,3 @@ def _remedy_for(module: Any) -> str:
             "that after backward() and before the clip"
         )
     return ""
-
-
-def _has_reduced(module: DistributedDataParallel) -> bool:
-    try:
-        module._check_reducer_finalized()
-    except RuntimeError:
-        return False
-    return True

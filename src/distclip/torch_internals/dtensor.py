@@ -4,6 +4,8 @@ without DTensors does not need it."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
+
+
+# What a DTensor keeps, without the checks and the autograd of its public methods: a step asks each
+# gradient.
+dtensor_spec: Callable[[Any], Any] = attrgetter("_spec")
+dtensor_local: Callable[[Any], Any] = attrgetter("_local_tensor")
 
 
 def imported_class(module: str, name: str) -> type | None:
