@@ -163,8 +163,8 @@ class _PreparedClipper(PreparedModels):
     clipper: GradClipper
 
     def rest_of_models(self, selected: Mapping[int, Tensor]) -> list[Tensor] | None:
-        """The models' parameters that are not in `selected`; None unless that has all that train now,
-        and none of another model."""
+        """The models' parameters that are not in `selected`; None unless that has all that train
+        now, and none of another model."""
         own = self.params_by_id()
         others = [param for i, param in own.items() if i not in selected]
         return (
@@ -325,8 +325,8 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         return self._clip_grads(selected, owners, models, others, self.parts[key])
 
     def _prepared_with(self, selected: Mapping[int, Tensor]) -> list[_PreparedClipper]:
-        """Those whose models have parameters in `selected`. On a rank that passes none: the only one,
-        if there is only one."""
+        """Those whose models have parameters in `selected`. On a rank that passes none: the only
+        one, if there is only one."""
         if not selected and len(self.prepared) == 1:
             return self.prepared
         known = [(p, p.params_by_id().keys()) for p in self.prepared]

@@ -354,8 +354,8 @@ class _PreparedClippers(PreparedModels):
         if num_unknown:
             raise ConfigError(
                 f"clip_gradients: the optimizer holds {num_unknown} parameters of other modules, "
-                "which Fabric would clip with these; prepare all its modules together: prepare(fabric, "
-                "module, other, max_norm=...)"
+                "which Fabric would clip with these; prepare all its modules together: "
+                "prepare(fabric, module, other, max_norm=...)"
             )
         return [param for i, param in own.items() if i not in held]
 
