@@ -402,7 +402,7 @@ def never_scales():
 
     def clip_(self, *args, **kwargs):
         report = original(self, *args, **kwargs)
-        for p in self._now.members:
+        for p in self._stages.inputs.members:
             if p.grad is not None:
                 p.grad.mul_(2)
         return report
@@ -413,7 +413,7 @@ def never_scales():
 def never_skips():
     def step(self, *optimizers, **kwargs):
         report = self.measure()
-        nn.utils.clip_grad_norm_(self._now.members, 1.0)
+        nn.utils.clip_grad_norm_(self._stages.inputs.members, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         return report

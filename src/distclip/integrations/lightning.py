@@ -355,8 +355,7 @@ class _PreparedClippers(PreparedModels):
             raise ConfigError(
                 f"clip_gradients: the optimizer holds {num_unknown} parameters of other modules, "
                 "which Fabric would clip with these; prepare all its modules together: "
-                "prepare(fabric, "
-                "module, other, max_norm=...)"
+                "prepare(fabric, module, other, max_norm=...)"
             )
         return [param for i, param in own.items() if i not in held]
 
