@@ -19,6 +19,7 @@ CASES = {
         "GPT-2 124M's shapes, fp32 and bf16, idle and active; the share of the read bandwidth",
     ),
     "small": Case("single:small", "5,000 tensors of 1,000 elements"),
+    "tiny": Case("single:tiny", "10, 100 and 1,000 tensors of 8 x 8: what a call costs", threads=1),
     "huge": Case("single:huge", "three tensors of 2^26 elements"),
     "scaler": Case("single:scaler", "GradScaler: unscale and clip in place, and the whole step"),
     "step": Case("single:step", "clip and a fused AdamW step"),

@@ -12,7 +12,7 @@ import distclip
 from benchmarks import problems
 from benchmarks.floors import ceiling, floor
 from benchmarks.records import Row, Spread
-from benchmarks.timing import Contender, Effort, interleaved, ratios, reader
+from benchmarks.timing import Contender, Effort, interleaved, one, quiet, ratios, reader
 
 TORCH, FOREACH, RECIPE = (
     "torch clip_grad_norm_",
@@ -114,6 +114,31 @@ def gpt2(effort: Effort, kernels: str) -> list[Row]:
 
 def small(effort: Effort, kernels: str) -> list[Row]:
     return clipping("small", problems.small, effort, kernels)
+
+
+def tiny(effort: Effort, kernels: str) -> list[Row]:
+    """So little to read that the call itself is timed: the least of calls in a row, since in turns
+    with others each would mostly wait for its own code and data to come back into the caches."""
+    rows: list[Row] = []
+    calls = 5 if effort.quick else 300
+    for count in (10,) if effort.quick else (10, 100, 1000):
+        params = problems.parameters([(8, 8)] * count)
+        grads = [p.grad for p in params if p.grad is not None]
+        norm, restore = float(distclip.get_total_norm(grads)), problems.restorer(grads)
+        for state, max_norm in (("idle", 2 * norm), ("active", norm / 2)):
+            clipper = distclip.GradClipper(problems.named(params), max_norm)
+            named = contenders(params, max_norm, clipper)
+            with quiet():
+                times = {
+                    name: [min(one(Contender(name, named[name], restore)) for _ in range(calls))]
+                    for name in (TORCH, CLIP, DROP_IN)
+                }
+            case = f"{count} of 8 x 8"
+            pairs = [(TORCH, CLIP), (TORCH, DROP_IN)]
+            note = f"the least of {calls} calls in a row"
+            rows += rows_of(case, state, times, pairs, kernels, f"{case} {state}", note=note)
+            restore()
+    return rows
 
 
 def huge(effort: Effort, kernels: str) -> list[Row]:
