@@ -24,7 +24,7 @@ versions=("$@")
 [ $# -gt 0 ] || mapfile -t versions < <("$python" launch/compatibility.py versions)
 # numpy: the interpreters of triton 3.5 and 3.6 (torch 2.9 and 2.11) do not run with later ones
 needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml"
-selection=(tests/{parity,precision,policies,faults,setup,measure,apply,report,torch_internals})
+selection=(tests/{parity,precision,policies,faults,setup,measure,decide,apply,report,torch_internals})
 if [ -n "$core" ]; then
   selection+=(tests/kernels/test_{reference,native,triton}.py)
 else

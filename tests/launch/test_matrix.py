@@ -31,7 +31,7 @@ def test_left_out_too(): pass
 ACCELERATE = "def test_one(): pass\ndef test_two(): pass\ndef test_three(): assert 0\n"
 LIGHTNING = "import pytest\npytest.importorskip('no_such_package')\ndef test_one(): pass\n"
 FOLDERS = (
-    "parity", "precision", "policies", "faults", "setup", "measure", "apply", "report",
+    "parity", "precision", "policies", "faults", "setup", "measure", "decide", "apply", "report",
     "torch_internals", "kernels", "integrations", "cli",
 )  # fmt: skip
 

@@ -164,7 +164,10 @@ def resolve(
     if read_only:
         return StepFlags(ok, nothing, nothing, nothing)
     found_inf, acts = (nothing, finite) if propagates else (negate(ok), ok)
-    clipped = any_of(decision.clipped) & acts
+    some_clipped = any_of(decision.clipped)
+    if not isinstance(acts, Tensor):  # many groups stand in a tensor on the host too
+        some_clipped = bool(some_clipped)
+    clipped = some_clipped & acts
     if decision.skip is None:
         return StepFlags(ok, found_inf, found_inf, clipped)
     skipped = found_inf | (decision.skip & finite)
