@@ -12,12 +12,12 @@ FLOORS: dict[str, tuple[float | None, float | None]] = {
     "gpt2 bf16 active": (0.9, 2.0),
     "small fp32 idle": (1.8, 5.0),
     "small fp32 active": (1.1, 3.0),
-    "10 of 8 x 8 idle": (None, 1 / 1.1),  # a call may cost what torch's costs
-    "10 of 8 x 8 active": (None, 1 / 1.21),
-    "100 of 8 x 8 idle": (None, 2.0),
-    "100 of 8 x 8 active": (None, 1 / 0.55),
-    "1000 of 8 x 8 idle": (None, 5.0),
-    "1000 of 8 x 8 active": (None, 1 / 0.22),
+    "tiny 10 idle": (None, 1 / 1.1),  # a call may cost what torch's costs
+    "tiny 10 active": (None, 1 / 1.21),
+    "tiny 100 idle": (None, 2.0),
+    "tiny 100 active": (None, 1 / 0.55),
+    "tiny 1000 idle": (None, 5.0),
+    "tiny 1000 active": (None, 1 / 0.22),
     "unscale and clip": (1.7, 2.2),
     "clip and fused step, idle": (1.35, 1.5),
     "fsdp2 1000 on 4, idle": (2.7, 4.5),

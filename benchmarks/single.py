@@ -136,7 +136,7 @@ def tiny(effort: Effort, kernels: str) -> list[Row]:
             case = f"{count} of 8 x 8"
             pairs = [(TORCH, CLIP), (TORCH, DROP_IN)]
             note = f"the least of {calls} calls in a row"
-            rows += rows_of(case, state, times, pairs, kernels, f"{case} {state}", note=note)
+            rows += rows_of(case, state, times, pairs, kernels, f"tiny {count} {state}", note=note)
             restore()
     return rows
 
