@@ -390,11 +390,12 @@ class GradClipper:
             "the question who can skip a step",
         )
         if told.any():
-            raise GradientError(
+            text = (
                 f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
                 "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "
                 "optimizer out"
             )
+            raise self._channel.tell_once(GradientError(text))
         return gone
 
     def _write(self, report: ClipReport) -> None:
