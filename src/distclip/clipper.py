@@ -66,7 +66,8 @@ class GradClipper:
             `Watch(per_expert("*.experts.*"))`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
-            fused on some ranks only: ranks must judge a step at the same call.
+            fused on some ranks only: such ranks would judge a step at different calls, which is an
+            AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
             without FSDP leaves some) are an error, or
             `reduce`: before each call they are redistributed to their parameters' placements, after
