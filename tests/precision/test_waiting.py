@@ -29,7 +29,7 @@ def refusal(call):
     try:
         call()
     except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+        return f"{type(error).__name__}: {error}"
     return None
 
 
