@@ -51,7 +51,7 @@ class GradClipper:
             `init` and `decide`.
         norm_type: p of the norm, 0 < p ≤ 8 or inf.
         groups: which parameters share a norm: None (all), `per_parameter()`, `per_layer(depth)`,
-            `per_param_group(optimizer)` or `by_name({...})`.
+            `per_param_group(optimizer)`, `by_name({...})` or `by_optimizer({...}, *optimizers)`.
         on_nonfinite: `skip` the step, `raise` NonFiniteError, or `propagate` the gradients as they
             are; alike on all ranks.
         process_group: None is the default group; `distclip.LOCAL` this process alone.
@@ -63,10 +63,12 @@ class GradClipper:
             look, and different parameters under one name that are taken for copies (see
             `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
-        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
+        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`,
+            `Watch(per_expert("*.experts.*"))`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
-            fused on some ranks only: ranks must judge a step at the same call.
+            fused on some ranks only: such ranks would judge a step at different calls, which is an
+            AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
             without FSDP leaves some) are an error, or
             `reduce`: before each call they are redistributed to their parameters' placements, after
@@ -395,11 +397,12 @@ class GradClipper:
             "the question who can skip a step",
         )
         if told.any():
-            raise GradientError(
+            text = (
                 f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
                 "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "
                 "optimizer out"
             )
+            raise self._channel.tell_once(GradientError(text))
         return gone
 
     def _write(self, outcome: StepOutcome) -> None:

@@ -29,7 +29,7 @@ def refusal(call):
     try:
         call()
     except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error.text}"
     return None
 
 
@@ -226,7 +226,9 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
     one = torch.zeros(1, dtype=torch.int64)
 
     def layout(on_host):
-        return MessageLayout(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0], on_host)
+        return MessageLayout(
+            p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0], torch.ones(1), on_host
+        )
 
     good = (
         [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]

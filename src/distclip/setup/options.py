@@ -170,10 +170,10 @@ def _check_kinds(passed: PassedOptions) -> None:
             f"policy}}), per_parameter(), per_layer() "
             "or per_param_group(optimizer)"
         )
-    for pattern, rule in (passed.groups or WHOLE_MODEL).rules().items():
+    for key, rule in (passed.groups or WHOLE_MODEL).rules().items():
         if isinstance(rule, type):
             raise ConfigError(
-                f"groups=by_name({{{pattern!r}: {rule.__name__}}}): that is the class; call it: "
+                f"groups: the rule of {key!r} is {rule.__name__}, the class; call it: "
                 f"distclip.{rule.__name__}(...)"
             )
 
