@@ -129,6 +129,18 @@ class Culprit(NamedTuple):
     parameter: str
     rank: int
     kind: str  # "inf" or "NaN"
+    # the nearest parameters with a finite gradient, in the model's order on that rank: what went
+    # wrong went wrong between them
+    before: str | None = None
+    after: str | None = None
+
+
+class Findings(NamedTuple):
+    """What was found out of a step once it was judged. Equal on every rank."""
+
+    matters: str | None = None
+    deviation: float | None = None
+    culprits: tuple[Culprit, ...] = ()
 
 
 class _TensorField:
@@ -184,12 +196,20 @@ class ClipReport:
     cosine: Tensor
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
-    # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
+    # [layers]: of the layers that `watch` asked for, at each of its steps, at each step that
+    # matters, and where it is not known yet whether it does; else empty
     layer_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
+    # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
+    # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
+    # step that is judged at the next call has it, culprits and deviation in the log alone
+    matters: str | None = None
+    # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
+    # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
+    deviation: float | None = None
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -223,7 +243,15 @@ class ClipReport:
     def group_shares(self) -> Tensor:
         """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
         to the largest): which one dominates."""
-        relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
+        return self._shares(self.group_norms)
+
+    @property
+    def layer_shares(self) -> Tensor:
+        """[layers]: the same of the watched layers, where the report has them; else empty."""
+        return self._shares(self.layer_norms) if self.layers else self.layer_norms.double()
+
+    def _shares(self, norms: Tensor) -> Tensor:
+        relative = norms.double() / norms.amax().clamp(min=1e-300)
         if math.isinf(self.norm_type):
             return relative
         powers = relative.pow(self.norm_type)
@@ -257,6 +285,7 @@ class ClipReport:
             "layers": list(self.layers),
             "norm_type": self.norm_type,
         }
+        out |= {"matters": self.matters, "deviation": self.deviation}
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out
 
