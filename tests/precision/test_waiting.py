@@ -105,7 +105,7 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
             "NonFiniteError: step 6: 1 gradient tensor is not finite in 3 steps in a row "
             "(skip_limit=2): w on rank 2: NaN."
         )
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    _, *lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], []], (
         "found when judged, in the line of their step"

@@ -10,9 +10,10 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor
 
-from distclip.errors import AgreementError, ConfigError
+from distclip.errors import AgreementError, ConfigError, DistclipError
 from distclip.exchange.channel import (
     Channel,
+    first_rank,
     format_ranks,
     hash64,
     lines_by_rank,
@@ -120,10 +121,11 @@ def agree_on_call(
             text = [f"{type(error).__name__}: {error}"] if error else []
             said = channel.gather_lines(text, device, "the report of a set-up error")
             if error is None:
-                raise AgreementError(
-                    "another rank could not build its GradClipper:\n"
-                    + "\n".join(lines_by_rank(said))
-                )
+                lines = "\n".join(lines_by_rank(said))
+                error = AgreementError(f"another rank could not build its GradClipper:\n{lines}")
+                channel.tell_once(error, first_rank(said))
+            elif isinstance(error, DistclipError):
+                channel.tell_once(error, min(said.get(text[0], [channel.global_rank])))
         elif (heads[:, 0] != heads[0, 0]).any():
             _name_difference(channel, config, device)
     if error is not None:
@@ -143,10 +145,8 @@ def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.
         for name, values in options.items()
         if len(values) > 1 or sum(map(len, values.values())) < channel.size
     ]
-    raise AgreementError(
-        "ranks built different GradClippers; pass the same options on all of "
-        "them:\n" + "\n".join(lines)
-    )
+    text = "ranks built different GradClippers; pass the same options on all of them:"
+    raise channel.tell_once(AgreementError("\n".join([text, *lines])))
 
 
 def make_plan(
@@ -186,16 +186,15 @@ def make_plan(
     )
     for pattern, count in zip(patterns, tables.counts):
         if not count:
-            raise ConfigError(
-                f"{pattern!r} matches no parameter on any rank; {_nearest_names(pattern, pieces)}"
-            )
+            text = f"{pattern!r} matches no parameter on any rank"
+            error = ConfigError(f"{text}; {_nearest_names(pattern, pieces)}")
+            raise channel.tell_once(error)
     for text, count in zip(needs, tables.counts[len(patterns) :], strict=True):
         if not count:
-            raise ConfigError(text)
+            raise channel.tell_once(ConfigError(text))
     if not sum(map(len, tables.rows)):
-        raise ConfigError(
-            "params holds no parameters on any rank; pass the model, or (name, parameter) pairs"
-        )
+        text = "params holds no parameters on any rank; pass the model, or (name, parameter) pairs"
+        raise channel.tell_once(ConfigError(text))
     holders = find_replicas(tables, channel.rank, pieces)
     if holders.shape_conflicts:
         local = [
