@@ -44,6 +44,7 @@ POLICIES = {
     "AGC": lambda: distclip.AGC(0.01),
     "Warmup": lambda: distclip.Warmup(distclip.AutoClip(50), 1, 1.0),
     "SkipSpikes": lambda: distclip.SkipSpikes(distclip.ZClip(warmup=2), warmup=2),
+    "Escalate": lambda: distclip.Escalate(distclip.ZClip(warmup=2), warmup=2),
 }
 
 

@@ -23,6 +23,7 @@ from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
 from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
+from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
 from distclip.report.writer import ReportWriter, SinkLike
@@ -170,6 +171,7 @@ class GradClipper:
                 self._state = ClipperState(
                     groups=stages.plan.groups,
                     initial=stages.initial,
+                    observed=[num_observed(each.policy) for each in stages.assignments],
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
                     on_host=stages.on_host,

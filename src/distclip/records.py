@@ -89,6 +89,10 @@ class Norms:
     norm_type: float  # p
 
 
+# What `report.action` may be, the mildest first.
+ACTIONS = ("none", "skip", "lower_lr", "roll_back")
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Multiply each group's gradients by its coefficient."""
@@ -97,6 +101,7 @@ class Scale:
     threshold: Tensor  # [groups] float64, for the report
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class Clamp:
     cosine: Tensor  # [groups] float64: between raw and clamped gradient; NaN where it is not known
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ class UnitScale:
     norm_after: Tensor  # [groups] float64
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 class Culprit(NamedTuple):
@@ -167,7 +174,7 @@ class _TensorField:
 
 _TENSORS = (
     "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
-    "group_norms", "cosine", "clip_rate", "skips", "layer_norms",
+    "group_norms", "cosine", "clip_rate", "skips", "layer_norms", "rung",
 )  # fmt: skip
 
 
@@ -196,6 +203,7 @@ class ClipReport:
     cosine: Tensor
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
+    rung: Tensor  # [] int64: the place of `action` in ACTIONS
     # [layers]: of the layers that `watch` asked for, at each of its steps, at each step that
     # matters, and where it is not known yet whether it does; else empty
     layer_norms: Tensor
@@ -238,6 +246,12 @@ class ClipReport:
                 f"report.coefs and report.groups"
             )
         return self.coefs[0]
+
+    @property
+    def action(self) -> str:
+        """What `Escalate` asks the loop to do: "none", "skip" (the step was left out), "lower_lr"
+        or "roll_back". On CUDA this waits for the device."""
+        return ACTIONS[int(self.rung)]
 
     @property
     def group_shares(self) -> Tensor:
@@ -286,6 +300,7 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
+        out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out
 
@@ -295,6 +310,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "skipped": torch.bool,
     "nonfinite": torch.int64,
     "skips": torch.int64,
+    "rung": torch.int64,
 }
 for _name in _TENSORS:
     setattr(ClipReport, _name, _TensorField(_name, _DTYPES.get(_name)))

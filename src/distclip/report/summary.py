@@ -60,7 +60,8 @@ class ReportMaker:
         )
         found = findings or Findings()
         rate, skips = history.clip_rate, history.num_skips
-        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown)
+        action = None if read_only else decision.action
+        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown, action)
         others: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
@@ -92,6 +93,7 @@ class ReportMaker:
         clip_rate: Number,
         num_skips: Number,
         shown: bool,
+        action: Number | None,
     ) -> dict[str, Any]:
         """The fields that are tensors; as Python's numbers where they are that."""
         # gradients stay as they are where the norm is not finite; a skipped step has none
@@ -111,7 +113,9 @@ class ReportMaker:
             "clip_rate": clip_rate,
             "layer_norms": layers,
         }
-        counts = {"nonfinite": norms.nonfinite, "skips": num_skips}
+        # 0 there, without sending one: nonfinite is a count
+        rung = norms.nonfinite * 0 if action is None else action
+        counts = {"nonfinite": norms.nonfinite, "skips": num_skips, "rung": rung}
         flag = {"clipped": flags.clipped, "skipped": flags.skipped}
         return {
             **{name: _as(value, self.dtype) for name, value in own.items()},
