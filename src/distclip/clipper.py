@@ -67,11 +67,10 @@ class GradClipper:
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
             fused on some ranks only: ranks must judge a step at the same call.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
-            without FSDP leaves some) are an error, or
-            `reduce`: before each call they are redistributed to their parameters' placements, after
-                a small message by which ranks agree
-            on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`,
-            which otherwise touch nothing.
+            without FSDP leaves some) are an error, or `reduce`: before each call they are
+            redistributed to their parameters' placements, after a small message by which ranks
+            agree on which they are. `.grad` is set to the reduced tensor, also by `measure` and
+            `audit`, which otherwise touch nothing.
         sinks: where reports go, on the first rank of the group; other ranks never look at theirs,
             which may be None. Without any a skipped step is a RuntimeWarning, once a streak.
 

@@ -221,8 +221,8 @@ class ClipReport:
 
     @property
     def group_shares(self) -> Tensor:
-        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
-        to the largest): which one dominates."""
+        """Which group dominates, [groups], as each one's share of the sum of p-th powers (with
+        p = inf its norm relative to the largest)."""
         relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
         if math.isinf(self.norm_type):
             return relative
