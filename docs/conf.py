@@ -36,7 +36,15 @@ nitpick_ignore_regex = [
 # names for types of arguments, which the docstrings say in words
 nitpick_ignore = [
     ("py:class", name)
-    for name in ("GradOf", "Grouping", "OnNonfinite", "Params", "ReplicatedOver", "Shared")
+    for name in (
+        "GradOf",
+        "Grouping",
+        "OnNonfinite",
+        "Params",
+        "ReplicatedOver",
+        "Shared",
+        "SinkLike",
+    )
 ] + [
     ("py:class", "distclip.kernels.tensor_list.TensorList"),
     ("py:class", "distclip.report.trackers._WandbRun"),
@@ -45,6 +53,8 @@ nitpick_ignore = [
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 default_role = "plain"
+# not imported: they take long, and need not be installed to build the pages
+autodoc_mock_imports = ["accelerate", "deepspeed", "lightning", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88

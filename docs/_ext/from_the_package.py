@@ -25,9 +25,9 @@ PROVISIONAL = {
 
 
 def summary(thing):
-    """The docstring's first sentence."""
+    """The docstring's first sentence, as reStructuredText."""
     text = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
-    return text.partition(". ")[0].rstrip(".")
+    return text.partition(". ")[0].rstrip(".").replace("|", "\\|")
 
 
 def kind_of(thing):

@@ -64,7 +64,7 @@ def test_the_steps(ranks, tmp_path, capsys):
     assert first < 0.5 and not any(loss < 2 * first for loss in later), "it never comes back"
     assert told["measure"][0] == pytest.approx(first, rel=1e-3), "measuring changes nothing"
     assert told["clip"][-1] < told["clip"][0] < 0.5
-    lines = [json.loads(x) for x in (tmp_path / "clip" / "run.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (tmp_path / "clip" / "run.jsonl").read_text().splitlines()[1:]]
     assert len(lines) == 200 and lines[49]["clipped"] and lines[49]["total_norm"] > 100
     assert max(line["total_norm"] for line in lines[10:49]) < 1
     assert main(["suggest", str(tmp_path / "measure" / "run.jsonl")]) == 0
