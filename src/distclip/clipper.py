@@ -71,11 +71,10 @@ class GradClipper:
             fused on some ranks only: such ranks would judge a step at different calls, which is an
             AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
-            without FSDP leaves some) are an error, or
-            `reduce`: before each call they are redistributed to their parameters' placements, after
-                a small message by which ranks agree
-            on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`,
-            which otherwise touch nothing.
+            without FSDP leaves some) are an error, or `reduce`: before each call they are
+            redistributed to their parameters' placements, after a small message by which ranks
+            agree on which they are. `.grad` is set to the reduced tensor, also by `measure` and
+            `audit`, which otherwise touch nothing.
         sinks: where reports go, on the first rank of the group: objects with `write(report)`, or
             functions of a report. Other ranks never look at theirs, which may be None. Without any
             a skipped step is a RuntimeWarning, once a streak.

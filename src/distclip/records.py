@@ -255,13 +255,13 @@ class ClipReport:
 
     @property
     def group_shares(self) -> Tensor:
-        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
-        to the largest): which one dominates."""
+        """Which group dominates, [groups], as each one's share of the sum of p-th powers (with
+        p = inf its norm relative to the largest)."""
         return self._shares(self.group_norms)
 
     @property
     def layer_shares(self) -> Tensor:
-        """[layers]: the same of the watched layers, where the report has them; else empty."""
+        """The same of the watched layers, [layers], where the report has them; else empty."""
         return self._shares(self.layer_norms) if self.layers else self.layer_norms.double()
 
     def _shares(self, norms: Tensor) -> Tensor:
