@@ -280,7 +280,7 @@ def test_of_repeated_steps_the_later_line_counts(tmp_path, capsys):
     log.write_text(text + text.splitlines()[4] + "\n")
     (two,), _ = read_runs([str(log)])
     assert two.notes[1] == (
-        f"{log}: its last line is step 5, yet step 20 stands before it; were "
+        f"{log}: its last line is step 4, yet step 20 stands before it; were "
         f"two runs written to one file?"
     )
 
@@ -320,7 +320,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_used(spiky, tmp_path, caps
     assert main(["report", str(log), "--output", str(tmp_path / "page.html")]) == 0
     notes = [
         f"{log}: 5 lines are no report of distclip and left out: lines 11, 22-25",
-        f"{log}: line 302, the last, is cut short and left out: the run goes on, or was ended "
+        f"{log}: line 303, the last, is cut short and left out: the run goes on, or was ended "
         f"while it wrote",
     ]
     assert capsys.readouterr().err.splitlines() == [f"note: {note}" for note in notes]

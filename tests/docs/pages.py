@@ -35,7 +35,7 @@ def run(name, block):
         try:
             FIXTURES[name](block)
         except ERRORS[name] as error:
-            return str(error)
+            return getattr(error, "text", str(error))
         raise AssertionError(f"{block.where} raised nothing")
     return FIXTURES[name](block)
 
@@ -320,7 +320,7 @@ def undeclared_stages(block):
             ddp=False,
         )
     except distclip.AgreementError as error:
-        return str(error)
+        return error.text
     return ""
 
 

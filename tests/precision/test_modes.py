@@ -22,7 +22,7 @@ def spoilt(strategy, mode, value=math.nan):
     try:
         report = job.step()
     except distclip.NonFiniteError as error:
-        text = str(error)
+        text = error.text
     said = report and report.to_dict()
     return (
         text,

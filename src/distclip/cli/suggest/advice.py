@@ -16,7 +16,7 @@ FEW_STEPS = 100  # with fewer steps percentiles mean little
 MANY_SKIPPED = 0.2  # share of the steps: what is left is no picture of the run
 _USUAL_PERCENTILE = 95.0
 _MOST_LENGTHENED = math.log(1.1)  # mean growth of the steps' lengths that changes no learning rate
-_AS_IT_WAS = 1.25  # a bound within this factor of the threshold that it had: that one
+_AS_IT_WAS = 1.15  # a bound within this factor of the threshold that it had: that one
 _LONGER = 1.001
 _SAMPLED = 20_000  # steps by which a bound is sought
 
