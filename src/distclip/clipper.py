@@ -23,6 +23,7 @@ from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
 from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
+from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
 from distclip.report.writer import ReportWriter, SinkLike
@@ -169,6 +170,7 @@ class GradClipper:
                 self._state = ClipperState(
                     groups=stages.plan.groups,
                     initial=stages.initial,
+                    observed=[num_observed(each.policy) for each in stages.assignments],
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
                     on_host=stages.on_host,
@@ -177,6 +179,7 @@ class GradClipper:
                 )
         self._stages, self.plan = stages, stages.plan
         self._runner = StepRunner(self._channel, stages, self._state, self._writer)
+        self._writer.window = stages.checker.window
         self._partials: PartialReducer | None = None
         if stages.options.partial_grads == "reduce":
             self._partials = PartialReducer(
@@ -220,7 +223,7 @@ class GradClipper:
         elif request.error is None:
             self._stages.applier.apply_(outcome)
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -266,7 +269,7 @@ class GradClipper:
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
         if request.scaler.enabled and update_scaler:
             scaler.update()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
@@ -309,7 +312,7 @@ class GradClipper:
         # not to keep gradients alive until the next step
         self._decided = replace(outcome, grads=None)
         self._applied = set[int]()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -403,9 +406,10 @@ class GradClipper:
             raise self._channel.tell_once(GradientError(text))
         return gone
 
-    def _write(self, report: ClipReport) -> None:
+    def _write(self, outcome: StepOutcome) -> None:
         if not self._runner.is_capturing:
-            self._writer.write(report, late=self._runner.reads_late)
+            late = self._runner.reads_late
+            self._writer.write(outcome.report, late=late, layers_due=outcome.layers_due)
 
     def _fused_groups(self, request: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""

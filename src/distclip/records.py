@@ -89,6 +89,10 @@ class Norms:
     norm_type: float  # p
 
 
+# What `report.action` may be, the mildest first.
+ACTIONS = ("none", "skip", "lower_lr", "roll_back")
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Multiply each group's gradients by its coefficient."""
@@ -97,6 +101,7 @@ class Scale:
     threshold: Tensor  # [groups] float64, for the report
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class Clamp:
     cosine: Tensor  # [groups] float64: between raw and clamped gradient; NaN where it is not known
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ class UnitScale:
     norm_after: Tensor  # [groups] float64
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 class Culprit(NamedTuple):
@@ -129,6 +136,18 @@ class Culprit(NamedTuple):
     parameter: str
     rank: int
     kind: str  # "inf" or "NaN"
+    # the nearest parameters with a finite gradient, in the model's order on that rank: what went
+    # wrong went wrong between them
+    before: str | None = None
+    after: str | None = None
+
+
+class Findings(NamedTuple):
+    """What was found out of a step once it was judged. Equal on every rank."""
+
+    matters: str | None = None
+    deviation: float | None = None
+    culprits: tuple[Culprit, ...] = ()
 
 
 class _TensorField:
@@ -155,7 +174,7 @@ class _TensorField:
 
 _TENSORS = (
     "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
-    "group_norms", "cosine", "clip_rate", "skips", "layer_norms",
+    "group_norms", "cosine", "clip_rate", "skips", "layer_norms", "rung",
 )  # fmt: skip
 
 
@@ -184,12 +203,21 @@ class ClipReport:
     cosine: Tensor
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
-    # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
+    rung: Tensor  # [] int64: the place of `action` in ACTIONS
+    # [layers]: of the layers that `watch` asked for, at each of its steps, at each step that
+    # matters, and where it is not known yet whether it does; else empty
     layer_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
+    # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
+    # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
+    # step that is judged at the next call has it, culprits and deviation in the log alone
+    matters: str | None = None
+    # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
+    # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
+    deviation: float | None = None
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -220,10 +248,24 @@ class ClipReport:
         return self.coefs[0]
 
     @property
+    def action(self) -> str:
+        """What `Escalate` asks the loop to do: "none", "skip" (the step was left out), "lower_lr"
+        or "roll_back". On CUDA this waits for the device."""
+        return ACTIONS[int(self.rung)]
+
+    @property
     def group_shares(self) -> Tensor:
         """Which group dominates, [groups], as each one's share of the sum of p-th powers (with
         p = inf its norm relative to the largest)."""
-        relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
+        return self._shares(self.group_norms)
+
+    @property
+    def layer_shares(self) -> Tensor:
+        """The same of the watched layers, [layers], where the report has them; else empty."""
+        return self._shares(self.layer_norms) if self.layers else self.layer_norms.double()
+
+    def _shares(self, norms: Tensor) -> Tensor:
+        relative = norms.double() / norms.amax().clamp(min=1e-300)
         if math.isinf(self.norm_type):
             return relative
         powers = relative.pow(self.norm_type)
@@ -257,6 +299,8 @@ class ClipReport:
             "layers": list(self.layers),
             "norm_type": self.norm_type,
         }
+        out |= {"matters": self.matters, "deviation": self.deviation}
+        out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out
 
@@ -266,6 +310,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "skipped": torch.bool,
     "nonfinite": torch.int64,
     "skips": torch.int64,
+    "rung": torch.int64,
 }
 for _name in _TENSORS:
     setattr(ClipReport, _name, _TensorField(_name, _DTYPES.get(_name)))

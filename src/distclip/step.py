@@ -26,7 +26,7 @@ from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import Readback
 from distclip.measure.local_sums import LocalMeasurement
-from distclip.records import Culprit
+from distclip.records import Findings
 from distclip.report.writer import ReportWriter
 from distclip.request import Request
 from distclip.stages import Stages
@@ -37,7 +37,7 @@ class StepRunner:
     """Made at set-up.
 
     Args:
-        writer: learns the culprits of a step that is judged late.
+        writer: learns what is found of a step that is judged late.
     """
 
     def __init__(
@@ -106,15 +106,18 @@ class StepRunner:
         if request.target == "param":
             decision = no_decision(norms)
 
-        # Errors, warnings and culprits; what becomes of the step
+        # Errors, warnings, culprits, and whether it matters; what becomes of the step
         checked = timing.check(
             _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
         )
         if not request.read_only:
             state.update(decision, policies, checked.flags)
         report = stages.reports.make(
-            norms, decision, checked.flags, state, request.read_only, checked.culprits
+            norms, decision, checked.flags, state, request.read_only, checked.findings
         )
+        layers_due = None
+        if checked.findings is None:
+            layers_due = stages.reports.layers_due(state, request.read_only)
         return StepOutcome(
             request=checked.request,
             decision=checked.decision,
@@ -125,6 +128,7 @@ class StepRunner:
             units=measurement.units,
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
+            layers_due=layers_due,
         )
 
     def _reduce(self, message: Message, request: Request) -> Message:
@@ -162,7 +166,7 @@ class _CheckedStep(NamedTuple):
     host_flags: StepFlags
     on_host: bool
     grads: Any
-    culprits: tuple[Culprit, ...]
+    findings: Findings | None  # None where it is judged at the next call
 
 
 class HostNow:
@@ -181,13 +185,15 @@ class HostNow:
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
         numbers = HostNumbers(
             left_out=bool(decision.skip),
+            skipped=bool(flags.skipped),
+            total_norm=float(norms.total),
             clip_rate=float(self._state.history.clip_rate),
             cosine=float(cosine),
             num_steps=self._state.num_steps,
         )
-        culprits = self._stages.checker.check(measurement, norms.checks, numbers)
+        findings = self._stages.checker.check(measurement, norms.checks, numbers)
         grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, flags, True, grads, culprits)
+        return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings)
 
 
 class DeviceLate:
@@ -204,7 +210,9 @@ class DeviceLate:
         if late is None:
             return
         checks, numbers, _ = self._unpack(late.numbers)
-        self._writer.add_culprits(self._stages.checker.check(late.what, checks, numbers))
+        findings = self._stages.checker.check(late.what, checks, numbers)
+        if not late.what.request.read_only:
+            self._writer.add_findings(late.what.step, findings)
 
     def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
@@ -217,13 +225,13 @@ class DeviceLate:
         grads, measurement.grads = measurement.grads, None
         if not capturing:
             self._late.enqueue(self._pack(step, flags), measurement)
-        return _CheckedStep(request, decision, finite, flags, flags, False, grads, ())
+        return _CheckedStep(request, decision, finite, flags, flags, False, grads, None)
 
     def _check_now(self, step: _UncheckedStep, flags: StepFlags) -> _CheckedStep:
         """One read, of everything that the host wants to know."""
         request, measurement, _, decision = step
         checks, numbers, rest = self._unpack(Readback.read_now(self._pack(step, flags)))
-        culprits = self._stages.checker.check(measurement, checks, numbers)
+        findings = self._stages.checker.check(measurement, checks, numbers)
         *coefs, clipped, skipped, inv_scale = rest
         finite = bool(checks.finite)
         if request.scaler.inv_scale is not None:
@@ -231,7 +239,7 @@ class DeviceLate:
         decision = replace(decision, coef=coefs)
         host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
         grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, host_flags, True, grads, culprits)
+        return _CheckedStep(request, decision, finite, flags, host_flags, True, grads, findings)
 
     def _pack(self, step: _UncheckedStep, flags: StepFlags) -> Tensor:
         """float64: the check words, what warnings look at, and the decision."""
@@ -243,6 +251,7 @@ class DeviceLate:
         numbers: list[Any] = [
             *norms.checks,
             new((), 0.0) if skip is None else skip,
+            norms.total,
             self._state.history.clip_rate,
             smallest_of(decision.cosine) if decision.clamped else new((), 1.0),
             flags.clipped,
@@ -258,7 +267,14 @@ class DeviceLate:
         stand last."""
         count = len(CheckWords._fields)
         *words, agreed = numbers[:count]
-        left_out, rate, cosine, clipped, skipped, inv_scale = numbers[count : count + 6]
+        left_out, total, rate, cosine, clipped, skipped, inv_scale = numbers[count : count + 7]
         checks = CheckWords(*words, agreed=bool(agreed))
-        seen = HostNumbers(bool(left_out), rate, cosine, self._state.num_steps)
-        return checks, seen, [*numbers[count + 6 :], clipped, skipped, inv_scale]
+        seen = HostNumbers(
+            left_out=bool(left_out),
+            skipped=bool(skipped),
+            total_norm=total,
+            clip_rate=rate,
+            cosine=cosine,
+            num_steps=self._state.num_steps,
+        )
+        return checks, seen, [*numbers[count + 7 :], clipped, skipped, inv_scale]

@@ -39,7 +39,7 @@ def run(name, block):
         try:
             FIXTURES[name](block)
         except ERRORS[name] as error:
-            return getattr(error, "text", str(error))
+            return str(error)
         raise AssertionError(f"{block.where} raised nothing")
     return FIXTURES[name](block)
 
@@ -420,7 +420,7 @@ def undeclared_stages(block):
             ddp=False,
         )
     except distclip.AgreementError as error:
-        return error.text
+        return str(error)
     return ""
 
 

@@ -33,6 +33,9 @@ class StepOutcome:
     units: UnitMeasurement | None
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
+    # whether the log has the report's layers, whatever the step turns out to be; None where it is
+    # judged already, and the report is as it should be
+    layers_due: bool | None
 
     @property
     def coefs(self) -> Column:

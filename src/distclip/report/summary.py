@@ -14,10 +14,10 @@ from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
 from distclip.groups import Watch
-from distclip.p_norm import norm_of_norms
-from distclip.records import ClipReport, Culprit
+from distclip.p_norm import norm_of_norms, p_norm, rounded
+from distclip.records import ClipReport, Findings
 from distclip.setup.plan import Plan
-from distclip.values import Column, Number, select, select_column
+from distclip.values import Number, each, select, select_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class ReportMaker:
     Args:
         in_total, in_total_mask: [groups] bool, on the host and on the compute device: which groups
             count in the total; None where all do.
+        bits: how many a norm keeps.
         dtype: of the report's norms.
     """
 
@@ -34,6 +35,7 @@ class ReportMaker:
     watch: Watch | None
     in_total: Sequence[bool] | None
     in_total_mask: Tensor | None
+    bits: int
     dtype: torch.dtype
 
     def make(
@@ -43,28 +45,45 @@ class ReportMaker:
         flags: StepFlags,
         state: ClipperState,
         read_only: bool,
-        culprits: tuple[Culprit, ...],
+        findings: Findings | None,
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.
 
         Args:
             state: after the step was recorded in it.
+            findings: None where the step is judged at the next call, or never: then the report has
+                the layers, and the log leaves them out if they turn out not to be due.
         """
-        watch, history = self.watch, state.history
-        shown = watch is not None and (read_only or state.num_steps % watch.every == 0)
+        history = state.history
+        shown = self.watch is not None and (
+            findings is None or findings.matters is not None or self.layers_due(state, read_only)
+        )
+        found = findings or Findings()
         rate, skips = history.clip_rate, history.num_skips
-        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown)
+        action = None if read_only else decision.action
+        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown, action)
         others: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
             "layers": self.plan.layers if shown else (),
             "norm_type": norms.norm_type,
-            "culprits": culprits,
+            "culprits": found.culprits,
+            "matters": found.matters,
+            "deviation": found.deviation,
             "dtype": self.dtype,
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
             return ClipReport(**numbers(), **others)
         return ClipReport.deferred(numbers, **others)
+
+    def layers_due(self, state: ClipperState, read_only: bool) -> bool:
+        """Whether the watched layers are reported whatever the step is like.
+
+        Args:
+            state: after the step was recorded in it.
+        """
+        watch = self.watch
+        return watch is not None and (read_only or state.num_steps % watch.every == 0)
 
     def _numbers(
         self,
@@ -74,6 +93,7 @@ class ReportMaker:
         clip_rate: Number,
         num_skips: Number,
         shown: bool,
+        action: Number | None,
     ) -> dict[str, Any]:
         """The fields that are tensors; as Python's numbers where they are that."""
         # gradients stay as they are where the norm is not finite; a skipped step has none
@@ -81,7 +101,8 @@ class ReportMaker:
         counted = counted_in_total(after, self.in_total, self.in_total_mask)
         norm_after = counted[0] if len(counted) == 1 else norm_of_norms(counted, norms.norm_type)
         coefs = select_column(norms.finite, decision.coef, 1.0)
-        layers: Column = norms.layers if shown else norms.layers[:0]
+        norm, sums = p_norm(norms.norm_type), norms.layer_sums if shown else norms.layer_sums[:0]
+        layers = each(lambda power_sum: rounded(norm.finish(power_sum), self.bits), sums)
         own = {
             "total_norm": norms.total,
             "norm_after": select(flags.skipped & norms.finite, 0.0, norm_after),
@@ -92,7 +113,9 @@ class ReportMaker:
             "clip_rate": clip_rate,
             "layer_norms": layers,
         }
-        counts = {"nonfinite": norms.nonfinite, "skips": num_skips}
+        # 0 there, without sending one: nonfinite is a count
+        rung = norms.nonfinite * 0 if action is None else action
+        counts = {"nonfinite": norms.nonfinite, "skips": num_skips, "rung": rung}
         flag = {"clipped": flags.clipped, "skipped": flags.skipped}
         return {
             **{name: _as(value, self.dtype) for name, value in own.items()},

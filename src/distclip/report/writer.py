@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
+from distclip.decide.matters import NormWindow
 from distclip.exchange.readback import Readback
-from distclip.records import ClipReport, Culprit
+from distclip.records import ClipReport, Findings
 from distclip.setup.options import why_unwritable
 
 
@@ -26,6 +29,11 @@ class Sink(Protocol):
 
 
 SinkLike: TypeAlias = "Sink | Callable[[ClipReport], object]"
+
+
+class _QueuedReport(NamedTuple):
+    report: ClipReport
+    layers_due: bool | None  # as `write` was told
 
 
 class ReportWriter:
@@ -45,38 +53,59 @@ class ReportWriter:
         ]
         self._header = header or {}
         self._begun = set[int]()  # identities
-        self._late: Readback[ClipReport] = Readback()
-        self._culprits: tuple[Culprit, ...] = ()
+        self._late: Readback[_QueuedReport] = Readback()
+        self._found: tuple[int, Findings] | None = None  # step, and what was found of it
+        self.window = NormWindow()  # the clipper puts that of its steps here
 
     @property
     def num_sinks(self) -> int:
         """Those that still write."""
         return len(self._sinks)
 
-    def write(self, report: ClipReport, late: bool) -> None:
+    def write(self, report: ClipReport, late: bool, layers_due: bool | None = None) -> None:
+        """Once the sinks have what was queued.
+
+        Args:
+            late: the report's numbers are read at the next call.
+            layers_due: None for a report that is complete. Else the step is judged at the next
+                call, and if it does not matter its layers are left out unless this is true.
+        """
         if not self._sinks:
             return
         self.flush()
         if late:
-            self._late.enqueue(report.packed(), report)
+            self._late.enqueue(report.packed(), _QueuedReport(report, layers_due))
         else:
             self._write_to_sinks(report)
 
-    def add_culprits(self, culprits: tuple[Culprit, ...]) -> None:
-        """Culprits of the report that is not yet written: they were found when its call was
-        checked."""
-        self._culprits = culprits
+    def add_findings(self, step: int, findings: Findings) -> None:
+        """What was found of a step when it was judged, one call late: its report is not written
+        yet."""
+        self._found = step, findings
 
     def flush(self) -> None:
         """Write the report that is still queued, if there is one."""
         late = self._late.dequeue()
-        if late is not None:
-            self._write_to_sinks(
-                replace(
-                    late.what.unpacked(late.numbers), culprits=late.what.culprits or self._culprits
-                )
-            )
-        self._culprits = ()
+        if late is None:
+            return
+        queued = late.what
+        report = queued.report.unpacked(late.numbers)
+        if queued.layers_due is not None:
+            report = self._completed(report, queued.layers_due)
+        self._write_to_sinks(report)
+
+    def _completed(self, report: ClipReport, layers_due: bool) -> ClipReport:
+        step, found = self._found or (0, Findings())
+        if step != report.step:
+            # The last step before the end of the program, which no call comes to judge, or one that
+            # was judged by an error. A copy of the window says what it can: the window itself must
+            # not learn on this rank alone.
+            norm = math.nan if report.nonfinite else report.total_norm.item()
+            found = Findings(*deepcopy(self.window).judge(norm, bool(report.skipped)))
+        report = replace(report, **found._asdict())
+        if found.matters is None and not layers_due:
+            report = replace(report, layers=(), layer_norms=report.layer_norms[:0])
+        return report
 
     def _write_to_sinks(self, report: ClipReport) -> None:
         """A failing sink warns once and is disabled: training is worth more than its log."""
