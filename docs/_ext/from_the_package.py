@@ -1,4 +1,4 @@
-"""Directives that read the package: the table of public names, the commands' help, the examples."""
+"""Directives that read the package: the table of public names, the commands' help, programs."""
 
 import argparse
 import ast
@@ -74,12 +74,17 @@ class CommandLine(SphinxDirective):
         return out
 
 
-class ExampleFiles(SphinxDirective):
-    """A section for each file of examples/: its docstring's first line, and the whole of it."""
+class FilesOf(SphinxDirective):
+    """A section for each program of a folder of the repository: its docstring's first line, and the
+    whole of it."""
+
+    required_arguments = 1
 
     def run(self):
         out = []
-        for path in sorted((ROOT / "examples").glob("*.py")):
+        for path in sorted((ROOT / self.arguments[0]).glob("*.py")):
+            if path.stem in ("__main__", "showing"):
+                continue
             self.env.note_dependency(path)
             text = path.read_text()
             section = nodes.section(ids=[nodes.make_id(path.stem)])
@@ -107,5 +112,5 @@ def parsed(directive, lines):
 def setup(app):
     app.add_directive("public-api", PublicApi)
     app.add_directive("command-line", CommandLine)
-    app.add_directive("example-files", ExampleFiles)
+    app.add_directive("files-of", FilesOf)
     return {"parallel_read_safe": True}
