@@ -64,7 +64,7 @@ class GradClipper:
             look, and different parameters under one name that are taken for copies (see
             `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
-        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`,
+        watch: norms of further groupings, for report and log alone: `Watch(per_layer())`,
             `Watch(per_expert("*.experts.*"))`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
@@ -178,6 +178,8 @@ class GradClipper:
                     step=0 if old is None else old.step,
                 )
         self._stages, self.plan = stages, stages.plan
+        watch = stages.options.watch
+        self._layers_every = 1 if watch is None else watch.every
         self._runner = StepRunner(self._channel, stages, self._state, self._writer)
         self._writer.window = stages.checker.window
         self._partials: PartialReducer | None = None
@@ -407,9 +409,13 @@ class GradClipper:
         return gone
 
     def _write(self, outcome: StepOutcome) -> None:
-        if not self._runner.is_capturing:
-            late = self._runner.reads_late
-            self._writer.write(outcome.report, late=late, layers_due=outcome.layers_due)
+        if self._writer.num_sinks and not self._runner.is_capturing:
+            self._writer.write(
+                outcome.report,
+                late=self._runner.reads_late,
+                judged=outcome.judged,
+                layers_due=self._state.num_steps % self._layers_every == 0,
+            )
 
     def _fused_groups(self, request: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""

@@ -163,6 +163,8 @@ class _TensorField:
         if self._name not in fields:
             fields |= fields.pop("_numbers")()
         value = fields[self._name]
+        if callable(value):  # worked out for itself
+            value = fields[self._name] = value()
         if not isinstance(value, Tensor):
             dtype = self._dtype or report.dtype
             value = fields[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
@@ -204,8 +206,8 @@ class ClipReport:
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
     rung: Tensor  # [] int64: the place of `action` in ACTIONS
-    # [layers]: of the layers that `watch` asked for, at each of its steps, at each step that
-    # matters, and where it is not known yet whether it does; else empty
+    # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
+    # steps that matter
     layer_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`

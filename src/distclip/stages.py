@@ -158,7 +158,6 @@ def build_stages(
         applier=GradientApplier(plan, units, device),
         reports=ReportMaker(
             plan=plan,
-            watch=options.watch,
             in_total=in_total,
             in_total_mask=mask,
             bits=bits,

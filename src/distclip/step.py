@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distclip.apply.gradients import StepOutcome
 from distclip.decide.decision import ClipDecision, StepFlags, decide, no_decision, resolve
-from distclip.decide.enforce import HostNumbers
+from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
@@ -112,12 +112,10 @@ class StepRunner:
         )
         if not request.read_only:
             state.update(decision, policies, checked.flags)
+        found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms, decision, checked.flags, state, request.read_only, checked.findings
+            norms, decision, checked.flags, state, found, request.read_only
         )
-        layers_due = None
-        if checked.findings is None:
-            layers_due = stages.reports.layers_due(state, request.read_only)
         return StepOutcome(
             request=checked.request,
             decision=checked.decision,
@@ -128,7 +126,7 @@ class StepRunner:
             units=measurement.units,
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
-            layers_due=layers_due,
+            judged=checked.findings is not None,
         )
 
     def _reduce(self, message: Message, request: Request) -> Message:
@@ -183,14 +181,10 @@ class HostNow:
         finite: Any = norms.finite
         flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
-        numbers = HostNumbers(
-            left_out=bool(decision.skip),
-            skipped=bool(flags.skipped),
-            total_norm=float(norms.total),
-            clip_rate=float(self._state.history.clip_rate),
-            cosine=float(cosine),
-            num_steps=self._state.num_steps,
-        )
+        state = self._state
+        total, rate = float(norms.total), float(state.history.clip_rate)
+        left_out, skipped = bool(decision.skip), bool(flags.skipped)
+        numbers = HostNumbers(left_out, skipped, total, rate, float(cosine), state.num_steps)
         findings = self._stages.checker.check(measurement, norms.checks, numbers)
         grads = measurement.grads
         return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings)

