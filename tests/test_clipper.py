@@ -216,7 +216,8 @@ def test_sinks(tmp_path, caplog):
         clipper.clip_()
     params[0][1].grad = torch.tensor([NAN, 1.0])
     clipper.clip_()
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    header, *rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert header["distclip_log"] == 2
     assert rows[0]["total_norm"] == 5 and rows[0]["clip_coef"] == 0.5
     assert (
         rows[1]["skipped"]

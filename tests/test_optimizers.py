@@ -617,7 +617,7 @@ ON_BUILDING = {
     ),
     "the class in a table": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, groups=distclip.by_name({"weight": distclip.AutoClip})),
-        "groups=by_name({'weight': AutoClip}): that is the class; call it: distclip.AutoClip(...)",
+        "groups: the rule of 'weight' is AutoClip, the class; call it: distclip.AutoClip(...)",
     ),
     "a grouping that was not called": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, groups=distclip.per_layer),

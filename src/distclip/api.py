@@ -17,7 +17,16 @@ from distclip.functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
-from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
+from distclip.groups import (
+    Exempt,
+    Watch,
+    by_name,
+    by_optimizer,
+    per_expert,
+    per_layer,
+    per_param_group,
+    per_parameter,
+)
 from distclip.policies import (
     AGC,
     AdaGC,
@@ -77,10 +86,12 @@ __all__ = [
     "Watch",
     "ZClip",
     "by_name",
+    "by_optimizer",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "per_expert",
     "per_layer",
     "per_param_group",
     "per_parameter",

@@ -24,7 +24,8 @@ from distclip.measure.grad_placements import PartialReducer
 from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
 from distclip.records import ClipReport
-from distclip.report.writer import ReportWriter, Sink
+from distclip.report.header import make_header
+from distclip.report.writer import ReportWriter, SinkLike
 from distclip.request import Request
 from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
@@ -50,7 +51,7 @@ class GradClipper:
             `init` and `decide`.
         norm_type: p of the norm, 0 < p ≤ 8 or inf.
         groups: which parameters share a norm: None (all), `per_parameter()`, `per_layer(depth)`,
-            `per_param_group(optimizer)` or `by_name({...})`.
+            `per_param_group(optimizer)`, `by_name({...})` or `by_optimizer({...}, *optimizers)`.
         on_nonfinite: `skip` the step, `raise` NonFiniteError, or `propagate` the gradients as they
             are; alike on all ranks.
         process_group: None is the default group; `distclip.LOCAL` this process alone.
@@ -62,18 +63,21 @@ class GradClipper:
             look, and different parameters under one name that are taken for copies (see
             `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
-        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
+        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`,
+            `Watch(per_expert("*.experts.*"))`.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
-            fused on some ranks only: ranks must judge a step at the same call.
+            fused on some ranks only: such ranks would judge a step at different calls, which is an
+            AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
             without FSDP leaves some) are an error, or
             `reduce`: before each call they are redistributed to their parameters' placements, after
                 a small message by which ranks agree
             on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`,
             which otherwise touch nothing.
-        sinks: where reports go, on the first rank of the group; other ranks never look at theirs,
-            which may be None. Without any a skipped step is a RuntimeWarning, once a streak.
+        sinks: where reports go, on the first rank of the group: objects with `write(report)`, or
+            functions of a report. Other ranks never look at theirs, which may be None. Without any
+            a skipped step is a RuntimeWarning, once a streak.
 
     Raises:
         ConfigError (a ValueError): an argument that cannot be honoured.
@@ -99,7 +103,7 @@ class GradClipper:
         fold: Literal["auto", "never"] = "auto",
         partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
-        sinks: Sequence[Sink] = (),
+        sinks: Sequence[SinkLike | None] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
         self._passed = PassedOptions(
@@ -120,7 +124,7 @@ class GradClipper:
             dict(replicated_over or {}), tuple(tuple(names) for names in shared)
         )
         self._grad_of = grad_of
-        self._writer = ReportWriter(())
+        self._writer = ReportWriter()
         self._decided: StepOutcome | None = None
         # of clip_, step or decide: for those who do not make these calls themselves
         self.last_report: ClipReport | None = None
@@ -144,15 +148,18 @@ class GradClipper:
         self._channel = Channel.from_group(self._process_group)
         self._writer.flush()
         inputs = build_plan(params, self._passed, self._declared, self._channel, self._sinks)
-        self._writer = ReportWriter(self._sinks if self._channel.rank == 0 else ())
+        if self._channel.rank == 0:
+            header = make_header(inputs.plan, inputs.options, inputs.device)
+            self._writer = ReportWriter(self._sinks, header)
+        else:
+            self._writer = ReportWriter()
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._adopt(inputs)
         self._params = params
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            num_sinks = len(self._sinks or ())
-            stages = build_stages(inputs, self._channel, self._grad_of, num_sinks)
+            stages = build_stages(inputs, self._channel, self._grad_of, self._writer.num_sinks)
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
@@ -389,11 +396,12 @@ class GradClipper:
             "the question who can skip a step",
         )
         if told.any():
-            raise GradientError(
+            text = (
                 f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
                 "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "
                 "optimizer out"
             )
+            raise self._channel.tell_once(GradientError(text))
         return gone
 
     def _write(self, report: ClipReport) -> None:

@@ -42,6 +42,8 @@ class Request:
     target: Literal["grad", "param"] = "grad"  # what is measured
     # what optimizers step beside what is clipped has to be finite
     guards_unmanaged: bool = True
+    # the host learns of a bad step at the next call, since every optimizer of this one folds
+    judged_late: bool = False
 
     @property
     def read_only(self) -> bool:
@@ -55,7 +57,9 @@ class Request:
         details: list[str] = []
         if self.optimizers:
             count = len(self.optimizers)
-            details.append(f"{count} optimizer{'s' if count > 1 else ''}")
+            # with the remedy: this text is what ranks show that did not do the same
+            folds = " (all fold; fold='never' if not on every rank)" if self.judged_late else ""
+            details.append(f"{count} optimizer{'s' if count > 1 else ''}{folds}")
         if self.scaler.enabled:
             before = [str(i) for i, scaled in enumerate(self.scaler.is_scaled) if not scaled]
             unscaled = f" that unscaled optimizer {', '.join(before)} before" if before else ""

@@ -18,6 +18,7 @@ from distclip.exchange.channel import Channel
 from distclip.exchange.message import MessageLayout
 from distclip.measure.collect import GradientCollector, GradOf
 from distclip.measure.local_sums import LocalMeasurer
+from distclip.measure.rows import RowSums
 from distclip.measure.units import UnitClipper
 from distclip.optimizers import OptimizerIndex
 from distclip.p_norm import DOUBLE_BITS, SINGLE_BITS
@@ -135,6 +136,7 @@ def build_stages(
             layout=layout,
             assignments=assignments,
             units=units,
+            rows=RowSums(plan, layout.norm, device) if plan.layer_rows else None,
             device=device,
             config=inputs.config,
             late_parameters=late,
@@ -191,6 +193,10 @@ def _message_layout(
 ) -> MessageLayout:
     shares = [1 / share.num_replicas for share in plan.shares]
     weights = [share.drift_weight for share in plan.shares]
+    # a piece that watched layers cut is as many parts as it holds rows
+    parts = [1 if rows is None else rows for rows in plan.layer_rows or [None] * len(shares)]
+    layer_shares = [share for share, count in zip(shares, parts, strict=True) for _ in range(count)]
+    layer_of = [first + row for first, count in zip(plan.layer_of, parts) for row in range(count)]
     return MessageLayout(
         norm_type=plan.norm_type,
         num_groups=len(plan.groups),
@@ -200,7 +206,8 @@ def _message_layout(
         share=torch.tensor(shares, dtype=torch.float64, device=device),
         drift_weight=torch.tensor(weights, dtype=torch.float64, device=device),
         group_of=torch.tensor(plan.group_of, dtype=torch.int64, device=device),
-        layer_of=torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
+        layer_of=torch.tensor(layer_of, dtype=torch.int64, device=device),
+        layer_share=torch.tensor(layer_shares, dtype=torch.float64, device=device),
         on_host=on_host,
     )
 

@@ -77,6 +77,10 @@ class StepRunner:
             )
         if not capturing:
             timing.check_previous()
+        if self.reads_late and allow_late and request.optimizers and not stages.always_steps:
+            # travels in the description: ranks that judge a step at different calls would wait for
+            # each other
+            request = replace(request, judged_late=True)
 
         # This rank's sums, and what is wrong here
         state.step += 1

@@ -41,7 +41,9 @@ def spiky_norms(steps=300, seed=0):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Those of a log's steps."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row for row in rows if "distclip_log" not in row]
 
 
 def rewritten(path, change):

@@ -115,7 +115,7 @@ def test_sinks_and_watched_layers(tmp_path, monkeypatch):
     names = {"model": model_with_gradients()}
     exec(BLOCKS["sinks"], names)
     names["clipper"].clip_()
-    assert (tmp_path / "run.jsonl").read_text().count("\n") == 1
+    assert (tmp_path / "run.jsonl").read_text().count("\n") == 2, "a header and a step"
 
 
 def start():

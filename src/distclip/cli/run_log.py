@@ -200,6 +200,8 @@ class _LogReader:
             return
         try:
             record = json.loads(line)
+            if "distclip_log" in record:  # a header
+                return
             step, row = _step_number(record["step"]), _number_row(record)
             skip = _skipped_step(step, record)
             vectors = {

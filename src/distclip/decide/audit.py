@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distclip.errors import AgreementError
-from distclip.exchange.channel import Channel, format_ranks, lines_by_rank
+from distclip.errors import AgreementError, GradientError
+from distclip.exchange.channel import Channel, first_rank, format_ranks, lines_by_rank
 from distclip.records import Culprit
 from distclip.setup.inventory import DECLARE
 from distclip.setup.plan import Plan
@@ -77,11 +77,8 @@ def compare_replicas(
     # a parameter's other parts may be equal
     apart = {part: seen for part, seen in copies.items() if len(seen) > 1} or copies
     said = [f"{name}: {_sides(seen)}" for (name, _, _), seen in sorted(apart.items())]
-    raise AgreementError(
-        f"step {step}: {things} that should be copies are not equal:\n"
-        + "\n".join(said)
-        + f"\n{_REMEDY}"
-    )
+    text = f"step {step}: {things} that should be copies are not equal:"
+    raise channel.tell_once(AgreementError("\n".join([text, *said, _REMEDY])))
 
 
 def _sides(seen: Mapping[tuple[str, str], list[int]]) -> str:
@@ -169,13 +166,17 @@ def gather_culprits(
 def disagreement_error(channel: Channel, doing: str, device: torch.device) -> AgreementError:
     """A collective: the error that says which rank did what."""
     said = channel.gather_lines([doing], device, "the comparison of calls")
-    return AgreementError(
+    text = (
         "ranks did not do the same; every rank must make the same calls of the clipper in the same "
-        "order, and decide alike:\n" + "\n".join(lines_by_rank(said))
+        "order, and decide alike:"
     )
+    return channel.tell_once(AgreementError("\n".join([text, *lines_by_rank(said)])))
 
 
-def gather_errors(channel: Channel, errors: Sequence[str], device: torch.device) -> str:
-    """A collective: what each rank found wrong, one line each."""
+def gradient_error(
+    channel: Channel, step: int, errors: Sequence[str], device: torch.device
+) -> GradientError:
+    """A collective: the error that says what each rank found wrong, one line each."""
     said = channel.gather_lines("\n".join(errors).splitlines(), device, "the report of faults")
-    return "\n".join(lines_by_rank(said))
+    text = "\n".join(lines_by_rank(said))
+    return channel.tell_once(GradientError(f"step {step}: {text}"), first_rank(said))

@@ -11,7 +11,7 @@ import torch
 from distclip.decide import audit
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
 from distclip.decide.warn import StepWarnings
-from distclip.errors import AgreementError, GradientError
+from distclip.errors import AgreementError
 from distclip.exchange.channel import Channel, hash64
 from distclip.exchange.message import CheckWords
 from distclip.measure.collect import CollectedGrads
@@ -63,16 +63,17 @@ class StepChecker:
         if verdict is StepVerdict.DISAGREE:
             raise audit.disagreement_error(self.channel, self._doing(measurement), self.device)
         if request.error is not None:
-            raise request.error
+            raise self.channel.tell_once(request.error)
         if verdict is StepVerdict.ERROR:
-            told = audit.gather_errors(self.channel, measurement.errors, self.device)
-            raise GradientError(f"step {step}: {told}") from measurement.cause
+            errors, cause = measurement.errors, measurement.cause
+            raise audit.gradient_error(self.channel, step, errors, self.device) from cause
         if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
             self.compare_replicas(request, step, measurement.grads, measurement)
-            raise AgreementError(
+            text = (
                 f"step {step}: copies of {_things(request)} differ (drift "
                 f"{float(checks.drift):.3g} of {float(checks.power_sum):.3g}), none alone by much"
             )
+            raise self.channel.tell_once(AgreementError(text))
         if request.read_only:
             return ()
         self._warn_of_request(request, checks)
@@ -109,7 +110,7 @@ class StepChecker:
         if not numbers.left_out:
             self.streak.reset()
         elif self.streak.count_spike():
-            raise self.streak.spike_error(step)
+            raise self.channel.tell_once(self.streak.spike_error(step))
         elif self.streak.length == 1 and not self.warnings.has_sinks:
             self.warnings.warn(self.streak.spike_notice(step))
 
@@ -122,7 +123,7 @@ class StepChecker:
             sums = measurement.power_sums.tolist()
             culprits = audit.gather_culprits(self.channel, self.plan, sums, self.device)
         if must_raise:
-            raise self.streak.error(step, nonfinite, culprits)
+            raise self.channel.tell_once(self.streak.error(step, nonfinite, culprits))
         propagates = self.streak.mode == "propagate"
         if self.streak.length == 1 and not propagates and not self.warnings.has_sinks:
             notice = self.streak.notice(step, nonfinite, culprits, backs_off)

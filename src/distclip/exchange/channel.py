@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.errors import AgreementError, ConfigError, ExchangeError
+from distclip.errors import AgreementError, ConfigError, DistclipError, ExchangeError
+
+Error = TypeVar("Error", bound=DistclipError)
 
 
 class _LocalType:
@@ -108,6 +110,17 @@ class Channel:
             ) from error
         return vector
 
+    def tell_once(self, error: Error, on: int | None = None) -> Error:
+        """The same error, which all ranks of the channel raise together: one of them prints its
+        whole text.
+
+        Args:
+            on: the global rank that does; the channel's first by default.
+        """
+        if self.size > 1:
+            error.told_on(self.ranks[0] if on is None else on, self.global_rank)
+        return error
+
     def gather_ints(self, words: Tensor, device: torch.device, what: str) -> Tensor:
         """[n] int64 of equal length on every rank → [ranks, n] on the CPU. One all-reduce."""
         table = torch.zeros(self.size, words.numel(), dtype=torch.int64, device="cpu")
@@ -116,7 +129,7 @@ class Channel:
 
     def gather_texts(self, text: str, device: torch.device, what: str) -> list[str]:
         """Every rank's text. Two all-reduces; for set-up and failure paths."""
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")  # half of a surrogate pair has no code
         sizes = (
             self.gather_ints(torch.tensor([len(data)], device="cpu"), device, what)
             .flatten()
@@ -153,6 +166,11 @@ def lines_by_rank(said: Mapping[str, Sequence[int]]) -> list[str]:
     return [f"rank {format_ranks(ranks)}: {line}" for line, ranks in said.items()]
 
 
+def first_rank(said: Mapping[str, Sequence[int]]) -> int:
+    """The lowest rank that sent a line of `gather_lines`."""
+    return min(min(ranks) for ranks in said.values())
+
+
 def format_ranks(ranks: Sequence[int]) -> str:
     """0-3,6 for (0, 1, 2, 3, 6)."""
     spans: list[list[int]] = []
@@ -181,4 +199,5 @@ def raise_on_all_ranks(
     lines = "\n".join(problems).splitlines()
     said = channel.gather_lines(lines, device, what)
     if said:
-        raise AgreementError("\n".join([*lines_by_rank(said), *([remedy] if remedy else [])]))
+        text = "\n".join([*lines_by_rank(said), *([remedy] if remedy else [])])
+        raise channel.tell_once(AgreementError(text), first_rank(said))

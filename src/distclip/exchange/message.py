@@ -58,8 +58,9 @@ class MessageLayout:
     """Prepared at set-up; packs and unpacks messages of one fixed length.
 
     Args:
-        share, drift_weight: [pieces] float64; group_of, layer_of: [pieces] int64, on the compute
-            device; `layer_of` is empty where none is watched.
+        share, drift_weight: [pieces] float64; group_of: [pieces] int64, on the compute device.
+        layer_of, layer_share: [parts] int64 and float64 there: parts are pieces, or rows of those
+            that watched layers cut; `layer_of` is empty where none is watched.
         on_host: messages are lists of floats.
     """
 
@@ -72,6 +73,7 @@ class MessageLayout:
     drift_weight: Tensor
     group_of: Tensor
     layer_of: Tensor
+    layer_share: Tensor
     on_host: bool
     norm: PNorm = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
@@ -107,18 +109,20 @@ class MessageLayout:
         found_inf: Number | None,
         has_error: bool,
         tokens: Sequence[Number],
+        part_sums: Tensor | None = None,
     ) -> Message:
         """No host sync but where messages are lists.
 
         Args:
             power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
+            part_sums: [parts] the same of watched parts, where these are not the pieces.
             stats: [stats] float64; None is none.
             presence: of `presence_words`.
             found_inf: above 0 where something else than a piece is not finite here.
             has_error: this rank found something wrong.
             tokens: whole numbers below 65536; the device's are 0-dim.
         """
-        pieces = self._spread(power_sums)
+        pieces = self._spread(power_sums, part_sums)
         start = self.num_groups + self.num_layers
         if self.on_host:
             sums: list[float] = pieces.tolist()
@@ -143,7 +147,7 @@ class MessageLayout:
         """What travels beside a token, so that the reduced words tell whether all are the same."""
         return -token if self.norm.is_max else token * token
 
-    def _spread(self, power_sums: Tensor) -> Tensor:
+    def _spread(self, power_sums: Tensor, part_sums: Tensor | None) -> Tensor:
         """[groups + layers, and drift where they are sums]: what pieces add up to.
 
         A maximum over ranks may lose a NaN: it is sent as inf. An inf or NaN makes drift
@@ -152,11 +156,13 @@ class MessageLayout:
         if self.num_groups == 1 and not self.num_layers and not self.norm.is_max:
             return torch.mv(self._share_and_weight, power_sums)
         reduce = "amax" if self.norm.is_max else "sum"
-        values = power_sums if self.norm.is_max else power_sums * self.share
-        if self.norm.is_max:
-            values = values.nan_to_num(nan=math.inf, posinf=math.inf)
+        pieces = self._addends(power_sums, self.share)
+        parts = pieces if part_sums is None else self._addends(part_sums, self.layer_share)
         out: list[Tensor] = []
-        for count, index in ((self.num_groups, self.group_of), (self.num_layers, self.layer_of)):
+        for count, index, values in (
+            (self.num_groups, self.group_of, pieces),
+            (self.num_layers, self.layer_of, parts),
+        ):
             if count == 1 and len(values):
                 out.append((values.amax() if self.norm.is_max else values.sum()).reshape(1))
             elif count:
@@ -165,6 +171,11 @@ class MessageLayout:
         if not self.norm.is_max:
             out.append((power_sums * self.drift_weight).sum().reshape(1))
         return torch.cat(out)
+
+    def _addends(self, power_sums: Tensor, share: Tensor) -> Tensor:
+        if self.norm.is_max:
+            return power_sums.nan_to_num(nan=math.inf, posinf=math.inf)
+        return power_sums * share
 
     # Unpacking
 

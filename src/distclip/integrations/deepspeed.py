@@ -12,7 +12,8 @@ their presence is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -149,15 +150,28 @@ class _OriginalGrouping:
         self.grouping, self.adapter = grouping, adapter
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        with self._original(params) as originals:
+            return self.grouping.assign(names, originals)
+
+    @contextmanager
+    def _original(self, params: Sequence[Tensor]) -> Generator[list[Tensor]]:
+        """Within it the param groups hold the model's parameters: those of `params`."""
         original = {id(part.master): part.param for part in self.adapter.parts}
         with self.adapter.original_param_groups():
-            return self.grouping.assign(names, [original[id(master)] for master in params])
+            yield [original[id(master)] for master in params]
 
     def rules(self) -> Mapping[str, Any]:
         return self.grouping.rules()
 
     def patterns(self) -> Sequence[str]:
         return self.grouping.patterns()
+
+    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
+        with self._original(params) as originals:
+            return self.grouping.needs(originals)
+
+    def cuts(self, names: Sequence[str]) -> Sequence[bool]:
+        return self.grouping.cuts(names)
 
     def __repr__(self) -> str:
         return repr(self.grouping)

@@ -188,9 +188,9 @@ class PartialReducer:
         apart = [sorted(sides.values()) for sides in found.values() if len(sides) > 1]
         if apart:
             sides = " and ".join(f"rank {format_ranks(ranks)}" for ranks in apart[0])
-            raise GradientError(
+            text = (
                 f"step {step}: {sides} share a mesh and have different Partial gradients, which "
-                f"cannot be reduced together; the loss must "
-                "reach the same parameters on all of them"
+                "cannot be reduced together; the loss must reach the same parameters on all of them"
             )
+            raise self._channel.tell_once(GradientError(text))
         return True

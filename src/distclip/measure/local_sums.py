@@ -19,6 +19,7 @@ from distclip.exchange.message import Message, MessageLayout
 from distclip.kernels.reference import SUMMED
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientCollector, GradientSet
+from distclip.measure.rows import RowSums
 from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.optimizers import params_added_later, params_without_plan
 from distclip.p_norm import bits_of
@@ -50,6 +51,8 @@ class LocalMeasurement:
     errors: list[str] = field(default_factory=lambda: [])  # what this rank found wrong
     cause: Exception | None = None  # the exception among them
     units: UnitMeasurement | None = None
+    # [parts] float64: power sums of what watched layers cut; None where nothing is cut here
+    part_sums: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class LocalMeasurer:
     """Prepared at set-up.
 
     Args:
+        rows: of the pieces that watched layers cut; None where this rank has none.
         config: the options as a text, equal on all ranks.
         wrappers: modules that may leave gradients unfinished.
     """
@@ -66,6 +70,7 @@ class LocalMeasurer:
     layout: MessageLayout
     assignments: Sequence[PolicyAssignment]
     units: UnitClipper | None
+    rows: RowSums | None
     device: torch.device
     config: str
     late_parameters: LateParameters
@@ -85,6 +90,8 @@ class LocalMeasurer:
     ) -> tuple[LocalMeasurement, Message]:
         """The measurement and this rank's message. Never communicates, raises nothing."""
         out = LocalMeasurement(step, request, last_hash, self._zeros, self._zeros)
+        if self.rows is not None:
+            out.part_sums = self._zeros.new_zeros(self.rows.num_parts)
         grad_set = self._all_parameters
         stats: Tensor | None = None
         found_inf: Number | None = None
@@ -95,7 +102,7 @@ class LocalMeasurer:
             if grads is not None:
                 out.grads, grad_set = grads, grads.grad_set
             if grads is not None and not out.errors and request.error is None:
-                own = self._power_sums(grads, request)
+                own, out.part_sums = self._power_sums(grads, request)
                 found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
                     out.units = self._add_stats(stats, grads, request)
@@ -111,6 +118,7 @@ class LocalMeasurer:
             found_inf,
             bool(out.errors or request.error),
             self._tokens(step, request, last_hash),
+            out.part_sums,
         )
         return out, message
 
@@ -144,20 +152,27 @@ class LocalMeasurer:
                 )
         return CollectedGrads(self._all_parameters, TensorList.of(local))
 
-    def _power_sums(self, grads: CollectedGrads, request: Request) -> Tensor:
-        """[unique] float64, unscaled."""
+    def _power_sums(self, grads: CollectedGrads, request: Request) -> tuple[Tensor, Tensor | None]:
+        """[unique] float64, unscaled; and [parts] where some are cut into rows."""
+        unique, rows = grads.grad_set.unique, self.rows
         if not grads.tensors.tensors:
-            return self._zeros[:0]
-        own = grads.tensors.power_sums(self.layout.norm_type).to(self.device)
+            return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
+        norm = self.layout.norm
+        tensors = grads.tensors if rows is None else rows.split(grads)
+        own = tensors.power_sums(norm.p).to(self.device)
+        owner = None if rows is None else rows.owner_of(unique)
         portion = grads.grad_set.portion
-        if portion is not None and not self.layout.norm.is_max:
-            own = own * portion
-        factors = request.power_factors(grads.grad_set.unique, self.layout.norm)
-        if factors is None:
-            return own
-        return own * (
-            as_tensor(factors, torch.float64, self.device) if isinstance(factors, list) else factors
-        )
+        if portion is not None and not norm.is_max:
+            own = own * (portion if owner is None else portion[owner])
+        factors: Any = request.power_factors(unique, norm)
+        if isinstance(factors, list):
+            factors = as_tensor(factors, torch.float64, self.device)
+        if factors is not None:
+            each = isinstance(factors, Tensor) and factors.ndim > 0
+            own = own * (factors[owner] if each and owner is not None else factors)
+        if rows is None:
+            return own, None
+        return rows.of_grads(own, unique), rows.in_places(own, unique)
 
     def _in_places(self, grad_set: GradientSet, own: Tensor) -> Tensor:
         """[pieces]: each in its piece's place, 0 elsewhere."""

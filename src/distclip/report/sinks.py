@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,28 @@ _REMEMBERED = 128  # norms of steps that were taken, with which a skipped step i
 class JSONLSink:
     """One JSON object a line and step, flushed at once; inf and NaN are written as null.
 
-    A line holds what `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several
-    hundred kB for 10,000 groups: then write those only now and then. `distclip report` and
-    `distclip suggest` read lines of both kinds.
+    A header stands before the first step, and again where another process, or the same one after
+    `rebuild()`, goes on: `distclip_log` (the schema's version), date, policy, groups, norm_type,
+    world size, layers, the plan's rows, versions, launcher and device. A step's line holds what
+    `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several hundred kB for 10,000
+    groups: then write those only now and then. `distclip report` and `distclip suggest` read lines
+    of all kinds.
 
     Args:
         path: appended to; folders are made. None on a rank that does not write.
         groups_every: where there are several groups, write what is one entry a group (`groups`,
             `group_norms`, `coefs`, `threshold`, `cosine`) only at each `groups_every`-th step, and
             at all skipped ones.
+        run: a name of the run, for the header.
 
     Raises:
         ConfigError: `groups_every` is not a whole number of at least 1.
     """
 
-    def __init__(self, path: str | PathLike[str] | None, groups_every: int = 1) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(
+        self, path: str | PathLike[str] | None, groups_every: int = 1, run: str | None = None
+    ) -> None:
+        self.path, self.run = None if path is None else Path(path), run
         self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
 
     @property
@@ -44,11 +51,18 @@ class JSONLSink:
         """What it cannot write without, or an empty text."""
         return "its path is None" if self.path is None else ""
 
+    def begin(self, header: Mapping[str, Any]) -> None:
+        self._append({**header, "run": self.run})
+
     def write(self, report: ClipReport) -> None:
-        assert self.path is not None, "the clipper has looked at `lacks`"
         said = report.to_dict()
         if len(report.groups) > 1 and report.step % self.groups_every and not said["skipped"]:
             said = {name: value for name, value in said.items() if name not in GROUP_FIELDS}
+        self._append(said)
+
+    def _append(self, said: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_without_nonfinite(said), allow_nan=False) + "\n")

@@ -170,31 +170,36 @@ def _check_kinds(passed: PassedOptions) -> None:
             f"policy}}), per_parameter(), per_layer() "
             "or per_param_group(optimizer)"
         )
-    for pattern, rule in (passed.groups or WHOLE_MODEL).rules().items():
+    for key, rule in (passed.groups or WHOLE_MODEL).rules().items():
         if isinstance(rule, type):
             raise ConfigError(
-                f"groups=by_name({{{pattern!r}: {rule.__name__}}}): that is the class; call it: "
+                f"groups: the rule of {key!r} is {rule.__name__}, the class; call it: "
                 f"distclip.{rule.__name__}(...)"
             )
 
 
 def check_sinks(sinks: Any, rank: int) -> None:
-    """Check the sinks, on the rank that writes. On other ranks they are not checked: an object that
-    only one rank has may be None on the others.
+    """Check the sinks, on the rank of a clipper's group that writes. Other ranks' are not looked
+    at.
+
+    Args:
+        rank: the global one. What is None is an error on the world's first rank alone: where a
+            group begins elsewhere, that rank may be one that does not write.
 
     Raises:
         ConfigError: one of them cannot take reports.
     """
+    if sinks is None and rank:
+        return
     if not isinstance(sinks, Sequence):
         raise ConfigError(
             f"sinks={sinks!r} on rank {rank}, which writes; pass a list, such as "
             f"sinks=[distclip.JSONLSink('run.jsonl')]"
         )
     for i, sink in enumerate(cast("Sequence[Any]", sinks)):
-        lacks = "it is None" if sink is None else getattr(sink, "lacks", "")
-        if not lacks and (isinstance(sink, type) or not callable(getattr(sink, "write", None))):
-            lacks = "it has no write(report)"
-        if lacks:
+        is_sink = sink is None or takes_reports(sink)
+        lacks = why_unwritable(sink) if is_sink else "it has no write(report) and is no function"
+        if lacks and not (rank and is_sink):
             what = (
                 repr(sink) if isinstance(sink, (type, str)) or sink is None else type(sink).__name__
             )
@@ -203,3 +208,13 @@ def check_sinks(sinks: Any, rank: int) -> None:
                 f"which writes. What is made on one rank "
                 "alone (a run, a writer) must be made on this one; others may pass None"
             )
+
+
+def takes_reports(sink: object) -> bool:
+    """Whether it has a method `write`, or is itself called with a report."""
+    return not isinstance(sink, type) and (callable(getattr(sink, "write", None)) or callable(sink))
+
+
+def why_unwritable(sink: object) -> str:
+    """What a sink cannot write without; empty where it can."""
+    return "it is None" if sink is None else getattr(sink, "lacks", "")
