@@ -46,7 +46,7 @@ def see_reductions(params: Params, see: See, comm_hook: CommHook | None) -> tupl
                 f"reduction in every strategy; use fully_shard (FSDP2) or DistributedDataParallel"
             )
     ddp = [(name, m) for name, m in found if isinstance(m, DistributedDataParallel)]
-    sharded = [
+    sharded: list[tuple[str, Any]] = [
         (name, module)
         for name, module in found
         if fsdp2 is not None and isinstance(module, fsdp2) and reduce_scatters_of(module)
