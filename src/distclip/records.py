@@ -139,6 +139,18 @@ class Culprit(NamedTuple):
     parameter: str
     rank: int
     kind: str  # "inf" or "NaN"
+    # the nearest parameters with a finite gradient, in the model's order on that rank: what went
+    # wrong went wrong between them
+    before: str | None = None
+    after: str | None = None
+
+
+class Findings(NamedTuple):
+    """What was found out of a step once it was judged. Equal on every rank."""
+
+    matters: str | None = None
+    deviation: float | None = None
+    culprits: tuple[Culprit, ...] = ()
 
 
 class _TensorField:
@@ -154,6 +166,8 @@ class _TensorField:
         if self._name not in fields:
             fields |= fields.pop("_numbers")()
         value = fields[self._name]
+        if callable(value):  # worked out for itself
+            value = fields[self._name] = value()
         if not isinstance(value, Tensor):
             dtype = self._dtype or report.dtype
             value = fields[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
@@ -196,7 +210,8 @@ class ClipReport:
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
     rung: Tensor  # [] int64: the place of `action` in ACTIONS
-    # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
+    # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
+    # steps that matter
     layer_norms: Tensor
     # [ranks]: each rank's own, before its gradients were reduced, where RankNorms is asked for;
     # else empty
@@ -205,6 +220,13 @@ class ClipReport:
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
+    # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
+    # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
+    # step that is judged at the next call has it, culprits and deviation in the log alone
+    matters: str | None = None
+    # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
+    # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
+    deviation: float | None = None
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -272,9 +294,17 @@ class ClipReport:
 
     @property
     def group_shares(self) -> Tensor:
-        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
-        to the largest): which one dominates."""
-        relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
+        """Which group dominates, [groups], as each one's share of the sum of p-th powers (with
+        p = inf its norm relative to the largest)."""
+        return self._shares(self.group_norms)
+
+    @property
+    def layer_shares(self) -> Tensor:
+        """The same of the watched layers, [layers], where the report has them; else empty."""
+        return self._shares(self.layer_norms) if self.layers else self.layer_norms.double()
+
+    def _shares(self, norms: Tensor) -> Tensor:
+        relative = norms.double() / norms.amax().clamp(min=1e-300)
         if math.isinf(self.norm_type):
             return relative
         powers = relative.pow(self.norm_type)
@@ -308,6 +338,7 @@ class ClipReport:
             "layers": list(self.layers),
             "norm_type": self.norm_type,
         }
+        out |= {"matters": self.matters, "deviation": self.deviation}
         rank, deviation = self.outlier_rank, self.rank_deviation
         out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]

@@ -167,9 +167,9 @@ def build_stages(
         applier=GradientApplier(plan, units, device),
         reports=ReportMaker(
             plan=plan,
-            watch=options.watch,
             in_total=in_total,
             in_total_mask=mask,
+            bits=bits,
             dtype=torch.float64 if is_double else torch.float32,
         ),
         param_ids=_ids_by_group(members, plan),

@@ -149,7 +149,9 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
     assert "scaler: scale 32768, equal on all ranks" in said
     rows = lines(log)
     assert [row["step"] for row in rows if row["skipped"]] == [11]
-    assert rows[10]["culprits"] == [{"parameter": "token.weight", "rank": 1, "kind": "inf"}]
+    (culprit,) = rows[10]["culprits"]
+    assert (culprit["parameter"], culprit["rank"], culprit["kind"]) == ("token.weight", 1, "inf")
+    assert culprit["before"] is None and culprit["after"] == "position.weight", "its neighbours"
     assert any(row["clipped"] for row in rows), "vacuous"
 
 

@@ -126,9 +126,7 @@ def check_options(passed: PassedOptions) -> ClipOptions:
             f"skip_limit={passed.skip_limit!r} must not be negative; 0 allows no bad step"
         )
     if passed.watch is not None and not isinstance(passed.watch, Watch):
-        raise ConfigError(
-            f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer(), every=100)"
-        )
+        raise ConfigError(f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer())")
     if passed.rank_norms is not None and not hasattr(passed.rank_norms, "ranks"):
         raise ConfigError(
             f"rank_norms={passed.rank_norms!r}; pass distclip.RankNorms(model), built after "
