@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import ConfigError
@@ -114,6 +113,9 @@ def _check_hooks(name: str, module: DistributedDataParallel) -> None:
 
 def _ddp_hook(number: int, module: Any, see: See, inner: CommHook | None) -> Any:
     """What it sees is not divided yet, and has all that was accumulated under `no_sync`."""
+    # brings hooks that few use
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
     state, reduce = inner or (module.process_group, allreduce_hook)
 
     def see_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
