@@ -55,6 +55,7 @@ DISTRIBUTED = {
     "exchange.channel",
     "functional",
     "testing",
+    "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
 }
 DISTRIBUTED |= {

@@ -31,6 +31,7 @@ from distclip.policies import (
     AGC,
     AdaGC,
     AutoClip,
+    Escalate,
     FixedNorm,
     FixedValue,
     LocalGrads,
@@ -42,7 +43,7 @@ from distclip.policies import (
     Warmup,
     ZClip,
 )
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Note, Scale, UnitScale
 from distclip.report.sinks import JSONLSink, LoggingSink
 from distclip.report.trackers import TensorBoardSink, WandbSink
 from distclip.report.writer import Sink
@@ -60,6 +61,7 @@ __all__ = [
     "ConfigError",
     "Culprit",
     "DistclipError",
+    "Escalate",
     "Exempt",
     "ExchangeError",
     "FixedNorm",
@@ -73,6 +75,7 @@ __all__ = [
     "NonFiniteError",
     "Normalize",
     "Norms",
+    "Note",
     "PlacementError",
     "Policy",
     "Scale",

@@ -89,6 +89,10 @@ class Norms:
     norm_type: float  # p
 
 
+# What `report.action` may be, the mildest first.
+ACTIONS = ("none", "skip", "lower_lr", "roll_back")
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Multiply each group's gradients by its coefficient."""
@@ -97,6 +101,7 @@ class Scale:
     threshold: Tensor  # [groups] float64, for the report
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class Clamp:
     cosine: Tensor  # [groups] float64: between raw and clamped gradient; NaN where it is not known
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ class UnitScale:
     norm_after: Tensor  # [groups] float64
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 class Culprit(NamedTuple):
@@ -135,12 +142,22 @@ class Culprit(NamedTuple):
     after: str | None = None
 
 
+class Note(NamedTuple):
+    """What one rank said of one of its steps, by `note=`."""
+
+    rank: int
+    step: int
+    note: Any  # as JSON reads it; the beginning of its JSON, a text, where it is cut
+    cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
+
+
 class Findings(NamedTuple):
     """What was found out of a step once it was judged. Equal on every rank."""
 
     matters: str | None = None
     deviation: float | None = None
     culprits: tuple[Culprit, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class _TensorField:
@@ -169,7 +186,7 @@ class _TensorField:
 
 _TENSORS = (
     "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
-    "group_norms", "cosine", "clip_rate", "skips", "layer_norms",
+    "group_norms", "cosine", "clip_rate", "skips", "layer_norms", "rung",
 )  # fmt: skip
 
 
@@ -198,6 +215,7 @@ class ClipReport:
     cosine: Tensor
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
+    rung: Tensor  # [] int64: the place of `action` in ACTIONS
     # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
     # steps that matter
     layer_norms: Tensor
@@ -207,11 +225,14 @@ class ClipReport:
     culprits: tuple[Culprit, ...] = ()
     # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
     # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
-    # step that is judged at the next call has it, culprits and deviation in the log alone
+    # step that is judged at the next call has it, deviation, culprits and notes in the log alone
     matters: str | None = None
     # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
     # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
     deviation: float | None = None
+    # of a step that matters: all ranks' notes of it and of the two steps before, as far as they
+    # were not sent before
+    notes: tuple[Note, ...] = ()
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -242,14 +263,20 @@ class ClipReport:
         return self.coefs[0]
 
     @property
+    def action(self) -> str:
+        """What `Escalate` asks the loop to do: "none", "skip" (the step was left out), "lower_lr"
+        or "roll_back". On CUDA this waits for the device."""
+        return ACTIONS[int(self.rung)]
+
+    @property
     def group_shares(self) -> Tensor:
-        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
-        to the largest): which one dominates."""
+        """Which group dominates, [groups], as each one's share of the sum of p-th powers (with
+        p = inf its norm relative to the largest)."""
         return self._shares(self.group_norms)
 
     @property
     def layer_shares(self) -> Tensor:
-        """[layers]: the same of the watched layers, where the report has them; else empty."""
+        """The same of the watched layers, [layers], where the report has them; else empty."""
         return self._shares(self.layer_norms) if self.layers else self.layer_norms.double()
 
     def _shares(self, norms: Tensor) -> Tensor:
@@ -288,7 +315,9 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
+        out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
+        out["notes"] = [note._asdict() for note in self.notes]
         return out
 
 
@@ -297,6 +326,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "skipped": torch.bool,
     "nonfinite": torch.int64,
     "skips": torch.int64,
+    "rung": torch.int64,
 }
 for _name in _TENSORS:
     setattr(ClipReport, _name, _TensorField(_name, _DTYPES.get(_name)))

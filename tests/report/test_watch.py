@@ -110,7 +110,7 @@ def diverged():
     try:
         clipper.measure(of="param")
     except distclip.AgreementError as error:
-        return error.text
+        return str(error)
 
 
 def test_parameters_that_drifted_apart_are_named(ranks):

@@ -42,6 +42,7 @@ class ReportMaker:
         decision: ClipDecision,
         flags: StepFlags,
         state: ClipperState,
+        read_only: bool,
         findings: Findings,
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.
@@ -50,7 +51,8 @@ class ReportMaker:
             state: after the step was recorded in it.
         """
         rate, skips = state.history.clip_rate, state.history.num_skips
-        numbers = partial(self._numbers, norms, decision, flags, rate, skips)
+        action = None if read_only else decision.action
+        numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
         others: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
@@ -59,6 +61,7 @@ class ReportMaker:
             "culprits": findings.culprits,
             "matters": findings.matters,
             "deviation": findings.deviation,
+            "notes": findings.notes,
             "dtype": self.dtype,
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
@@ -72,6 +75,7 @@ class ReportMaker:
         flags: StepFlags,
         clip_rate: Number,
         num_skips: Number,
+        action: Number | None,
     ) -> dict[str, Any]:
         """The fields that are tensors; as Python's numbers where they are that."""
         # gradients stay as they are where the norm is not finite; a skipped step has none
@@ -89,7 +93,9 @@ class ReportMaker:
             "clip_rate": clip_rate,
             "layer_norms": self._layer_norms(norms),
         }
-        counts = {"nonfinite": norms.nonfinite, "skips": num_skips}
+        # 0 there, without sending one: nonfinite is a count
+        rung = norms.nonfinite * 0 if action is None else action
+        counts = {"nonfinite": norms.nonfinite, "skips": num_skips, "rung": rung}
         flag = {"clipped": flags.clipped, "skipped": flags.skipped}
         return {
             **{name: _as(value, self.dtype) for name, value in own.items()},
