@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -58,8 +59,7 @@ class NoteBook:
 def _note_of(rank: int, step: int, text: str, is_cut: bool) -> Note:
     note: Any = text
     if not is_cut:
-        try:
+        # one that is nested nearly as deep as Python goes stays a text
+        with suppress(RecursionError):
             note = json.loads(text)
-        except RecursionError:  # nested nearly as deep as Python goes: its text says it too
-            pass
     return Note(rank, step, note, is_cut)
