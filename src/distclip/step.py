@@ -120,13 +120,9 @@ class StepRunner:
         )
         if not request.read_only:
             state.update(decision, policies, checked.flags)
+        found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms,
-            decision,
-            checked.flags,
-            state,
-            request.read_only,
-            checked.findings or NOTHING_FOUND,
+            norms, decision, checked.flags, state, found, request.read_only
         )
         return StepOutcome(
             request=checked.request,

@@ -42,8 +42,8 @@ class ReportMaker:
         decision: ClipDecision,
         flags: StepFlags,
         state: ClipperState,
-        read_only: bool,
         findings: Findings,
+        read_only: bool,
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.
 
@@ -92,6 +92,7 @@ class ReportMaker:
             "cosine": decision.cosine,
             "clip_rate": clip_rate,
             "layer_norms": self._layer_norms(norms),
+            "rank_norms": norms.rank_norms,
         }
         # 0 there, without sending one: nonfinite is a count
         rung = norms.nonfinite * 0 if action is None else action
