@@ -21,7 +21,7 @@ extensions = [
     "from_the_package",
     "plain_roles",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build"] + ([] if (ROOT / "examples").is_dir() else ["examples.md"])
 root_doc = "index"
 nitpicky = True
 # of torch and Python, whose own sites a build does not ask

@@ -27,6 +27,7 @@ from distclip.groups import (
     per_param_group,
     per_parameter,
 )
+from distclip.measure.rank_norms import RankNorms
 from distclip.policies import (
     AGC,
     AdaGC,
@@ -78,6 +79,7 @@ __all__ = [
     "Note",
     "PlacementError",
     "Policy",
+    "RankNorms",
     "Scale",
     "Scheduled",
     "Sink",
