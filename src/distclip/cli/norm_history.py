@@ -20,6 +20,8 @@ _EVENT_GAP = 10  # spikes closer than this are one event
 _SIDE = 100  # steps before and after an event whose medians are compared
 _JUMP_RATIO = 5.0  # median after over median before: another level
 _BACK_RATIO = 2.0  # as near to the level before counts as back
+_HUGE_RATIO = 1000.0  # times the running median: few models get over a step of that size
+_FEWEST_BEFORE = 5  # steps before it, to compare with
 _ENDED_STEPS = 10  # as many steps that are not finite, at the end of a run, are its end
 _NUM_SEGMENTS = 12
 _SMALLEST_SEGMENT = 8  # steps
@@ -71,8 +73,14 @@ class Divergence:
     """A level that a run did not come back from."""
 
     at: int  # position of its first step
-    before: float  # median before
+    before: float  # median before; NaN: too few steps to tell
     after: float  # median of the rest; NaN: no norm after is finite
+    ratio: float = math.nan  # of a step that nothing clipped and that the run did not get over
+
+    @property
+    def killed(self) -> bool:
+        """By one step, after which the norms are far smaller."""
+        return not math.isnan(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -148,13 +156,17 @@ class NormHistory:
 
     @cached_property
     def divergence(self) -> Divergence | None:
-        """Where the run went to norms several times as large, or not finite, and stayed there."""
+        """Where the run went to norms several times as large, or not finite, and stayed there; or
+        where one huge step that nothing clipped threw it to far smaller ones."""
         run = self.run
         known = np.flatnonzero(run.finite)
         if not len(known):
             return None
         last = int(known[-1])
         ended = len(run) - 1 - last >= _ENDED_STEPS
+        killed = next((one for one in map(self._killed_by, self.events) if one), None)
+        if killed is not None:
+            return killed
         jump = self._last_jump(last + 1)
         if jump is not None:
             return jump
@@ -162,6 +174,17 @@ class NormHistory:
             before = _median(run.norm[max(0, last + 1 - _SIDE) : last + 1])
             return Divergence(last + 1, before, math.nan)
         return None
+
+    def _killed_by(self, event: Event) -> Divergence | None:
+        run, ratio = self.run, float(self.ratio[event.worst])
+        if ratio < _HUGE_RATIO or run.clipped[event.worst] or run.skipped[event.worst]:
+            return None
+        before, after = self.around(event)
+        if event.first < _FEWEST_BEFORE:
+            before = math.nan
+        elif not after < before / _JUMP_RATIO:
+            return None
+        return Divergence(event.worst, before, after, ratio)
 
     def _last_jump(self, end: int) -> Divergence | None:
         """The steepest rise of the running median, where the rest of the run stays up."""
