@@ -338,6 +338,35 @@ def test_all_of_it_works_with_the_keyboard(browser, two):
     assert tip(browser) is None
 
 
+def touch(browser, kind, *points):
+    points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
+    browser.send("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+    browser.settle()
+
+
+def test_fingers_move_and_zoom(browser, two):
+    browser.open(two, 375)
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        only(browser, "first")
+        x, y = place(browser, "norm", 1000)
+        touch(browser, "Start", (x - 20, y), (x + 20, y))
+        touch(browser, "Move", (x - 60, y), (x + 60, y))
+        touch(browser, "End")
+        low, high = window_of(browser)
+        assert 500 < high - low < 900 and abs((low + high) / 2 - 1000) < 60
+        touch(browser, "Start", (x, y))
+        assert tip(browser)["run"] == "first"
+        for by in (20, 40, 60):
+            touch(browser, "Move", (x - by, y))
+        touch(browser, "End")
+        moved = window_of(browser)
+        assert moved[0] > low + 50 and abs((moved[1] - moved[0]) - (high - low)) <= 2
+        assert browser.problems == []
+    finally:
+        browser.send("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
 def test_a_heat_map_shows_the_layer_of_a_spike(browser, two):
     browser.open(two)
     rows = browser.js("JSON.parse(document.getElementById('data').textContent).heats[0]")

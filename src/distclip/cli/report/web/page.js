@@ -557,7 +557,7 @@
       const colour = cells[at] === BAD_SHARE ? bad : heatColour(cells[at] / WHOLE_SHARE);
       image.data.set([...colour, 255], 4 * at);
     }
-    const canvas = new OffscreenCanvas(width, rows.length);
+    const canvas = element("canvas", { width, height: rows.length });
     canvas.getContext("2d").putImageData(image, 0, 0);
     u.ctx.save();
     u.ctx.imageSmoothingEnabled = false;
