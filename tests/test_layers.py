@@ -52,9 +52,11 @@ DISTRIBUTED = {
     "records",
     "setup.parameters",
     "setup.placement",
+    "setup.reductions",
     "exchange.channel",
     "functional",
     "testing",
+    "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
 }
 DISTRIBUTED |= {

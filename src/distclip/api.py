@@ -27,10 +27,12 @@ from distclip.groups import (
     per_param_group,
     per_parameter,
 )
+from distclip.measure.rank_norms import RankNorms
 from distclip.policies import (
     AGC,
     AdaGC,
     AutoClip,
+    Escalate,
     FixedNorm,
     FixedValue,
     LocalGrads,
@@ -60,6 +62,7 @@ __all__ = [
     "ConfigError",
     "Culprit",
     "DistclipError",
+    "Escalate",
     "Exempt",
     "ExchangeError",
     "FixedNorm",
@@ -75,6 +78,7 @@ __all__ = [
     "Norms",
     "PlacementError",
     "Policy",
+    "RankNorms",
     "Scale",
     "Scheduled",
     "Sink",

@@ -21,8 +21,10 @@ from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
+from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
+from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
 from distclip.report.writer import ReportWriter, SinkLike
@@ -63,18 +65,18 @@ class GradClipper:
             look, and different parameters under one name that are taken for copies (see
             `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
-        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`,
+        watch: norms of further groupings, for report and log alone: `Watch(per_layer())`,
             `Watch(per_expert("*.experts.*"))`.
+        rank_norms: `RankNorms(model)`: each rank's own norm too, before the reduction.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
             fused on some ranks only: such ranks would judge a step at different calls, which is an
             AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
-            without FSDP leaves some) are an error, or
-            `reduce`: before each call they are redistributed to their parameters' placements, after
-                a small message by which ranks agree
-            on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`,
-            which otherwise touch nothing.
+            without FSDP leaves some) are an error, or `reduce`: before each call they are
+            redistributed to their parameters' placements, after a small message by which ranks
+            agree on which they are. `.grad` is set to the reduced tensor, also by `measure` and
+            `audit`, which otherwise touch nothing.
         sinks: where reports go, on the first rank of the group: objects with `write(report)`, or
             functions of a report. Other ranks never look at theirs, which may be None. Without any
             a skipped step is a RuntimeWarning, once a streak.
@@ -103,6 +105,7 @@ class GradClipper:
         fold: Literal["auto", "never"] = "auto",
         partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
+        rank_norms: RankNorms | None = None,
         sinks: Sequence[SinkLike | None] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
@@ -118,6 +121,7 @@ class GradClipper:
             watch=watch,
             partial_grads=partial_grads,
             grad_of=grad_of,
+            rank_norms=rank_norms,
         )
         self._params = _reusable(params)
         self._declared = ReplicaDeclarations(
@@ -159,7 +163,13 @@ class GradClipper:
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            stages = build_stages(inputs, self._channel, self._grad_of, self._writer.num_sinks)
+            stages = build_stages(
+                inputs,
+                self._channel,
+                self._grad_of,
+                self._writer.num_sinks,
+                self._passed.rank_norms,
+            )
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
@@ -170,6 +180,7 @@ class GradClipper:
                 self._state = ClipperState(
                     groups=stages.plan.groups,
                     initial=stages.initial,
+                    observed=[num_observed(each.policy) for each in stages.assignments],
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
                     on_host=stages.on_host,
@@ -177,7 +188,10 @@ class GradClipper:
                     step=0 if old is None else old.step,
                 )
         self._stages, self.plan = stages, stages.plan
+        watch = stages.options.watch
+        self._layers_every = 1 if watch is None else watch.every
         self._runner = StepRunner(self._channel, stages, self._state, self._writer)
+        self._writer.window = stages.checker.window
         self._partials: PartialReducer | None = None
         if stages.options.partial_grads == "reduce":
             self._partials = PartialReducer(
@@ -221,7 +235,7 @@ class GradClipper:
         elif request.error is None:
             self._stages.applier.apply_(outcome)
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -267,7 +281,7 @@ class GradClipper:
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
         if request.scaler.enabled and update_scaler:
             scaler.update()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
@@ -310,7 +324,7 @@ class GradClipper:
         # not to keep gradients alive until the next step
         self._decided = replace(outcome, grads=None)
         self._applied = set[int]()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -404,9 +418,14 @@ class GradClipper:
             raise self._channel.tell_once(GradientError(text))
         return gone
 
-    def _write(self, report: ClipReport) -> None:
-        if not self._runner.is_capturing:
-            self._writer.write(report, late=self._runner.reads_late)
+    def _write(self, outcome: StepOutcome) -> None:
+        if self._writer.num_sinks and not self._runner.is_capturing:
+            self._writer.write(
+                outcome.report,
+                late=self._runner.reads_late,
+                judged=outcome.judged,
+                layers_due=self._state.num_steps % self._layers_every == 0,
+            )
 
     def _fused_groups(self, request: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""

@@ -192,20 +192,21 @@ class _PerExpert(_WholeModel):
 
 @dataclass(frozen=True)
 class Watch:
-    """Norms besides those that clipping uses: they are part of the same message, and in the report
-    of each `every`-th step.
+    """Norms besides those that clipping uses: part of the same message, and in each report. Sinks
+    get them at each `every`-th step and at all that matter (`ClipReport.matters`: skipped, an
+    outlier, among the largest): `Watch(per_layer())` alone shows the layer of a spike in the log.
 
     Args:
         groups: what is watched; `per_layer()`, `per_parameter()`, `per_expert(pattern)` or
             `by_name` (whose thresholds are ignored).
-        every: steps from one report of them to the next; `measure()` always reports them.
+        every: steps from one log of them to the next, whatever happens.
 
     Raises:
         ConfigError: every < 1.
     """
 
     groups: Grouping
-    every: int = 1
+    every: int = 10
 
     def __post_init__(self) -> None:
         if self.every < 1:

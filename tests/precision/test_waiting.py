@@ -29,7 +29,7 @@ def refusal(call):
     try:
         call()
     except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -113,7 +113,7 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
 
 
 def culprit():
-    return [{"parameter": "w", "rank": 2, "kind": "NaN"}]
+    return [{"parameter": "w", "rank": 2, "kind": "NaN", "before": None, "after": None}]
 
 
 def test_the_last_report_is_written_when_the_clipper_goes(tmp_path):

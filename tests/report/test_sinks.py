@@ -286,7 +286,7 @@ def made_on_one_rank(writer, folder, kind):
     try:
         clip = clipper_with(sinks)
     except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+        return f"{type(error).__name__}: {error}"
     clip(2.0, 3.0)
     return [row["clip/total_norm"] for _, row in run.rows]
 

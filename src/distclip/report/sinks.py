@@ -11,12 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from distclip.decide.matters import WINDOW
 from distclip.errors import ConfigError
 from distclip.records import ClipReport
 
 # With many groups these make most of a line: one entry a group each.
 GROUP_FIELDS = ("groups", "group_norms", "coefs", "threshold", "cosine")
-_REMEMBERED = 128  # norms of steps that were taken, with which a skipped step is compared
 
 
 class JSONLSink:
@@ -33,7 +33,7 @@ class JSONLSink:
         path: appended to; folders are made. None on a rank that does not write.
         groups_every: where there are several groups, write what is one entry a group (`groups`,
             `group_norms`, `coefs`, `threshold`, `cosine`) only at each `groups_every`-th step, and
-            at all skipped ones.
+            at all that matter (`ClipReport.matters`).
         run: a name of the run, for the header.
 
     Raises:
@@ -56,7 +56,7 @@ class JSONLSink:
 
     def write(self, report: ClipReport) -> None:
         said = report.to_dict()
-        if len(report.groups) > 1 and report.step % self.groups_every and not said["skipped"]:
+        if len(report.groups) > 1 and not is_due(report, self.groups_every):
             said = {name: value for name, value in said.items() if name not in GROUP_FIELDS}
         self._append(said)
 
@@ -74,7 +74,7 @@ class LoggingSink:
     Args:
         logger: default "distclip".
         level: of ordinary steps.
-        every: log each `every`-th step, and all skipped ones.
+        every: log each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
         ConfigError: `every` is not a whole number of at least 1.
@@ -85,7 +85,7 @@ class LoggingSink:
     ) -> None:
         self.logger, self.level = logger or logging.getLogger("distclip"), level
         self.every = checked_every("LoggingSink", every)
-        self._taken: deque[float] = deque(maxlen=_REMEMBERED)
+        self._taken: deque[float] = deque(maxlen=WINDOW)  # steps that were taken
 
     def write(self, report: ClipReport) -> None:
         norm = report.total_norm.item()
@@ -93,13 +93,13 @@ class LoggingSink:
             self.logger.warning("step %d skipped: %s", report.step, self._skip_reason(report, norm))
             return
         self._taken.append(norm)
-        if report.step % self.every == 0:
+        if is_due(report, self.every):
             coefs = ", ".join(f"{c:.4g}" for c in report.coefs[:4].tolist()) + (
                 ", …" if len(report.coefs) > 4 else ""
             )
-            self.logger.log(
-                self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs
-            )
+            apart = _outlier_text(report)
+            text = "step %d: norm %.6g, coefficient %s%s"
+            self.logger.log(self.level, text, report.step, norm, coefs, apart)
 
     def _skip_reason(self, report: ClipReport, norm: float) -> str:
         bad = int(report.nonfinite.item())
@@ -114,6 +114,23 @@ class LoggingSink:
             else ""
         )
         return f"left out by the policy: norm {norm:.6g}{before}"
+
+
+def _outlier_text(report: ClipReport) -> str:
+    """How far an outlier lies from the steps before, and which watched layer has most of it."""
+    if report.matters != "outlier" or report.deviation is None:
+        return ""
+    text = f", {report.deviation:+.1f} robust deviations from the steps before"
+    if not report.layers:
+        return text
+    share, at = report.layer_shares.max(0)
+    most = f": {100 * float(share):.0f} % of its power" if math.isfinite(report.norm_type) else ""
+    return f"{text}, most of it in {report.layers[int(at)]}{most}"
+
+
+def is_due(report: ClipReport, every: int) -> bool:
+    """Whether a sink with an interval writes this step: each `every`-th, and all that matter."""
+    return report.step % every == 0 or report.matters is not None
 
 
 def checked_every(sink: str, every: Any, argument: str = "every") -> int:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from distclip.errors import ConfigError
 from distclip.records import ClipReport
-from distclip.report.sinks import checked_every
+from distclip.report.sinks import checked_every, is_due
 
 _SCALARS = (
     "total_norm",
@@ -28,13 +28,15 @@ _MOST_GROUPS = 50  # more curves than this help nobody; a tracker keeps each as 
 
 def report_scalars(report: ClipReport) -> dict[str, float]:
     """What trackers draw, as floats under `clip/…`: norms, coefficient, threshold, clip rate,
-    skips; the norm of each layer where known.
+    skips; robust deviation and the norm of each layer where known.
 
     With up to 50 groups, norm, coefficient and threshold of each; with more, only the largest group
     norm and the smallest coefficient. A threshold of inf (no clipping) is not drawn.
     """
     said = report.to_dict()
     out = {f"clip/{name}": float(said[name]) for name in _SCALARS if name in said}
+    if report.deviation is not None:
+        out["clip/deviation"] = report.deviation
     groups: list[str] = said["groups"]
     if len(groups) > _MOST_GROUPS:
         out |= {
@@ -59,7 +61,7 @@ class TensorBoardSink:
     Args:
         log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A
             writer made here is flushed and closed when the program ends.
-        every: write each `every`-th step, and all skipped ones.
+        every: write each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
         ConfigError: the package tensorboard is missing, or `every` is not a whole number of at
@@ -79,7 +81,7 @@ class TensorBoardSink:
         return "its writer is None" if self._log_dir is None and self._writer is None else ""
 
     def write(self, report: ClipReport) -> None:
-        if self.lacks or (report.step % self.every and not report.skipped.item()):
+        if self.lacks or not is_due(report, self.every):
             return
         # not before: a writer makes its file at once, also on ranks that never write
         if self._writer is None:
@@ -114,7 +116,7 @@ class WandbSink:
     Args:
         run: what `wandb.init()` gave; anything with `log(dict, step=)`. You finish it. None on a
             rank that does not write.
-        every: write each `every`-th step, and all skipped ones.
+        every: write each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
         ConfigError: `run` has no `log`, or `every` is not a whole number of at least 1.
@@ -134,6 +136,5 @@ class WandbSink:
         return "its run is None" if self.run is None else ""
 
     def write(self, report: ClipReport) -> None:
-        if self.run is None or (report.step % self.every and not report.skipped.item()):
-            return
-        self.run.log(report_scalars(report), step=report.step)
+        if self.run is not None and is_due(report, self.every):
+            self.run.log(report_scalars(report), step=report.step)
