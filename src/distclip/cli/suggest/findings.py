@@ -37,7 +37,7 @@ def find_findings(history: NormHistory) -> list[Finding]:
     found += [Finding("trend", text) for text in _about_trend(history)]
     found += [Finding("period", text) for text in _about_period(history)]
     found += [Finding("spikes", text) for text in _about_spikes(history)]
-    found += [Finding("rank", text) for text in _about_ranks(run)]
+    found += [Finding("rank", text) for text in _about_ranks(history)]
     found += [Finding("rate", text) for text in _about_rate(run)]
     if len(run.groups) > 1:
         found.append(
@@ -177,19 +177,20 @@ def _about_spikes(history: NormHistory) -> Iterator[str]:
     yield text
 
 
-def _about_ranks(run: RunLog) -> Iterator[str]:
-    """The rank that stands out most often."""
-    at = np.flatnonzero(run.outlier_rank >= 0)
-    if not len(at):
+def _about_ranks(history: NormHistory) -> Iterator[str]:
+    run, found = history.run, history.faulty_rank
+    if found is None:
         return
-    ranks, counts = np.unique(run.outlier_rank[at], return_counts=True)
-    rank, num = int(ranks[counts.argmax()]), int(counts.max())
-    first = at[run.outlier_rank[at] == rank][0]
-    deviation = float(run.rank_deviation[first])
-    by = "" if math.isnan(deviation) else f" ({times(deviation)} robust deviations)"
+    often = f"at {percent(found.share)} of the steps"
+    when = (
+        f"{often}, first at step {int(run.step[found.at]):,}"
+        if math.isnan(found.share_before)
+        else f"{often} from step {int(run.step[found.at]):,} on, and at "
+        f"{percent(found.share_before)} before"
+    )
     yield (
-        f"rank {rank} stands out at {num:,} step{'s' if num > 1 else ''}, first at step "
-        f"{int(run.step[first]):,}{by}: look at its data and its device"
+        f"the gradients of rank {found.rank} lie off those of the others {when}: look at its data "
+        f"and its device"
     )
 
 
