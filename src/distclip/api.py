@@ -27,6 +27,7 @@ from distclip.groups import (
     per_param_group,
     per_parameter,
 )
+from distclip.measure.rank_norms import RankNorms
 from distclip.policies import (
     AGC,
     AdaGC,
@@ -77,6 +78,7 @@ __all__ = [
     "Norms",
     "PlacementError",
     "Policy",
+    "RankNorms",
     "Scale",
     "Scheduled",
     "Sink",

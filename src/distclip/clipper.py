@@ -21,6 +21,7 @@ from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
+from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
 from distclip.policies.wrapping import num_observed
@@ -66,6 +67,7 @@ class GradClipper:
         skip_limit: more bad steps in a row than this end in an error.
         watch: norms of further groupings, for report and log alone: `Watch(per_layer())`,
             `Watch(per_expert("*.experts.*"))`.
+        rank_norms: `RankNorms(model)`: each rank's own norm too, before the reduction.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
             fused on some ranks only: such ranks would judge a step at different calls, which is an
@@ -103,6 +105,7 @@ class GradClipper:
         fold: Literal["auto", "never"] = "auto",
         partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
+        rank_norms: RankNorms | None = None,
         sinks: Sequence[SinkLike | None] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
@@ -118,6 +121,7 @@ class GradClipper:
             watch=watch,
             partial_grads=partial_grads,
             grad_of=grad_of,
+            rank_norms=rank_norms,
         )
         self._params = _reusable(params)
         self._declared = ReplicaDeclarations(
@@ -159,7 +163,13 @@ class GradClipper:
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            stages = build_stages(inputs, self._channel, self._grad_of, self._writer.num_sinks)
+            stages = build_stages(
+                inputs,
+                self._channel,
+                self._grad_of,
+                self._writer.num_sinks,
+                self._passed.rank_norms,
+            )
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:

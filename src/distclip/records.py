@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,6 +90,8 @@ class Norms:
     norm_type: float  # p
 
 
+# Beyond so many robust deviations from the others a rank is an outlier.
+RANK_DEVIATIONS = 8.0
 # What `report.action` may be, the mildest first.
 ACTIONS = ("none", "skip", "lower_lr", "roll_back")
 
@@ -177,6 +180,7 @@ class _TensorField:
 _TENSORS = (
     "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
     "group_norms", "cosine", "clip_rate", "skips", "layer_norms", "rung",
+    "rank_norms",
 )  # fmt: skip
 
 
@@ -209,6 +213,9 @@ class ClipReport:
     # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
     # steps that matter
     layer_norms: Tensor
+    # [ranks]: each rank's own, before its gradients were reduced, where RankNorms is asked for;
+    # else empty
+    rank_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
@@ -254,6 +261,36 @@ class ClipReport:
         """What `Escalate` asks the loop to do: "none", "skip" (the step was left out), "lower_lr"
         or "roll_back". On CUDA this waits for the device."""
         return ACTIONS[int(self.rung)]
+
+    @property
+    def rank_deviation(self) -> float | None:
+        """By how many robust deviations (1.4826 MAD, but at least 0.1 %) the logarithm of one
+        rank's own norm lies off the median of all, where it lies off the farthest; inf for a norm
+        of 0, inf or NaN. None without RankNorms, and for fewer than three ranks. On CUDA this waits
+        for the device."""
+        return self._farthest_rank[1]
+
+    @property
+    def outlier_rank(self) -> int | None:
+        """The rank, by its place in the clipper's group, that lies off by more than
+        RANK_DEVIATIONS; else None. With few ranks some do by chance."""
+        rank, deviation = self._farthest_rank
+        return rank if deviation is not None and deviation > RANK_DEVIATIONS else None
+
+    @property
+    def _farthest_rank(self) -> tuple[int | None, float | None]:
+        logs = [math.log(n) if 0 < n < math.inf else math.nan for n in self.rank_norms.tolist()]
+        known = [log for log in logs if log == log]
+        if len(logs) < 3:
+            return None, None
+        middle = median(known) if known else 0.0
+        spread = median([abs(log - middle) for log in known]) if known else 0.0
+        off = [
+            abs(log - middle) / max(1.4826 * spread, 1e-3) if log == log else math.inf
+            for log in logs
+        ]
+        rank = max(range(len(off)), key=off.__getitem__)
+        return rank, off[rank]
 
     @property
     def group_shares(self) -> Tensor:
@@ -302,6 +339,8 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
+        rank, deviation = self.outlier_rank, self.rank_deviation
+        out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         return out

@@ -105,6 +105,7 @@ class StepRunner:
         decision, policies = decide(stages.assignments, norms, state.copies())
         if request.target == "param":
             decision = no_decision(norms)
+            norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
         checked = timing.check(

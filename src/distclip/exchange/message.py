@@ -1,11 +1,11 @@
 """What one step's message holds, packed and unpacked.
 
-SUM: groups' power sums · watched power sums · stats · drift · presence · count · nonfinite ·
-errors · tokens (3) · their squares (3)
-MAX (p = inf): groups' maxima · watched maxima · stats · count · nonfinite · errors · tokens (3) ·
-the same, negated (3)
+SUM: groups' power sums · watched power sums · stats · ranks · drift · presence · count ·
+nonfinite · errors · tokens (3) · their squares (3)
+MAX (p = inf): groups' maxima · watched maxima · stats · ranks · count · nonfinite · errors ·
+tokens (3) · the same, negated (3)
 
-  stats     what policies add
+  stats     what policies add                 ranks      each rank's own norm, in its own place
   drift     Σ weight · power sum: 0 where replicas are equal
   presence  Σ weight · [has a gradient]: 0 where all holders of a piece have one, or none has
   count     gradients present                nonfinite  gradient tensors with inf or NaN
@@ -62,6 +62,7 @@ class MessageLayout:
         layer_of, layer_share: [parts] int64 and float64 there: parts are pieces, or rows of those
             that watched layers cut; `layer_of` is empty where none is watched.
         on_host: messages are lists of floats.
+        num_rank_norms: as many as there are ranks, or 0 where they are not asked for.
     """
 
     norm_type: float
@@ -75,6 +76,7 @@ class MessageLayout:
     layer_of: Tensor
     layer_share: Tensor
     on_host: bool
+    num_rank_norms: int = 0
     norm: PNorm = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
 
@@ -84,7 +86,8 @@ class MessageLayout:
 
     @property
     def num_words(self) -> int:
-        return self.num_groups + self.num_layers + num_further_words(self.norm_type, self.num_stats)
+        further = self.num_stats + self.num_rank_norms
+        return self.num_groups + self.num_layers + num_further_words(self.norm_type, further)
 
     # Packing
 
@@ -110,11 +113,13 @@ class MessageLayout:
         has_error: bool,
         tokens: Sequence[Number],
         part_sums: Tensor | None = None,
+        rank_norms: Tensor | None = None,
     ) -> Message:
         """No host sync but where messages are lists.
 
         Args:
             power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
+            rank_norms: [ranks] float64: this rank's own norm in its place, 0 elsewhere.
             part_sums: [parts] the same of watched parts, where these are not the pieces.
             stats: [stats] float64; None is none.
             presence: of `presence_words`.
@@ -124,6 +129,10 @@ class MessageLayout:
         """
         pieces = self._spread(power_sums, part_sums)
         start = self.num_groups + self.num_layers
+        if rank_norms is not None:
+            if self.norm.is_max:  # a maximum over ranks may lose a NaN
+                rank_norms = rank_norms.nan_to_num(nan=math.inf, posinf=math.inf)
+            stats = rank_norms if stats is None else torch.cat([stats, rank_norms])
         if self.on_host:
             sums: list[float] = pieces.tolist()
             found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))
@@ -192,9 +201,14 @@ class MessageLayout:
         start = self.num_groups + self.num_layers
         return message[start : start + self.num_stats]
 
+    def rank_norms_of(self, message: Message) -> Column:
+        """[ranks], or nothing where they are not asked for."""
+        start = self.num_groups + self.num_layers + self.num_stats
+        return message[start : start + self.num_rank_norms]
+
     def checks(self, message: Message) -> CheckWords:
         """Of a reduced message."""
-        start = self.num_groups + self.num_layers + self.num_stats
+        start = self.num_groups + self.num_layers + self.num_stats + self.num_rank_norms
         words = message[start:]
         leading = [0.0, 0.0] if self.norm.is_max else []
         checks = [*leading, *words[: -2 * NUM_TOKENS]]

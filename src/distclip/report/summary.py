@@ -91,6 +91,7 @@ class ReportMaker:
             "cosine": decision.cosine,
             "clip_rate": clip_rate,
             "layer_norms": self._layer_norms(norms),
+            "rank_norms": norms.rank_norms,
         }
         # 0 there, without sending one: nonfinite is a count
         rung = norms.nonfinite * 0 if action is None else action

@@ -268,16 +268,16 @@
     const scale = pixels / (state.high - state.low);
     for (let at = start; at < end;) {
       const pixel = Math.floor((run.step[at] - state.low) * scale);
-      let low = -1, high = -1, next = at;
+      let low = -1, high = -1, lost = -1, next = at;
       for (; next < end && Math.floor((run.step[next] - state.low) * scale) === pixel; next++) {
         const value = values[next];
+        if (lost < 0 && run.flags[next] & NOT_FINITE) lost = next;
         if (!Number.isFinite(value) || (log && value <= 0)) continue;
         if (low < 0 || value < values[low]) low = next;
         if (high < 0 || value > values[high]) high = next;
       }
-      if (low < 0) put(at);
-      else if (low === high) put(low);
-      else { put(Math.min(low, high)); put(Math.max(low, high)); }
+      const kept = [...new Set([low, high, lost])].filter((one) => one >= 0).sort((a, b) => a - b);
+      (kept.length ? kept : [at]).forEach(put);
       at = next;
     }
     return out;
@@ -731,12 +731,13 @@
     const { plot } = figure, left = event.offsetX, top = event.offsetY;
     if (figure.heat) return pointedAtHeat(figure, left, top);
     let best = null, least = Infinity;
+    const none = figure.id === "norm" ? 0 : plot.over.clientHeight;   // where × stands; where 0 is
     figure.drawn.forEach((points, index) => {
       if (!points || !points.x.length) return;
       const middle = nearest(points.x, plot.posToVal(left, "x"));
       const consider = (i) => {
         const x = plot.valToPos(points.x[i], "x") - left;
-        const y = points.y[i] === null ? plot.over.clientHeight : plot.valToPos(points.y[i], "y") - top;
+        const y = (points.y[i] === null ? none : plot.valToPos(points.y[i], "y")) - top;
         const distance = Math.abs(x) <= NEAR_PX ? Math.hypot(x, y) : 1e6 + Math.abs(x) + Math.abs(y) / 1e3;
         if (distance < least) { least = distance; best = { run: index, at: points.at[i] }; }
         return Math.abs(x) <= NEAR_PX;
@@ -894,7 +895,10 @@
   addEventListener("beforeprint", () => paper(true));
   addEventListener("afterprint", () => paper(false));
   matchMedia("print").addEventListener("change", (event) => paper(event.matches));
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", () => {
+    const focused = state.pick && !tip.hidden && figures.find(({ box }) => box === document.activeElement);
+    if (focused) placePick(focused); else hideTip();
+  }, { passive: true });
   width = home.clientWidth;
   rebuild();
   root.dataset.ready = "yes";
