@@ -28,8 +28,8 @@ nitpick_ignore_regex = [
     # of torch and Python, whose own sites a build does not ask
     (r"py:.*", r"(torch|accelerate|deepspeed|lightning|transformers)\..*"),
     (r"py:.*", r"(collections|typing|logging|pathlib|os|enum|abc|types)\..*"),
-    # types of arguments that have a name of their own, which docstrings say in words; that no public
-    # name is without a place, tests/docs/test_site.py sees
+    # types of arguments that have a name of their own, which docstrings say in words; whether a
+    # public name is without a place, tests/docs/test_site.py sees
     (r"py:class", r"\w+"),
     (r"py:class", r"distclip\.(kernels\.tensor_list\.TensorList|report\.trackers\._WandbRun)"),
 ]
