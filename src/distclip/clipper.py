@@ -22,6 +22,7 @@ from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
 from distclip.optimizers import as_optimizers
+from distclip.passed import as_list
 from distclip.policies import Policy
 from distclip.records import ClipReport
 from distclip.report.writer import ReportWriter, Sink
@@ -29,7 +30,7 @@ from distclip.request import Request
 from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
 from distclip.setup.parameters import Params
-from distclip.setup.placement import ReplicaDeclarations, ReplicatedOver, Shared
+from distclip.setup.placement import ReplicatedOver, Shared
 from distclip.stages import build_stages
 from distclip.step import StepRunner
 from distclip.torch_internals.compile import outside_compile
@@ -114,11 +115,10 @@ class GradClipper:
             watch=watch,
             partial_grads=partial_grads,
             grad_of=grad_of,
+            replicated_over=replicated_over,
+            shared=shared,
         )
         self._params = _reusable(params)
-        self._declared = ReplicaDeclarations(
-            dict(replicated_over or {}), tuple(tuple(names) for names in shared)
-        )
         self._grad_of = grad_of
         self._writer = ReportWriter(())
         self._decided: StepOutcome | None = None
@@ -143,7 +143,7 @@ class GradClipper:
         params = self._params if params is None else _reusable(params)
         self._channel = Channel.from_group(self._process_group)
         self._writer.flush()
-        inputs = build_plan(params, self._passed, self._declared, self._channel, self._sinks)
+        inputs = build_plan(params, self._passed, self._channel, self._sinks)
         self._writer = ReportWriter(self._sinks if self._channel.rank == 0 else ())
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._adopt(inputs)
@@ -151,7 +151,7 @@ class GradClipper:
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            num_sinks = len(self._sinks or ())
+            num_sinks = len(self._sinks) if isinstance(self._sinks, Sequence) else 0
             stages = build_stages(inputs, self._channel, self._grad_of, num_sinks)
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
@@ -251,7 +251,9 @@ class GradClipper:
                 touched. With "propagate" on CUDA a fault is told one call late, and optimizers that
                 do not fold have then taken that step.
         """
-        request = self._stages.requests.make("step", optimizers, scaler, grad_scale)
+        request = self._stages.requests.make(
+            "step", optimizers, scaler, grad_scale, update_scaler=update_scaler
+        )
         fused_groups = self._fused_groups(request)
         all_fused = len(fused_groups) == len(request.optimizers)
         outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
@@ -297,7 +299,9 @@ class GradClipper:
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        request = self._stages.requests.make("decide", grad_scale=grad_scale)
+        request = self._stages.requests.make(
+            "decide", grad_scale=grad_scale, dynamic_loss_scale=dynamic_loss_scale
+        )
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step
@@ -318,8 +322,8 @@ class GradClipper:
                 (float32 copies of bf16 ones).
 
         Raises:
-            ConfigError: nothing was decided, the step is to be left out, or a parameter was passed
-                before.
+            ConfigError: nothing was decided, the step is to be left out, a parameter was passed
+                before, or something else than parameters.
         """
         if self._decided is None:
             raise ConfigError(
@@ -330,7 +334,7 @@ class GradClipper:
                 f"step {self._state.step} is to be left out (report.skipped); there is nothing to "
                 "apply"
             )
-        asked = {id(param) for param in params}
+        asked = {id(param) for param in _as_tensors(params)}
         members = self._stages.inputs.members
         mine = [i for i, param in enumerate(members) if id(param) in asked]
         again = [self.plan.pieces[i].name for i in mine if i in self._applied]
@@ -358,10 +362,8 @@ class GradClipper:
         Raises:
             AgreementError: copies are not equal; GradientError: what was found wrong on a rank.
         """
-        if of not in ("grad", "param"):
-            raise ConfigError(f"measure(of={of!r}): it is 'grad' or 'param'")
-        request = replace(self._stages.requests.make("measure"), target=of)
-        return self._run(request, allow_late=True).report
+        request = self._stages.requests.make("measure", of=of)
+        return self._run(request, allow_late=request.error is None).report
 
     @outside_compile
     @torch.no_grad()
@@ -445,6 +447,18 @@ class GradClipper:
                 nothing was taken over.
         """
         self._state.load_state_dict(state, self.state_dict())
+
+
+def _as_tensors(params: Any) -> list[Tensor]:
+    """What `apply_` was given. ConfigError for anything but tensors."""
+    given = [params] if isinstance(params, Tensor) else as_list(params)
+    for thing in [params] if given is None else given:
+        if not isinstance(thing, Tensor):
+            raise ConfigError(
+                f"apply_() got a {type(thing).__name__}; pass some or all of the clipper's "
+                "parameters"
+            )
+    return given or []
 
 
 def _reusable(params: Params) -> Params:
