@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 ROOMS = [
     "versions",
     "errors",
+    "passed",
     "values",
     "p_norm",
     "torch_internals",
