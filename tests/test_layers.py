@@ -52,6 +52,7 @@ DISTRIBUTED = {
     "records",
     "setup.parameters",
     "setup.placement",
+    "setup.reductions",
     "exchange.channel",
     "functional",
     "testing",

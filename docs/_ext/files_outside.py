@@ -6,11 +6,12 @@ pyproject.toml names one under `project.urls`; else the text stands as code.
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.M)
-LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)]*)?\)")
+LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]+)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)]*)?\)")
 
 
 def repository():
@@ -18,6 +19,14 @@ def repository():
     text = (ROOT / "pyproject.toml").read_text()
     found = re.search(r"^\s*(?:Repository|Source)\s*=\s*\"([^\"]+)\"", text, re.M | re.I)
     return found[1].rstrip("/") if found else ""
+
+
+@cache
+def shown_by():
+    """Files outside of docs/ → the pages that include them."""
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts]
+    found = {page: INCLUDE.findall(page.read_text()) for page in pages}
+    return {(page.parent / name).resolve(): page for page, names in found.items() for name in names}
 
 
 def rewritten(text, folder, page):
@@ -30,6 +39,10 @@ def rewritten(text, folder, page):
 
     def replace(found):
         target = (folder / found["path"]).resolve()
+        target = shown_by().get(target, target)
+        if found["image"]:
+            link = os.path.relpath(target, page.parent)
+            return f"![{found['text']}]({link})"
         if target.suffix == ".md" and target.is_relative_to(ROOT / "docs"):
             link = os.path.relpath(target, page.parent)  # a page: Sphinx checks it
             return f"[{found['text']}]({link}{found['anchor'] or ''})"

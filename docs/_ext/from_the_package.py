@@ -1,7 +1,9 @@
-"""Directives that read the package: the table of public names, and the commands' help."""
+"""Directives that read the package: the table of public names, the commands' help, programs."""
 
 import argparse
+import ast
 import inspect
+from pathlib import Path
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -10,6 +12,7 @@ from sphinx.util.docutils import SphinxDirective
 import distclip
 from distclip.cli import COMMANDS
 
+ROOT = Path(__file__).resolve().parents[2]
 # protocols between a policy or sink of one's own and the clipper, and what they hand over
 PROVISIONAL = {
     "Clamp",
@@ -71,6 +74,28 @@ class CommandLine(SphinxDirective):
         return out
 
 
+class FilesOf(SphinxDirective):
+    """A section for each program of a folder of the repository: its docstring's first line, and the
+    whole of it."""
+
+    required_arguments = 1
+
+    def run(self):
+        out = []
+        for path in sorted((ROOT / self.arguments[0]).glob("*.py")):
+            if path.stem in ("__main__", "showing"):
+                continue
+            self.env.note_dependency(path)
+            text = path.read_text()
+            section = nodes.section(ids=[nodes.make_id(path.stem)])
+            section += nodes.title(text=path.name)
+            said = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+            section += nodes.paragraph(text=said)
+            section += nodes.literal_block(text, text, language="python")
+            out.append(section)
+        return out
+
+
 class Wide(argparse.HelpFormatter):
     """Of one width wherever the site is built."""
 
@@ -87,4 +112,5 @@ def parsed(directive, lines):
 def setup(app):
     app.add_directive("public-api", PublicApi)
     app.add_directive("command-line", CommandLine)
+    app.add_directive("files-of", FilesOf)
     return {"parallel_read_safe": True}

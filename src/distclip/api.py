@@ -27,6 +27,7 @@ from distclip.groups import (
     per_param_group,
     per_parameter,
 )
+from distclip.measure.rank_norms import RankNorms
 from distclip.policies import (
     AGC,
     AdaGC,
@@ -43,7 +44,7 @@ from distclip.policies import (
     Warmup,
     ZClip,
 )
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Note, Scale, UnitScale
 from distclip.report.sinks import JSONLSink, LoggingSink
 from distclip.report.trackers import TensorBoardSink, WandbSink
 from distclip.report.writer import Sink
@@ -75,8 +76,10 @@ __all__ = [
     "NonFiniteError",
     "Normalize",
     "Norms",
+    "Note",
     "PlacementError",
     "Policy",
+    "RankNorms",
     "Scale",
     "Scheduled",
     "Sink",

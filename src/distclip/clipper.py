@@ -21,6 +21,7 @@ from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
+from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.policies import Policy
 from distclip.policies.wrapping import num_observed
@@ -66,6 +67,7 @@ class GradClipper:
         skip_limit: more bad steps in a row than this end in an error.
         watch: norms of further groupings, for report and log alone: `Watch(per_layer())`,
             `Watch(per_expert("*.experts.*"))`.
+        rank_norms: `RankNorms(model)`: each rank's own norm too, before the reduction.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
             fused on some ranks only: such ranks would judge a step at different calls, which is an
@@ -103,6 +105,7 @@ class GradClipper:
         fold: Literal["auto", "never"] = "auto",
         partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
+        rank_norms: RankNorms | None = None,
         sinks: Sequence[SinkLike | None] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
@@ -118,6 +121,7 @@ class GradClipper:
             watch=watch,
             partial_grads=partial_grads,
             grad_of=grad_of,
+            rank_norms=rank_norms,
         )
         self._params = _reusable(params)
         self._declared = ReplicaDeclarations(
@@ -159,7 +163,13 @@ class GradClipper:
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            stages = build_stages(inputs, self._channel, self._grad_of, self._writer.num_sinks)
+            stages = build_stages(
+                inputs,
+                self._channel,
+                self._grad_of,
+                self._writer.num_sinks,
+                self._passed.rank_norms,
+            )
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
@@ -197,6 +207,7 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: Any = None,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce,
         on every rank.
@@ -213,12 +224,17 @@ class GradClipper:
                 `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        request = self._stages.requests.make("clip_", as_optimizers(optimizer), scaler, grad_scale)
+        optimizers = as_optimizers(optimizer)
+        request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
             drop_step_grads(request, self._params_to_drop(request))
@@ -236,6 +252,7 @@ class GradClipper:
         scaler: Any = None,
         update_scaler: bool = True,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Unscale, clip, step the optimizers, update the scaler; a step that is not finite moves
         nothing. One all-reduce.
@@ -253,6 +270,10 @@ class GradClipper:
                 with this scaler follows.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             ConfigError: no optimizer was passed, something else was, or one whose `step` needs an
@@ -262,7 +283,7 @@ class GradClipper:
                 touched. With "propagate" on CUDA a fault is told one call late, and optimizers that
                 do not fold have then taken that step.
         """
-        request = self._stages.requests.make("step", optimizers, scaler, grad_scale)
+        request = self._stages.requests.make("step", optimizers, scaler, grad_scale, note)
         fused_groups = self._fused_groups(request)
         all_fused = len(fused_groups) == len(request.optimizers)
         outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
@@ -292,7 +313,9 @@ class GradClipper:
 
     @outside_compile
     @torch.no_grad()
-    def decide(self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False) -> ClipReport:
+    def decide(
+        self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False, note: Any = None
+    ) -> ClipReport:
         """`clip_` up to the decision, for engines that own the step: no gradient is touched. One
         all-reduce, on every rank.
 
@@ -304,11 +327,12 @@ class GradClipper:
                 it.
             dynamic_loss_scale: the engine lowers its loss scale after a step that is not finite:
                 `raise` then waits for `skip_limit` in a row.
+            note: as for `clip_`.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        request = self._stages.requests.make("decide", grad_scale=grad_scale)
+        request = self._stages.requests.make("decide", grad_scale=grad_scale, note=note)
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step

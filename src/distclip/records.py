@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,6 +90,8 @@ class Norms:
     norm_type: float  # p
 
 
+# Beyond so many robust deviations from the others a rank is an outlier.
+RANK_DEVIATIONS = 8.0
 # What `report.action` may be, the mildest first.
 ACTIONS = ("none", "skip", "lower_lr", "roll_back")
 
@@ -142,12 +145,22 @@ class Culprit(NamedTuple):
     after: str | None = None
 
 
+class Note(NamedTuple):
+    """What one rank said of one of its steps, by `note=`."""
+
+    rank: int
+    step: int
+    note: Any  # as JSON reads it; the beginning of its JSON, a text, where it is cut
+    cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
+
+
 class Findings(NamedTuple):
     """What was found out of a step once it was judged. Equal on every rank."""
 
     matters: str | None = None
     deviation: float | None = None
     culprits: tuple[Culprit, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class _TensorField:
@@ -177,6 +190,7 @@ class _TensorField:
 _TENSORS = (
     "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
     "group_norms", "cosine", "clip_rate", "skips", "layer_norms", "rung",
+    "rank_norms",
 )  # fmt: skip
 
 
@@ -209,17 +223,23 @@ class ClipReport:
     # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
     # steps that matter
     layer_norms: Tensor
+    # [ranks]: each rank's own, before its gradients were reduced, where RankNorms is asked for;
+    # else empty
+    rank_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
     # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
     # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
-    # step that is judged at the next call has it, culprits and deviation in the log alone
+    # step that is judged at the next call has it, deviation, culprits and notes in the log alone
     matters: str | None = None
     # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
     # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
     deviation: float | None = None
+    # of a step that matters: all ranks' notes of it and of the two steps before, as far as they
+    # were not sent before
+    notes: tuple[Note, ...] = ()
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -254,6 +274,36 @@ class ClipReport:
         """What `Escalate` asks the loop to do: "none", "skip" (the step was left out), "lower_lr"
         or "roll_back". On CUDA this waits for the device."""
         return ACTIONS[int(self.rung)]
+
+    @property
+    def rank_deviation(self) -> float | None:
+        """By how many robust deviations (1.4826 MAD, but at least 0.1 %) the logarithm of one
+        rank's own norm lies off the median of all, where it lies off the farthest; inf for a norm
+        of 0, inf or NaN. None without RankNorms, and for fewer than three ranks. On CUDA this waits
+        for the device."""
+        return self._farthest_rank[1]
+
+    @property
+    def outlier_rank(self) -> int | None:
+        """The rank, by its place in the clipper's group, that lies off by more than
+        RANK_DEVIATIONS; else None. With few ranks some do by chance."""
+        rank, deviation = self._farthest_rank
+        return rank if deviation is not None and deviation > RANK_DEVIATIONS else None
+
+    @property
+    def _farthest_rank(self) -> tuple[int | None, float | None]:
+        logs = [math.log(n) if 0 < n < math.inf else math.nan for n in self.rank_norms.tolist()]
+        known = [log for log in logs if log == log]
+        if len(logs) < 3:
+            return None, None
+        middle = median(known) if known else 0.0
+        spread = median([abs(log - middle) for log in known]) if known else 0.0
+        off = [
+            abs(log - middle) / max(1.4826 * spread, 1e-3) if log == log else math.inf
+            for log in logs
+        ]
+        rank = max(range(len(off)), key=off.__getitem__)
+        return rank, off[rank]
 
     @property
     def group_shares(self) -> Tensor:
@@ -302,8 +352,11 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
+        rank, deviation = self.outlier_rank, self.rank_deviation
+        out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
+        out["notes"] = [note._asdict() for note in self.notes]
         return out
 
 

@@ -34,6 +34,7 @@ class GlobalNorms(NamedTuple):
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     checks: CheckWords
     norm_type: float
+    rank_norms: Column  # each rank's own, before the reduction; nothing where it is not asked for
 
     def shown_to(self, assignment: PolicyAssignment) -> Norms:
         """What a policy sees: tensors, of its own groups."""
@@ -96,6 +97,7 @@ def read_norms(
         split_unit_coefs=split_unit_coefs,
         checks=checks,
         norm_type=layout.norm_type,
+        rank_norms=layout.rank_norms_of(message),
     )
 
 
@@ -143,7 +145,7 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         finite = zero == 0
     elif len(groups) > FEW:
         groups = torch.zeros(layout.num_groups, dtype=torch.float64, device=device)
-    checks = CheckWords(zero, zero, zero, zero, zero, zero, agreed=finite)
+    checks = CheckWords(zero, zero, zero, zero, zero, zero, zero, agreed=finite)
     return GlobalNorms(
         per_group=groups,
         total=zero,
@@ -154,4 +156,5 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         split_unit_coefs=None,
         checks=checks,
         norm_type=layout.norm_type,
+        rank_norms=fill(groups[:0], 0.0),
     )

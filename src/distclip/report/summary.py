@@ -61,6 +61,7 @@ class ReportMaker:
             "culprits": findings.culprits,
             "matters": findings.matters,
             "deviation": findings.deviation,
+            "notes": findings.notes,
             "dtype": self.dtype,
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
@@ -91,6 +92,7 @@ class ReportMaker:
             "cosine": decision.cosine,
             "clip_rate": clip_rate,
             "layer_norms": self._layer_norms(norms),
+            "rank_norms": norms.rank_norms,
         }
         # 0 there, without sending one: nonfinite is a count
         rung = norms.nonfinite * 0 if action is None else action

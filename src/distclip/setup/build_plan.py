@@ -144,6 +144,12 @@ def _read_locally(
     channel: Channel,
 ) -> None:
     local.options = options = check_options(passed)
+    if options.by_rank and sorted(passed.rank_norms.ranks) != sorted(channel.ranks):
+        raise ConfigError(
+            f"rank_norms: gradients are reduced over ranks {passed.rank_norms.ranks}, and this "
+            f"clipper is of ranks {channel.ranks}: ranks that hold different parts (tensor, "
+            f"pipeline or expert parallelism) cannot be compared"
+        )
     local.scan = scan = named_parameters(params)
     local.wrappers = reducing_wrappers(params)
     if channel.size > 1 and any(

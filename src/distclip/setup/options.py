@@ -36,6 +36,7 @@ class PassedOptions:
     watch: Watch | None
     partial_grads: str = "refuse"
     grad_of: Callable[[Tensor], Tensor | None] | None = None
+    rank_norms: Any = None  # a RankNorms
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class ClipOptions:
     fold: str
     watch: Watch | None
     partial_grads: str
+    by_rank: bool = False  # each rank's own norm is asked for
 
     def config_texts(self) -> dict[str, str]:
         """Option → a text that is equal on all ranks if the option is."""
@@ -64,6 +66,7 @@ class ClipOptions:
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
             "partial_grads": repr(self.partial_grads),
+            "rank_norms": "RankNorms" if self.by_rank else "None",
             "watch": f"Watch({_describe_grouping(self.watch.groups)}, every={self.watch.every})"
             if self.watch
             else "None",
@@ -124,6 +127,11 @@ def check_options(passed: PassedOptions) -> ClipOptions:
         )
     if passed.watch is not None and not isinstance(passed.watch, Watch):
         raise ConfigError(f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer())")
+    if passed.rank_norms is not None and not hasattr(passed.rank_norms, "ranks"):
+        raise ConfigError(
+            f"rank_norms={passed.rank_norms!r}; pass distclip.RankNorms(model), built after "
+            f"wrapping"
+        )
     by_units = [
         rule
         for rule in (policy, *(passed.groups or WHOLE_MODEL).rules().values())
@@ -144,6 +152,7 @@ def check_options(passed: PassedOptions) -> ClipOptions:
         fold=passed.fold,
         watch=passed.watch,
         partial_grads=passed.partial_grads,
+        by_rank=passed.rank_norms is not None,
     )
 
 
