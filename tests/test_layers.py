@@ -59,6 +59,7 @@ DISTRIBUTED = {
     "testing",
     "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
+    "integrations.megatron",
 }
 DISTRIBUTED |= {
     f"cli.doctor.{part}"
