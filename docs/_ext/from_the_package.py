@@ -1,7 +1,6 @@
 """Directives that read the package: the table of public names, the commands' help, programs."""
 
 import argparse
-import ast
 import inspect
 from pathlib import Path
 
@@ -75,8 +74,7 @@ class CommandLine(SphinxDirective):
 
 
 class FilesOf(SphinxDirective):
-    """A section for each program of a folder of the repository: its docstring's first line, and the
-    whole of it."""
+    """A section for each program of a folder of the repository, with the whole of it."""
 
     required_arguments = 1
 
@@ -89,8 +87,6 @@ class FilesOf(SphinxDirective):
             text = path.read_text()
             section = nodes.section(ids=[nodes.make_id(path.stem)])
             section += nodes.title(text=path.name)
-            said = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-            section += nodes.paragraph(text=said)
             section += nodes.literal_block(text, text, language="python")
             out.append(section)
         return out
