@@ -21,7 +21,12 @@ class Job:
 
     After `__init__`: `optimizer`, `clipper`, `scaler` (disabled but in fp16), and `part`: which
     part of the batch this rank reads, (index, of how many).
+
+    `note` says of the next step which data it reads, for the log; frameworks, which call the
+    clipper themselves, do not pass it on.
     """
+
+    note: object = None
 
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
@@ -53,7 +58,7 @@ class Job:
         loss = self.spread.gradients(x, y, self.config.training.accumulate, self.scaler)
         if fault is not None:
             spoil(self.model, fault)
-        return loss, self.clipper.step(self.optimizer, scaler=self.scaler)
+        return loss, self.clipper.step(self.optimizer, scaler=self.scaler, note=self.note)
 
     def save(self, folder: str, step: int) -> None:
         save(folder, step, Run(self.model, self.optimizer, self.clipper, self.scaler))

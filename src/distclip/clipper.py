@@ -207,6 +207,7 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: Any = None,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce,
         on every rank.
@@ -223,12 +224,17 @@ class GradClipper:
                 `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        request = self._stages.requests.make("clip_", as_optimizers(optimizer), scaler, grad_scale)
+        optimizers = as_optimizers(optimizer)
+        request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
             drop_step_grads(request, self._params_to_drop(request))
@@ -246,6 +252,7 @@ class GradClipper:
         scaler: Any = None,
         update_scaler: bool = True,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Unscale, clip, step the optimizers, update the scaler; a step that is not finite moves
         nothing. One all-reduce.
@@ -263,6 +270,10 @@ class GradClipper:
                 with this scaler follows.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             ConfigError: no optimizer was passed, something else was, or one whose `step` needs an
@@ -272,7 +283,7 @@ class GradClipper:
                 touched. With "propagate" on CUDA a fault is told one call late, and optimizers that
                 do not fold have then taken that step.
         """
-        request = self._stages.requests.make("step", optimizers, scaler, grad_scale)
+        request = self._stages.requests.make("step", optimizers, scaler, grad_scale, note)
         fused_groups = self._fused_groups(request)
         all_fused = len(fused_groups) == len(request.optimizers)
         outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
@@ -302,7 +313,9 @@ class GradClipper:
 
     @outside_compile
     @torch.no_grad()
-    def decide(self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False) -> ClipReport:
+    def decide(
+        self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False, note: Any = None
+    ) -> ClipReport:
         """`clip_` up to the decision, for engines that own the step: no gradient is touched. One
         all-reduce, on every rank.
 
@@ -314,11 +327,12 @@ class GradClipper:
                 it.
             dynamic_loss_scale: the engine lowers its loss scale after a step that is not finite:
                 `raise` then waits for `skip_limit` in a row.
+            note: as for `clip_`.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        request = self._stages.requests.make("decide", grad_scale=grad_scale)
+        request = self._stages.requests.make("decide", grad_scale=grad_scale, note=note)
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step

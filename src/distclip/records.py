@@ -145,12 +145,22 @@ class Culprit(NamedTuple):
     after: str | None = None
 
 
+class Note(NamedTuple):
+    """What one rank said of one of its steps, by `note=`."""
+
+    rank: int
+    step: int
+    note: Any  # as JSON reads it; the beginning of its JSON, a text, where it is cut
+    cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
+
+
 class Findings(NamedTuple):
     """What was found out of a step once it was judged. Equal on every rank."""
 
     matters: str | None = None
     deviation: float | None = None
     culprits: tuple[Culprit, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class _TensorField:
@@ -222,11 +232,14 @@ class ClipReport:
     culprits: tuple[Culprit, ...] = ()
     # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
     # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
-    # step that is judged at the next call has it, culprits and deviation in the log alone
+    # step that is judged at the next call has it, deviation, culprits and notes in the log alone
     matters: str | None = None
     # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
     # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
     deviation: float | None = None
+    # of a step that matters: all ranks' notes of it and of the two steps before, as far as they
+    # were not sent before
+    notes: tuple[Note, ...] = ()
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -343,6 +356,7 @@ class ClipReport:
         out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
+        out["notes"] = [note._asdict() for note in self.notes]
         return out
 
 

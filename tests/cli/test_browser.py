@@ -73,7 +73,8 @@ def two(tmp_path_factory):
 
 def tip(browser):
     """What is shown beside the pointer: run, heading, and its facts."""
-    return browser.js("""(() => {
+    return browser.js(
+        """(() => {
         const tip = document.getElementById("tip");
         if (tip.hidden) return null;
         const facts = {};
@@ -82,7 +83,8 @@ def tip(browser):
         for (const name of tip.querySelectorAll(".others dt")) others[name.textContent] = name.nextSibling.textContent;
         const head = tip.querySelector(".tip-head");
         return {run: head.textContent, heading: tip.querySelector("strong").textContent, facts, others};
-    })()""")
+    })()""".replace("textContent", "textContent.replaceAll('\\u00a0', ' ')")
+    )
 
 
 def window_of(browser):
@@ -146,7 +148,7 @@ def test_pointing_at_a_spike_shows_its_numbers(browser, two):
     share = 3600 / (layers**2).sum()
     assert shown["facts"] == {
         "norm": "60", "× running median": f"{60 / median:.3g}", "threshold": "1", "coefficient": f"{1 / 60:.5g}",
-        "largest part": f"model.layers.11.weight, {100 * share:.0f} %", "clip rate": "25 %",
+        "largest part": f"model.layers.11.weight, {100 * share:.1f} %", "clip rate": "25 %",
     }  # fmt: skip
     assert shown["others"] == {"second": f"{norms_of(1)[SPIKE - 1]:.5g}"}
     assert point(browser, "norm", 400, 0.02)["run"] == "second", "the one that is nearest"
@@ -336,6 +338,35 @@ def test_all_of_it_works_with_the_keyboard(browser, two):
     assert tip(browser) is None
 
 
+def touch(browser, kind, *points):
+    points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
+    browser.send("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+    browser.settle()
+
+
+def test_fingers_move_and_zoom(browser, two):
+    browser.open(two, 375)
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        only(browser, "first")
+        x, y = place(browser, "norm", 1000)
+        touch(browser, "Start", (x - 20, y), (x + 20, y))
+        touch(browser, "Move", (x - 60, y), (x + 60, y))
+        touch(browser, "End")
+        low, high = window_of(browser)
+        assert 500 < high - low < 900 and abs((low + high) / 2 - 1000) < 60
+        touch(browser, "Start", (x, y))
+        assert tip(browser)["run"] == "first"
+        for by in (20, 40, 60):
+            touch(browser, "Move", (x - by, y))
+        touch(browser, "End")
+        moved = window_of(browser)
+        assert moved[0] > low + 50 and abs((moved[1] - moved[0]) - (high - low)) <= 2
+        assert browser.problems == []
+    finally:
+        browser.send("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
 def test_a_heat_map_shows_the_layer_of_a_spike(browser, two):
     browser.open(two)
     rows = browser.js("JSON.parse(document.getElementById('data').textContent).heats[0]")
@@ -428,6 +459,11 @@ def test_every_width_in_light_and_dark(browser, two, width, dark):
         "[...document.querySelectorAll('.plot .uplot')].map(p => p.getBoundingClientRect().width)"
     )
     assert len(boxes) == 5 and min(boxes) > 0.8 * min(width, 1500) - 60
+    frames = [
+        browser.box(f"#plot-{name} .u-over")
+        for name in ("norm", "coefficient", "clip_rate", "layers-1", "layers-2")
+    ]
+    assert all(abs(frame[i] - frames[0][i]) <= 1 for frame in frames for i in (0, 2)), "one x axis"
     x, _, shown, _ = browser.box("#tip")
     assert x >= 0 and x + shown <= width
     contrasts = browser.js(CONTRASTS)

@@ -258,13 +258,39 @@ def test_a_notable_step_has_its_layer_rank_culprit_and_notes(tmp_path):
     assert skips[6:11] == ["80", "not finite", "b: not finite", "b.w on rank 1: inf (finite: a.w before, c.w after)", "skipped: 1 gradient was not finite"]  # fmt: skip
 
 
-def test_a_rank_that_stands_out_is_a_finding(tmp_path, capsys):
-    log = write_lines(tmp_path / "run.jsonl", notable_lines(), {})
+def said_of_ranks(tmp_path, capsys, lines):
+    log = write_lines(tmp_path / "run.jsonl", lines, {})
     assert main(["suggest", "--json", str(log)]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
-    assert [f["text"] for f in run["findings"] if f["kind"] == "rank"] == [
-        "rank 3 stands out at 111 steps, first at step 90 (9 robust deviations): look at its data and its device"
+    return [finding["text"] for finding in run["findings"] if finding["kind"] == "rank"]
+
+
+def test_a_rank_that_lies_off_is_a_finding(tmp_path, capsys):
+    assert said_of_ranks(tmp_path, capsys, notable_lines()) == [
+        "the gradients of rank 3 lie off those of the others at 100 % of the steps from step 90 on, and at 0 % before: "
+        "look at its data and its device"
     ]
+
+
+def test_ranks_that_lie_off_by_chance_are_none(tmp_path, capsys):
+    """Four ranks, one of which lies off at two steps of five by chance; then rank 2 at most."""
+    draw = np.random.default_rng(0)
+    by_chance = [int(draw.integers(4)) if draw.random() < 0.4 else None for _ in range(1000)]
+    lines = [made_line(i, 1.0, outlier_rank=rank) for i, rank in enumerate(by_chance, 1)]
+    assert said_of_ranks(tmp_path, capsys, lines) == []
+    for line in lines[600:]:
+        line["outlier_rank"] = 2 if draw.random() < 0.7 else line["outlier_rank"]
+    (text,) = said_of_ranks(tmp_path, capsys, lines)
+    share, step, before = map(int, re.fullmatch(
+        r"the gradients of rank 2 lie off those of the others at (\d+) % of the steps from step (\d+) on, and at (\d+) % before: .*", text
+    ).groups())  # fmt: skip
+    assert 65 < share < 80 and 590 <= step <= 610 and 5 < before < 15
+    for line in lines[:600]:
+        line["outlier_rank"] = 2 if draw.random() < 0.7 else line["outlier_rank"]
+    (text,) = said_of_ranks(tmp_path, capsys, lines)
+    assert re.search(
+        r"rank 2 lie off those of the others at 7\d % of the steps, first at step \d:", text
+    )
 
 
 def test_a_long_run_with_many_groups_stays_small_and_keeps_its_spikes(tmp_path):

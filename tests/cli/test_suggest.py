@@ -87,7 +87,7 @@ TRUTHS = {
     ),
     "a jump to another level": Truth(
         noisy(np.where(T < 1200, 1.0, 40.0)), ["diverged"], ["the run diverged at step 1,201: the median norm was", "39 from there on"],
-        (0.95 * P95, 1.05 * P95), "the 95th percentile of the steps before it diverged",
+        (0.95 * P95, 1.05 * P95), "the 95th percentile of the steps before it was lost",
     ),
     "not finite to the end": Truth(
         np.where(T < 2000, noisy(), np.nan), ["skipped", "diverged"], ["1,000 of 3,000 steps (33 %) were skipped", "diverged at step 2,001: no norm is finite from there on"],
@@ -137,8 +137,13 @@ TRUTHS = {
     "one step": Truth(np.ones(1), ["few"], ["only 1 step:"], None, "too few"),
     "mostly zeros": Truth(np.where(T % 3 == 0, 1.0, 0.0), [], [], None, "at least half of the norms are 0"),
     "a blow-up that kills": Truth(
-        at(noisy(np.where(T < 1500, 1.0, 0.004)), s1500=1e9), ["trend", "spikes"],
-        ["falls", "the model may be dead since that step, which nothing clipped"], (0.004, 0.007),
+        at(noisy(np.where(T < 1500, 1.0, 0.004)), s1500=1e9), ["diverged", "spikes"],
+        ["step 1,500 had 1.7e+09 times the running median and nothing clipped it", "the median norm was 1 before and 0.0041 after it: the model may be dead since"],
+        (0.95 * P95, 1.05 * P95), "the 95th percentile of the steps before it was lost",
+    ),
+    "a blow-up at the start": Truth(
+        at(noisy(np.where(T < 2, 9.0, 0.1)), s2=1e13), ["diverged", "spikes"], ["step 2 had 9.8e+13 times", "there are next to no steps before it"],
+        None, "1 step with a finite norm, before the run was lost, are too few",
     ),
 }  # fmt: skip
 
@@ -255,7 +260,15 @@ def test_the_command_prints_a_table_a_recommendation_and_warnings(tmp_path):
 
 
 def test_digits_and_shares_as_words():
-    assert [times(x) for x in (1.0, 2.34, 9.94, 12.4, 3312)] == ["1", "2.3", "9.9", "12", "3,300"]
+    assert [times(x) for x in (1.0, 1.044, 2.34, 9.94, 12.4, 3312, 3.3e14)] == [
+        "1",
+        "1.04",
+        "2.3",
+        "9.9",
+        "12",
+        "3,300",
+        "3.3e+14",
+    ]
     assert [percent(x) for x in (0, 0.0004, 0.043, 0.0996, 0.88, 0.996, 0.9996, 1)] == [
         "0 %", "under 0.1 %", "4.3 %", "10 %", "88 %", "99.6 %", "over 99.9 %", "100 %",
     ]  # fmt: skip

@@ -154,6 +154,22 @@ def saving_distributed(block):
 
 
 @fixture
+def rank_norms(block):
+    model = DistributedDataParallel(net())
+    optimizer, printed = torch.optim.SGD(model.parameters(), 1.0), []
+    names = {"model": model, "optimizer": optimizer, "loss_of": loss_of}
+    block.run(names | {"print": lambda *said: printed.extend(said)})
+    norms, outlier = printed
+    x, y = batch()
+    for rank, norm in enumerate(norms.tolist()):
+        own = net().double()
+        (own(x[rank::4].double()) - y[rank::4].double()).square().mean().backward()
+        near(norm, total_norm([p.grad for p in own.parameters()]))
+    assert outlier is None
+    return str(norms.tolist())
+
+
+@fixture
 def private_experts(block):
     """One expert a rank, under one name."""
     model = nn.ModuleDict({"router": nn.Linear(3, 3), "experts": nn.ModuleList([nn.Linear(3, 3)])})

@@ -153,6 +153,10 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
     assert (culprit["parameter"], culprit["rank"], culprit["kind"]) == ("token.weight", 1, "inf")
     assert culprit["before"] is None and culprit["after"] == "position.weight", "its neighbours"
     assert any(row["clipped"] for row in rows), "vacuous"
+    notes = [note for note in rows[10]["notes"] if note["step"] == 11]
+    assert [(note["rank"], note["note"]) for note in notes] == [
+        (rank, {"batch": 10, "samples": [2 * rank, 2 * rank + 1]}) for rank in range(4)
+    ]
 
 
 @pytest.fixture

@@ -20,7 +20,12 @@ _EVENT_GAP = 10  # spikes closer than this are one event
 _SIDE = 100  # steps before and after an event whose medians are compared
 _JUMP_RATIO = 5.0  # median after over median before: another level
 _BACK_RATIO = 2.0  # as near to the level before counts as back
+_HUGE_RATIO = 1000.0  # times the running median: few models get over a step of that size
+_FEWEST_BEFORE = 5  # steps before it, to compare with
 _ENDED_STEPS = 10  # as many steps that are not finite, at the end of a run, are its end
+_FEWEST_OFF = 5  # steps at which a rank lies off, before that is held against it
+_CHANCE_SIGMAS = 4.0  # of the number that each rank has by chance
+_MORE_OFTEN = 2.0  # times as often after a step as before: it began there
 _NUM_SEGMENTS = 12
 _SMALLEST_SEGMENT = 8  # steps
 _LEG, _TREND_RATIO = math.log(1.5), 2.0  # a turn of the trend; what makes it worth a word
@@ -71,8 +76,24 @@ class Divergence:
     """A level that a run did not come back from."""
 
     at: int  # position of its first step
-    before: float  # median before
+    before: float  # median before; NaN: too few steps to tell
     after: float  # median of the rest; NaN: no norm after is finite
+    ratio: float = math.nan  # of a step that nothing clipped and that the run did not get over
+
+    @property
+    def killed(self) -> bool:
+        """By one step, after which the norms are far smaller."""
+        return not math.isnan(self.ratio)
+
+
+@dataclass(frozen=True)
+class FaultyRank:
+    """A rank whose own norm lies off that of the others more often than chance would have it."""
+
+    rank: int
+    at: int  # position of the first step of the stretch
+    share: float  # of the steps from there on, at which it lies off
+    share_before: float  # NaN where the stretch is the whole run
 
 
 @dataclass(frozen=True)
@@ -148,13 +169,17 @@ class NormHistory:
 
     @cached_property
     def divergence(self) -> Divergence | None:
-        """Where the run went to norms several times as large, or not finite, and stayed there."""
+        """Where the run went to norms several times as large, or not finite, and stayed there; or
+        where one huge step that nothing clipped threw it to far smaller ones."""
         run = self.run
         known = np.flatnonzero(run.finite)
         if not len(known):
             return None
         last = int(known[-1])
         ended = len(run) - 1 - last >= _ENDED_STEPS
+        killed = next((one for one in map(self._killed_by, self.events) if one), None)
+        if killed is not None:
+            return killed
         jump = self._last_jump(last + 1)
         if jump is not None:
             return jump
@@ -162,6 +187,17 @@ class NormHistory:
             before = _median(run.norm[max(0, last + 1 - _SIDE) : last + 1])
             return Divergence(last + 1, before, math.nan)
         return None
+
+    def _killed_by(self, event: Event) -> Divergence | None:
+        run, ratio = self.run, float(self.ratio[event.worst])
+        if ratio < _HUGE_RATIO or run.clipped[event.worst] or run.skipped[event.worst]:
+            return None
+        before, after = self.around(event)
+        if event.first < _FEWEST_BEFORE:
+            before = math.nan
+        elif not after < before / _JUMP_RATIO:
+            return None
+        return Divergence(event.worst, before, after, ratio)
 
     def _last_jump(self, end: int) -> Divergence | None:
         """The steepest rise of the running median, where the rest of the run stays up."""
@@ -186,6 +222,30 @@ class NormHistory:
             at = candidate + (int(first[0]) if len(first) else half)
             return Divergence(at, before, _median(rest))
         return None
+
+    @cached_property
+    def faulty_rank(self) -> FaultyRank | None:
+        """With few ranks some lie off by chance at many a step, but no one of them far more often
+        than the others."""
+        run = self.run
+        off = run.outlier_rank[run.outlier_rank >= 0]
+        if not len(off):
+            return None
+        counts = np.bincount(off)
+        rank, num = int(counts.argmax()), int(counts.max())
+        known = [header.world_size for header in run.headers if header.world_size]
+        by_chance = len(off) / max(known[-1] if known else 0, len(counts))
+        if num < _FEWEST_OFF or num < by_chance + _CHANCE_SIGMAS * math.sqrt(by_chance):
+            return None
+        mine = run.outlier_rank == rank
+        # where the sum of what exceeds its mean is lowest, the stretch with more of it begins
+        at = int(np.cumsum(mine - mine.mean()).argmin()) + 1
+        before, after = (
+            float(part.mean()) if len(part) else 0.0 for part in (mine[:at], mine[at:])
+        )
+        if after < _MORE_OFTEN * before or at + _FEWEST_OFF > len(run):
+            return FaultyRank(rank, int(mine.argmax()), float(mine.mean()), math.nan)
+        return FaultyRank(rank, at + int(mine[at:].argmax()), after, before)
 
     @cached_property
     def sane(self) -> Any:

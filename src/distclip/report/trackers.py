@@ -56,7 +56,7 @@ def report_scalars(report: ClipReport) -> dict[str, float]:
 
 
 class TensorBoardSink:
-    """Scalars under `clip/…` through torch.utils.tensorboard; culprits of a bad step as text.
+    """Scalars under `clip/…` through torch.utils.tensorboard; culprits and notes as texts.
 
     Args:
         log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A
@@ -92,6 +92,9 @@ class TensorBoardSink:
         if report.culprits:
             text = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             self._writer.add_text("clip/culprits", text, report.step)
+        if report.notes:
+            text = "\n\n".join(f"rank {n.rank}, step {n.step}: {n.note}" for n in report.notes)
+            self._writer.add_text("clip/notes", text, report.step)
 
 
 def _summary_writer() -> Any:

@@ -16,6 +16,7 @@ from distclip.cli.suggest.advice import percent, times
 
 MOST_SKIPS = 100
 _MOST_OF_A_KIND = 10
+_MOST_OF_A_RANK = 3
 _LONGEST_NOTE = 240  # characters shown
 _DONE = {
     "lower_lr": "asked to lower the learning rate",
@@ -39,15 +40,17 @@ class NotableStep:
 
 
 def largest_steps(history: NormHistory) -> list[NotableStep]:
-    """The largest by norm and by the running median, and the first of each streak in which a rank
-    stands out or an action was asked for; the largest norm first."""
+    """The largest by norm and by the running median, the first of each streak in which an action
+    was asked for, and those of a rank that lies off; the largest norm first."""
     run = history.run
     norm = np.where(run.finite, run.norm, -np.inf)
     ratio = np.where(np.isfinite(history.ratio), history.ratio, -np.inf)
     chosen = set(_top(norm)) | set(_top(np.where(ratio > 1, ratio, -np.inf)))
-    for marked in (run.outlier_rank >= 0, run.action > 0):
-        starts = np.flatnonzero(np.diff(marked.astype(np.int8), prepend=0) > 0)
-        chosen |= set(starts[:_MOST_OF_A_KIND].tolist())
+    asked = np.flatnonzero(np.diff((run.action > 0).astype(np.int8), prepend=0) > 0)
+    chosen |= set(asked[:_MOST_OF_A_KIND].tolist())
+    if (faulty := history.faulty_rank) is not None:
+        own = np.where(run.outlier_rank == faulty.rank, run.rank_deviation, np.nan)
+        chosen |= {faulty.at, *_top(np.where(np.isnan(own), -np.inf, own))[:_MOST_OF_A_RANK]}
     return [notable_step(history, at) for at in sorted(chosen, key=lambda at: (-norm[at], at))]
 
 

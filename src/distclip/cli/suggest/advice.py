@@ -138,8 +138,17 @@ def percent(share: float) -> str:
 
 
 def times(factor: float) -> str:
-    """Two digits: 3,300, 12, 2.3."""
-    return f"{round_significant(factor):,.0f}" if factor >= 9.95 else f"{factor:.2g}"
+    """Two digits: 3,300, 12, 2.3; three next to 1."""
+    if factor >= 1e6:
+        return f"{factor:.2g}"
+    if factor >= 9.95:
+        return f"{round_significant(factor):,.0f}"
+    return f"{factor:.3g}" if 0.9 < factor < 1.1 else f"{factor:.2g}"
+
+
+def two_digits(value: float) -> str:
+    """130, 1.3, 0.013."""
+    return f"{round_significant(value):g}"
 
 
 def _no_ground(history: NormHistory) -> str:
@@ -152,8 +161,9 @@ def _no_ground(history: NormHistory) -> str:
             f"run"
         )
     if num_sane < FEW_STEPS:
-        before = " before it diverged" if history.divergence is not None else ""
-        return f"{num_sane} steps with a finite norm{before} are too few; log at least {FEW_STEPS}"
+        before = ", before the run was lost," if history.divergence is not None else ""
+        what = "1 step" if num_sane == 1 else f"{num_sane} steps"
+        return f"{what} with a finite norm{before} are too few; log at least {FEW_STEPS}"
     if float(np.median(run.norm[history.sane])) <= 0:
         return "at least half of the norms are 0"
     return ""
@@ -165,7 +175,7 @@ def _ordinary_steps(history: NormHistory) -> tuple[Any, str]:
     run, used, where = history.run, history.sane.copy(), ""
     used[history.spikes] = False
     if history.divergence is not None:
-        where = " of the steps before it diverged"
+        where = " of the steps before it was lost"
     start: int | None = None
     if history.settled_from is not None:
         start, where = history.settled_from, " of the steps after it settled"

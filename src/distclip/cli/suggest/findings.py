@@ -10,13 +10,12 @@ import numpy as np
 
 from distclip.cli.norm_history import NormHistory
 from distclip.cli.run_log import RunLog
-from distclip.cli.suggest.advice import FEW_STEPS, fixed_limit, percent, times
+from distclip.cli.suggest.advice import FEW_STEPS, fixed_limit, percent, times, two_digits
 
 _WORTH_FIRST = 0.01  # share of skipped steps
 _START_STEPS = 0.02  # of the run: a loss scale has found its size by then
 _MOST_STEPS_CLIPPED = 0.5
 _BENT_COSINE = 0.9  # cosine between raw and clipped gradient
-_HUGE_SPIKE = 100.0  # times the running median
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def find_findings(history: NormHistory) -> list[Finding]:
     found += [Finding("trend", text) for text in _about_trend(history)]
     found += [Finding("period", text) for text in _about_period(history)]
     found += [Finding("spikes", text) for text in _about_spikes(history)]
-    found += [Finding("rank", text) for text in _about_ranks(run)]
+    found += [Finding("rank", text) for text in _about_ranks(history)]
     found += [Finding("rate", text) for text in _about_rate(run)]
     if len(run.groups) > 1:
         found.append(
@@ -90,13 +89,25 @@ def _about_divergence(history: NormHistory) -> Iterator[str]:
     if found is None:
         return
     step = int(run.step[min(found.at, len(run) - 1)])
-    if math.isnan(found.after):
+    if found.killed:
+        before = (
+            f"the median norm was {two_digits(found.before)} before and {two_digits(found.after)} "
+            f"after it"
+            if math.isfinite(found.before)
+            else "there are next to no steps before it"
+        )
+        yield (
+            f"step {step:,} had {times(found.ratio)} times the running median and nothing clipped "
+            f"it; {before}: the model may be dead since. Does the loss still fall? Log a run that "
+            f"is clipped, say at 1"
+        )
+    elif math.isnan(found.after):
         yield f"the run diverged at step {step:,}: no norm is finite from there on"
-        return
-    yield (
-        f"the run diverged at step {step:,}: the median norm was {found.before:.2g} before and "
-        f"{found.after:.2g} from there on. What follows does not count here"
-    )
+    else:
+        yield (
+            f"the run diverged at step {step:,}: the median norm was {two_digits(found.before)} "
+            f"before and {two_digits(found.after)} from there on. What follows does not count here"
+        )
 
 
 def _about_trend(history: NormHistory) -> Iterator[str]:
@@ -105,23 +116,25 @@ def _about_trend(history: NormHistory) -> Iterator[str]:
         return
     if (settled := history.settled_from) is not None:
         yield (
-            f"the median norm starts at {legs[0].start:.2g} and keeps to {legs[0].end:.2g} from "
-            f"step {settled:,} on; a threshold for the rest clips most of the first steps, which "
-            f"Warmup or Scheduled avoids"
+            f"the median norm starts at {two_digits(legs[0].start)} and keeps to "
+            f"{two_digits(legs[0].end)} from step {settled:,} on; a threshold for the rest clips "
+            f"most of the first steps, which Warmup or Scheduled avoids"
         )
         return
     remedy = "one fixed threshold does not fit all of it; look at AutoClip, ZClip or Scheduled"
     levels = [legs[0].start, *(leg.end for leg in legs)]
     if len(legs) > 2:
         yield (
-            f"the median norm goes up and down between {min(levels):.2g} and {max(levels):.2g} "
-            f"({len(legs) - 1} turns): {remedy}"
+            f"the median norm goes up and down between {two_digits(min(levels))} and "
+            f"{two_digits(max(levels))} ({len(legs) - 1} turns): {remedy}"
         )
         return
     ways = ["rises" if leg.end > leg.start else "falls" for leg in legs]
-    text = f"the median norm {ways[0]} from {legs[0].start:.2g} to {legs[0].end:.2g}"
+    text = (
+        f"the median norm {ways[0]} from {two_digits(legs[0].start)} to {two_digits(legs[0].end)}"
+    )
     if len(legs) == 2:
-        text += f" by step {legs[0].last_step:,}, then {ways[1]} to {legs[1].end:.2g}"
+        text += f" by step {legs[0].last_step:,}, then {ways[1]} to {two_digits(legs[1].end)}"
     yield f"{text}: {remedy}"
 
 
@@ -140,7 +153,7 @@ def _about_spikes(history: NormHistory) -> Iterator[str]:
     events = sorted(history.events, key=lambda event: -float(run.norm[event.worst]))
     worst = events[0]
     ratio = float(history.ratio[worst.worst])
-    limit = f"{history.spike_ratio:.2g} times the running median"
+    limit = f"{two_digits(history.spike_ratio)} times the running median"
     if len(at) == 1:
         text = (
             f"one spike, {times(ratio)} times the running median, at step {int(run.step[at[0]]):,}"
@@ -154,29 +167,30 @@ def _about_spikes(history: NormHistory) -> Iterator[str]:
     held = bool((run.clipped[at] | run.skipped[at]).all())
     before, after = history.around(worst)
     if history.divergence is None and not math.isnan(before) and not math.isnan(after):
-        text += f"; median norm {before:.2g} before the largest, {after:.2g} after it"
-        if after < before / 5 and ratio > _HUGE_SPIKE and not held:
-            text += ": the model may be dead since that step, which nothing clipped"
-        elif after < 2 * before:
+        text += (
+            f"; median norm {two_digits(before)} before the largest, {two_digits(after)} after it"
+        )
+        if after < 2 * before:
             text += ": the run went on as before"
     if held:
         text += ". Clipping hides that: look at their data"
     yield text
 
 
-def _about_ranks(run: RunLog) -> Iterator[str]:
-    """The rank that stands out most often."""
-    at = np.flatnonzero(run.outlier_rank >= 0)
-    if not len(at):
+def _about_ranks(history: NormHistory) -> Iterator[str]:
+    run, found = history.run, history.faulty_rank
+    if found is None:
         return
-    ranks, counts = np.unique(run.outlier_rank[at], return_counts=True)
-    rank, num = int(ranks[counts.argmax()]), int(counts.max())
-    first = at[run.outlier_rank[at] == rank][0]
-    deviation = float(run.rank_deviation[first])
-    by = "" if math.isnan(deviation) else f" ({times(deviation)} robust deviations)"
+    often = f"at {percent(found.share)} of the steps"
+    when = (
+        f"{often}, first at step {int(run.step[found.at]):,}"
+        if math.isnan(found.share_before)
+        else f"{often} from step {int(run.step[found.at]):,} on, and at "
+        f"{percent(found.share_before)} before"
+    )
     yield (
-        f"rank {rank} stands out at {num:,} step{'s' if num > 1 else ''}, first at step "
-        f"{int(run.step[first]):,}{by}: look at its data and its device"
+        f"the gradients of rank {found.rank} lie off those of the others {when}: look at its data "
+        f"and its device"
     )
 
 
@@ -205,5 +219,5 @@ def _about_cosine(run: RunLog) -> Iterator[str]:
         yield (
             f"value clipping bends the direction: at {percent(len(bent) / len(run))} of the steps "
             f"the cosine between raw and clipped gradient is below {_BENT_COSINE}, down to "
-            f"{float(bent.min()):.2g}; a norm threshold keeps the direction"
+            f"{two_digits(float(bent.min()))}; a norm threshold keeps the direction"
         )

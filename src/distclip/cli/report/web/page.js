@@ -7,7 +7,7 @@
   const NUM_COLOURS = 8;                            // --s0 … --s7 in page.css
   const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3]];
   const THRESHOLD_DASH = [4, 4];
-  const NEAR_PX = 10, FEW_POINTS = 60, PRINTED_PX = 680, SMALLEST_WINDOW = 4;
+  const NEAR_PX = 10, FEW_POINTS = 60, DENSE_POINTS = 300, PRINTED_PX = 680, LABEL_PX = 18, SMALLEST_WINDOW = 4;
   const FAINT = 0.5;                                // curves below running medians
   const MOST_OTHERS = 6;                            // runs named below the one that is pointed at
   const NARROW_PX = 560;
@@ -63,8 +63,10 @@
   }
   const whole = (value) => Math.round(value).toLocaleString("en-US");
   function percent(share) {
-    if (share > 0 && share < 0.001) return "under 0.1 %";
-    return `${(100 * share).toFixed(share > 0.0995 ? 0 : 1)} %`;
+    if (share > 0 && share < 0.001) return "under 0.1\u00a0%";
+    if (share > 0.999 && share < 1) return "over 99.9\u00a0%";
+    const whole_ = (share >= 0.0995 && share <= 0.99) || share === 0 || share === 1;
+    return `${(100 * share).toFixed(whole_ ? 0 : 1)}\u00a0%`;
   }
 
   // first position whose step is at least `step`
@@ -164,8 +166,8 @@
     button("−", "zoom out", () => zoom(2)), button("+", "zoom in", () => zoom(0.5)),
     button("←", "earlier steps", () => pan(-0.5)), button("→", "later steps", () => pan(0.5)),
     button("All steps", "show all steps", showAll),
-    element("label", { for: "from", text: "steps" }), from,
-    element("label", { for: "to", text: "to" }), to,
+    element("span", { class: "window" }, element("label", { for: "from", text: "steps" }), from,
+      element("label", { for: "to", text: "to" }), to),
   );
   const help = element("p", {
     class: "muted help",
@@ -309,7 +311,7 @@
         return { ...base, dash: THRESHOLD_DASH, width: 1.5, paths: uPlot.paths.stepped({ align: 1 }) };
       }
       const few = figure.drawn[run.index].x.length < FEW_POINTS;
-      return { ...base, dash: several ? [] : run.dash, width: several ? 1 : 1.4, alpha: several ? FAINT : 1,
+      return { ...base, dash: several ? [] : run.dash, width: several ? 1 : 1.4, alpha: several && isDense(figure.drawn[run.index]) ? FAINT : 1,
         points: { show: few, size: 5, fill: stroke } };
     })];
   }
@@ -349,7 +351,7 @@
     const ink = css("--ink"), grid = css("--grid"), font = "12px system-ui, sans-serif";
     const base = { stroke: ink, font, labelFont: font, grid: { stroke: grid, width: 1 },
       ticks: { stroke: grid, width: 1, size: 5 } };
-    const x = { ...base, incrs: stepTicks, size: 42, label: "step", labelSize: 18, space: 70,
+    const x = { ...base, incrs: stepTicks, size: 42, label: "step", labelSize: LABEL_PX, space: 70,
       values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : whole(tick))) };
     if (figure.heat) {
       const rows = figure.heat[figure.heat.mode];
@@ -358,7 +360,7 @@
         splits: () => rows.map((_, i) => rows.length - i - 0.5),
         values: () => rows.map((row) => shortened(figure.heat.labels[row], most)) }];
     }
-    const y = { ...base, size: gutter, label: figure.label, labelSize: 18,
+    const y = { ...base, size: gutter - LABEL_PX, label: figure.label, labelSize: LABEL_PX,
       values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : significant(tick, 4))) };
     if (figure.scale === "log") {
       y.splits = (_, __, low, high) => logTicks(low, high);
@@ -371,9 +373,9 @@
     : `${text.slice(0, Math.ceil(most / 2) - 1)}…${text.slice(-Math.floor(most / 2))}`);
 
   function gutterFor(width) {
-    if (!heats.length) return isNarrow(width) ? 62 : 76;
+    if (!heats.length) return isNarrow(width) ? 74 : 88;
     const longest = Math.max(...heats.flatMap((heat) => heat.labels.map((label) => label.length)));
-    return Math.max(72, Math.min(isNarrow(width) ? 92 : 170, 12 + 6.8 * longest));
+    return Math.max(82, Math.min(isNarrow(width) ? 96 : 170, 12 + 6.8 * longest));
   }
 
   function heightOf(figure, width) {
@@ -452,14 +454,17 @@
       });
       placeCross(figure);
     }
+    fade();
     showRange();
   }
 
+  const isDense = (points) => points && points.x.length > DENSE_POINTS;
+
   function fade() {
-    for (const { plot, heat } of figures) {
+    for (const { plot, heat, drawn } of figures) {
       if (!plot || heat) continue;
       for (const series of plot.series.slice(1)) {
-        const usual = series.kind === "y" && series.width === 1 ? FAINT : 1;
+        const usual = series.kind === "y" && series.width === 1 && isDense(drawn[series.run]) ? FAINT : 1;
         series.alpha = state.front === null ? usual : series.run === state.front ? 1 : 0.12;
       }
       plot.redraw(false);
@@ -552,7 +557,7 @@
       const colour = cells[at] === BAD_SHARE ? bad : heatColour(cells[at] / WHOLE_SHARE);
       image.data.set([...colour, 255], 4 * at);
     }
-    const canvas = new OffscreenCanvas(width, rows.length);
+    const canvas = element("canvas", { width, height: rows.length });
     canvas.getContext("2d").putImageData(image, 0, 0);
     u.ctx.save();
     u.ctx.imageSmoothingEnabled = false;
@@ -769,9 +774,14 @@
     const steps = first === last ? `step ${whole(first)}` : `steps ${whole(first)} – ${whole(last)}`;
     fillTip(run, steps, [
       [heat.kind, heat.names[row]],
-      [first === last ? "share" : "largest share", code === BAD_SHARE ? "not finite" : percent(code / WHOLE_SHARE)],
+      [first === last ? "share" : "largest share", shareText(code)],
     ]);
     placeTip(figure, left, top);
+  }
+
+  function shareText(code) {
+    if (code === BAD_SHARE) return "not finite";
+    return code === 0 ? "under 0.2\u00a0%" : percent(code / WHOLE_SHARE);
   }
 
   function placeCross(figure, step) {
@@ -841,6 +851,11 @@
   function placeTip(figure, left, top) {
     tip.hidden = false;
     const box = figure.plot.over.getBoundingClientRect();
+    if (isNarrow(root.clientWidth)) {                // beside the pointer it would hide the figure
+      const low = box.top + top < 0.55 * innerHeight;
+      tip.style.transform = `translate(4px, ${low ? innerHeight - tip.offsetHeight - 4 : 4}px)`;
+      return;
+    }
     const width = tip.offsetWidth, height = tip.offsetHeight, room = 14;
     let x = box.left + left + room;
     if (x + width > root.clientWidth - 4) x = box.left + left - room - width;
