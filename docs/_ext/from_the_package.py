@@ -12,17 +12,22 @@ import distclip
 from distclip.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-# protocols between a policy or sink of one's own and the clipper, and what they hand over
+# protocols between a policy or sink of one's own and the clipper, and what they hand over; what
+# was added last
 PROVISIONAL = {
     "Clamp",
+    "Escalate",
     "LocalGrads",
     "LocalStats",
     "Norms",
     "Policy",
+    "RankNorms",
     "Scale",
     "Sink",
     "UnitScale",
     "Watch",
+    "by_optimizer",
+    "per_expert",
 }
 
 
