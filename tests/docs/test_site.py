@@ -26,9 +26,13 @@ BESIDE = (  # public, and not in distclip.__all__
     "distclip.integrations.torchtitan.clip",
     "distclip.integrations.torchtitan.clip_with_distclip",
     "distclip.integrations.transformers.clip_with_distclip",
+    "distclip.testing.CollectiveCounter",
+    "distclip.testing.ThreadGroup",
     "distclip.testing.World",
     "distclip.testing.World.run",
     "distclip.testing.count_collectives",
+    "distclip.testing.fresh_process",
+    "distclip.testing.fully_shard",
     "distclip.testing.run_threads",
 )
 
