@@ -2,8 +2,8 @@
 
 SUM: groups' power sums · watched power sums · stats · ranks · drift · presence · count ·
 nonfinite · errors · notes · tokens (3) · their squares (3)
-MAX (p = inf): groups' maxima · watched maxima · stats · ranks · count · nonfinite · errors · notes ·
-tokens (3) · the same, negated (3)
+MAX (p = inf): groups' maxima · watched maxima · stats · ranks · count · nonfinite · errors ·
+notes · tokens (3) · the same, negated (3)
 
   stats     what policies add                 ranks      each rank's own norm, in its own place
   drift     Σ weight · power sum: 0 where replicas are equal
