@@ -31,7 +31,10 @@ nitpick_ignore_regex = [
     # types of arguments that have a name of their own, which docstrings say in words; whether a
     # public name is without a place, tests/docs/test_site.py sees
     (r"py:class", r"\w+"),
-    (r"py:class", r"distclip\.(kernels\.tensor_list\.TensorList|report\.trackers\._WandbRun)"),
+    (
+        r"py:class",
+        r"distclip\.(kernels\.tensor_list\.TensorList|report\.trackers\._WandbRun|p_norm\.PNorm)",
+    ),
 ]
 
 myst_enable_extensions = ["colon_fence"]

@@ -287,11 +287,11 @@ class ClipReport:
     def outlier_rank(self) -> int | None:
         """The rank, by its place in the clipper's group, that lies off by more than
         RANK_DEVIATIONS; else None. With few ranks some do by chance."""
-        rank, deviation = self._farthest_rank
-        return rank if deviation is not None and deviation > RANK_DEVIATIONS else None
+        return self._farthest_rank[0]
 
     @property
     def _farthest_rank(self) -> tuple[int | None, float | None]:
+        """The outlier, and the deviation of the rank that lies off the farthest."""
         logs = [math.log(n) if 0 < n < math.inf else math.nan for n in self.rank_norms.tolist()]
         known = [log for log in logs if log == log]
         if len(logs) < 3:
@@ -303,7 +303,7 @@ class ClipReport:
             for log in logs
         ]
         rank = max(range(len(off)), key=off.__getitem__)
-        return rank, off[rank]
+        return rank if off[rank] > RANK_DEVIATIONS else None, off[rank]
 
     @property
     def group_shares(self) -> Tensor:
@@ -352,7 +352,7 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
-        rank, deviation = self.outlier_rank, self.rank_deviation
+        rank, deviation = self._farthest_rank
         out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]

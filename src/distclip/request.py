@@ -21,6 +21,7 @@ from distclip.optimizers import (
     check_step_signatures,
 )
 from distclip.p_norm import PNorm
+from distclip.passed import as_number, check_flag, is_text
 from distclip.records import Piece
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.torch_internals.grad_scaler import NO_SCALER, ScalerState
@@ -173,14 +174,22 @@ class RequestMaker:
         optimizers: Sequence[Any] = (),
         scaler: Any = None,
         grad_scale: float = 1.0,
+        of: Any = "grad",
         note: Any = None,
+        **flags: Any,
     ) -> Request:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
         of them alone."""
         guards = not self.propagates
-        plain = not optimizers and scaler is None and grad_scale == 1.0
-        if plain and note is None and operation != "step":
-            return Request(operation, guards_unmanaged=guards)
+        plain = not optimizers and scaler is None and as_number(grad_scale) == 1.0
+        if (
+            plain
+            and note is None
+            and operation != "step"
+            and is_text(of, "grad", "param")
+            and all(isinstance(flag, bool) for flag in flags.values())
+        ):
+            return Request(operation, target=of, guards_unmanaged=guards)
         owned: tuple[OptimizerParams, ...] = ()
         try:
             if operation == "step" and not optimizers:
@@ -192,8 +201,15 @@ class RequestMaker:
             owned = tuple(map(self.index.params_of, optimizers))
             if operation == "step":
                 check_step_signatures(owned)
-            if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
-                raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
+            if not is_text(of, "grad", "param"):
+                raise ConfigError(f"{operation}(of={of!r}): it is 'grad' or 'param'")
+            for name, flag in flags.items():
+                check_flag(f"{operation}(): {name}", flag)
+            if not isinstance(grad_scale, (int, float)) or not 0 < as_number(grad_scale) < math.inf:
+                raise ConfigError(
+                    f"grad_scale={grad_scale!r} must be positive and finite"
+                    + (", a number of Python's" if hasattr(grad_scale, "__float__") else "")
+                )
             state = ScalerState(scaler, optimizers, self.device, self.on_host)
             if state.enabled and self.propagates:
                 raise ConfigError(

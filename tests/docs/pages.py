@@ -294,6 +294,35 @@ def megatron(block):
 
 
 @fixture
+def megatron_optimizer(block):
+    from integrations import megatron_cases as cases
+
+    with cases.megatron(gloo=True, tensor_model_parallel_size=2):
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        x, y = cases.data("fp32")
+        grads, norm = cases.gradients(lambda p, x, _: cases.dense(p, x), cases.FULL, x, y * 3)
+        assert norm > 1, "vacuous"
+        config = cases.config_of("fp32", tensor_model_parallel_size=2)
+        model = cases.fill(cases.tensor_parallel_model(config), shapes=cases.FULL)
+        names = {
+            "OptimizerConfig": OptimizerConfig,
+            "get_megatron_optimizer": get_megatron_optimizer,
+            "model": cases.in_ddp(model, config, distributed=False),
+            "train_to_the_step": lambda model, _: cases.backward(
+                model, cases.my_rows(x), cases.my_rows(y * 3)
+            ),
+        }
+        block.run(names)
+        assert names["update_successful"]
+        near(names["grad_norm"], norm)
+        wanted = {n: cases.part_of(n, g) / norm for n, g in grads.items()}
+        off, count = cases.difference(names["optimizer"], names["model"], wanted)
+        assert count and off < 1e-5
+        return float(names["grad_norm"]).hex()
+
+
+@fixture
 def keras_clipnorm(block):
     model = DistributedDataParallel(net())
     before = whole(model.parameters())

@@ -64,8 +64,8 @@ class TensorBoardSink:
         every: write each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
-        ConfigError: the package tensorboard is missing, or `every` is not a whole number of at
-            least 1.
+        ConfigError: the package tensorboard is missing, `log_dir` is neither folder nor writer, or
+            `every` is not a whole number of at least 1.
     """
 
     def __init__(self, log_dir: str | PathLike[str] | Any, every: int = 1) -> None:
@@ -74,6 +74,10 @@ class TensorBoardSink:
         self._writer: Any = None if self._log_dir is not None else log_dir
         if self._log_dir is not None:
             _summary_writer()
+        elif log_dir is not None and not callable(getattr(log_dir, "add_scalar", None)):
+            raise ConfigError(
+                f"TensorBoardSink: log_dir={log_dir!r} is neither a folder nor a SummaryWriter"
+            )
 
     @property
     def lacks(self) -> str:
@@ -102,7 +106,7 @@ def _summary_writer() -> Any:
         return import_module("torch.utils.tensorboard.writer").SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            'TensorBoardSink needs the package tensorboard: pip install "distclip[report]"'
+            'TensorBoardSink needs the package tensorboard: pip install "distclip[tensorboard]"'
         ) from error
 
 
