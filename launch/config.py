@@ -90,6 +90,9 @@ class Clip:
     warmup: int = option(0, "steps at a fixed threshold before an adaptive mode decides", least=0)
     skip_spikes: bool = option(False, "leave out steps whose norm is far above the latest ones")
     escalate: Escalate = field(default_factory=Escalate)
+    rank_norms: bool = option(
+        False, "each rank's own norm in the log (ddp, fsdp2, hsdp): which one lies off"
+    )
     groups: Literal["none", "per_layer", "per_parameter"] = option(
         "none", "what has a norm and a threshold of its own"
     )
@@ -107,8 +110,10 @@ class Inject:
     into a shard.
     """
 
-    kind: Literal["none", "overflow", "nan", "spike"] = option(
-        "none", "what one gradient element becomes, to see that no rank steps"
+    kind: Literal["none", "overflow", "nan", "spike", "rank"] = option(
+        "none",
+        "what one gradient element becomes, to see that no rank steps; rank: all gradients of a "
+        "rank 100 times as large before they are reduced",
     )
     step: int = option(10, "at which step, from 0", least=0)
     batches: int = option(1, "in how many batches in a row, from that step's on", least=1)
@@ -208,6 +213,17 @@ def _check(config: Config, leaves: dict[str, tuple[Any, Any]]) -> None:
             f"deepspeed={config.deepspeed!r} has no part in strategy={config.strategy!r}; leave it "
             f'out (over a file: --deepspeed ""), or '
             "use strategy: deepspeed"
+        )
+    if config.clip.rank_norms and config.strategy not in ("ddp", "fsdp2", "hsdp"):
+        raise Refused(
+            f"clip.rank_norms: strategy={config.strategy!r} shows no rank's own gradients; it is "
+            f"for ddp, fsdp2 and hsdp"
+        )
+    spread = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
+    if config.inject.kind == "rank" and config.strategy not in spread:
+        raise Refused(
+            f"inject.kind='rank' has no part in strategy={config.strategy!r}; it is for "
+            f"{', '.join(spread)}"
         )
     if config.clip.escalate.roll_back and not config.output.checkpoint:
         raise Refused(

@@ -89,6 +89,8 @@ def train(config: Config, device: str) -> None:
             group["lr"] = training.lr * rate(step, config) * ladder.lr_factor(step)
         spoilt = range(inject.step, inject.step + inject.batches)
         fault = FAULTS[inject.kind] if batch in spoilt and rank == inject.rank else None
+        # which data this rank reads: batches are drawn by their numbers
+        job.note = {"batch": batch, "samples": [index * share, (index + 1) * share - 1]}
         loss, report = job.step(x, y, fault)
         taken += 1
         bits = bits * 31 + report.coefs.float().view(torch.int32).long().sum()

@@ -1,7 +1,6 @@
 """Directives that read the package: the table of public names, the commands' help, programs."""
 
 import argparse
-import ast
 import inspect
 from pathlib import Path
 
@@ -13,17 +12,22 @@ import distclip
 from distclip.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-# protocols between a policy or sink of one's own and the clipper, and what they hand over
+# protocols between a policy or sink of one's own and the clipper, and what they hand over; what
+# was added last
 PROVISIONAL = {
     "Clamp",
+    "Escalate",
     "LocalGrads",
     "LocalStats",
     "Norms",
     "Policy",
+    "RankNorms",
     "Scale",
     "Sink",
     "UnitScale",
     "Watch",
+    "by_optimizer",
+    "per_expert",
 }
 
 
@@ -75,8 +79,7 @@ class CommandLine(SphinxDirective):
 
 
 class FilesOf(SphinxDirective):
-    """A section for each program of a folder of the repository: its docstring's first line, and the
-    whole of it."""
+    """A section for each program of a folder of the repository, with the whole of it."""
 
     required_arguments = 1
 
@@ -89,8 +92,6 @@ class FilesOf(SphinxDirective):
             text = path.read_text()
             section = nodes.section(ids=[nodes.make_id(path.stem)])
             section += nodes.title(text=path.name)
-            said = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-            section += nodes.paragraph(text=said)
             section += nodes.literal_block(text, text, language="python")
             out.append(section)
         return out

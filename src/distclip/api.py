@@ -44,7 +44,7 @@ from distclip.policies import (
     Warmup,
     ZClip,
 )
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Note, Scale, UnitScale
 from distclip.report.sinks import JSONLSink, LoggingSink
 from distclip.report.trackers import TensorBoardSink, WandbSink
 from distclip.report.writer import Sink
@@ -76,6 +76,7 @@ __all__ = [
     "NonFiniteError",
     "Normalize",
     "Norms",
+    "Note",
     "PlacementError",
     "Policy",
     "RankNorms",

@@ -23,6 +23,7 @@ from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
 from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
+from distclip.passed import as_list
 from distclip.policies import Policy
 from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
@@ -32,7 +33,7 @@ from distclip.request import Request
 from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
 from distclip.setup.parameters import Params
-from distclip.setup.placement import ReplicaDeclarations, ReplicatedOver, Shared
+from distclip.setup.placement import ReplicatedOver, Shared
 from distclip.stages import build_stages
 from distclip.step import StepRunner
 from distclip.torch_internals.compile import outside_compile
@@ -122,11 +123,10 @@ class GradClipper:
             partial_grads=partial_grads,
             grad_of=grad_of,
             rank_norms=rank_norms,
+            replicated_over=replicated_over,
+            shared=shared,
         )
         self._params = _reusable(params)
-        self._declared = ReplicaDeclarations(
-            dict(replicated_over or {}), tuple(tuple(names) for names in shared)
-        )
         self._grad_of = grad_of
         self._writer = ReportWriter()
         self._decided: StepOutcome | None = None
@@ -151,7 +151,7 @@ class GradClipper:
         params = self._params if params is None else _reusable(params)
         self._channel = Channel.from_group(self._process_group)
         self._writer.flush()
-        inputs = build_plan(params, self._passed, self._declared, self._channel, self._sinks)
+        inputs = build_plan(params, self._passed, self._channel, self._sinks)
         if self._channel.rank == 0:
             header = make_header(inputs.plan, inputs.options, inputs.device)
             self._writer = ReportWriter(self._sinks, header)
@@ -207,6 +207,7 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: Any = None,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce,
         on every rank.
@@ -223,12 +224,17 @@ class GradClipper:
                 `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        request = self._stages.requests.make("clip_", as_optimizers(optimizer), scaler, grad_scale)
+        optimizers = as_optimizers(optimizer)
+        request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note=note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
             drop_step_grads(request, self._params_to_drop(request))
@@ -246,6 +252,7 @@ class GradClipper:
         scaler: Any = None,
         update_scaler: bool = True,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Unscale, clip, step the optimizers, update the scaler; a step that is not finite moves
         nothing. One all-reduce.
@@ -263,6 +270,10 @@ class GradClipper:
                 with this scaler follows.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             ConfigError: no optimizer was passed, something else was, or one whose `step` needs an
@@ -272,7 +283,9 @@ class GradClipper:
                 touched. With "propagate" on CUDA a fault is told one call late, and optimizers that
                 do not fold have then taken that step.
         """
-        request = self._stages.requests.make("step", optimizers, scaler, grad_scale)
+        request = self._stages.requests.make(
+            "step", optimizers, scaler, grad_scale, note=note, update_scaler=update_scaler
+        )
         fused_groups = self._fused_groups(request)
         all_fused = len(fused_groups) == len(request.optimizers)
         outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
@@ -302,7 +315,9 @@ class GradClipper:
 
     @outside_compile
     @torch.no_grad()
-    def decide(self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False) -> ClipReport:
+    def decide(
+        self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False, note: Any = None
+    ) -> ClipReport:
         """`clip_` up to the decision, for engines that own the step: no gradient is touched. One
         all-reduce, on every rank.
 
@@ -314,11 +329,14 @@ class GradClipper:
                 it.
             dynamic_loss_scale: the engine lowers its loss scale after a step that is not finite:
                 `raise` then waits for `skip_limit` in a row.
+            note: as for `clip_`.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        request = self._stages.requests.make("decide", grad_scale=grad_scale)
+        request = self._stages.requests.make(
+            "decide", grad_scale=grad_scale, note=note, dynamic_loss_scale=dynamic_loss_scale
+        )
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step
@@ -339,8 +357,8 @@ class GradClipper:
                 (float32 copies of bf16 ones).
 
         Raises:
-            ConfigError: nothing was decided, the step is to be left out, or a parameter was passed
-                before.
+            ConfigError: nothing was decided, the step is to be left out, a parameter was passed
+                before, or something else than parameters.
         """
         if self._decided is None:
             raise ConfigError(
@@ -351,7 +369,7 @@ class GradClipper:
                 f"step {self._state.step} is to be left out (report.skipped); there is nothing to "
                 "apply"
             )
-        asked = {id(param) for param in params}
+        asked = {id(param) for param in _as_tensors(params)}
         members = self._stages.inputs.members
         mine = [i for i, param in enumerate(members) if id(param) in asked]
         again = [self.plan.pieces[i].name for i in mine if i in self._applied]
@@ -379,10 +397,8 @@ class GradClipper:
         Raises:
             AgreementError: copies are not equal; GradientError: what was found wrong on a rank.
         """
-        if of not in ("grad", "param"):
-            raise ConfigError(f"measure(of={of!r}): it is 'grad' or 'param'")
-        request = replace(self._stages.requests.make("measure"), target=of)
-        return self._run(request, allow_late=True).report
+        request = self._stages.requests.make("measure", of=of)
+        return self._run(request, allow_late=request.error is None).report
 
     @outside_compile
     @torch.no_grad()
@@ -471,6 +487,18 @@ class GradClipper:
                 nothing was taken over.
         """
         self._state.load_state_dict(state, self.state_dict())
+
+
+def _as_tensors(params: Any) -> list[Tensor]:
+    """What `apply_` was given. ConfigError for anything but tensors."""
+    given = [params] if isinstance(params, Tensor) else as_list(params)
+    for thing in [params] if given is None else given:
+        if not isinstance(thing, Tensor):
+            raise ConfigError(
+                f"apply_() got a {type(thing).__name__}; pass some or all of the clipper's "
+                "parameters"
+            )
+    return given or []
 
 
 def _reusable(params: Params) -> Params:

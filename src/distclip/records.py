@@ -145,12 +145,22 @@ class Culprit(NamedTuple):
     after: str | None = None
 
 
+class Note(NamedTuple):
+    """What one rank said of one of its steps, by `note=`."""
+
+    rank: int
+    step: int
+    note: Any  # as JSON reads it; the beginning of its JSON, a text, where it is cut
+    cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
+
+
 class Findings(NamedTuple):
     """What was found out of a step once it was judged. Equal on every rank."""
 
     matters: str | None = None
     deviation: float | None = None
     culprits: tuple[Culprit, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class _TensorField:
@@ -222,11 +232,14 @@ class ClipReport:
     culprits: tuple[Culprit, ...] = ()
     # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
     # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
-    # step that is judged at the next call has it, culprits and deviation in the log alone
+    # step that is judged at the next call has it, deviation, culprits and notes in the log alone
     matters: str | None = None
     # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
     # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
     deviation: float | None = None
+    # of a step that matters: all ranks' notes of it and of the two steps before, as far as they
+    # were not sent before
+    notes: tuple[Note, ...] = ()
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -274,11 +287,11 @@ class ClipReport:
     def outlier_rank(self) -> int | None:
         """The rank, by its place in the clipper's group, that lies off by more than
         RANK_DEVIATIONS; else None. With few ranks some do by chance."""
-        rank, deviation = self._farthest_rank
-        return rank if deviation is not None and deviation > RANK_DEVIATIONS else None
+        return self._farthest_rank[0]
 
     @property
     def _farthest_rank(self) -> tuple[int | None, float | None]:
+        """The outlier, and the deviation of the rank that lies off the farthest."""
         logs = [math.log(n) if 0 < n < math.inf else math.nan for n in self.rank_norms.tolist()]
         known = [log for log in logs if log == log]
         if len(logs) < 3:
@@ -290,7 +303,7 @@ class ClipReport:
             for log in logs
         ]
         rank = max(range(len(off)), key=off.__getitem__)
-        return rank, off[rank]
+        return rank if off[rank] > RANK_DEVIATIONS else None, off[rank]
 
     @property
     def group_shares(self) -> Tensor:
@@ -339,10 +352,11 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
-        rank, deviation = self.outlier_rank, self.rank_deviation
+        rank, deviation = self._farthest_rank
         out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
+        out["notes"] = [note._asdict() for note in self.notes]
         return out
 
 

@@ -75,6 +75,11 @@ class StepRunner:
                 f"{request.operation}() reads a number on the host, which a CUDA graph cannot "
                 "capture; use step() with fused optimizers that fold, or on_nonfinite='propagate'"
             )
+        if capturing and request.note is not None:
+            raise ConfigError(
+                f"{request.operation}(note=...) inside a CUDA graph: a replay takes no note of its "
+                "own; leave it out there"
+            )
         if not capturing:
             timing.check_previous()
         if self.reads_late and allow_late and request.optimizers and not stages.always_steps:
@@ -84,8 +89,11 @@ class StepRunner:
 
         # This rank's sums, and what is wrong here
         state.step += 1
-        last_hash = state.last_decision_hash
-        measurement, message = stages.measurer.measure(state.step, request, last_hash)
+        last_hash, notes = state.last_decision_hash, stages.checker.notes
+        if request.note is not None:
+            notes.keep(state.step, request.note)
+        has_notes = notes.has_some(state.step)
+        measurement, message = stages.measurer.measure(state.step, request, last_hash, has_notes)
         if capturing and (measurement.errors or request.error):  # nobody would read them later
             raise request.error or GradientError("; ".join(measurement.errors))
 

@@ -154,6 +154,22 @@ def saving_distributed(block):
 
 
 @fixture
+def rank_norms(block):
+    model = DistributedDataParallel(net())
+    optimizer, printed = torch.optim.SGD(model.parameters(), 1.0), []
+    names = {"model": model, "optimizer": optimizer, "loss_of": loss_of}
+    block.run(names | {"print": lambda *said: printed.extend(said)})
+    norms, outlier = printed
+    x, y = batch()
+    for rank, norm in enumerate(norms.tolist()):
+        own = net().double()
+        (own(x[rank::4].double()) - y[rank::4].double()).square().mean().backward()
+        near(norm, total_norm([p.grad for p in own.parameters()]))
+    assert outlier is None
+    return str(norms.tolist())
+
+
+@fixture
 def private_experts(block):
     """One expert a rank, under one name."""
     model = nn.ModuleDict({"router": nn.Linear(3, 3), "experts": nn.ModuleList([nn.Linear(3, 3)])})
@@ -275,6 +291,35 @@ def megatron(block):
     report = names["clipper"].measure()
     near(report.total_norm, wanted)
     return float(report.total_norm).hex()
+
+
+@fixture
+def megatron_optimizer(block):
+    from integrations import megatron_cases as cases
+
+    with cases.megatron(gloo=True, tensor_model_parallel_size=2):
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        x, y = cases.data("fp32")
+        grads, norm = cases.gradients(lambda p, x, _: cases.dense(p, x), cases.FULL, x, y * 3)
+        assert norm > 1, "vacuous"
+        config = cases.config_of("fp32", tensor_model_parallel_size=2)
+        model = cases.fill(cases.tensor_parallel_model(config), shapes=cases.FULL)
+        names = {
+            "OptimizerConfig": OptimizerConfig,
+            "get_megatron_optimizer": get_megatron_optimizer,
+            "model": cases.in_ddp(model, config, distributed=False),
+            "train_to_the_step": lambda model, _: cases.backward(
+                model, cases.my_rows(x), cases.my_rows(y * 3)
+            ),
+        }
+        block.run(names)
+        assert names["update_successful"]
+        near(names["grad_norm"], norm)
+        wanted = {n: cases.part_of(n, g) / norm for n, g in grads.items()}
+        off, count = cases.difference(names["optimizer"], names["model"], wanted)
+        assert count and off < 1e-5
+        return float(names["grad_norm"]).hex()
 
 
 @fixture

@@ -22,8 +22,17 @@ for _name, _answer in {
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti  # noqa: E402
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
+from torchtitan.components.optimizer import default_adamw  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
+from torchtitan.config import ParallelismConfig, TrainingConfig  # noqa: E402
+from torchtitan.config.configs import DebugConfig  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.models.common.attention import (  # noqa: E402
+    FlexAttention,
+    ScaledDotProductAttention,
+)
+from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel  # noqa: E402
+from torchtitan.models.llama3.config_registry import llama3_debugmodel  # noqa: E402
 
 _set_factor = FSDPModule.set_gradient_divide_factor
 
@@ -103,3 +112,40 @@ class NoTokenizer(BaseTokenizer):
 
     def get_vocab_size(self):
         return 256
+
+
+PARALLELISM = {
+    "fsdp2": {},
+    "fsdp2_tp": {"tensor_parallel_degree": 2},
+    "tp": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 1},
+    "pp_fsdp2": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "Interleaved1F1B"},
+    "moe_ep": {"expert_parallel_degree": 2},
+}
+
+
+def debug_config(layout, folder, steps, max_norm, **more):
+    """The packaged debug model's, with random tokens and short sequences."""
+    made = deepseek_v3_debugmodel() if layout.startswith("moe") else llama3_debugmodel()
+    for _, _, parent, name in list(made.model_spec.model.traverse(FlexAttention.Config)):
+        setattr(parent, name, ScaledDotProductAttention.Config())  # the others need an accelerator
+    changes = {
+        "dump_folder": folder,
+        "tokenizer": NoTokenizer.Config(),
+        "dataloader": RandomTokens.Config(),
+        # a smaller rate for experts: a token that is routed otherwise is no rounding
+        "optimizer": default_adamw(lr=1e-4 if layout.startswith("moe") else 3e-3),
+        "training": TrainingConfig(
+            local_batch_size=2,
+            seq_len=16,
+            steps=steps,
+            max_norm=max_norm,
+            mixed_precision_param="float32",
+            disable_cuda_graphs=True,
+        ),
+        "parallelism": ParallelismConfig(spmd_backend="partial_dtensor", **PARALLELISM[layout]),
+        "activation_checkpoint": None,
+        "debug": DebugConfig(seed=1, enable_structured_logging=False),
+    }
+    for name, value in (changes | more).items():
+        setattr(made, name, value)
+    return made

@@ -15,13 +15,7 @@ import torchtitan_cpu  # before torchtitan
 # isort: split
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.optimizer import default_adamw
-from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import DebugConfig
 from torchtitan.config.override import OverrideConfig
-from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
-from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
-from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.trainer import Trainer
 
 import distclip
@@ -29,43 +23,11 @@ from distclip.integrations.torchtitan import clip_with_distclip, release
 
 LAYOUT = sys.argv[1]
 STEPS = 12
-PARALLELISM = {
-    "fsdp2": {},
-    "fsdp2_tp": {"tensor_parallel_degree": 2},
-    "tp": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 1},
-    "pp_fsdp2": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "Interleaved1F1B"},
-    "moe_ep": {"expert_parallel_degree": 2},
-}
 MAX_NORM = 0.5
 
 
 def config(folder, **more):
-    """The packaged debug model's, with random tokens and short sequences."""
-    packaged = deepseek_v3_debugmodel if LAYOUT.startswith("moe") else llama3_debugmodel
-    made = packaged()
-    for _, _, parent, name in list(made.model_spec.model.traverse(FlexAttention.Config)):
-        setattr(parent, name, ScaledDotProductAttention.Config())  # the others need an accelerator
-    changes = {
-        "dump_folder": folder,
-        "tokenizer": torchtitan_cpu.NoTokenizer.Config(),
-        "dataloader": torchtitan_cpu.RandomTokens.Config(),
-        # a smaller rate for experts: a token that is routed otherwise is no rounding
-        "optimizer": default_adamw(lr=1e-4 if LAYOUT.startswith("moe") else 3e-3),
-        "training": TrainingConfig(
-            local_batch_size=2,
-            seq_len=16,
-            steps=STEPS,
-            max_norm=MAX_NORM,
-            mixed_precision_param="float32",
-            disable_cuda_graphs=True,
-        ),
-        "parallelism": ParallelismConfig(spmd_backend="partial_dtensor", **PARALLELISM[LAYOUT]),
-        "activation_checkpoint": None,
-        "debug": DebugConfig(seed=1, enable_structured_logging=False),
-    }
-    for name, value in (changes | more).items():
-        setattr(made, name, value)
-    return made
+    return torchtitan_cpu.debug_config(LAYOUT, folder, STEPS, MAX_NORM, **more)
 
 
 def trained(attach=None, folder="", after_backward=None, **more):

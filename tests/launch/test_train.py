@@ -4,6 +4,7 @@ configuration."""
 import sys
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from launch.programs import (
     ROOT,
@@ -153,6 +154,10 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
     assert (culprit["parameter"], culprit["rank"], culprit["kind"]) == ("token.weight", 1, "inf")
     assert culprit["before"] is None and culprit["after"] == "position.weight", "its neighbours"
     assert any(row["clipped"] for row in rows), "vacuous"
+    notes = [note for note in rows[10]["notes"] if note["step"] == 11]
+    assert [(note["rank"], note["note"]) for note in notes] == [
+        (rank, {"batch": 10, "samples": [2 * rank, 2 * rank + 1]}) for rank in range(4)
+    ]
 
 
 @pytest.fixture
@@ -463,4 +468,27 @@ def test_a_rate_is_lowered_for_a_while(tmp_path):
     assert "step 39: the run was rolled back 1 times (clip.escalate.roll_backs)" in told
     assert "clip.escalate.roll_back=2 loads a checkpoint; name their folder" in refused(
         *LADDER, "--clip.escalate.roll_back", "2"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_that_is_off_is_found_in_the_log(ranks, tmp_path, strategy):
+    """Each rank reads data of its own, and one has gradients that are 100 times as large."""
+    if strategy == "fsdp2" and not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        pytest.skip("a release that shows nothing")
+    log = tmp_path / "log.jsonl"
+    train_with(
+        ranks, "--strategy", strategy, "--model", "gpt", "--data.name", "text", *SMALL, "--clip.rank_norms", "true",
+        "--inject.kind", "rank", "--inject.step", "3", "--inject.rank", "2", "--output.log", str(log),
+    )  # fmt: skip
+    rows = [row for row in lines(log) if "rank_norms" in row]
+    assert len(rows) == 6 and all(len(row["rank_norms"]) == 4 for row in rows)
+    off = rows[3]
+    assert off["outlier_rank"] == 2 and off["rank_deviation"] > 8
+    assert off["rank_norms"][2] > 20 * max(n for i, n in enumerate(off["rank_norms"]) if i != 2)
+    assert "clip.rank_norms: strategy='single' shows no rank's own gradients" in refused(
+        "--strategy", "single", "--clip.rank_norms", "true"
+    )
+    assert "inject.kind='rank' has no part in strategy='tp'" in refused(
+        "--strategy", "tp", "--inject.kind", "rank"
     )

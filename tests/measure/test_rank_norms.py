@@ -8,21 +8,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
-from distclip import versions
 from distclip.testing import count_collectives, fully_shard
 from late import judged_late
 from parity.layouts import Pair, factor, mesh, pair_grads
 from parity.oracle import total_norm
 
 INF, NAN = math.inf, math.nan
-# fully_shard shows nothing before
-needs_fsdp2 = pytest.mark.skipif(versions.is_before(2, 10), reason="no set_custom_reduce_scatter")
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_custom_reduce_scatter"), reason="a release that shows nothing"
+)
 
 
 def ddp(model, **options):
@@ -39,7 +41,14 @@ def hsdp(model):
     return fsdp2(model, mesh(2, 2))
 
 
-WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2, "hsdp": hsdp}
+def one_unit(model):
+    """Of two modules."""
+    fully_shard([model.first, model.second], mesh=mesh(4))
+    fully_shard(model, mesh=mesh(4))
+    return model
+
+
+WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2, "hsdp": hsdp, "one unit": one_unit}
 
 
 def unsynchronised(model, yes):
@@ -73,17 +82,19 @@ def own_norms(wrapper, p, dtype, micro_steps, scale, late):
     return norms, total_norm(own, p), report.total_norm.item(), seen.names
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, INF])
+OWN = [(w, how, p) for w in WRAPPERS for how in ("plain", "float16") for p in (1.0, 2.0, INF)]
+OWN += [
+    (w, how, 2.0)
+    for w in ("ddp", "fsdp2", "hsdp")
+    for how in ("accumulated", "scaled", "late", "float64")
+]
+
+
 @pytest.mark.parametrize(
-    "wrapper", [w if w == "ddp" else pytest.param(w, marks=needs_fsdp2) for w in WRAPPERS]
+    "wrapper, how, p",
+    [pytest.param(*case, marks=[] if case[0] == "ddp" else needs_fsdp2) for case in OWN],
 )
-@pytest.mark.parametrize(
-    "how",
-    ["plain", "accumulated", "scaled", "late", "float16", "float64"],
-)
-def test_each_rank_has_its_own(ranks, wrapper, p, how):
-    if p != 2 and how not in ("plain", "float16"):
-        return
+def test_each_rank_has_its_own(ranks, wrapper, how, p):
     dtype = {"float16": torch.float16, "float64": torch.float64}.get(how, torch.float32)
     micro_steps = 3 if how == "accumulated" else 1
     scale = 16.0 if how == "scaled" else 1.0
@@ -211,6 +222,12 @@ def slips(what):
                 setattr(model.first, name, nn.Parameter(placed))
             fully_shard(model.first, mesh=mesh(2, 2)["outer"])
             distclip.RankNorms(model)
+        elif what == "replicate":
+            distclip.RankNorms(replicate(model))
+        elif what == "several meshes":
+            fully_shard(model.first, mesh=mesh(2, 2)["inner"])
+            fully_shard(model, mesh=mesh(4))
+            distclip.RankNorms(model)
         elif what == "fewer ranks":
             model = DDP(model, process_group=mesh(2, 2)["inner"].get_group())
             distclip.GradClipper(model, 1.0, rank_norms=distclip.RankNorms(model))
@@ -228,17 +245,19 @@ REFUSED = {
     "plain": "nothing here reduces gradients where they can be seen",
     "hook without ddp": "comm_hook= is DDP's",
     "tensor parallel": "parameters of first are divided by tensor or expert parallelism",
+    "replicate": "RankNorms: ",
+    "several meshes": "ranks that hold different parts cannot be compared",
     "fewer ranks": "and this clipper is of ranks (0, 1, 2, 3)",
     "the class": "pass distclip.RankNorms(model), built after wrapping",
 }
 
 
+NEED_FSDP2 = ("hook without ddp", "tensor parallel", "several meshes")
+
+
 @pytest.mark.parametrize(
     "what",
-    [
-        pytest.param(w, marks=needs_fsdp2) if w in ("hook without ddp", "tensor parallel") else w
-        for w in REFUSED
-    ],
+    [pytest.param(w, marks=needs_fsdp2) if w in NEED_FSDP2 else w for w in REFUSED],
 )
 def test_refused_on_all_ranks(ranks, what):
     for text in ranks.run(slips, what):

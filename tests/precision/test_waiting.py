@@ -231,9 +231,9 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
         )
 
     good = (
-        [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
+        [4.0, 1.0, 0.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
         if math.isinf(p)
-        else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
+        else [4.0, 0, 0, 4.0, 0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
     )
     verdicts = set()
     for i in range(-1, len(good)):

@@ -12,6 +12,7 @@ import torch
 from distclip.decide import audit
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
 from distclip.decide.matters import NormWindow
+from distclip.decide.notes import NoteBook
 from distclip.decide.warn import StepWarnings
 from distclip.errors import AgreementError
 from distclip.exchange.channel import Channel, hash64
@@ -20,7 +21,7 @@ from distclip.measure.collect import CollectedGrads
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
-from distclip.records import Culprit, Findings
+from distclip.records import Culprit, Findings, Note
 from distclip.request import Request
 from distclip.setup.plan import Plan
 
@@ -55,12 +56,13 @@ class StepChecker:
     config: str
     warnings: StepWarnings
     window: NormWindow = field(default_factory=NormWindow)
+    notes: NoteBook = field(default_factory=NoteBook)
 
     def check(
         self, measurement: LocalMeasurement, checks: CheckWords, numbers: HostNumbers
     ) -> Findings:
-        """Raises on all ranks alike, or returns what was found: whether the step matters, and the
-        culprits of a streak's first bad one.
+        """Raises on all ranks alike, or returns what was found: whether the step matters, then all
+        ranks' notes if some have any, and the culprits of a streak's first bad one.
 
         Args:
             checks: Python's numbers.
@@ -92,7 +94,10 @@ class StepChecker:
         else:
             self._count_finite_step(step, numbers)
         matters, deviation = self.window.judge(norm, numbers.skipped)
-        return Findings(matters, deviation, culprits)
+        notes: tuple[Note, ...] = ()
+        if matters is not None and checks.notes:
+            notes = self.notes.gather(self.channel, self.device)
+        return Findings(matters, deviation, culprits, notes)
 
     def _doing(self, measurement: LocalMeasurement) -> str:
         """What this rank did, for ranks that did not do the same."""

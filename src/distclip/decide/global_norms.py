@@ -145,7 +145,7 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         finite = zero == 0
     elif len(groups) > FEW:
         groups = torch.zeros(layout.num_groups, dtype=torch.float64, device=device)
-    checks = CheckWords(zero, zero, zero, zero, zero, zero, agreed=finite)
+    checks = CheckWords(zero, zero, zero, zero, zero, zero, zero, agreed=finite)
     return GlobalNorms(
         per_group=groups,
         total=zero,

@@ -240,6 +240,11 @@ class ClipperState:
                 or other groups; or a number differs that the size of the state depends on. Nothing
                 was taken over.
         """
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"load_state_dict() was given a {type(given).__name__}; pass what state_dict() "
+                "gave, or a checkpoint's copy of it"
+            )
         changes = _checked_record(given, own)
         if changes:
             warnings.warn(

@@ -1,15 +1,16 @@
 """What one step's message holds, packed and unpacked.
 
 SUM: groups' power sums · watched power sums · stats · ranks · drift · presence · count ·
-nonfinite · errors · tokens (3) · their squares (3)
+nonfinite · errors · notes · tokens (3) · their squares (3)
 MAX (p = inf): groups' maxima · watched maxima · stats · ranks · count · nonfinite · errors ·
-tokens (3) · the same, negated (3)
+notes · tokens (3) · the same, negated (3)
 
   stats     what policies add                 ranks      each rank's own norm, in its own place
   drift     Σ weight · power sum: 0 where replicas are equal
   presence  Σ weight · [has a gradient]: 0 where all holders of a piece have one, or none has
   count     gradients present                nonfinite  gradient tensors with inf or NaN
-  errors    ranks that found something wrong  tokens    16-bit numbers, equal on all ranks
+  errors    ranks that found something wrong  notes     ranks that have notes
+  tokens    16-bit numbers, equal on all ranks
 
 A message is a list of floats where the host reads at once, else a float64 tensor on the device: it
 is packed and unpacked by the same slices.
@@ -44,6 +45,7 @@ class CheckWords(NamedTuple):
     num_grads: Number
     nonfinite: Number
     errors: Number
+    notes: Number
     agreed: Flag  # all ranks sent the same tokens
 
     @property
@@ -79,10 +81,13 @@ class MessageLayout:
     num_rank_norms: int = 0
     norm: PNorm = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
+    _bits: tuple[Tensor, Tensor] = field(init=False)  # 0 and 1, on the compute device
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", p_norm(self.norm_type))
         object.__setattr__(self, "_share_and_weight", torch.stack([self.share, self.drift_weight]))
+        bits = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.share.device)
+        object.__setattr__(self, "_bits", tuple(bits.unbind()))
 
     @property
     def num_words(self) -> int:
@@ -111,6 +116,7 @@ class MessageLayout:
         presence: Message,
         found_inf: Number | None,
         has_error: bool,
+        has_notes: bool,
         tokens: Sequence[Number],
         part_sums: Tensor | None = None,
         rank_norms: Tensor | None = None,
@@ -124,7 +130,7 @@ class MessageLayout:
             stats: [stats] float64; None is none.
             presence: of `presence_words`.
             found_inf: above 0 where something else than a piece is not finite here.
-            has_error: this rank found something wrong.
+            has_error: this rank found something wrong; has_notes: it has notes that it would send.
             tokens: whole numbers below 65536; the device's are 0-dim.
         """
         pieces = self._spread(power_sums, part_sums)
@@ -137,7 +143,8 @@ class MessageLayout:
             sums: list[float] = pieces.tolist()
             found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))
             further = [] if stats is None else stats.tolist()
-            checks = [*presence, max(found, float(found_inf or 0)), float(has_error)]
+            found = max(found, float(found_inf or 0))
+            checks = [*presence, found, float(has_error), float(has_notes)]
             seconds = map(self._beside, tokens)
             numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *seconds]
             return list(map(float, numbers))
@@ -147,7 +154,7 @@ class MessageLayout:
         # filled in on the device: a tensor made from a list would make the host wait for it
         new = pieces.new_full
         there = [t if isinstance(t, Tensor) else new((), float(t)) for t in tokens]
-        last = torch.stack([found, new((), float(has_error)), *there])
+        last = torch.stack([found, self._bits[has_error], self._bits[has_notes], *there])
         parts = [pieces[:start], *([] if stats is None else [stats]), pieces[start:]]
         assert isinstance(presence, Tensor)
         return torch.cat([*parts, presence, last, self._beside(last[-NUM_TOKENS:])])
@@ -232,7 +239,7 @@ class MessageLayout:
 
 def num_further_words(norm_type: float, num_stats: int) -> int:
     """Words of the message beside one for each group and watched layer."""
-    return num_stats + (3 if math.isinf(norm_type) else 5) + 2 * NUM_TOKENS
+    return num_stats + (4 if math.isinf(norm_type) else 6) + 2 * NUM_TOKENS
 
 
 def _count_nonfinite(power_sums: Tensor) -> Tensor:

@@ -93,9 +93,13 @@ class LocalMeasurer:
         self._all_parameters = self.collector.all_parameters()
 
     def measure(
-        self, step: int, request: Request, last_hash: Number
+        self, step: int, request: Request, last_hash: Number, has_notes: bool
     ) -> tuple[LocalMeasurement, Message]:
-        """The measurement and this rank's message. Never communicates, raises nothing."""
+        """The measurement and this rank's message. Never communicates, raises nothing.
+
+        Args:
+            has_notes: this rank has notes, should the step matter.
+        """
         out = LocalMeasurement(step, request, last_hash, self._zeros, self._zeros)
         if self.rows is not None:
             out.part_sums = self._zeros.new_zeros(self.rows.num_parts)
@@ -124,6 +128,7 @@ class LocalMeasurer:
             grad_set.presence if measured else self._no_presence(),
             found_inf,
             bool(out.errors or request.error),
+            has_notes,
             self._tokens(step, request, last_hash),
             out.part_sums,
             self._own_norm(request),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.policy import Policy, describe
 from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
 from distclip.records import Clamp, Norms, Scale, UnitScale
@@ -49,7 +50,7 @@ class SkipSpikes:
 
     def __post_init__(self) -> None:
         check_policy("SkipSpikes", self.policy)
-        if not 0 < self.sigma < math.inf:
+        if not 0 < as_number(self.sigma) < math.inf:
             raise ConfigError(
                 f"SkipSpikes: sigma={self.sigma!r} must be positive and finite; 6 is usual"
             )
@@ -63,7 +64,7 @@ class SkipSpikes:
                 f"SkipSpikes: warmup={self.warmup!r} must be a whole number from 2 "
                 f"to window={self.window}"
             )
-        if not 1 <= self.factor < math.inf:
+        if not 1 <= as_number(self.factor) < math.inf:
             raise ConfigError(
                 f"SkipSpikes: factor={self.factor!r} must be at least 1 and finite; "
                 f"a spike is above the mean"

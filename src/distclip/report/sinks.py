@@ -37,12 +37,17 @@ class JSONLSink:
         run: a name of the run, for the header.
 
     Raises:
-        ConfigError: `groups_every` is not a whole number of at least 1.
+        ConfigError: `path` is no path, or `groups_every` not a whole number of at least 1.
     """
 
     def __init__(
         self, path: str | PathLike[str] | None, groups_every: int = 1, run: str | None = None
     ) -> None:
+        if path is not None and not isinstance(path, (str, PathLike)):
+            raise ConfigError(
+                f"JSONLSink: path={path!r} is no path; pass a file's name, or None on a rank that "
+                "does not write"
+            )
         self.path, self.run = None if path is None else Path(path), run
         self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
 
@@ -77,13 +82,24 @@ class LoggingSink:
         every: log each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
-        ConfigError: `every` is not a whole number of at least 1.
+        ConfigError: `logger` has no `log`, `level` is no number, or `every` is not a whole number
+            of at least 1.
     """
 
     def __init__(
         self, logger: logging.Logger | None = None, level: int = logging.INFO, every: int = 1
     ) -> None:
-        self.logger, self.level = logger or logging.getLogger("distclip"), level
+        if logger is not None and not callable(getattr(logger, "log", None)):
+            raise ConfigError(
+                f"LoggingSink: logger={logger!r} has no log(level, text); pass what "
+                "logging.getLogger(name) gives, or None for the logger distclip"
+            )
+        if not isinstance(level, int):
+            raise ConfigError(
+                f"LoggingSink: level={level!r} is no level; pass a number, such as logging.INFO"
+            )
+        self.logger = logging.getLogger("distclip") if logger is None else logger
+        self.level = level
         self.every = checked_every("LoggingSink", every)
         self._taken: deque[float] = deque(maxlen=WINDOW)  # steps that were taken
 

@@ -61,6 +61,7 @@ class ReportMaker:
             "culprits": findings.culprits,
             "matters": findings.matters,
             "deviation": findings.deviation,
+            "notes": findings.notes,
             "dtype": self.dtype,
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there

@@ -56,7 +56,7 @@ def report_scalars(report: ClipReport) -> dict[str, float]:
 
 
 class TensorBoardSink:
-    """Scalars under `clip/…` through torch.utils.tensorboard; culprits of a bad step as text.
+    """Scalars under `clip/…` through torch.utils.tensorboard; culprits and notes as texts.
 
     Args:
         log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A
@@ -64,8 +64,8 @@ class TensorBoardSink:
         every: write each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
-        ConfigError: the package tensorboard is missing, or `every` is not a whole number of at
-            least 1.
+        ConfigError: the package tensorboard is missing, `log_dir` is neither folder nor writer, or
+            `every` is not a whole number of at least 1.
     """
 
     def __init__(self, log_dir: str | PathLike[str] | Any, every: int = 1) -> None:
@@ -74,6 +74,10 @@ class TensorBoardSink:
         self._writer: Any = None if self._log_dir is not None else log_dir
         if self._log_dir is not None:
             _summary_writer()
+        elif log_dir is not None and not callable(getattr(log_dir, "add_scalar", None)):
+            raise ConfigError(
+                f"TensorBoardSink: log_dir={log_dir!r} is neither a folder nor a SummaryWriter"
+            )
 
     @property
     def lacks(self) -> str:
@@ -92,6 +96,9 @@ class TensorBoardSink:
         if report.culprits:
             text = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             self._writer.add_text("clip/culprits", text, report.step)
+        if report.notes:
+            text = "\n\n".join(f"rank {n.rank}, step {n.step}: {n.note}" for n in report.notes)
+            self._writer.add_text("clip/notes", text, report.step)
 
 
 def _summary_writer() -> Any:
@@ -99,7 +106,7 @@ def _summary_writer() -> Any:
         return import_module("torch.utils.tensorboard.writer").SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            'TensorBoardSink needs the package tensorboard: pip install "distclip[report]"'
+            'TensorBoardSink needs the package tensorboard: pip install "distclip[tensorboard]"'
         ) from error
 
 

@@ -1,13 +1,12 @@
 """Where a rank's own gradients can be seen right before they are reduced: DDP's communication hook,
 and the reduce-scatter of FSDP2. Sends nothing by itself."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import ConfigError
@@ -60,7 +59,8 @@ def see_reductions(params: Params, see: See, comm_hook: CommHook | None) -> tupl
     if comm_hook is not None and not ddp:
         raise ConfigError("RankNorms: comm_hook= is DDP's, and there is no such module")
     over = [(name, _ranks_of(module.process_group)) for name, module in ddp]
-    over += [(name, _ranks_of_shards(name, module)) for name, module in sharded]
+    if fsdp2 is not None:
+        over += [(name, _ranks_of_shards(name, module, fsdp2)) for name, module in sharded]
     for name, ranks in over:
         if ranks != over[0][1]:
             raise ConfigError(
@@ -71,6 +71,9 @@ def see_reductions(params: Params, see: See, comm_hook: CommHook | None) -> tupl
         _check_hooks(name, module)
         module.register_comm_hook(None, _ddp_hook(i, module, see, comm_hook))
     for i, (_, module) in enumerate(sharded):
+        (now,) = reduce_scatters_of(module)
+        if isinstance(now, _SeenReduceScatter) and now.see is see:
+            continue  # several modules may be one unit
         module.set_custom_reduce_scatter(_SeenReduceScatter(i, module, len(over[0][1]), see))
     return over[0][1]
 
@@ -79,7 +82,15 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
-def _ranks_of_shards(name: str, module: Any) -> tuple[int, ...]:
+def _own_parameters(module: nn.Module, kind: type) -> Iterator[Tensor]:
+    """Those that this unit reduces: not those of units inside it."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not isinstance(child, kind):
+            yield from _own_parameters(child, kind)
+
+
+def _ranks_of_shards(name: str, module: Any, kind: type) -> tuple[int, ...]:
     """ConfigError where the unit's parameters are divided by more than FSDP2."""
     if not hasattr(module, "set_custom_reduce_scatter"):
         raise ConfigError(
@@ -88,7 +99,7 @@ def _ranks_of_shards(name: str, module: Any) -> tuple[int, ...]:
         )
     if len(reduce_scatters_of(module)) > 1:
         raise ConfigError(f"RankNorms: {name} shards its parameters over several meshes")
-    own = [p for p in module.parameters(recurse=True) if is_dtensor(p)]
+    own = [p for p in _own_parameters(module, kind) if is_dtensor(p)]
     for param in own:
         split = [p for p in param.placements if not p.is_replicate()]
         if len(split) > 1 or mesh_of(param).ndim > 2:
@@ -114,6 +125,9 @@ def _check_hooks(name: str, module: DistributedDataParallel) -> None:
 
 def _ddp_hook(number: int, module: Any, see: See, inner: CommHook | None) -> Any:
     """What it sees is not divided yet, and has all that was accumulated under `no_sync`."""
+    # imports much that nothing else needs
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
     state, reduce = inner or (module.process_group, allreduce_hook)
 
     def see_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -127,7 +141,7 @@ class _SeenReduceScatter:
     """In place of a unit's reduce-scatter, which it calls."""
 
     def __init__(self, number: int, module: Any, num_ranks: int, see: See) -> None:
-        self._number, self._module, self._num_ranks, self._see = number, module, num_ranks, see
+        self._number, self._module, self._num_ranks, self.see = number, module, num_ranks, see
         (self._inner,) = reduce_scatters_of(module)
 
     def allocate(
@@ -144,7 +158,7 @@ class _SeenReduceScatter:
         async_op: bool = False,
     ) -> Any:
         divided = predivided_by(self._module, input_tensor.dtype, self._num_ranks)
-        self._see(("fsdp2", self._number), input_tensor, divided)
+        self.see(("fsdp2", self._number), input_tensor, divided)
         return self._inner(
             output_tensor=output_tensor,
             input_tensor=input_tensor,
