@@ -22,8 +22,8 @@ for _name, _answer in {
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti  # noqa: E402
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
-from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.components.optimizer import default_adamw  # noqa: E402
+from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.config import ParallelismConfig, TrainingConfig  # noqa: E402
 from torchtitan.config.configs import DebugConfig  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402

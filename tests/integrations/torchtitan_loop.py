@@ -15,13 +15,7 @@ import torchtitan_cpu  # before torchtitan
 # isort: split
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.optimizer import default_adamw
-from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import DebugConfig
 from torchtitan.config.override import OverrideConfig
-from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
-from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
-from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.trainer import Trainer
 
 import distclip
