@@ -1,5 +1,6 @@
-"""docs/compatibility.md, from what pytest wrote down under each release of torch and in the
-environment of other packages' programs: run by launch/matrix.sh and launch/programs.sh.
+"""docs/compatibility.md and the README's line of status, from what pytest wrote down under each
+release of torch and in the environment of other packages' programs: run by launch/matrix.sh and
+launch/programs.sh.
 
 compatibility.py versions                        the releases on the page, one a line
 compatibility.py add VERSION RESULTS CODE [core] with the interpreter that ran the tests; RESULTS of
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections import Counter
 from datetime import datetime, timezone
@@ -20,6 +22,9 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+STATUS = re.compile(
+    r"(?<=<!-- status: written by launch/matrix.sh -->\n).*?(?=<!-- end of status)", re.S
+)
 FRAMEWORKS = ("accelerate", "transformers", "lightning", "deepspeed")
 HEAD = """# Releases of torch, Python and frameworks
 
@@ -141,6 +146,7 @@ def row(results: Path, code: int) -> dict[str, Any]:
     versions = {name: _version(name) for name in ("torch", *FRAMEWORKS, "triton")}
     return {
         "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "versions": versions,
         **outcomes(results, code),
@@ -251,6 +257,26 @@ def _framework(release: str, counts: dict[str, int]) -> str:
     return f"{release}: {counts.get('passed', 0)} passed{failed}"
 
 
+def status(rows: dict[str, dict[str, Any]], root: Path) -> str:
+    """The README's line: which torch, Python and platform the tests passed with, and which GPU."""
+    good = {
+        release: row for release, row in rows.items() if not (row["failures"] or row["stopped"])
+    }
+    bad = [release for release in sorted(rows, key=_order) if release not in good]
+    pythons = {".".join(row["python"].split(".")[:2]) for row in good.values()}
+    where = sorted({row["platform"] for row in good.values() if "platform" in row})
+    (pinned,) = re.findall(r"^torch==(\S+)", (root / "constraints.txt").read_text(), re.M)
+    gpu = json.loads((root / "benchmarks" / "results_gpu.json").read_text())["machine"]
+    line = (
+        f"**Status**: tests pass with torch {', '.join(sorted(good, key=_order))} (Python "
+        f"{', '.join(sorted(pythons, key=_order))}; {', '.join(where)}; CPU, gloo), at each change with "
+        f"{pinned}; on a GPU: one {gpu['device']}, torch {gpu['torch'].partition('+')[0]}."
+    )
+    if bad:
+        line += f" Some fail with {', '.join(bad)}."
+    return f"{line} [Table](docs/compatibility.md)\n"
+
+
 def _order(release: str) -> list[int]:
     return [int(part) for part in release.split(".")]
 
@@ -272,6 +298,10 @@ def add(path: Path, release: str, found: dict[str, Any]) -> None:
     rows = {name: rows[name] for name in sorted(rows, key=_order)}
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     path.write_text(page(rows, programs_of(path)))
+    readme = path.parents[1] / "README.md"
+    if readme.exists():
+        said = status(rows, readme.parent)
+        readme.write_text(STATUS.sub(lambda _: said, readme.read_text()))
 
 
 def add_programs(path: Path, found: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def test_the_streak_ends_in_an_error_and_names_culprits_first():
         params[1][1].grad = torch.tensor([INF])
         report = clipper.clip_()
         assert report.skipped and report.culprits == (
-            (("layer1.weight", 0, "inf"),) if i == 0 else ()
+            (("layer1.weight", 0, "inf", "layer0.weight", None),) if i == 0 else ()
         )
     params[1][1].grad = torch.tensor([INF])
     with pytest.raises(

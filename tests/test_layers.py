@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distclip"
 ROOMS = [
     "versions",
     "errors",
+    "passed",
     "values",
     "p_norm",
     "torch_internals",
@@ -52,10 +53,13 @@ DISTRIBUTED = {
     "records",
     "setup.parameters",
     "setup.placement",
+    "setup.reductions",
     "exchange.channel",
     "functional",
     "testing",
+    "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
+    "integrations.megatron",
 }
 DISTRIBUTED |= {
     f"cli.doctor.{part}"

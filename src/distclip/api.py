@@ -27,10 +27,12 @@ from distclip.groups import (
     per_param_group,
     per_parameter,
 )
+from distclip.measure.rank_norms import RankNorms
 from distclip.policies import (
     AGC,
     AdaGC,
     AutoClip,
+    Escalate,
     FixedNorm,
     FixedValue,
     LocalGrads,
@@ -42,7 +44,7 @@ from distclip.policies import (
     Warmup,
     ZClip,
 )
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Note, Scale, UnitScale
 from distclip.report.sinks import JSONLSink, LoggingSink
 from distclip.report.trackers import TensorBoardSink, WandbSink
 from distclip.report.writer import Sink
@@ -60,6 +62,7 @@ __all__ = [
     "ConfigError",
     "Culprit",
     "DistclipError",
+    "Escalate",
     "Exempt",
     "ExchangeError",
     "FixedNorm",
@@ -73,8 +76,10 @@ __all__ = [
     "NonFiniteError",
     "Normalize",
     "Norms",
+    "Note",
     "PlacementError",
     "Policy",
+    "RankNorms",
     "Scale",
     "Scheduled",
     "Sink",

@@ -21,8 +21,11 @@ from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
+from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
+from distclip.passed import as_list
 from distclip.policies import Policy
+from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
 from distclip.report.writer import ReportWriter, SinkLike
@@ -30,7 +33,7 @@ from distclip.request import Request
 from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
 from distclip.setup.parameters import Params
-from distclip.setup.placement import ReplicaDeclarations, ReplicatedOver, Shared
+from distclip.setup.placement import ReplicatedOver, Shared
 from distclip.stages import build_stages
 from distclip.step import StepRunner
 from distclip.torch_internals.compile import outside_compile
@@ -63,18 +66,18 @@ class GradClipper:
             look, and different parameters under one name that are taken for copies (see
             `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
-        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`,
+        watch: norms of further groupings, for report and log alone: `Watch(per_layer())`,
             `Watch(per_expert("*.experts.*"))`.
+        rank_norms: `RankNorms(model)`: each rank's own norm too, before the reduction.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
             fused on some ranks only: such ranks would judge a step at different calls, which is an
             AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
-            without FSDP leaves some) are an error, or
-            `reduce`: before each call they are redistributed to their parameters' placements, after
-                a small message by which ranks agree
-            on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`,
-            which otherwise touch nothing.
+            without FSDP leaves some) are an error, or `reduce`: before each call they are
+            redistributed to their parameters' placements, after a small message by which ranks
+            agree on which they are. `.grad` is set to the reduced tensor, also by `measure` and
+            `audit`, which otherwise touch nothing.
         sinks: where reports go, on the first rank of the group: objects with `write(report)`, or
             functions of a report. Other ranks never look at theirs, which may be None. Without any
             a skipped step is a RuntimeWarning, once a streak.
@@ -103,6 +106,7 @@ class GradClipper:
         fold: Literal["auto", "never"] = "auto",
         partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
+        rank_norms: RankNorms | None = None,
         sinks: Sequence[SinkLike | None] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
@@ -118,11 +122,11 @@ class GradClipper:
             watch=watch,
             partial_grads=partial_grads,
             grad_of=grad_of,
+            rank_norms=rank_norms,
+            replicated_over=replicated_over,
+            shared=shared,
         )
         self._params = _reusable(params)
-        self._declared = ReplicaDeclarations(
-            dict(replicated_over or {}), tuple(tuple(names) for names in shared)
-        )
         self._grad_of = grad_of
         self._writer = ReportWriter()
         self._decided: StepOutcome | None = None
@@ -147,7 +151,7 @@ class GradClipper:
         params = self._params if params is None else _reusable(params)
         self._channel = Channel.from_group(self._process_group)
         self._writer.flush()
-        inputs = build_plan(params, self._passed, self._declared, self._channel, self._sinks)
+        inputs = build_plan(params, self._passed, self._channel, self._sinks)
         if self._channel.rank == 0:
             header = make_header(inputs.plan, inputs.options, inputs.device)
             self._writer = ReportWriter(self._sinks, header)
@@ -159,7 +163,13 @@ class GradClipper:
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            stages = build_stages(inputs, self._channel, self._grad_of, self._writer.num_sinks)
+            stages = build_stages(
+                inputs,
+                self._channel,
+                self._grad_of,
+                self._writer.num_sinks,
+                self._passed.rank_norms,
+            )
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
@@ -170,6 +180,7 @@ class GradClipper:
                 self._state = ClipperState(
                     groups=stages.plan.groups,
                     initial=stages.initial,
+                    observed=[num_observed(each.policy) for each in stages.assignments],
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
                     on_host=stages.on_host,
@@ -177,7 +188,10 @@ class GradClipper:
                     step=0 if old is None else old.step,
                 )
         self._stages, self.plan = stages, stages.plan
+        watch = stages.options.watch
+        self._layers_every = 1 if watch is None else watch.every
         self._runner = StepRunner(self._channel, stages, self._state, self._writer)
+        self._writer.window = stages.checker.window
         self._partials: PartialReducer | None = None
         if stages.options.partial_grads == "reduce":
             self._partials = PartialReducer(
@@ -193,6 +207,7 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: Any = None,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce,
         on every rank.
@@ -209,19 +224,24 @@ class GradClipper:
                 `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        request = self._stages.requests.make("clip_", as_optimizers(optimizer), scaler, grad_scale)
+        optimizers = as_optimizers(optimizer)
+        request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note=note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
             drop_step_grads(request, self._params_to_drop(request))
         elif request.error is None:
             self._stages.applier.apply_(outcome)
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -232,6 +252,7 @@ class GradClipper:
         scaler: Any = None,
         update_scaler: bool = True,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Unscale, clip, step the optimizers, update the scaler; a step that is not finite moves
         nothing. One all-reduce.
@@ -249,6 +270,10 @@ class GradClipper:
                 with this scaler follows.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             ConfigError: no optimizer was passed, something else was, or one whose `step` needs an
@@ -258,7 +283,9 @@ class GradClipper:
                 touched. With "propagate" on CUDA a fault is told one call late, and optimizers that
                 do not fold have then taken that step.
         """
-        request = self._stages.requests.make("step", optimizers, scaler, grad_scale)
+        request = self._stages.requests.make(
+            "step", optimizers, scaler, grad_scale, note=note, update_scaler=update_scaler
+        )
         fused_groups = self._fused_groups(request)
         all_fused = len(fused_groups) == len(request.optimizers)
         outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
@@ -267,7 +294,7 @@ class GradClipper:
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
         if request.scaler.enabled and update_scaler:
             scaler.update()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
@@ -288,7 +315,9 @@ class GradClipper:
 
     @outside_compile
     @torch.no_grad()
-    def decide(self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False) -> ClipReport:
+    def decide(
+        self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False, note: Any = None
+    ) -> ClipReport:
         """`clip_` up to the decision, for engines that own the step: no gradient is touched. One
         all-reduce, on every rank.
 
@@ -300,17 +329,20 @@ class GradClipper:
                 it.
             dynamic_loss_scale: the engine lowers its loss scale after a step that is not finite:
                 `raise` then waits for `skip_limit` in a row.
+            note: as for `clip_`.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
-        request = self._stages.requests.make("decide", grad_scale=grad_scale)
+        request = self._stages.requests.make(
+            "decide", grad_scale=grad_scale, note=note, dynamic_loss_scale=dynamic_loss_scale
+        )
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step
         self._decided = replace(outcome, grads=None)
         self._applied = set[int]()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -325,8 +357,8 @@ class GradClipper:
                 (float32 copies of bf16 ones).
 
         Raises:
-            ConfigError: nothing was decided, the step is to be left out, or a parameter was passed
-                before.
+            ConfigError: nothing was decided, the step is to be left out, a parameter was passed
+                before, or something else than parameters.
         """
         if self._decided is None:
             raise ConfigError(
@@ -337,7 +369,7 @@ class GradClipper:
                 f"step {self._state.step} is to be left out (report.skipped); there is nothing to "
                 "apply"
             )
-        asked = {id(param) for param in params}
+        asked = {id(param) for param in _as_tensors(params)}
         members = self._stages.inputs.members
         mine = [i for i, param in enumerate(members) if id(param) in asked]
         again = [self.plan.pieces[i].name for i in mine if i in self._applied]
@@ -365,10 +397,8 @@ class GradClipper:
         Raises:
             AgreementError: copies are not equal; GradientError: what was found wrong on a rank.
         """
-        if of not in ("grad", "param"):
-            raise ConfigError(f"measure(of={of!r}): it is 'grad' or 'param'")
-        request = replace(self._stages.requests.make("measure"), target=of)
-        return self._run(request, allow_late=True).report
+        request = self._stages.requests.make("measure", of=of)
+        return self._run(request, allow_late=request.error is None).report
 
     @outside_compile
     @torch.no_grad()
@@ -404,9 +434,14 @@ class GradClipper:
             raise self._channel.tell_once(GradientError(text))
         return gone
 
-    def _write(self, report: ClipReport) -> None:
-        if not self._runner.is_capturing:
-            self._writer.write(report, late=self._runner.reads_late)
+    def _write(self, outcome: StepOutcome) -> None:
+        if self._writer.num_sinks and not self._runner.is_capturing:
+            self._writer.write(
+                outcome.report,
+                late=self._runner.reads_late,
+                judged=outcome.judged,
+                layers_due=self._state.num_steps % self._layers_every == 0,
+            )
 
     def _fused_groups(self, request: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""
@@ -452,6 +487,18 @@ class GradClipper:
                 nothing was taken over.
         """
         self._state.load_state_dict(state, self.state_dict())
+
+
+def _as_tensors(params: Any) -> list[Tensor]:
+    """What `apply_` was given. ConfigError for anything but tensors."""
+    given = [params] if isinstance(params, Tensor) else as_list(params)
+    for thing in [params] if given is None else given:
+        if not isinstance(thing, Tensor):
+            raise ConfigError(
+                f"apply_() got a {type(thing).__name__}; pass some or all of the clipper's "
+                "parameters"
+            )
+    return given or []
 
 
 def _reusable(params: Params) -> Params:

@@ -11,7 +11,7 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_ as torchs_clip_grad_norm_
 from torch.nn.utils import clip_grad_value_ as torchs_clip_grad_value_
 from torch.nn.utils import clip_grads_with_norm_ as torchs_clip_grads_with_norm_
@@ -20,6 +20,7 @@ from torch.nn.utils import get_total_norm as torchs_get_total_norm
 from distclip.errors import ConfigError, PlacementError
 from distclip.kernels.tensor_list import TensorList
 from distclip.p_norm import norm_of, p_norm
+from distclip.passed import as_list
 from distclip.setup.placement import DEVICES
 from distclip.torch_internals.dtensor import dtensor_class, is_dtensor, local_tensor
 from distclip.torch_internals.fsdp1 import first_flattened
@@ -47,24 +48,20 @@ def clip_grad_norm_(
     max_norm / (total_norm + 1e-6), at most 1.
 
     Returns:
-        The norm before clipping: a Replicate DTensor if all gradients are DTensors of one mesh,
-            else a 0-dim tensor.
+        The norm before clipping, a Replicate DTensor if all gradients are DTensors of one mesh,
+        else a 0-dim tensor.
 
     Raises:
         ConfigError (a ValueError): `max_norm` is negative or NaN; `norm_type` is 0, negative or NaN
-            and there are DTensors (on plain tensors alone such orders are left to torch).
+            and there are DTensors (on plain tensors alone such orders are left to torch); an
+            argument of a wrong type.
         PlacementError: an FSDP1 shard, whose norm this function cannot know; or a Partial gradient.
         RuntimeError: torch's, for a norm that is not finite, with `error_if_nonfinite`.
     """
-    params = _listed(parameters)
+    params = _listed("parameters", parameters)
+    max_norm, norm_type = _threshold(max_norm), _number("norm_type", norm_type)
     if not params and isinstance(parameters, GeneratorType):
         return torchs_clip_grad_norm_((p for p in params), max_norm)  # torch's own warning
-    max_norm = float(max_norm)
-    if math.isnan(max_norm) or max_norm < 0:
-        raise ConfigError(
-            f"max_norm={max_norm!r} is not a threshold: a negative one would turn "
-            f"gradients around; pass 0 or more"
-        )
     if (i := first_flattened(params)) is not None:
         raise PlacementError(
             f"parameter {i} is a shard of an FSDP1 module: its norm on this rank is not the "
@@ -73,7 +70,7 @@ def clip_grad_norm_(
             "FullyShardedDataParallel module, or its own clip_grad_norm_"
         )
     grads = _grads_of(params)
-    total = _total_norm(grads, float(norm_type), error_if_nonfinite, foreach)
+    total = _total_norm(grads, norm_type, error_if_nonfinite, foreach)
     _scale_(params, grads, max_norm, total, foreach)
     return total
 
@@ -86,8 +83,8 @@ def get_total_norm(
 ) -> Tensor:
     """The p-norm of all tensors as if they were one vector; a tensor listed twice counts once. See
     `clip_grad_norm_`."""
-    given = _GivenTensors(_listed(tensors))
-    return _total_norm(given, float(norm_type), error_if_nonfinite, foreach)
+    given = _GivenTensors(_listed("tensors", tensors))
+    return _total_norm(given, _number("norm_type", norm_type), error_if_nonfinite, foreach)
 
 
 def _total_norm(
@@ -115,9 +112,22 @@ def clip_grads_with_norm_(
     parameters: TensorOrTensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
     """Scale gradients in place by min(1, max_norm / (total_norm + 1e-6)), at float32 precision or
-    better. Sends nothing."""
-    params = _listed(parameters)
-    _scale_(params, _grads_of(params), float(max_norm), total_norm, foreach)
+    better. Sends nothing.
+
+    Raises:
+        ConfigError (a ValueError): `max_norm` is negative or NaN, or an argument of a wrong type.
+    """
+    params = _listed("parameters", parameters)
+    max_norm = _threshold(max_norm)
+    if not isinstance(total_norm, Tensor):
+        raise ConfigError(
+            f"total_norm is a {type(total_norm).__name__}; pass the tensor that get_total_norm gave"
+        )
+    if total_norm.numel() != 1 or total_norm.is_complex() or total_norm.is_meta:
+        raise ConfigError(
+            f"total_norm={total_norm} is not one real number; pass what get_total_norm gave"
+        )
+    _scale_(params, _grads_of(params), max_norm, total_norm, foreach)
 
 
 def _scale_(
@@ -146,10 +156,14 @@ def clip_grad_value_(
     parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None
 ) -> None:
     """Clamp gradients to [-clip_value, clip_value] in place; shards are clamped where they are.
-    Sends nothing."""
-    params = _listed(parameters)
+    Sends nothing.
+
+    Raises:
+        ConfigError (a ValueError): `clip_value` is negative or NaN, or an argument of a wrong type.
+    """
+    params = _listed("parameters", parameters)
     grads = _grads_of(params)
-    value = float(clip_value)
+    value = _number("clip_value", clip_value)
     if math.isnan(value) or value < 0:
         raise ConfigError(f"clip_value={clip_value!r} is not a bound; pass 0 or more")
     if not grads.on_known_devices:
@@ -159,8 +173,41 @@ def clip_grad_value_(
         grads.local.clamp_(torch.full((count,), value, dtype=torch.float64, device=device))
 
 
-def _listed(tensors: TensorOrTensors) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _listed(name: str, tensors: TensorOrTensors) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    listed = None if isinstance(tensors, nn.Module) else as_list(tensors)
+    if listed is None:
+        raise ConfigError(f"{name} is a {type(tensors).__name__}{_INSTEAD[name]}")
+    for kind in set(map(type, listed)):
+        if not issubclass(kind, Tensor):
+            at = next(i for i, tensor in enumerate(listed) if type(tensor) is kind)
+            raise ConfigError(f"{name}[{at}] is a {kind.__name__}{_INSTEAD[name]}")
+    return listed
+
+
+_INSTEAD = {
+    "parameters": "; pass parameters: clip_grad_norm_(model.parameters(), max_norm)",
+    "tensors": "; pass tensors: get_total_norm([p.grad for p in params if p.grad is not None])",
+}
+
+
+def _number(name: str, value: Any) -> float:
+    """As torch's functions have it, which read texts too."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ConfigError(f"{name}={value!r} is not a number") from error
+
+
+def _threshold(max_norm: Any) -> float:
+    value = _number("max_norm", max_norm)
+    if math.isnan(value) or value < 0:
+        raise ConfigError(
+            f"max_norm={value!r} is not a threshold: a negative one would turn "
+            f"gradients around; pass 0 or more"
+        )
+    return value
 
 
 class _GivenTensors:

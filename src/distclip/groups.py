@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.errors import ConfigError
+from distclip.passed import check_flag
 from distclip.torch_internals.grad_scaler import inner_optimizers, unwrap_optimizer
 
 
@@ -24,6 +25,9 @@ class Exempt:
     """
 
     in_total: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("Exempt: in_total", self.in_total)
 
 
 Rule: TypeAlias = "float | Exempt | Any"  # a threshold, no clipping, or a policy
@@ -192,23 +196,29 @@ class _PerExpert(_WholeModel):
 
 @dataclass(frozen=True)
 class Watch:
-    """Norms besides those that clipping uses: they are part of the same message, and in the report
-    of each `every`-th step.
+    """Norms besides those that clipping uses: part of the same message, and in each report. Sinks
+    get them at each `every`-th step and at all that matter (`ClipReport.matters`: skipped, an
+    outlier, among the largest): `Watch(per_layer())` alone shows the layer of a spike in the log.
 
     Args:
         groups: what is watched; `per_layer()`, `per_parameter()`, `per_expert(pattern)` or
             `by_name` (whose thresholds are ignored).
-        every: steps from one report of them to the next; `measure()` always reports them.
+        every: steps from one log of them to the next, whatever happens.
 
     Raises:
         ConfigError: every < 1.
     """
 
     groups: Grouping
-    every: int = 1
+    every: int = 10
 
     def __post_init__(self) -> None:
-        if self.every < 1:
+        if not hasattr(self.groups, "assign"):
+            raise ConfigError(
+                f"Watch: groups is a {type(self.groups).__name__}; pass distclip.per_layer(), "
+                "per_parameter() or by_name({...})"
+            )
+        if not isinstance(self.every, int) or self.every < 1:
             raise ConfigError(f"Watch: every={self.every!r} counts steps, from 1")
 
 
@@ -226,13 +236,21 @@ def per_layer(depth: int = 1) -> Grouping:
     Raises:
         ConfigError: depth < 1.
     """
-    if depth < 1:
-        raise ConfigError(f"per_layer: depth={depth}; it counts the components of a name, from 1")
+    if not isinstance(depth, int) or depth < 1:
+        raise ConfigError(f"per_layer: depth={depth!r}; it counts the components of a name, from 1")
     return _PerLayer(depth)
 
 
 def per_param_group(optimizer: Optimizer) -> Grouping:
-    """The optimizer's param groups; parameters that it does not have form the group `rest`."""
+    """The optimizer's param groups; parameters that it does not have form the group `rest`.
+
+    Raises:
+        ConfigError: something else than an optimizer was passed.
+    """
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        raise ConfigError(
+            f"per_param_group: optimizer={optimizer!r} has no param_groups; pass the optimizer"
+        )
     return _PerParamGroup(optimizer)
 
 
@@ -241,8 +259,13 @@ def by_name(table: Mapping[str, Rule]) -> Grouping:
     is the group `rest`.
 
     Raises:
-        ConfigError: the table is empty, or names a group `rest`.
+        ConfigError: the table is empty, is no mapping of texts, or names a group `rest`.
     """
+    if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
+        raise ConfigError(
+            f"by_name({table!r}): pass a dictionary of patterns, "
+            "{'head.*': 5.0, '*.bias': distclip.Exempt()}"
+        )
     if not table or "rest" in table:
         raise ConfigError(
             f"by_name({dict(table)!r}): give at least one pattern; `rest` is the "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from distclip.errors import ConfigError
+from distclip.passed import as_list
 from distclip.records import Piece
 from distclip.torch_internals.grad_scaler import inner_optimizers, unwrap_optimizer
 
@@ -240,13 +241,10 @@ def as_optimizers(given: Any) -> tuple[Any, ...]:
     optimizers can be listed."""
     if given is None:
         return ()
-    if (
-        is_optimizer(given)
-        or isinstance(given, (Tensor, nn.Module, str, Mapping))
-        or not isinstance(given, Iterable)
-    ):
+    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str, Mapping)):
         return (given,)
-    return tuple(given)
+    items = as_list(given)
+    return (given,) if items is None else tuple(items)
 
 
 def is_optimizer(thing: Any) -> bool:

@@ -3,6 +3,7 @@ multiplied before anything else."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from distclip.optimizers import (
     check_step_signatures,
 )
 from distclip.p_norm import PNorm
+from distclip.passed import as_number, check_flag, is_text
 from distclip.records import Piece
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.torch_internals.grad_scaler import NO_SCALER, ScalerState
@@ -28,8 +30,8 @@ from distclip.values import Column, Number
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Equal on every rank, or the call is refused: `description` travels as a hash in the
-    message."""
+    """Equal on every rank but for the note, or the call is refused: `description` travels as a hash
+    in the message."""
 
     operation: str
     optimizers: tuple[OptimizerParams, ...] = ()
@@ -40,6 +42,7 @@ class Request:
     # a loss scale will be lowered after a bad step: an error only after several
     tolerate_backoff: bool = False
     target: Literal["grad", "param"] = "grad"  # what is measured
+    note: str | None = None  # this rank's, as JSON in ASCII
     # what optimizers step beside what is clipped has to be finite
     guards_unmanaged: bool = True
     # the host learns of a bad step at the next call, since every optimizer of this one folds
@@ -171,12 +174,22 @@ class RequestMaker:
         optimizers: Sequence[Any] = (),
         scaler: Any = None,
         grad_scale: float = 1.0,
+        of: Any = "grad",
+        note: Any = None,
+        **flags: Any,
     ) -> Request:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
         of them alone."""
         guards = not self.propagates
-        if not optimizers and scaler is None and grad_scale == 1.0 and operation != "step":
-            return Request(operation, guards_unmanaged=guards)
+        plain = not optimizers and scaler is None and as_number(grad_scale) == 1.0
+        if (
+            plain
+            and note is None
+            and operation != "step"
+            and is_text(of, "grad", "param")
+            and all(isinstance(flag, bool) for flag in flags.values())
+        ):
+            return Request(operation, target=of, guards_unmanaged=guards)
         owned: tuple[OptimizerParams, ...] = ()
         try:
             if operation == "step" and not optimizers:
@@ -188,15 +201,29 @@ class RequestMaker:
             owned = tuple(map(self.index.params_of, optimizers))
             if operation == "step":
                 check_step_signatures(owned)
-            if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
-                raise ConfigError(f"grad_scale={grad_scale!r} must be positive and finite")
+            if not is_text(of, "grad", "param"):
+                raise ConfigError(f"{operation}(of={of!r}): it is 'grad' or 'param'")
+            for name, flag in flags.items():
+                check_flag(f"{operation}(): {name}", flag)
+            if not isinstance(grad_scale, (int, float)) or not 0 < as_number(grad_scale) < math.inf:
+                raise ConfigError(
+                    f"grad_scale={grad_scale!r} must be positive and finite"
+                    + (", a number of Python's" if hasattr(grad_scale, "__float__") else "")
+                )
             state = ScalerState(scaler, optimizers, self.device, self.on_host)
             if state.enabled and self.propagates:
                 raise ConfigError(
                     "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that "
                     "overflow must be skipped, else the loss scale could never back off; use 'skip'"
                 )
-            return Request(operation, owned, state, float(grad_scale), guards_unmanaged=guards)
+            return Request(
+                operation,
+                owned,
+                state,
+                float(grad_scale),
+                note=None if note is None else _note_text(operation, note),
+                guards_unmanaged=guards,
+            )
         except ConfigError as error:
             problem = error
         except Exception as error:  # an argument that answers otherwise than its kind does
@@ -204,3 +231,18 @@ class RequestMaker:
             problem.__cause__ = error
         unscaled = ScalerState(None, owned, self.device, self.on_host)
         return Request(operation, owned, unscaled, error=problem, guards_unmanaged=guards)
+
+
+def _note_text(operation: str, note: Any) -> str:
+    """Its JSON; inf and NaN, which a note of a bad step may well hold, as Python writes them.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        return json.dumps(note, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{operation}(note=...): {error}. A note is what JSON can write: texts, numbers, lists "
+            "and dictionaries of them, such as loss.item() and indices.tolist()"
+        ) from error

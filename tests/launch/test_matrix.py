@@ -217,6 +217,27 @@ def test_programs_numbers_come_from_the_run(tmp_path, page):
     assert text.count("(../tests/integrations/test_torchtitan.py) | 0.3.0 |") == 1
 
 
+def test_the_readmes_status_is_what_the_data_says(page):
+    readme = (ROOT / "README.md").read_text()
+    (line,) = page.STATUS.findall(readme)
+    assert line == page.status(page.rows_of(page.PAGE), ROOT)
+    assert all(release in line for release in versions.RUN)
+
+
+def test_the_status_names_what_failed_and_is_written_with_the_page(tree, page):
+    for name in ("README.md", "constraints.txt", "benchmarks/results_gpu.json"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    rows = page.rows_of(page.PAGE)
+    passed = rows["2.9.1"]
+    page.add(tree / "docs" / "compatibility.md", "2.9.1", passed | {"python": "3.10.1"})
+    page.add(tree / "docs" / "compatibility.md", "2.99.0", passed | {"failures": ["test_one"]})
+    (line,) = page.STATUS.findall((tree / "README.md").read_text())
+    assert "torch 2.9.1 (Python 3.10; Linux" in line and "Some fail with 2.99.0." in line
+    before = (ROOT / "README.md").read_text()
+    assert page.STATUS.sub("", (tree / "README.md").read_text()) == page.STATUS.sub("", before)
+
+
 def test_the_page_has_the_releases_that_are_said_to_be_run(page):
     rows = page.rows_of(page.PAGE)
     (pinned,) = re.findall(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

@@ -113,7 +113,7 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
 
 
 def culprit():
-    return [{"parameter": "w", "rank": 2, "kind": "NaN"}]
+    return [{"parameter": "w", "rank": 2, "kind": "NaN", "before": None, "after": None}]
 
 
 def test_the_last_report_is_written_when_the_clipper_goes(tmp_path):
@@ -231,9 +231,9 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
         )
 
     good = (
-        [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
+        [4.0, 1.0, 0.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
         if math.isinf(p)
-        else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
+        else [4.0, 0, 0, 4.0, 0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
     )
     verdicts = set()
     for i in range(-1, len(good)):

@@ -227,6 +227,46 @@ def test_factors_reach_the_experts():
     assert half.tolist() == pytest.approx((plain / 2).tolist()) and plain.min() > 0
 
 
+def test_a_gradient_that_was_unscaled_before_is_not_unscaled_twice():
+    model = whole()
+    parts = {"experts": model.experts, "router": model.router}
+    optimizers = [torch.optim.SGD(part.parameters(), 0.0) for part in parts.values()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    watch = distclip.Watch(distclip.per_expert("experts.*", distclip.per_layer()))
+    clipper = distclip.GradClipper(model, INF, watch=watch)
+    want = clipper.measure().layer_norms.tolist()
+    for p in model.parameters():
+        p.grad *= 8
+    scaler.unscale_(optimizers[1])
+    report = clipper.step(*optimizers, scaler=scaler)
+    assert report.layer_norms.tolist() == pytest.approx(want) and min(want) > 0
+
+
+def placed_otherwise(what):
+    """Gradients that lie otherwise than their parameters: of a tensor that is cut, and of one
+    beside them."""
+    _, *experts = placed(mesh(4), lambda ndim: [Shard(0)])
+    router = given("router.weight", *OTHER["weight"], on=mesh(4), place=[Shard(0)])
+    named = [router, *experts]
+    p = dict(named)["router.weight" if what == "beside" else "experts.w_in"]
+    p.grad = p.grad.redistribute(placements=[Replicate()])
+    try:
+        return watched_norms(named, 2.0)[0]
+    except distclip.GradientError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("what", ["beside", "cut"])
+def test_gradients_placed_otherwise_than_their_parameters(ranks, what):
+    for said in ranks.run(placed_otherwise, what):
+        if what == "beside":
+            assert said["rest"] == pytest.approx(total_norm(grads()[1]), rel=1e-6)
+            assert said["experts[3]"] == pytest.approx(total_norm([g[3] for g in grads()[0]]))
+        else:
+            assert "the gradient of experts.w_in is placed otherwise than its parameter" in said
+
+
 def test_an_inf_shows_in_its_expert():
     model = whole()
     model.experts.w_in.grad[4, 0, 0] = INF

@@ -217,7 +217,7 @@ def test_a_closed_run_is_told_once_and_training_goes_on(name, tmp_path):
 REFUSED = {
     "no tensorboard": (
         lambda: distclip.TensorBoardSink("runs"),
-        'TensorBoardSink needs the package tensorboard: pip install "distclip[report]"',
+        'TensorBoardSink needs the package tensorboard: pip install "distclip[tensorboard]"',
     ),
     "no run": (
         lambda: distclip.WandbSink("runs"),

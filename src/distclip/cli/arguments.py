@@ -74,7 +74,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page (default: report.html)",
     )
     parser.add_argument(
-        "--png", metavar="FOLDER", help="where the figures go as PNG (default: beside the page)"
+        "--png", metavar="FOLDER", help="also draw the figures as PNG, into this folder"
     )
 
 

@@ -58,9 +58,15 @@ class Channel:
             if not (dist.is_available() and dist.is_initialized()):
                 return cls(None)
             process_group = dist.group.WORLD
-        if not isinstance(process_group, dist.ProcessGroup):
+        if not isinstance(process_group, (dist.ProcessGroup, int)):
             raise ConfigError(
-                f"process_group is {process_group!r}, of which this rank ({dist.get_rank()}) is no "
+                f"process_group is a {type(process_group).__name__}; pass a process group, None "
+                "for the default one, or distclip.LOCAL for this process alone"
+            )
+        if not isinstance(process_group, dist.ProcessGroup):  # torch's mark of those outside
+            here = dist.get_rank() if dist.is_initialized() else 0
+            raise ConfigError(
+                f"process_group is {process_group!r}, of which this rank ({here}) is no "
                 f"member; "
                 "build the clipper on the ranks of the group only, or pass distclip.LOCAL"
             )

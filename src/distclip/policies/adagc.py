@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
@@ -51,17 +52,17 @@ class AdaGC:
     warmup: int = 100
 
     def __post_init__(self) -> None:
-        if not 1 <= self.lambda_rel < math.inf:
+        if not 1 <= as_number(self.lambda_rel) < math.inf:
             raise ConfigError(
                 f"AdaGC: lambda_rel={self.lambda_rel!r} must be at least 1 and finite, or every "
                 f"norm shrinks to 0; 1.04 is usual"
             )
-        if not self.lambda_abs > 0:
+        if not as_number(self.lambda_abs) > 0:
             raise ConfigError(
                 f"AdaGC: lambda_abs={self.lambda_abs!r} must be positive (math.inf "
                 f"only measures in the warm-up)"
             )
-        if not 0 <= self.beta < 1:
+        if not 0 <= as_number(self.beta) < 1:
             raise ConfigError(
                 f"AdaGC: beta={self.beta!r} must be at least 0 and below 1; 0.99 is usual"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.p_norm import norm_of
+from distclip.passed import as_number
 from distclip.records import Norms, UnitScale
 
 
@@ -41,7 +42,7 @@ class AGC:
 
     def __post_init__(self) -> None:
         for name, value in (("clipping", self.clipping), ("eps", self.eps)):
-            if not 0 < value < math.inf:
+            if not 0 < as_number(value) < math.inf:
                 raise ConfigError(
                     f"AGC: {name}={value!r} must be positive and finite; the paper "
                     f"takes clipping=0.01, eps=1e-3"

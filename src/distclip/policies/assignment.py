@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from distclip.groups import Exempt, Rule
+from distclip.passed import as_number
 from distclip.policies.fixed import FixedNorm
-from distclip.policies.policy import Policy, describe
+from distclip.policies.policy import Policy, describe, is_policy
 from distclip.values import Column
 
 
@@ -53,9 +54,10 @@ def policy_of(rule: Rule, main: Policy) -> Policy:
     """
     if isinstance(rule, Exempt):
         return FixedNorm(math.inf)
-    if isinstance(rule, (int, float)):
-        return FixedNorm(float(rule))
-    return main if rule is None else rule
+    if rule is None:
+        return main
+    given: Any = rule
+    return given if is_policy(given) else FixedNorm(as_number(given))
 
 
 def assign_policies(

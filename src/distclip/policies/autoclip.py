@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
@@ -47,7 +48,7 @@ class AutoClip:
     window: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.percentile <= 100:
+        if not 0 <= as_number(self.percentile) <= 100:
             raise ConfigError(
                 f"AutoClip: percentile={self.percentile!r} must be from 0 to 100; "
                 f"the paper takes 10"

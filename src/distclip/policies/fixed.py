@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number, check_flag
 from distclip.records import Norms, Scale
 
 
-def checked_threshold(name: str, value: float, allow_zero: bool) -> float:
-    """The threshold as a float. ConfigError (a ValueError) if it is negative, NaN, or a zero that
-    was not asked for."""
-    value = float(value)
+def checked_threshold(name: str, given: float, allow_zero: bool) -> float:
+    """The threshold as a float. ConfigError (a ValueError) if it is no number, negative, NaN, or a
+    zero that was not asked for."""
+    check_flag("allow_zero", allow_zero)
+    value = as_number(given)
     if math.isnan(value) or value < 0:
+        shown = given if math.isnan(value) else value
         raise ConfigError(
-            f"{name}={value!r} is not a threshold; it must be positive (math.inf only measures)"
+            f"{name}={shown!r} is not a threshold; it must be positive (math.inf only measures)"
         )
     if value == 0 and not allow_zero:
         raise ConfigError(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +48,10 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         if callable(self.schedule):
-            first = torch.as_tensor(
-                self.schedule(torch.zeros((), dtype=torch.float64, device="cpu")), device="cpu"
-            )
-            checked_threshold("Scheduled: schedule(0)", float(first.min()), self.allow_zero)
+            first = _first_value(self.schedule)
+            checked_threshold("Scheduled: schedule(0)", first, self.allow_zero)
             return
-        points = tuple((float(step), float(threshold)) for step, threshold in self.schedule)
+        points = _as_points(self.schedule)
         if not points:
             raise ConfigError(
                 "Scheduled: schedule has no points; give at least one (step, threshold)"
@@ -97,6 +95,27 @@ class Scheduled:
         return Scale(clip_coefficient(norms.per_group, threshold), threshold), ScheduledState(
             step + norms.finite
         )
+
+
+def _first_value(schedule: Function) -> float:
+    try:
+        first = schedule(torch.zeros((), dtype=torch.float64, device="cpu"))
+        return float(torch.as_tensor(first, device="cpu").min())
+    except Exception as error:
+        raise ConfigError(
+            f"Scheduled: schedule(0) failed by {error!r}; it takes a [] float64 tensor, "
+            " the step, and gives a number or a tensor"
+        ) from error
+
+
+def _as_points(schedule: Any) -> tuple[tuple[float, float], ...]:
+    try:
+        return tuple((float(step), float(threshold)) for step, threshold in schedule)
+    except Exception as error:
+        raise ConfigError(
+            f"Scheduled: schedule={schedule!r} is neither a function nor points: "
+            "[(step, threshold), ...]"
+        ) from error
 
 
 def _interpolate_points(points: Points, step: Tensor) -> Tensor:

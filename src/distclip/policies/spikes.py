@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.policy import Policy, describe
 from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
 from distclip.records import Clamp, Norms, Scale, UnitScale
@@ -49,7 +50,7 @@ class SkipSpikes:
 
     def __post_init__(self) -> None:
         check_policy("SkipSpikes", self.policy)
-        if not 0 < self.sigma < math.inf:
+        if not 0 < as_number(self.sigma) < math.inf:
             raise ConfigError(
                 f"SkipSpikes: sigma={self.sigma!r} must be positive and finite; 6 is usual"
             )
@@ -63,7 +64,7 @@ class SkipSpikes:
                 f"SkipSpikes: warmup={self.warmup!r} must be a whole number from 2 "
                 f"to window={self.window}"
             )
-        if not 1 <= self.factor < math.inf:
+        if not 1 <= as_number(self.factor) < math.inf:
             raise ConfigError(
                 f"SkipSpikes: factor={self.factor!r} must be at least 1 and finite; "
                 f"a spike is above the mean"
@@ -89,7 +90,7 @@ class SkipSpikes:
         history, seen, own = state[0], state[1], inner_state(state, 2)
         answer, new = self.policy.decide(norms, own)
 
-        norm = _over_groups(norms)
+        norm = norm_over_groups(norms)
         place = torch.arange(self.window, device=norm.device)
         filled = seen.clamp(max=self.window)
         mean = history.sum(1) / filled
@@ -107,7 +108,7 @@ class SkipSpikes:
         return replace(answer, skip=skip), wrap_state((history, seen + taken), own, inner)
 
 
-def _over_groups(norms: Norms) -> Tensor:
+def norm_over_groups(norms: Norms) -> Tensor:
     """[]: the norm over all groups given. Divided by the largest first, so that no power
     overflows."""
     largest = norms.per_group.amax()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.fixed import clip_coefficient
 from distclip.policies.policy import Policy, UnitPolicy, describe
 from distclip.policies.value import FixedValue
@@ -51,7 +52,7 @@ class Warmup:
                 f"Warmup: steps={self.steps!r} must be a whole number of at least 1; "
                 f"without any, use the policy alone"
             )
-        if not self.max_norm > 0:
+        if not as_number(self.max_norm) > 0:
             raise ConfigError(
                 f"Warmup: max_norm={self.max_norm!r} must be positive (math.inf only measures)"
             )

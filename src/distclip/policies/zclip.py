@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.fixed import clip_coefficient
 from distclip.records import Norms, Scale
 
@@ -53,12 +54,12 @@ class ZClip:
     max_norm: float = math.inf
 
     def __post_init__(self) -> None:
-        if not 0 < self.z_threshold < math.inf:
+        if not 0 < as_number(self.z_threshold) < math.inf:
             raise ConfigError(
                 f"ZClip: z_threshold={self.z_threshold!r} must be positive and "
                 f"finite; the paper takes 2.5"
             )
-        if not 0 < self.alpha < 1:
+        if not 0 < as_number(self.alpha) < 1:
             raise ConfigError(
                 f"ZClip: alpha={self.alpha!r} must be between 0 and 1; the paper takes 0.97"
             )
@@ -67,7 +68,7 @@ class ZClip:
                 f"ZClip: warmup={self.warmup!r} must be a whole number of at least "
                 f"2; a variance needs two norms"
             )
-        if not self.max_norm > 0:
+        if not as_number(self.max_norm) > 0:
             raise ConfigError(
                 f"ZClip: max_norm={self.max_norm!r} must be positive (math.inf sets no bound)"
             )

@@ -11,12 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from distclip.decide.matters import WINDOW
 from distclip.errors import ConfigError
 from distclip.records import ClipReport
 
 # With many groups these make most of a line: one entry a group each.
 GROUP_FIELDS = ("groups", "group_norms", "coefs", "threshold", "cosine")
-_REMEMBERED = 128  # norms of steps that were taken, with which a skipped step is compared
 
 
 class JSONLSink:
@@ -33,16 +33,21 @@ class JSONLSink:
         path: appended to; folders are made. None on a rank that does not write.
         groups_every: where there are several groups, write what is one entry a group (`groups`,
             `group_norms`, `coefs`, `threshold`, `cosine`) only at each `groups_every`-th step, and
-            at all skipped ones.
+            at all that matter (`ClipReport.matters`).
         run: a name of the run, for the header.
 
     Raises:
-        ConfigError: `groups_every` is not a whole number of at least 1.
+        ConfigError: `path` is no path, or `groups_every` not a whole number of at least 1.
     """
 
     def __init__(
         self, path: str | PathLike[str] | None, groups_every: int = 1, run: str | None = None
     ) -> None:
+        if path is not None and not isinstance(path, (str, PathLike)):
+            raise ConfigError(
+                f"JSONLSink: path={path!r} is no path; pass a file's name, or None on a rank that "
+                "does not write"
+            )
         self.path, self.run = None if path is None else Path(path), run
         self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
 
@@ -56,7 +61,7 @@ class JSONLSink:
 
     def write(self, report: ClipReport) -> None:
         said = report.to_dict()
-        if len(report.groups) > 1 and report.step % self.groups_every and not said["skipped"]:
+        if len(report.groups) > 1 and not is_due(report, self.groups_every):
             said = {name: value for name, value in said.items() if name not in GROUP_FIELDS}
         self._append(said)
 
@@ -74,18 +79,29 @@ class LoggingSink:
     Args:
         logger: default "distclip".
         level: of ordinary steps.
-        every: log each `every`-th step, and all skipped ones.
+        every: log each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
-        ConfigError: `every` is not a whole number of at least 1.
+        ConfigError: `logger` has no `log`, `level` is no number, or `every` is not a whole number
+            of at least 1.
     """
 
     def __init__(
         self, logger: logging.Logger | None = None, level: int = logging.INFO, every: int = 1
     ) -> None:
-        self.logger, self.level = logger or logging.getLogger("distclip"), level
+        if logger is not None and not callable(getattr(logger, "log", None)):
+            raise ConfigError(
+                f"LoggingSink: logger={logger!r} has no log(level, text); pass what "
+                "logging.getLogger(name) gives, or None for the logger distclip"
+            )
+        if not isinstance(level, int):
+            raise ConfigError(
+                f"LoggingSink: level={level!r} is no level; pass a number, such as logging.INFO"
+            )
+        self.logger = logging.getLogger("distclip") if logger is None else logger
+        self.level = level
         self.every = checked_every("LoggingSink", every)
-        self._taken: deque[float] = deque(maxlen=_REMEMBERED)
+        self._taken: deque[float] = deque(maxlen=WINDOW)  # steps that were taken
 
     def write(self, report: ClipReport) -> None:
         norm = report.total_norm.item()
@@ -93,13 +109,13 @@ class LoggingSink:
             self.logger.warning("step %d skipped: %s", report.step, self._skip_reason(report, norm))
             return
         self._taken.append(norm)
-        if report.step % self.every == 0:
+        if is_due(report, self.every):
             coefs = ", ".join(f"{c:.4g}" for c in report.coefs[:4].tolist()) + (
                 ", …" if len(report.coefs) > 4 else ""
             )
-            self.logger.log(
-                self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs
-            )
+            apart = _outlier_text(report)
+            text = "step %d: norm %.6g, coefficient %s%s"
+            self.logger.log(self.level, text, report.step, norm, coefs, apart)
 
     def _skip_reason(self, report: ClipReport, norm: float) -> str:
         bad = int(report.nonfinite.item())
@@ -114,6 +130,23 @@ class LoggingSink:
             else ""
         )
         return f"left out by the policy: norm {norm:.6g}{before}"
+
+
+def _outlier_text(report: ClipReport) -> str:
+    """How far an outlier lies from the steps before, and which watched layer has most of it."""
+    if report.matters != "outlier" or report.deviation is None:
+        return ""
+    text = f", {report.deviation:+.1f} robust deviations from the steps before"
+    if not report.layers:
+        return text
+    share, at = report.layer_shares.max(0)
+    most = f": {100 * float(share):.0f} % of its power" if math.isfinite(report.norm_type) else ""
+    return f"{text}, most of it in {report.layers[int(at)]}{most}"
+
+
+def is_due(report: ClipReport, every: int) -> bool:
+    """Whether a sink with an interval writes this step: each `every`-th, and all that matter."""
+    return report.step % every == 0 or report.matters is not None
 
 
 def checked_every(sink: str, every: Any, argument: str = "every") -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
+import torch
+
+from distclip.decide.matters import NormWindow
 from distclip.exchange.readback import Readback
-from distclip.records import ClipReport, Culprit
+from distclip.records import ClipReport, Findings
 from distclip.setup.options import why_unwritable
 
 
@@ -26,6 +31,12 @@ class Sink(Protocol):
 
 
 SinkLike: TypeAlias = "Sink | Callable[[ClipReport], object]"
+
+
+class _QueuedReport(NamedTuple):
+    report: ClipReport
+    judged: bool
+    layers_due: bool
 
 
 class ReportWriter:
@@ -45,41 +56,61 @@ class ReportWriter:
         ]
         self._header = header or {}
         self._begun = set[int]()  # identities
-        self._late: Readback[ClipReport] = Readback()
-        self._culprits: tuple[Culprit, ...] = ()
+        self._late: Readback[_QueuedReport] = Readback()
+        self._found: tuple[int, Findings] | None = None  # step, and what was found of it
+        self.window = NormWindow()  # the clipper puts that of its steps here
 
     @property
     def num_sinks(self) -> int:
         """Those that still write."""
         return len(self._sinks)
 
-    def write(self, report: ClipReport, late: bool) -> None:
-        if not self._sinks:
-            return
-        self.flush()
-        if late:
-            self._late.enqueue(report.packed(), report)
-        else:
-            self._write_to_sinks(report)
+    def write(self, report: ClipReport, late: bool, judged: bool, layers_due: bool) -> None:
+        """Once the sinks have what was queued.
 
-    def add_culprits(self, culprits: tuple[Culprit, ...]) -> None:
-        """Culprits of the report that is not yet written: they were found when its call was
-        checked."""
-        self._culprits = culprits
+        Args:
+            late: the report's numbers are read at the next call.
+            judged: it says what was found; else that is told at the next call.
+            layers_due: sinks get the watched layers even if the step does not matter.
+        """
+        self.flush()
+        queued = _QueuedReport(report, judged, layers_due)
+        if late:
+            self._late.enqueue(report.packed(), queued)
+        else:
+            self._write_to_sinks(queued)
+
+    def add_findings(self, step: int, findings: Findings) -> None:
+        """What was found of a step when it was judged, one call late: its report is not written
+        yet."""
+        self._found = step, findings
 
     def flush(self) -> None:
         """Write the report that is still queued, if there is one."""
         late = self._late.dequeue()
-        if late is not None:
-            self._write_to_sinks(
-                replace(
-                    late.what.unpacked(late.numbers), culprits=late.what.culprits or self._culprits
-                )
-            )
-        self._culprits = ()
+        if late is None:
+            return
+        report = late.what.report.unpacked(late.numbers)
+        if not late.what.judged:
+            report = replace(report, **self._found_of(report)._asdict())
+        self._write_to_sinks(late.what._replace(report=report))
 
-    def _write_to_sinks(self, report: ClipReport) -> None:
+    def _found_of(self, report: ClipReport) -> Findings:
+        step, found = self._found or (0, Findings())
+        if step != report.step:
+            # The last step before the end of the program, which no call comes to judge, or one that
+            # was judged by an error. A copy of the window says what it can: the window itself must
+            # not learn on this rank alone.
+            norm = math.nan if report.nonfinite else report.total_norm.item()
+            found = Findings(*deepcopy(self.window).judge(norm, bool(report.skipped)))
+        return found
+
+    def _write_to_sinks(self, queued: _QueuedReport) -> None:
         """A failing sink warns once and is disabled: training is worth more than its log."""
+        report = queued.report
+        if report.layers and report.matters is None and not queued.layers_due:
+            none = torch.zeros(0, dtype=report.dtype, device="cpu")
+            report = replace(report, layers=(), layer_norms=none)
         for sink in list(self._sinks):
             try:
                 if id(sink) not in self._begun:

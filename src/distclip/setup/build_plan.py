@@ -26,7 +26,7 @@ from distclip.setup.parameters import (
     named_parameters,
     tensors_in,
 )
-from distclip.setup.placement import ReplicaDeclarations, local_pieces
+from distclip.setup.placement import ReplicaDeclarations, declare_replicas, local_pieces
 from distclip.setup.plan import Plan, agree_on_call, make_plan
 from distclip.setup.rows import RowRange, cut_name, row_range
 from distclip.setup.unfinished_backward import ReducingWrapper, reducing_wrappers
@@ -54,6 +54,7 @@ class _LocalSetup:
     """What this rank reads by itself, before any exchange."""
 
     options: ClipOptions | None = None
+    declared: ReplicaDeclarations = field(default_factory=lambda: ReplicaDeclarations({}, ()))
     config: dict[str, str] = field(default_factory=lambda: {})
     scan: ParamScan = field(default_factory=ParamScan)
     wrappers: tuple[ReducingWrapper, ...] = ()
@@ -70,9 +71,8 @@ class _LocalSetup:
 def build_plan(
     params: Params,
     passed: PassedOptions,
-    declared: ReplicaDeclarations,
     channel: Channel,
-    sinks: Sequence[Any] = (),
+    sinks: Any = (),
 ) -> SetupInputs:
     """A collective.
 
@@ -86,7 +86,7 @@ def build_plan(
     try:
         if channel.rank == 0:
             check_sinks(sinks, channel.global_rank)
-        _read_locally(local, params, passed, declared, channel)
+        _read_locally(local, params, passed, channel)
     except Exception as e:
         error = e
     device = next(
@@ -97,7 +97,7 @@ def build_plan(
     assert local.options is not None, "without an error it is there"
     options, watch = local.options, local.options.watch
     patterns = [
-        *declared.all_patterns(),
+        *local.declared.all_patterns(),
         *options.grouping.patterns(),
         *(watch.groups.patterns() if watch else ()),
     ]
@@ -140,10 +140,16 @@ def _read_locally(
     local: _LocalSetup,
     params: Params,
     passed: PassedOptions,
-    declared: ReplicaDeclarations,
     channel: Channel,
 ) -> None:
     local.options = options = check_options(passed)
+    if options.by_rank and sorted(passed.rank_norms.ranks) != sorted(channel.ranks):
+        raise ConfigError(
+            f"rank_norms: gradients are reduced over ranks {passed.rank_norms.ranks}, and this "
+            f"clipper is of ranks {channel.ranks}: ranks that hold different parts (tensor, "
+            f"pipeline or expert parallelism) cannot be compared"
+        )
+    local.declared = declared = declare_replicas(passed.replicated_over, passed.shared)
     local.scan = scan = named_parameters(params)
     local.wrappers = reducing_wrappers(params)
     if channel.size > 1 and any(

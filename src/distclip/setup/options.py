@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias, cast
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.groups import WHOLE_MODEL, Grouping, Watch
+from distclip.groups import WHOLE_MODEL, Exempt, Grouping, Watch
+from distclip.passed import as_number, is_text
 from distclip.policies import FixedNorm, Policy
 from distclip.policies.assignment import describe_rules
 from distclip.policies.policy import UnitPolicy, describe, is_policy
@@ -36,6 +37,9 @@ class PassedOptions:
     watch: Watch | None
     partial_grads: str = "refuse"
     grad_of: Callable[[Tensor], Tensor | None] | None = None
+    rank_norms: Any = None  # a RankNorms
+    replicated_over: Any = None
+    shared: Any = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class ClipOptions:
     fold: str
     watch: Watch | None
     partial_grads: str
+    by_rank: bool = False  # each rank's own norm is asked for
 
     def config_texts(self) -> dict[str, str]:
         """Option → a text that is equal on all ranks if the option is."""
@@ -64,6 +69,7 @@ class ClipOptions:
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
             "partial_grads": repr(self.partial_grads),
+            "rank_norms": "RankNorms" if self.by_rank else "None",
             "watch": f"Watch({_describe_grouping(self.watch.groups)}, every={self.watch.every})"
             if self.watch
             else "None",
@@ -87,23 +93,26 @@ def check_options(passed: PassedOptions) -> ClipOptions:
             f"pass exactly one of max_norm and policy, not {seen}; there is no default threshold"
         )
     _check_kinds(passed)
-    policy = passed.policy if passed.max_norm is None else FixedNorm(float(passed.max_norm))
+    policy = passed.policy
+    if passed.max_norm is not None:
+        number = as_number(passed.max_norm)
+        policy = FixedNorm(passed.max_norm if math.isnan(number) else number)
     if policy is None or not is_policy(policy):
         raise ConfigError(
             f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)"
         )
-    p = float(passed.norm_type) if isinstance(passed.norm_type, (int, float)) else math.nan
+    p = as_number(passed.norm_type)
     if not (0 < p <= 8 or p == math.inf):
         raise ConfigError(
             f"norm_type={passed.norm_type!r}: p must be above 0 and at most 8, or math.inf"
         )
-    if passed.on_nonfinite not in MODES:
+    if not is_text(passed.on_nonfinite, *MODES):
         raise ConfigError(
             f"on_nonfinite={passed.on_nonfinite!r}; it is one of {', '.join(map(repr, MODES))}"
         )
-    if passed.fold not in FOLDS:
+    if not is_text(passed.fold, *FOLDS):
         raise ConfigError(f"fold={passed.fold!r}; it is 'auto' or 'never'")
-    if passed.partial_grads not in PARTIAL_GRADS:
+    if not is_text(passed.partial_grads, *PARTIAL_GRADS):
         raise ConfigError(
             f"partial_grads={passed.partial_grads!r}; it is one of "
             f"{', '.join(map(repr, PARTIAL_GRADS))}"
@@ -113,18 +122,27 @@ def check_options(passed: PassedOptions) -> ClipOptions:
             "partial_grads='reduce' sets .grad, and grad_of finds gradients "
             "elsewhere; redistribute them there"
         )
-    if passed.drift_tolerance is not None and not passed.drift_tolerance > 0:
+    tolerance = None if passed.drift_tolerance is None else as_number(passed.drift_tolerance)
+    if tolerance is not None and not tolerance > 0:
         raise ConfigError(
             f"drift_tolerance={passed.drift_tolerance!r} must be positive, or None, "
             f"which does not look for drift"
         )
-    if passed.skip_limit < 0:
+    if not isinstance(passed.skip_limit, int) or passed.skip_limit < 0:
         raise ConfigError(
-            f"skip_limit={passed.skip_limit!r} must not be negative; 0 allows no bad step"
+            f"skip_limit={passed.skip_limit!r} must be a whole number, not negative; 0 allows no "
+            "bad step"
+        )
+    if passed.grad_of is not None and not callable(passed.grad_of):
+        raise ConfigError(
+            f"grad_of={passed.grad_of!r} is no function; pass one from a parameter to its gradient"
         )
     if passed.watch is not None and not isinstance(passed.watch, Watch):
+        raise ConfigError(f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer())")
+    if passed.rank_norms is not None and not hasattr(passed.rank_norms, "ranks"):
         raise ConfigError(
-            f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer(), every=100)"
+            f"rank_norms={passed.rank_norms!r}; pass distclip.RankNorms(model), built after "
+            f"wrapping"
         )
     by_units = [
         rule
@@ -141,11 +159,12 @@ def check_options(passed: PassedOptions) -> ClipOptions:
         norm_type=p,
         grouping=passed.groups or WHOLE_MODEL,
         on_nonfinite=passed.on_nonfinite,
-        drift_tolerance=passed.drift_tolerance,
+        drift_tolerance=tolerance,
         skip_limit=passed.skip_limit,
         fold=passed.fold,
         watch=passed.watch,
         partial_grads=passed.partial_grads,
+        by_rank=passed.rank_norms is not None,
     )
 
 
@@ -175,6 +194,11 @@ def _check_kinds(passed: PassedOptions) -> None:
             raise ConfigError(
                 f"groups: the rule of {key!r} is {rule.__name__}, the class; call it: "
                 f"distclip.{rule.__name__}(...)"
+            )
+        if not (isinstance(rule, Exempt) or is_policy(rule) or as_number(rule) >= 0):
+            raise ConfigError(
+                f"groups: the rule of {key!r} is {rule!r}, which is no threshold; give a number, "
+                "a policy or distclip.Exempt()"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distclip.errors import ConfigError
+from distclip.passed import as_list
 from distclip.torch_internals.dtensor import is_dtensor
 from distclip.torch_internals.fsdp1 import FlatShard, flat_shards
 
@@ -85,23 +86,23 @@ def modules_in(params: Params) -> list[nn.Module]:
     """The modules among what the caller passed; none where parameters were."""
     if isinstance(params, nn.Module):
         return [params]
-    return (
-        []
-        if isinstance(params, Tensor) or not isinstance(params, Iterable)
-        else [m for m in params if isinstance(m, nn.Module)]
-    )
+    return [m for m in _items_of(params) if isinstance(m, nn.Module)]
+
+
+def _items_of(params: Any) -> Sequence[Any]:
+    """What it holds, of whatever kind; nothing where it cannot be listed."""
+    if isinstance(params, (Tensor, nn.Module)):
+        return [params]
+    return as_list(params) or ()
 
 
 def tensors_in(params: Params) -> Iterator[Tensor]:
     """All parameters in what the caller passed, whatever else is wrong with it."""
     for module in modules_in(params):
         yield from module.parameters()
-    items = (
-        [params] if isinstance(params, Tensor) else params if isinstance(params, Iterable) else ()
-    )
     yield from (
         part
-        for item in items
+        for item in _items_of(params)
         for part in (item if isinstance(item, tuple) else (item,))
         if isinstance(part, Tensor)
     )
@@ -133,7 +134,7 @@ def _list_items(params: Any) -> list[Any]:
             f"params is a {type(params).__name__}; pass an nn.Module, a list of modules, (name, "
             f"parameter) pairs or parameters"
         )
-    return list(params)
+    return [*_items_of(params)]
 
 
 def _scan_items(items: list[Any]) -> ParamScan:

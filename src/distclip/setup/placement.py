@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 import torch
 from torch.distributed import ProcessGroup, get_process_group_ranks
@@ -43,6 +43,9 @@ ReplicatedOver: TypeAlias = Mapping[str, "ProcessGroup | _PrivateType"]
 Shared: TypeAlias = Sequence[Sequence[str]]
 
 DEVICES = ("cpu", "cuda")
+_DECLARED = (
+    "pass a pattern of names, and for it a process group that this rank is in, or distclip.PRIVATE"
+)
 EVERYWHERE = "all ranks with the name"
 
 
@@ -56,6 +59,40 @@ class ReplicaDeclarations:
     def all_patterns(self) -> list[str]:
         """Patterns and names of which each must match on some rank."""
         return [*self.replicated_over, *(name for names in self.shared for name in names)]
+
+
+def declare_replicas(replicated_over: Any, shared: Any) -> ReplicaDeclarations:
+    """What was passed under these names.
+
+    Raises:
+        ConfigError: it is of another kind.
+    """
+    table = {} if replicated_over is None else replicated_over
+    if not isinstance(table, Mapping):
+        raise ConfigError(
+            f"replicated_over is a {type(table).__name__}; pass "
+            "{pattern: process group | distclip.PRIVATE}"
+        )
+    for pattern, group in cast("Mapping[Any, Any]", table).items():
+        # on ranks outside a group torch has a number in its place
+        known = group is None or isinstance(group, (ProcessGroup, _PrivateType, int))
+        if not isinstance(pattern, str) or not known:
+            raise ConfigError(f"replicated_over={{{pattern!r}: {group!r}}}: {_DECLARED}")
+    if not _are_tuples_of_names(shared):
+        raise ConfigError(
+            f"shared={shared!r}; pass tuples of names that are one parameter: "
+            'shared=[("embed.weight", "head.weight")]'
+        )
+    return ReplicaDeclarations(dict(table), tuple(tuple(names) for names in shared))
+
+
+def _are_tuples_of_names(shared: Any) -> bool:
+    return isinstance(shared, Sequence) and all(
+        isinstance(names, Sequence)
+        and not isinstance(names, str)
+        and all(isinstance(name, str) for name in cast("Sequence[Any]", names))
+        for names in cast("Sequence[Any]", shared)
+    )
 
 
 def local_pieces(
@@ -229,6 +266,8 @@ def _declared_rank_set(name: str, declared: ReplicatedOver, rank: int) -> tuple[
         if fnmatchcase(name, pattern):
             if isinstance(group, _PrivateType):
                 return (private_token(rank),)
+            if not isinstance(group, ProcessGroup):
+                raise ConfigError(f"replicated_over[{pattern!r}] is {group!r}: {_DECLARED}")
             ranks = get_process_group_ranks(group)
             if rank not in ranks:
                 raise ConfigError(

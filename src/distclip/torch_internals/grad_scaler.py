@@ -116,7 +116,9 @@ class ScalerState:
     def __init__(
         self, scaler: Any, optimizers: Sequence[Any], device: torch.device, on_host: bool
     ) -> None:
-        if scaler is not None and not hasattr(scaler, "is_enabled"):
+        if scaler is not None and (
+            isinstance(scaler, type) or not callable(getattr(scaler, "is_enabled", None))
+        ):
             raise ConfigError(
                 f"scaler= was given a {type(scaler).__name__}; it is a torch.amp.GradScaler, and "
                 f"optimizers stand before it: "

@@ -27,8 +27,8 @@ class JoinGuard:
         mine = {id(param) for param in params}
         around = [
             thing
-            for thing in gc.get_objects()
-            if mine and issubclass(type(thing), Joinable) and isinstance(thing, nn.Module)
+            for thing in (gc.get_objects() if mine else ())
+            if issubclass(type(thing), Joinable) and isinstance(thing, nn.Module)
         ]
         every |= {id(m): m for m in around if any(id(param) in mine for param in m.parameters())}
         self._joinables = [m for m in every.values() if isinstance(m, Joinable)]
