@@ -258,6 +258,16 @@ def test_a_notable_step_has_its_layer_rank_culprit_and_notes(tmp_path):
     assert skips[6:11] == ["80", "not finite", "b: not finite", "b.w on rank 1: inf (finite: a.w before, c.w after)", "skipped: 1 gradient was not finite"]  # fmt: skip
 
 
+def test_a_spike_is_told_with_its_layer_and_rank(tmp_path, capsys):
+    log = write_lines(tmp_path / "run.jsonl", notable_lines(), {})
+    assert main(["suggest", "--json", str(log)]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    (text,) = [finding["text"] for finding in run["findings"] if finding["kind"] == "spikes"]
+    assert (
+        "; 99.4 % of the largest in b; rank 2 had by far the largest gradients, of norm 59" in text
+    )
+
+
 def said_of_ranks(tmp_path, capsys, lines):
     log = write_lines(tmp_path / "run.jsonl", lines, {})
     assert main(["suggest", "--json", str(log)]) == 0
