@@ -20,6 +20,7 @@ from distclip.testing import count_collectives, fully_shard
 from late import judged_late
 from parity.layouts import Pair, factor, mesh, pair_grads
 from parity.oracle import total_norm
+from precision.test_waiting import NoHostReads
 
 INF, NAN = math.inf, math.nan
 needs_fsdp2 = pytest.mark.skipif(
@@ -106,6 +107,28 @@ def test_each_rank_has_its_own(ranks, wrapper, how, p):
         mean = total_norm(pair_grads(), p) * micro_steps / 2
         assert total == pytest.approx(mean, rel=1e-3 if how == "float16" else 1e-6)
         assert names == ["allreduce_"]
+
+
+def a_step_that_reads_nothing():
+    """With all that there is to see, on a device that the host would wait for."""
+    model = DDP(Pair())
+    rank_norms = distclip.RankNorms(model)
+    watch = distclip.Watch(distclip.per_expert("first.c", distclip.per_layer()))
+    policy = distclip.Escalate(distclip.FixedNorm(1.0))
+    clipper = judged_late(
+        distclip.GradClipper(model, policy=policy, watch=watch, rank_norms=rank_norms)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    model(factor()).backward()
+    with NoHostReads(), count_collectives() as seen:
+        report = clipper.step(optimizer)
+    return report.rank_norms.tolist(), len(report.layers), report.action, seen.names
+
+
+def test_the_host_reads_nothing_and_one_message_is_sent(ranks):
+    for norms, layers, action, names in ranks.run(a_step_that_reads_nothing):
+        assert len(set(norms)) == 4 and min(norms) > 0 and layers == 8 + 2
+        assert action == "none" and names == ["allreduce_"]
 
 
 def gradients(how):
