@@ -21,8 +21,8 @@ extensions = [
     "from_the_package",
     "plain_roles",
 ]
-# pages in the contents that need something which a part of the repository may lack
-NEEDS = {"examples.*": ROOT / "examples", "unstable_runs.*": ROOT / "docs" / "unstable_runs.md"}
+# pages in the contents that are still to be written
+NEEDS = {"unstable_runs.*": ROOT / "docs" / "unstable_runs.md"}
 exclude_patterns = ["_build", *(page for page, needs in NEEDS.items() if not needs.exists())]
 suppress_warnings = ["toc.excluded"]
 root_doc = "index"

@@ -94,7 +94,7 @@ def test_the_checks_can_fail():
 
 
 def test_lengths():
-    assert len(MAP.read_text().splitlines()) <= 95
+    assert len(MAP.read_text().splitlines()) <= 100
     long = [page.name for page in DESIGN.glob("*.md") if len(page.read_text().splitlines()) > 60]
     assert long == []
 
