@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distclip import integrations
+import distclip
 from distclip.cli.doctor.output import Findings, as_json, as_table
 from distclip.cli.doctor.records import Result
 
@@ -72,6 +72,11 @@ def _in_float64(max_norm: float) -> Trained:
     return Trained(norms, _params(model))
 
 
+def _integration(name: str) -> Any:
+    """ModuleNotFoundError with the extra where the framework is missing."""
+    return getattr(distclip.integrations, name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _params(model: nn.Module) -> list[Tensor]:
     return [param.detach().cpu().double() for param in model.parameters()]
 
@@ -85,7 +90,7 @@ def _accelerate(max_norm: float, with_distclip: bool) -> Trained:
     prepared: Any = accelerator.prepare(model, torch.optim.SGD(model.parameters(), LEARNING_RATE))
     model, optimizer = prepared
     if with_distclip:
-        integrations.accelerate.prepare(accelerator, model, max_norm=max_norm)
+        _integration("accelerate").prepare(accelerator, model, max_norm=max_norm)
     norms: list[float] = []
     for _ in range(STEPS):
         accelerator.backward(model(x, y)["loss"])
@@ -110,7 +115,7 @@ def _transformers(max_norm: float, with_distclip: bool) -> Trained:
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows)
         if with_distclip:
-            integrations.transformers.clip_with_distclip(trainer)
+            _integration("transformers").clip_with_distclip(trainer)
         trainer.train()
     logs = trainer.state.log_history
     return Trained([float(log["grad_norm"]) for log in logs if "grad_norm" in log], _params(model))
@@ -137,7 +142,7 @@ def _lightning(max_norm: float, with_distclip: bool) -> Trained:
     how: dict[str, Any] = {"gradient_clip_val": max_norm}
     norms: list[float] = []
     if with_distclip:
-        clipping = integrations.lightning.GradientClipping(
+        clipping = _integration("lightning").GradientClipping(
             max_norm=max_norm, sinks=[_Norms(norms)], log=False
         )
         how = {"callbacks": [clipping]}
@@ -185,7 +190,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compared(name: str) -> list[Result]:
-    getattr(integrations, name)  # names the extra where it is missing
+    _integration(name)
     max_norm = 0.5 * _in_float64(math.inf).norms[0]
     exact = _in_float64(max_norm)
     # warnings and lines of the framework itself; standard output is for the results
