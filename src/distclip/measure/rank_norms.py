@@ -52,7 +52,7 @@ class RankNorms:
 
     def __init__(self, params: Params, comm_hook: CommHook | None = None) -> None:
         hook: object = comm_hook
-        if hook is not None and not (isinstance(hook, tuple) and len(hook) == 2):  # pyright: ignore[reportUnknownArgumentType]
+        if hook is not None and not (isinstance(hook, tuple) and len(hook) == 2):
             raise ConfigError(
                 f"RankNorms: comm_hook={comm_hook!r}; pass a pair (state, hook), as to "
                 f"DistributedDataParallel.register_comm_hook(state, hook)"
