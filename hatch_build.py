@@ -7,6 +7,8 @@ Without a C compiler the wheel is pure Python, and torch's operations serve.
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
 import shutil
 import sysconfig
 import tempfile
@@ -14,6 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+def platform_tag(python: str) -> str:
+    """Of what the compiler makes here.
+
+    Args:
+        python: the platform of this Python, which on macOS may be built for two processors while
+            the compiler's library is for one.
+    """
+    if python.startswith("macosx"):
+        release = os.environ.get("MACOSX_DEPLOYMENT_TARGET", "11.0")
+        python = f"macosx-{release}-{platform.machine()}"
+    return python.replace("-", "_").replace(".", "_")
 
 
 class KernelsHook(BuildHookInterface):
@@ -40,8 +55,8 @@ class KernelsHook(BuildHookInterface):
             return
         build_data["force_include"][str(library)] = f"distclip/kernels/{library.name}"
         build_data["pure_python"] = False
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{platform}"  # ctypes: no ABI of Python or torch
+        # ctypes: no ABI of Python or torch
+        build_data["tag"] = f"py3-none-{platform_tag(sysconfig.get_platform())}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if self.scratch is not None:

@@ -41,7 +41,14 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 default_role = "plain"
 # not imported: they take long, and need not be installed to build the pages
-autodoc_mock_imports = ["accelerate", "deepspeed", "lightning", "transformers"]
+autodoc_mock_imports = [
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "megatron",
+    "torchtitan",
+    "transformers",
+]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88

@@ -86,9 +86,15 @@ INTEGRATIONS = {
     ),
     "deepspeed": Integration(
         "`attach(engine, max_norm=…)`",
-        "ZeRO 0–3, offload to the CPU; float32, bfloat16, float16; accumulation; groups",
-        "`gradient_clipping` beside it; an `mpu`, experts, pipelines; autocast with a scaler; Muon with fp16",
+        "ZeRO 0–3, offload to the CPU; float32, bfloat16, float16; accumulation; experts; the pipeline engine; several engines; groups",
+        "`gradient_clipping` beside it; a model-parallel `mpu`; AutoEP's experts; autocast with a scaler; Muon with fp16",
         "test_deepspeed.py",
+    ),
+    "megatron": Integration(
+        "`attach(optimizer, model, max_norm=…)`",
+        "Megatron's marks, process groups and main gradients; the distributed optimizer's shards; chained optimizers; experts",
+        "`clip_grad` beside it; optimizers of other kinds; process groups that are not initialised; attaching twice",
+        "test_megatron.py",
     ),
     "torchtitan": Integration(
         "`clip_with_distclip(trainer)`, or `--override.imports distclip.integrations.torchtitan.clip`",
@@ -154,8 +160,9 @@ def row(results: Path, code: int) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    """Of what is installed; empty where it is not."""
     try:
-        return version(package)
+        return version("megatron-core" if package == "megatron" else package)
     except PackageNotFoundError:
         return ""
 

@@ -34,7 +34,7 @@ run python -m distclip.kernels.build >/dev/null || echo "launch/programs.sh: wit
 results=.venvs/programs.xml
 rm -f "$results"
 # an interrupt, so that pytest still writes down what it has
-run timeout -s INT -k 120 "${LIMIT:-5400}" python -m pytest -q -p no:cacheprovider -m "slow or not slow" --junitxml="$results" "${@:-"${tests[@]}"}"
+run timeout -s INT -k 120 "${LIMIT:-5400}" python -m pytest -q -p no:cacheprovider -m "slow or not slow" -o junit_family=xunit1 --junitxml="$results" "${@:-"${tests[@]}"}"
 code=$?
 [ $# -gt 0 ] || run python launch/compatibility.py programs "$results" "$code" || code=1
 [ -n "$keep" ] || rm -rf $here "$results"

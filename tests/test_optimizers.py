@@ -351,7 +351,7 @@ def test_a_container_and_one_of_its_optimizers():
     with pytest.raises(
         distclip.ConfigError,
         match=r"^step\(\) was given one optimizer twice; it "
-        r"would step twice$",
+        r"would step twice(\n|$)",
     ):
         distclip.GradClipper(params, 2.5).step(container, container.optimizers[0])
 

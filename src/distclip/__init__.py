@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+# public beside the names of api.py; all other files may change with any release
+_MODULES = ("errors", "integrations", "kernels", "testing", "versions")
+
 if TYPE_CHECKING:
     from distclip.api import *  # noqa: F403
 else:
@@ -33,4 +36,5 @@ else:
         )
 
     def __dir__():
-        return sorted({*__getattr__("__all__"), *globals(), "integrations"} - {"TYPE_CHECKING"})
+        special = {name for name in globals() if name.startswith("__")}
+        return sorted({*__getattr__("__all__"), *_MODULES, *special})

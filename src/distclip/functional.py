@@ -123,7 +123,7 @@ def clip_grads_with_norm_(
         raise ConfigError(
             f"total_norm is a {type(total_norm).__name__}; pass the tensor that get_total_norm gave"
         )
-    if total_norm.numel() != 1 or total_norm.is_complex() or total_norm.is_meta:
+    if total_norm.numel() != 1 or total_norm.is_complex():
         raise ConfigError(
             f"total_norm={total_norm} is not one real number; pass what get_total_norm gave"
         )
@@ -143,6 +143,8 @@ def _scale_(
         torchs_clip_grads_with_norm_(params, max_norm, total_norm, foreach)
         return
     norm = _whole(total_norm)
+    if norm.is_meta:
+        raise ConfigError("total_norm is on the device meta, and the gradients are not")
     if norm.device.type == "cpu":
         coef = max_norm / (float(norm) + 1e-6)
         if coef < 1 or math.isnan(coef):

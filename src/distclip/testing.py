@@ -28,6 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip import versions
 
+__all__ = [
+    "CollectiveCounter",
+    "ThreadGroup",
+    "World",
+    "count_collectives",
+    "fresh_process",
+    "fully_shard",
+    "run_threads",
+]
+
 # until all ranks of a pool have met: on a busy machine the imports alone take long
 STARTING_S = 300.0
 

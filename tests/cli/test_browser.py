@@ -284,6 +284,20 @@ def test_runs_are_switched_on_and_off(browser, two):
     assert has_colour(0) and has_colour(1)
 
 
+def test_a_step_that_is_not_finite_is_marked(browser, two):
+    browser.open(two)
+    only(browser, "second")
+    where = browser.js(f"""(() => {{
+        const over = document.querySelector("#plot-norm .u-over"), canvas = document.querySelector("#plot-norm canvas");
+        const x = over.offsetLeft + ({BAD} - 1) / 1999 * over.clientWidth, y = over.offsetTop + 7;
+        const data = canvas.getContext("2d").getImageData(x - 5, y - 5, 10, 10).data, out = [];
+        for (let i = 0; i < 100; i++) if (data[4 * i + 3] > 200 && data[4 * i] > 150 && data[4 * i + 1] < 120) out.push([i % 10, Math.floor(i / 10)]);
+        return out;
+    }})()""")
+    sides = {(x > 4, y > 4) for x, y in where}
+    assert len(where) >= 10 and len(sides) == 4, "all four arms of the ×"
+
+
 def test_axes_are_logarithmic_or_linear(browser, two):
     browser.open(two)
     only(browser, "first")

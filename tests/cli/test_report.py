@@ -258,6 +258,35 @@ def test_a_notable_step_has_its_layer_rank_culprit_and_notes(tmp_path):
     assert skips[6:11] == ["80", "not finite", "b: not finite", "b.w on rank 1: inf (finite: a.w before, c.w after)", "skipped: 1 gradient was not finite"]  # fmt: skip
 
 
+def test_notes_of_a_thousand_ranks_are_shown_in_part(tmp_path):
+    """This step's first, of these the rank's that lies off; and the page stays small."""
+    notes = [
+        {"rank": rank, "step": step, "note": f"{'x' * 1000}", "cut": False} for rank in range(1000) for step in (58, 59, 60)
+    ]  # fmt: skip
+    lines = [made_line(i, 1.0 + (i == 60), notes=notes if i in (60, 70, 71) else [], outlier_rank=777, skipped=i > 69) for i in range(1, 200)]  # fmt: skip
+    page, _ = made(tmp_path, *(write_lines(tmp_path / f"{i}.jsonl", lines, {}) for i in range(4)))
+    at = page.texts.index("Largest steps: 0")
+    row = page.texts[page.texts.index("60", at) :]
+    shown = [text for text in row[: row.index("clipped to 1")] if text.startswith("rank ")]
+    assert [text.split(":")[0] for text in shown] == [
+        "rank 777",
+        *(f"rank {rank}" for rank in range(11)),
+    ]
+    assert "and 2,988 more in the log" in row and max(map(len, shown)) < 180
+    later = page.texts[page.texts.index("Skipped steps: 0") :]
+    assert any(text.startswith("rank 777, step 60: xxx") for text in later)
+
+
+def test_a_spike_is_told_with_its_layer_and_rank(tmp_path, capsys):
+    log = write_lines(tmp_path / "run.jsonl", notable_lines(), {})
+    assert main(["suggest", "--json", str(log)]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    (text,) = [finding["text"] for finding in run["findings"] if finding["kind"] == "spikes"]
+    assert (
+        "; 99.4 % of the largest in b; rank 2 had by far the largest gradients, of norm 59" in text
+    )
+
+
 def said_of_ranks(tmp_path, capsys, lines):
     log = write_lines(tmp_path / "run.jsonl", lines, {})
     assert main(["suggest", "--json", str(log)]) == 0

@@ -20,7 +20,7 @@ from cli.logs import (
     write_lines,
     write_log,
 )
-from distclip.cli import main
+from distclip.cli import main, progress
 from distclip.cli.log_header import PlanRow
 from distclip.cli.part_shares import power_shares
 from distclip.cli.run_log import ACTIONS, Culprit, RankNote, RunError, read_runs
@@ -85,7 +85,7 @@ def test_what_schema_2_adds(tmp_path):
     assert [run.part_names[i] if i >= 0 else None for i in run.top] == ["b", "a", None]
     np.testing.assert_allclose(run.top_share, [16 / 25, np.inf, np.nan])
     details = run.details_of(0)
-    assert details.notes == (RankNote(2, {"ids": [7]}, True),)
+    assert details.notes == (RankNote(2, 1, {"ids": [7]}, True),)
     np.testing.assert_array_equal(details.rank_norms, [1.0, np.nan, 9.0])
     assert run.details_of(1).culprits == (Culprit("a.w", 1, "inf", None, "b.w"),)
     assert str(run.details_of(1).culprits[0]) == "a.w on rank 1: inf (finite: b.w after)"
@@ -206,7 +206,7 @@ def test_numbers_that_json_has_not_are_read_all_the_same(tmp_path):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from distclip.cli import main
+from distclip.cli import main, progress
 import distclip.cli.report.command
 def peak_mib():  # of this program alone: ru_maxrss begins with that of the parent
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
@@ -241,8 +241,8 @@ def test_a_large_log_takes_little_memory(tmp_path):
 
 
 def test_a_bar_is_shown_on_a_terminal_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("distclip.cli.progress._SHOWN_FROM_BYTES", 0)
-    monkeypatch.setattr("distclip.cli.progress._INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "_SHOWN_FROM_BYTES", 0)
+    monkeypatch.setattr(progress, "_INTERVAL_S", 0.0)
     log = write_lines(tmp_path / "run.jsonl", [made_line(i, 1.0) for i in range(200)])
     read(log)
     assert capsys.readouterr().err == ""

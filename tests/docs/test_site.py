@@ -22,6 +22,9 @@ BESIDE = (  # public, and not in distclip.__all__
     "distclip.integrations.deepspeed.attach",
     "distclip.integrations.lightning.GradientClipping",
     "distclip.integrations.lightning.prepare",
+    "distclip.integrations.megatron.attach",
+    "distclip.integrations.torchtitan.clip",
+    "distclip.integrations.torchtitan.clip_with_distclip",
     "distclip.integrations.transformers.clip_with_distclip",
     "distclip.testing.World",
     "distclip.testing.World.run",
@@ -93,6 +96,9 @@ def test_every_public_name_has_a_place_in_the_reference(entries):
         "add a line such as `.. autoclass:: distclip.NAME` to a page of docs/reference"
     )
     assert all(entries[name].startswith("reference/") for name in names)
+    for framework in dir(distclip.integrations):
+        if framework[0] != "_":
+            assert any(name.startswith(f"distclip.integrations.{framework}.") for name in entries)
 
 
 def test_nothing_else_is_said_to_be_public(entries):

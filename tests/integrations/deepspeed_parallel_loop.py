@@ -16,7 +16,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 import distclip
 import distclip.testing
 from deepspeed_setting import DTYPES, change, config_of, loss_scale, masters_of
-from distclip.integrations.deepspeed import attach
+from distclip.integrations.deepspeed import attach, detach
 from problem import loss_of, net, off, oracle
 
 MAX_NORM = 0.1
@@ -349,12 +349,42 @@ def growth(own):
     return out
 
 
+def detached(stage, dtype):
+    """The engine's own clipping, distclip's in its place, and its own again."""
+    model = net()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), 1e-3),
+        config=config_of(stage, dtype, clipping=0.5),
+    )
+    own = sorted(vars(engine.optimizer))
+    attach(engine, 0.1, take_over=True)
+    x, y = (part.to(DTYPES[dtype]) for part in dense())
+    rank, lengths = dist.get_rank(), []
+    for at in range(3):
+        if at == 1:
+            detach(engine)
+        if at == 2:
+            attach(engine, 0.2, take_over=True)
+        before = masters_of(engine, stage)
+        engine.backward(loss_of(engine, x[4 * rank :][:4], y[4 * rank :][:4]))
+        engine.step()
+        moved = change(before, masters_of(engine, stage))
+        lengths.append(math.sqrt(sum(float(m.norm()) ** 2 for m in moved.values())) / 1e-3)
+    detach(engine)
+    left = {*vars(engine.optimizer)} - {*own} - {"overflow", "_global_grad_norm"}
+    return {"lengths": lengths, "clips": engine.gradient_clipping(), "left": sorted(left)}
+
+
 def main():
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     out = {
         "two_engines": two_engines(),
         "growth": [growth(own=True), growth(own=False)],
+        "detached": {
+            name: detached(*name.split()) for name in ("0 fp32", "1 fp32", "0 bf16", "3 fp32")
+        },
         "experts": {
             name: experts(*name.split())
             for name in ("0 fp32", "0 bf16", "1 fp32", "2 fp32", "1fp32acc bf16")

@@ -496,6 +496,40 @@ def pipeline(distributed):
         return out
 
 
+def spikes():
+    """fp16: a spike that the policy leaves out, and then the state in another clipper."""
+    from distclip.integrations.megatron import attach, detach
+
+    def policy():
+        return distclip.SkipSpikes(distclip.FixedNorm(MAX_NORM), factor=20.0, warmup=2)
+
+    with megatron(tensor_model_parallel_size=2):
+        x, y = data("fp16")
+        config = config_of("fp16", tensor_model_parallel_size=2)
+        wrapped, optimizer = optimizer_of(
+            fill(tensor_parallel_model(config), shapes=FULL), config, "fp16", True
+        )
+        clipper = attach(optimizer, wrapped, policy=policy())
+        out = {"done": [], "moved": [], "told": [], "scales": []}
+        for factor in (1.0, 1.0, 1.0, 100.0, 1.0):
+            if len(out["done"]) == 3:  # the same goes on in another clipper
+                state = clipper.state_dict()
+                detach(optimizer)
+                clipper = attach(optimizer, wrapped, policy=policy())
+                clipper.load_state_dict(state)
+            scale = float(optimizer.get_loss_scale())
+            backward(wrapped, my_rows(x), my_rows(y), scale * factor)
+            before = [p.detach().clone() for p in wrapped.parameters()]
+            done, told, _ = optimizer.step()
+            out["done"].append(bool(done))
+            out["told"].append(float(told))
+            out["moved"].append(
+                any(bool((b != p).any()) for b, p in zip(before, wrapped.parameters(), strict=True))
+            )
+            out["scales"].append(float(optimizer.get_loss_scale()))
+        return out
+
+
 # ---------------------------------------------------------------------------- refusals, and the end
 
 
@@ -527,6 +561,18 @@ def refusals():
             uneven.more = nn.Parameter(torch.zeros(5))
         wrapped_too, optimizer_too = optimizer_of(uneven, config, "fp32", True)
         tried(attach, optimizer_too, wrapped_too, 1.0)
+        features = []
+        config_too = optimizer_too.chained_optimizers[0].config
+        for name, value in (
+            ("use_precision_aware_optimizer", True),
+            ("optimizer_cpu_offload", True),
+            ("optimizer_cuda_graph", True),
+            ("grad_norm_skip_threshold", 5.0),
+        ):
+            if hasattr(config_too, name):  # the last two from 0.19 on
+                with patch.object(config_too, name, value):
+                    tried(attach, optimizer_too, wrapped_too, 1.0)
+                features.append([name, texts.pop()])
         own_step = optimizer.step
         tried(attach, optimizer, wrapped, 1.0, take_over=True)
         tried(attach, optimizer, wrapped, 1.0)
@@ -535,6 +581,7 @@ def refusals():
         tried(detach, optimizer)
         return {
             "texts": texts,
+            "features": features,
             "detached": optimizer.step == own_step,
             "clip_grad": [zero, optimizer.chained_optimizers[0].config.clip_grad],
         }

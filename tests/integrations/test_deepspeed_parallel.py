@@ -110,3 +110,11 @@ def test_each_of_two_engines_has_its_own_clipper():
             assert told == pytest.approx(norm, rel=1e-6)
         assert seen["lengths"] == pytest.approx([0.1, 0.3], rel=1e-6)
         assert seen["calls"] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["0 fp32", "1 fp32", "0 bf16", "3 fp32"])
+def test_an_engine_gets_its_own_clipping_back(name):
+    for row in rows():
+        seen = row["detached"][name]
+        assert seen["lengths"] == pytest.approx([0.1, 0.5, 0.2], rel=1e-2)
+        assert seen["clips"] == 0.5 and seen["left"] == []

@@ -109,6 +109,13 @@ def test_a_group_is_a_parameter_whole_over_all_ranks(ranks):
         }
 
 
+def test_a_spike_is_left_out_and_lowers_no_loss_scale(ranks):
+    for row in ranks.run(cases.spikes):
+        assert row["done"] == [True, True, True, False, True] == row["moved"]
+        assert row["told"][3] > 20 * row["told"][2] > 0
+        assert row["scales"] == [16.0] * 5
+
+
 def test_refusals_and_detach(ranks):
     for row in ranks.run(cases.refusals):
         clips, option, kind, foreign, groups, uneven, fine, twice, nothing = row["texts"]
@@ -121,6 +128,11 @@ def test_refusals_and_detach(ranks):
         assert fine == ""
         assert "has a clipper already" in twice
         assert "this optimizer has no clipper" in nothing
+        assert len(row["features"]) >= 2
+        assert all(
+            f"has {name}" in text and "which distclip does not support under Megatron" in text
+            for name, text in row["features"]
+        )
         assert row["detached"] and row["clip_grad"] == [0.0, 1.0]
 
 

@@ -38,7 +38,7 @@ def test_losses_and_norms_are_the_originals(layout):
         assert row["steps"]["calls"] == 12
     rows = rows_of(layout)
     assert min(rows[0]["steps"]["ours"]["norms"]) > 1, "vacuous: nothing is clipped"
-    assert len(set(rows[-1]["steps"]["ours"]["losses"])) > 6, "vacuous"
+    assert max(len(set(row["steps"]["ours"]["losses"])) for row in rows) > 6, "vacuous"
     assert len({tuple(row["steps"]["ours"]["norms"]) for row in rows}) == 1
 
 

@@ -17,6 +17,8 @@ STEPS = 20
 PROGRAMS = {
     "torchtitan_llama": (("torchtitan",), 2),
     "trainer_llama": (("transformers", "accelerate"), 2),
+    "trainer_fsdp2_tp": (("transformers", "accelerate"), 4),
+    "trainer_more": (("transformers",), 0),
     "trl_sft_lora": (("trl", "peft"), 0),
     "accelerate_bert": (("accelerate", "transformers"), 2),
     "lightning_demo": (("lightning",), 0),

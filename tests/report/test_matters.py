@@ -22,7 +22,7 @@ NAN, INF = math.nan, math.inf
 
 
 def oracle(norms, skipped):
-    """The rule as docs/design says it, from the whole run: (matters, deviation) of each step."""
+    """The rule, worked out from the whole run: (matters, deviation) of each step."""
     out, logs, seen, fit, marks, refresh = [], [], [], None, [], 16
     for step, (norm, left_out) in enumerate(zip(norms, skipped)):
         deviation, is_largest = None, False

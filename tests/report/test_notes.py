@@ -4,14 +4,17 @@ else."""
 import json
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 import skips
+from distclip.step import StepRunner
 from distclip.testing import count_collectives
 from late import judged_late
 from parity.layouts import given
@@ -229,3 +232,67 @@ def test_what_is_no_json_is_refused_on_all_ranks(ranks, kind):
 def test_a_path_is_refused_with_what_to_do(path):
     with pytest.raises(distclip.ConfigError, match=r"A note is what JSON can write: .*loss\.item"):
         alone(path)
+
+
+def test_a_captured_step_takes_no_note():
+    """Its replays could not give one each. Nothing can be captured here: the runner is told so."""
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    optimizer = torch.optim.SGD([p], 1.0, fused=True)
+    with patch.object(StepRunner, "is_capturing", True):
+        with pytest.raises(distclip.ConfigError, match=r"step\(note=\.\.\.\) inside a CUDA graph"):
+            clipper.step(optimizer, note=1)
+        clipper.step(optimizer)
+
+
+# What the log alone tells
+
+
+def explained(path):
+    """DDP of three layers on data of each rank's own: at step 25 rank 2 reads a poisoned batch; at
+    step 30 one layer's gradient is infinite on rank 1."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    wrapped = DistributedDataParallel(model)
+    clipper = distclip.GradClipper(
+        wrapped,
+        INF,
+        on_nonfinite="skip",
+        watch=distclip.Watch(distclip.per_layer(), every=100),
+        rank_norms=distclip.RankNorms(wrapped),
+        sinks=[distclip.JSONLSink(path)],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    draw = torch.Generator().manual_seed(rank)
+    for step in range(1, 31):
+        x = torch.randn(16, 8, generator=draw)
+        bad = (step, rank) == (25, 2)
+        optimizer.zero_grad()
+        wrapped(1000 * x if bad else x).square().mean().backward()
+        if (step, rank) == (30, 1):
+            model[1].weight.grad[3] = INF
+        file = f"shard-{rank}-{'bad' if bad else step}.bin"
+        clipper.step(optimizer, note={"file": file})
+
+
+def test_the_log_alone_names_step_rank_data_and_layer(ranks, tmp_path):
+    path = tmp_path / "log.jsonl"
+    ranks.run(explained, str(path))
+    _, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    worst = max(rows, key=lambda row: row["deviation"] or 0)
+    assert (worst["step"], worst["matters"], worst["outlier_rank"]) == (25, "outlier", 2)
+    told = {n["rank"]: n["note"]["file"] for n in worst["notes"] if n["step"] == 25}
+    assert told[worst["outlier_rank"]] == "shard-2-bad.bin" and len(told) == 4
+    assert worst["layers"] == ["0", "1", "2"] and all(norm > 0 for norm in worst["layer_norms"])
+    (skipped,) = [row for row in rows if row["skipped"]]
+    (culprit,) = skipped["culprits"]
+    assert skipped["step"] == 30 and culprit == {
+        "parameter": "1.weight",
+        "rank": 1,
+        "kind": "inf",
+        "before": "0.bias",
+        "after": "1.bias",
+    }
+    assert {n["note"]["file"] for n in skipped["notes"]} >= {f"shard-{r}-30.bin" for r in range(4)}

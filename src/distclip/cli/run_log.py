@@ -29,6 +29,7 @@ from distclip.cli.progress import Progress
 
 _RATE_WINDOW = 500  # steps of the rolling clip rate, as in ClipReport
 _MOST_DETAILS = 20_000  # steps with culprits, notes or norms of ranks that are kept
+_MOST_DETAIL_BYTES = 30_000_000  # as they stand in the file
 _FLOATS = (
     "norm", "after", "coef", "threshold", "cosine", "clip_rate", "deviation", "rank_deviation",
 )  # fmt: skip
@@ -60,9 +61,10 @@ class Culprit:
 
 @dataclass(frozen=True)
 class RankNote:
-    """What a rank noted at a step."""
+    """What a rank noted."""
 
     rank: int
+    step: int | None  # the note's own: that of the line, or one of the few before it
     note: Any  # any JSON
     cut: bool
 
@@ -246,7 +248,7 @@ class _LogReader:
         self._integers = {name: array("i") for name in _INTEGERS}
         self._parts = ShareCollector("group"), ShareCollector("layer")
         self._details: dict[int, StepDetails] = {}  # by row
-        self._num_undetailed = 0
+        self._num_undetailed, self._detail_bytes = 0, 0
         self._norm_type = 2.0
         self._limits: list[float | None] = []
         self._raw_groups = b""
@@ -317,7 +319,8 @@ class _LogReader:
         )
         if details == _NO_DETAILS:
             return
-        if len(self._details) < _MOST_DETAILS:
+        self._detail_bytes += sum(map(len, map(bytes, (line.culprits, line.notes))))
+        if len(self._details) < _MOST_DETAILS and self._detail_bytes < _MOST_DETAIL_BYTES:
             self._details[row] = details
         else:
             self._num_undetailed += 1
@@ -399,8 +402,8 @@ class _LogReader:
             )
         if self._num_undetailed:
             yield (
-                f"{path}: culprits and notes of the first {_MOST_DETAILS} steps that have some are "
-                f"shown, those of {self._num_undetailed} more are not"
+                f"{path}: culprits and notes of the first {len(self._details)} steps that have "
+                f"some are shown, those of {self._num_undetailed} more are not"
             )
         if newer := [header.schema for header in self.headers if header.is_newer]:
             yield (
@@ -444,7 +447,13 @@ def _culprit(said: dict[str, Any]) -> Culprit:
 
 
 def _note(said: dict[str, Any]) -> RankNote:
-    return RankNote(_whole(said.get("rank")), said.get("note"), bool(said.get("cut", False)))
+    step = said.get("step")
+    return RankNote(
+        _whole(said.get("rank")),
+        step if isinstance(step, int) else None,
+        said.get("note"),
+        bool(said.get("cut", False)),
+    )
 
 
 def _whole(value: Any) -> int:

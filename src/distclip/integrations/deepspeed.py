@@ -25,7 +25,6 @@ from distclip.integrations.deepspeed_internals import (
     NEEDED_OF_ENGINE,
     EngineAdapter,
     adapter_for,
-    end_own_clipping,
     missing_names,
     own_clipping,
     unsupported_features,
@@ -108,10 +107,20 @@ def attach(
         replicated_over={"*": PRIVATE} if kind.sharded else None,
         **options,
     )
-    end_own_clipping(engine)
     adapter.install(clipper)
-    engine._distclip = adapter
     return clipper
+
+
+def detach(engine: Any) -> None:
+    """Give the engine its own step and its own clipping back. Sends nothing.
+
+    Raises:
+        ConfigError: it has no clipper.
+    """
+    adapter: EngineAdapter | None = getattr(engine, "_distclip", None)
+    if adapter is None:
+        raise ConfigError("this engine has no clipper; attach(engine, ...) gives one")
+    adapter.remove()
 
 
 def _checked_kind(engine: Any) -> type[EngineAdapter]:

@@ -14,10 +14,9 @@ from distclip.cli.norm_history import NormHistory
 from distclip.cli.run_log import ACTIONS, RankNote, RunLog
 from distclip.cli.suggest.advice import percent, times
 
-MOST_SKIPS = 100
 _MOST_OF_A_KIND = 10
 _MOST_OF_A_RANK = 3
-_LONGEST_NOTE = 240  # characters shown
+_LONGEST_NOTE, _MOST_NOTES = 160, 12  # characters and notes shown
 _DONE = {
     "lower_lr": "asked to lower the learning rate",
     "roll_back": "asked to roll back",
@@ -54,10 +53,10 @@ def largest_steps(history: NormHistory) -> list[NotableStep]:
     return [notable_step(history, at) for at in sorted(chosen, key=lambda at: (-norm[at], at))]
 
 
-def skipped_steps(history: NormHistory) -> tuple[list[NotableStep], int]:
+def skipped_steps(history: NormHistory, most: int) -> tuple[list[NotableStep], int]:
     """The first ones, and how many there are."""
     at = np.flatnonzero(history.run.skipped)
-    return [notable_step(history, int(i)) for i in at[:MOST_SKIPS]], len(at)
+    return [notable_step(history, int(i)) for i in at[:most]], len(at)
 
 
 def notable_step(history: NormHistory, at: int) -> NotableStep:
@@ -65,15 +64,25 @@ def notable_step(history: NormHistory, at: int) -> NotableStep:
     run, details = history.run, history.run.details_of(at)
     rank, notes = int(run.outlier_rank[at]), details.notes
     concerned = {culprit.rank for culprit in details.culprits} | {rank}
-    notes = sorted(notes, key=lambda note: (note.rank not in concerned, note.rank))
+    step = int(run.step[at])
+
+    def order(note: RankNote) -> tuple[bool, bool, int, int]:
+        """This step's notes first, the concerned ranks' before the others'."""
+        earlier = 0 if note.step is None else step - note.step
+        return earlier != 0, note.rank not in concerned, earlier, note.rank
+
+    notes = sorted(notes, key=order)
+    texts = [_note_text(note, step) for note in notes[:_MOST_NOTES]]
+    if len(notes) > _MOST_NOTES:
+        texts.append(f"and {len(notes) - _MOST_NOTES:,} more in the log")
     return NotableStep(
-        step=int(run.step[at]),
+        step=step,
         norm=float(run.norm[at]),
         ratio=float(history.ratio[at]),
         layer=top_part(run, at),
         rank=_rank_text(run, at),
         culprits=tuple(map(str, details.culprits)),
-        notes=tuple(map(_note_text, notes)),
+        notes=tuple(texts),
         done=_what_was_done(run, at),
     )
 
@@ -101,10 +110,11 @@ def _rank_text(run: RunLog, at: int) -> str:
     return f"{rank}{own}" + ("" if math.isnan(deviation) else f", {times(deviation)} deviations")
 
 
-def _note_text(note: RankNote) -> str:
+def _note_text(note: RankNote, step: int) -> str:
     text = note.note if isinstance(note.note, str) else json.dumps(note.note, ensure_ascii=False)
     shown = text if len(text) <= _LONGEST_NOTE else text[: _LONGEST_NOTE - 1] + "…"
-    return f"rank {note.rank}: {shown}" + (" (cut when it was logged)" if note.cut else "")
+    when = "" if note.step in (None, step) else f", step {note.step:,}"
+    return f"rank {note.rank}{when}: {shown}" + (" (cut when it was logged)" if note.cut else "")
 
 
 def _what_was_done(run: RunLog, at: int) -> str:

@@ -13,7 +13,7 @@ from importlib.resources import files
 import distclip
 from distclip.cli.norm_history import NormHistory
 from distclip.cli.number_ranges import format_ranges, number_ranges
-from distclip.cli.report.notable import MOST_SKIPS, NotableStep, largest_steps, skipped_steps
+from distclip.cli.report.notable import NotableStep, largest_steps, skipped_steps
 from distclip.cli.report.page_data import page_data
 from distclip.cli.report.summary import header_facts, main_numbers, run_sentences
 from distclip.cli.run_log import RunLog
@@ -21,6 +21,7 @@ from distclip.cli.suggest.advice import recommend_max_norm, times
 from distclip.cli.suggest.findings import find_findings
 
 _OPEN_CARDS = 3  # more runs than that are folded
+_MOST_SKIPS, _FEWEST_SKIPS, _ALL_SKIPS = 100, 10, 400  # rows of a run, and of all of them
 _NOTES_SHOWN = 2  # of a step; more are folded
 _COLUMNS: list[tuple[str, Callable[[NotableStep], str]]] = [
     ("norm", lambda row: "not finite" if math.isnan(row.norm) else f"{row.norm:.5g}"),
@@ -50,6 +51,7 @@ def build_page(histories: Sequence[NormHistory]) -> str:
         f"default-src 'none'; script-src {' '.join(map(_source_hash, scripts))}; "
         f"style-src {_source_hash(style)}"
     )
+    most = min(_MOST_SKIPS, max(_FEWEST_SKIPS, _ALL_SKIPS // len(runs)))
     cards = "".join(_card(number, history) for number, history in enumerate(histories))
     body = [
         f"<header><h1>What clipping did</h1>{_intro(runs)}</header>",
@@ -60,7 +62,7 @@ def build_page(histories: Sequence[NormHistory]) -> str:
             _steps_table("Largest steps", number, history, largest_steps(history))
             for number, history in enumerate(histories)
         ),
-        *(_skips_table(number, history) for number, history in enumerate(histories)),
+        *(_skips_table(number, history, most) for number, history in enumerate(histories)),
         _numbers_table(runs),
         f'<footer class="muted">distclip {escape(distclip.__version__)}; figures drawn by uPlot '
         f"(MIT licence, in the source of this page)</footer>",
@@ -160,11 +162,11 @@ def _cell(label: str, html: str) -> str:
     return f'<td{empty} data-label="{label}">{html}</td>'
 
 
-def _skips_table(number: int, history: NormHistory) -> str:
-    rows, total = skipped_steps(history)
+def _skips_table(number: int, history: NormHistory, most: int) -> str:
+    rows, total = skipped_steps(history, most)
     if not rows:
         return ""
-    more = total - MOST_SKIPS
+    more = total - len(rows)
     rest = f'<p class="muted">and {more:,} more</p>' if more > 0 else ""
     return _steps_table("Skipped steps", number, history, rows, rest)
 

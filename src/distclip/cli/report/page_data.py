@@ -16,7 +16,7 @@ from distclip.cli.run_log import RunLog
 
 _POINT_BYTES = 1_000_000  # of all runs together, as base64
 _BYTES_PER_POINT = 40
-_FEWEST_POINTS = 400  # of a run
+_FEWEST_POINTS = 200  # of a run
 _HEAT_BYTES = 420_000  # of all heat maps together, as base64
 _HEAT_ROWS = 24  # by mean, and as many by maximum
 _LARGEST_FLOAT32, _SMALLEST_FLOAT32 = 3e38, 1e-37

@@ -118,9 +118,9 @@ def recommend_max_norm(history: NormHistory) -> Recommendation:
             f"clipped there"
         )
     elif bound == had:
-        reason = "what it had" + _what_higher_does(run, usual)
+        reason = "what it had" + _what_higher_does(run, usual, where)
     else:
-        reason = "about as long steps as this run took" + _what_higher_does(run, usual)
+        reason = "about as long steps as this run took" + _what_higher_does(run, usual, where)
     return Recommendation(bound, reason)
 
 
@@ -213,13 +213,13 @@ def _longest_bound(run: RunLog, used: Any, usual: float) -> float:
     return math.exp(low)
 
 
-def _what_higher_does(run: RunLog, usual: float) -> str:
+def _what_higher_does(run: RunLog, usual: float, where: str) -> str:
     higher = round_significant(usual)
     share, factor = growth(run, higher)
     return (
         f": its threshold was a part of the learning rate. A higher one, such as {higher:g} (the "
-        f"95th percentile), lengthens {percent(share)} of the steps by {times(factor)} times; "
-        f"lower the learning rate by as much if you take it"
+        f"95th percentile{where}), lengthens {percent(share)} of the steps by {times(factor)} "
+        f"times; lower the learning rate by as much if you take it"
     )
 
 

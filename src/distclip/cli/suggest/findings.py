@@ -15,6 +15,8 @@ from distclip.cli.suggest.advice import FEW_STEPS, fixed_limit, percent, times, 
 _WORTH_FIRST = 0.01  # share of skipped steps
 _START_STEPS = 0.02  # of the run: a loss scale has found its size by then
 _MOST_STEPS_CLIPPED = 0.5
+_AS_BEFORE = 1.5  # median after a spike over the one before
+_MOST_OF_IT = 0.5  # share of a layer that is worth a word
 _BENT_COSINE = 0.9  # cosine between raw and clipped gradient
 
 
@@ -170,11 +172,23 @@ def _about_spikes(history: NormHistory) -> Iterator[str]:
         text += (
             f"; median norm {two_digits(before)} before the largest, {two_digits(after)} after it"
         )
-        if after < 2 * before:
+        if after < _AS_BEFORE * before:
             text += ": the run went on as before"
+    text += _where_it_came_from(run, worst.worst)
     if held:
         text += ". Clipping hides that: look at their data"
     yield text
+
+
+def _where_it_came_from(run: RunLog, at: int) -> str:
+    """The layer and the rank of a spike, where one has most of it."""
+    top, share, rank = int(run.top[at]), float(run.top_share[at]), int(run.outlier_rank[at])
+    layer = run.part_names[top] if top >= 0 and share > _MOST_OF_IT else ""
+    text = f"; {percent(share)} of the largest in {layer}" if layer else ""
+    norms = run.details_of(at).rank_norms
+    if rank >= 0 and rank < len(norms) and norms[rank] == max(norms):
+        text += f"; rank {rank} had by far the largest gradients, of norm {two_digits(norms[rank])}"
+    return text
 
 
 def _about_ranks(history: NormHistory) -> Iterator[str]:

@@ -8,7 +8,6 @@ from typing import Any
 from distclip.integrations.deepspeed_internals.engine import (
     NEEDED_OF_ENGINE,
     EngineAdapter,
-    end_own_clipping,
     missing_names,
     own_clipping,
     unsupported_features,
@@ -45,7 +44,6 @@ __all__ = [
     "ADAPTERS",
     "NEEDED_OF_ENGINE",
     "EngineAdapter",
-    "end_own_clipping",
     "adapter_for",
     "missing_names",
     "own_clipping",

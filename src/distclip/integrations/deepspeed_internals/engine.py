@@ -135,12 +135,6 @@ def own_clipping(engine: Any) -> float:
     return float(engine.gradient_clipping())
 
 
-def end_own_clipping(engine: Any) -> None:
-    engine._config.gradient_clipping = 0.0
-    if hasattr(engine.optimizer, "clip_grad"):  # only DeepSpeed's own optimizers have it
-        engine.optimizer.clip_grad = 0.0
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class ParamPart:
     """The part of one parameter that this rank steps."""
@@ -165,6 +159,7 @@ class EngineAdapter:
         self.parts: list[ParamPart] = list(self.find_parts())
         self._grads: dict[int, Tensor] = {}  # id of a master → its gradient now
         self._policy_skip = False
+        self._replaced: list[tuple[Any, str, bool, Any]] = []
         self.clipper: GradClipper
 
     @classmethod
@@ -177,6 +172,10 @@ class EngineAdapter:
 
     def install(self, clipper: GradClipper) -> None:
         self.clipper = clipper
+        self.engine._distclip = self
+        self.replace(self.engine._config, "gradient_clipping", 0.0)
+        if hasattr(self.optimizer, "clip_grad"):  # only DeepSpeed's own optimizers have it
+            self.replace(self.optimizer, "clip_grad", 0.0)
         if hasattr(self.optimizer, "_update_scale"):
             self.replace_method("_update_scale", self._update_scale)
         self.replace_method("step", self._step_and_publish_norm)
@@ -236,6 +235,20 @@ class EngineAdapter:
         )
         return report
 
+    def remove(self) -> None:
+        """Everything is as before `install`."""
+        for holder, name, was_its_own, before in reversed(self._replaced):
+            if was_its_own:
+                setattr(holder, name, before)
+            else:
+                delattr(holder, name)  # its class has it
+        del self.engine._distclip
+
+    def replace(self, holder: Any, name: str, new: Any) -> None:
+        """Set an attribute until `remove`."""
+        self._replaced.append((holder, name, name in vars(holder), getattr(holder, name)))
+        setattr(holder, name, new)
+
     def replace_method(self, name: str, new: Callable[..., Any]) -> None:
         """Replace a method of the optimizer by `new`; its own is kept as `own_<name>`."""
 
@@ -245,7 +258,7 @@ class EngineAdapter:
         setattr(self, f"own_{name}", getattr(self.optimizer, name))
         # bound to the optimizer: a learning-rate scheduler takes the function of `optimizer.step`
         # and binds it again
-        setattr(self.optimizer, name, MethodType(instead, self.optimizer))
+        self.replace(self.optimizer, name, MethodType(instead, self.optimizer))
 
     def _update_scale(self, *args: Any, **kwargs: Any) -> None:
         """A step that a policy skips is no overflow."""

@@ -66,7 +66,7 @@ class UnfusedAdapter(WholeAdapter):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.optimizer.overflow_checker.check = never_overflows
+        self.replace(self.optimizer.overflow_checker, "check", never_overflows)
         self.replace_method("unscale_and_clip_grads", self.apply_clip)
 
     def apply_clip(self, total_norm: Any, apply_scale: bool = True) -> float:
@@ -104,7 +104,7 @@ class FusedAdapter(WholeAdapter):
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
-        self.optimizer.overflow_checker.has_overflow = never_overflows
+        self.replace(self.optimizer.overflow_checker, "has_overflow", never_overflows)
         self.replace_method("unscale_and_clip_grads", self.apply_clip)
 
     def apply_clip(

@@ -490,6 +490,7 @@
     ctx.rect(u.bbox.left, u.bbox.top - 8, u.bbox.width, u.bbox.height + 8);
     ctx.clip();
     ctx.lineWidth = 1.6 * devicePixelRatio;
+    ctx.setLineDash([]);                             // uPlot leaves that of its last series
     for (const run of runs) {
       if (!run.on || figure.id !== "norm") continue;
       ctx.strokeStyle = css(run.colour);
