@@ -81,6 +81,7 @@ def test_classes_of_one_name_are_told_apart():
 ONE = nn.Parameter(torch.zeros(1))
 REFUSED = {
     "nothing": (lambda: distclip.by_optimizer({}, Muon([ONE], 0.1)), "the table is empty"),
+    "a list": (lambda: distclip.by_optimizer([Muon], 1.0), "the table is a list"),
     "a name": (lambda: distclip.by_optimizer({"Muon": 1.0}), "'Muon' is no class"),
     "no optimizer": (lambda: distclip.by_optimizer({Muon: 1.0}), "no optimizer was given"),
     "a class": (lambda: distclip.by_optimizer({Muon: 1.0}, Muon), "is no optimizer; pass the"),

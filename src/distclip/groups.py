@@ -293,9 +293,14 @@ def by_optimizer(table: Mapping[type, Rule], *optimizers: Any) -> Grouping:
             something else was. When the clipper is built, on all ranks: a class steps none of its
             parameters on any rank.
     """
-    wrong = [key for key in table if not isinstance(key, type)]
-    if not table or wrong:
+    given: object = table
+    wrong = (
+        [key for key in table if not isinstance(key, type)] if isinstance(given, Mapping) else []
+    )
+    if not isinstance(given, Mapping) or not table or wrong:
         seen = f"{wrong[0]!r} is no class" if wrong else "the table is empty"
+        if not isinstance(given, Mapping):
+            seen = f"the table is a {type(given).__name__}"
         raise ConfigError(
             f"by_optimizer: {seen}; give classes of optimizers, such as "
             f"{{torch.optim.Muon: distclip.Exempt()}}"
@@ -339,7 +344,13 @@ def per_expert(pattern: str, others: Grouping | None = None) -> Grouping:
         PlacementError: when the clipper is built: FSDP1 or another sharding that cuts experts
             anywhere.
     """
-    if others is not None and not hasattr(others, "assign"):
+    shell_style: object = pattern
+    if not isinstance(shell_style, str):
+        raise ConfigError(
+            f"per_expert: pattern={pattern!r} is no text; it matches names of parameters, such as "
+            f"'*.experts.*'"
+        )
+    if others is not None and (isinstance(others, type) or not hasattr(others, "assign")):
         raise ConfigError(
             f"per_expert: others={others!r}; pass a grouping, such as distclip.per_layer(), or None"
         )

@@ -51,6 +51,12 @@ class RankNorms:
     """
 
     def __init__(self, params: Params, comm_hook: CommHook | None = None) -> None:
+        hook: object = comm_hook
+        if hook is not None and not (isinstance(hook, tuple) and len(hook) == 2):
+            raise ConfigError(
+                f"RankNorms: comm_hook={comm_hook!r}; pass a pair (state, hook), as to "
+                f"DistributedDataParallel.register_comm_hook(state, hook)"
+            )
         self.norm: PNorm = p_norm(2.0)
         self._sums: dict[Hashable, Tensor] = {}  # by reduction
         self._is_old = False  # a step has taken them; the next reduction begins anew
