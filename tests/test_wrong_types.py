@@ -71,7 +71,7 @@ BUILT = {
     "Exempt": {"in_total": False},
     "FixedNorm": {"max_norm": 1.0, "allow_zero": False},
     "FixedValue": {"clip_value": 1.0, "allow_zero": False},
-    "JSONLSink": {"path": "x.jsonl", "groups_every": 1},
+    "JSONLSink": {"path": "x.jsonl", "groups_every": 1, "run": None},
     "LoggingSink": {"logger": None, "level": 20, "every": 1},
     "Normalize": {"norm": 1.0, "allow_zero": False},
     "Scheduled": {"schedule": [(0, 1.0)], "allow_zero": False},
@@ -95,9 +95,9 @@ DROP_INS = {
     "clip_grad_value_": {"parameters": None, "clip_value": 1.0},
 }
 METHODS = {
-    "clip_": {"optimizer": None, "scaler": None, "grad_scale": 1.0},
-    "step": {"scaler": None, "update_scaler": True, "grad_scale": 1.0},
-    "decide": {"grad_scale": 1.0, "dynamic_loss_scale": False},
+    "clip_": {"optimizer": None, "scaler": None, "grad_scale": 1.0, "note": None},
+    "step": {"scaler": None, "update_scaler": True, "grad_scale": 1.0, "note": None},
+    "decide": {"grad_scale": 1.0, "dynamic_loss_scale": False, "note": None},
     "apply_": {"params": ()},
     "measure": {"of": "grad"},
     "rebuild": {"params": None},
@@ -106,7 +106,7 @@ METHODS = {
     "state_dict": {},
 }
 # records are what distclip fills in; torch reads these two for speed and truth alone
-RECORDS = {"Clamp", "ClipReport", "Culprit", "LocalGrads", "Norms", "Scale", "UnitScale"}
+RECORDS = {"Clamp", "ClipReport", "Culprit", "LocalGrads", "Norms", "Note", "Scale", "UnitScale"}
 UNCHECKED = {"error_if_nonfinite", "foreach"}
 
 
