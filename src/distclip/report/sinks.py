@@ -48,6 +48,8 @@ class JSONLSink:
                 f"JSONLSink: path={path!r} is no path; pass a file's name, or None on a rank that "
                 "does not write"
             )
+        if run is not None and not isinstance(run, str):
+            raise ConfigError(f"JSONLSink: run={run!r} is no text; pass the run's name, or None")
         self.path, self.run = None if path is None else Path(path), run
         self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
 
