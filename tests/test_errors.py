@@ -83,6 +83,9 @@ def raised(call):
         try:
             call()
         except distclip.DistclipError as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if "/distclip/" in frame.filename]
+            assert (len(own) <= 1) == error.is_told_elsewhere, "elsewhere: the caller's lines"
             return type(error).__name__, error.text, str(error), error.__notes__, seen.names
     raise AssertionError("nothing was raised")
 

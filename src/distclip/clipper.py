@@ -130,6 +130,7 @@ class GradClipper:
 
     # Set-up
 
+    @outside_compile
     def rebuild(self, params: Params | None = None) -> None:
         """A collective: read the parameters anew and agree on a new plan, after parameters joined
         or were replaced, or the world changed.

@@ -17,12 +17,13 @@ class DistclipError(Exception):
 
     Attributes:
         full_text_on: the global rank whose `str` is the whole text; None where each rank's is.
+        is_told_elsewhere: whether that is another rank than this one.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.full_text_on: int | None = None
-        self._is_short = False
+        self.is_told_elsewhere = False
         # what Python 3.11 and later print under a traceback
         self.__notes__ = [f"what to do: {self.page}"]
 
@@ -44,13 +45,13 @@ class DistclipError(Exception):
             rank: the global rank that tells it.
             here: this one.
         """
-        self.full_text_on, self._is_short = rank, rank != here
-        if self._is_short:
+        self.full_text_on, self.is_told_elsewhere = rank, rank != here
+        if self.is_told_elsewhere:
             self.__notes__.clear()
 
     def __str__(self) -> str:
         text = self.text
-        if not self._is_short or ("\n" not in text and len(text) <= _SHORT):
+        if not self.is_told_elsewhere or ("\n" not in text and len(text) <= _SHORT):
             return text
         begin = text.partition("\n")[0]
         if len(begin) > _SHORT:
