@@ -39,6 +39,11 @@ CASES = {
     "setup": Case(
         "setup:setup", "set-up and first call for 1,000 to 20,000 DTensors", by_kernels=False
     ),
+    "watching": Case(
+        "watching:watching",
+        "each rank's own norm, and a step that is watched: what it costs to see more",
+        threads=1,
+    ),
     "memory": Case("memory:memory", "peak memory beside the gradients"),
     "accelerate": Case(
         "frameworks:accelerate",

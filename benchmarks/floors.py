@@ -23,6 +23,8 @@ FLOORS: dict[str, tuple[float | None, float | None]] = {
     "fsdp2 1000 on 4, idle": (2.7, 4.5),
     "fsdp2 1000 on 4, active": (1.8, 3.5),
     "fsdp1 1000 on 4": (None, 3.0),
+    "watching ranks": (1 / 1.3, 1 / 1.3),  # at most 1.3 times one read
+    "watching step": (1 / 1.1, 1 / 1.1),  # at most a tenth of a step
     "first call": (100.0, 100.0),
     "share of read bandwidth": (None, 0.85),
 }

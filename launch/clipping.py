@@ -56,7 +56,11 @@ def rule(clip: Clip) -> distclip.Policy:
             policy = ADAPTIVE[clip.mode](**known_options(clip))
         if clip.warmup:
             policy = distclip.Warmup(policy, clip.warmup, threshold)
-        return distclip.SkipSpikes(policy) if clip.skip_spikes else policy
+        if clip.skip_spikes:
+            policy = distclip.SkipSpikes(policy)
+        ladder = clip.escalate
+        rungs = [number or None for number in (ladder.skip, ladder.lower_lr, ladder.roll_back)]
+        return distclip.Escalate(policy, *rungs, ladder.window) if any(rungs) else policy
     except distclip.ConfigError as error:
         raise Refused(f"clip: {error}") from None
     except (TypeError, ValueError) as error:
@@ -84,6 +88,8 @@ def options(config: Config) -> dict[str, Any]:
         sinks.append(distclip.JSONLSink(config.output.log))
     on_nonfinite = clip.on_nonfinite
     # a scaler must skip what overflows
-    if clip.mode == "none" and not clip.skip_spikes and config.training.precision != "fp16":
+    ladder = clip.escalate
+    leaves_out = clip.skip_spikes or ladder.skip or ladder.lower_lr or ladder.roll_back
+    if clip.mode == "none" and not leaves_out and config.training.precision != "fp16":
         on_nonfinite = "propagate"
     return {"groups": GROUPS[clip.groups](), "on_nonfinite": on_nonfinite, "sinks": sinks}

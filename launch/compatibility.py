@@ -1,24 +1,30 @@
-"""docs/compatibility.md, from what pytest wrote down under each release of torch: run by
-launch/matrix.sh.
+"""docs/compatibility.md and the README's line of status, from what pytest wrote down under each
+release of torch and in the environment of other packages' programs: run by launch/matrix.sh and
+launch/programs.sh.
 
 compatibility.py versions                        the releases on the page, one a line
 compatibility.py add VERSION RESULTS CODE [core] with the interpreter that ran the tests; RESULTS of
 --junitxml, CODE of pytest
+compatibility.py programs RESULTS CODE           likewise, of launch/programs.sh
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections import Counter
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+STATUS = re.compile(
+    r"(?<=<!-- status: written by launch/matrix.sh -->\n).*?(?=<!-- end of status)", re.S
+)
 FRAMEWORKS = ("accelerate", "transformers", "lightning", "deepspeed")
 HEAD = """# Releases of torch, Python and frameworks
 
@@ -32,6 +38,66 @@ series of torch the first clipper says so once, by the logger `distclip`. The re
 [`compatibility.json`](compatibility.json); rows of other releases stay as they are. No number here was written by hand.
 
 """
+
+PROGRAMS_HEAD = """
+## Programs of other packages
+
+Small trainings that other packages bring or that their users write, with random weights and data, on the CPU: once with their own clipping,
+once with distclip's lines in its place, imports counted. "Loss" and "norm" are the largest relative differences over all steps; torch's own
+norm of float32 is off by up to 1e-4 on a CPU. `launch/programs.sh` runs `tests/programs` and writes this table and
+[`programs.json`](programs.json).
+
+"""
+INTEGRATIONS_HEAD = """
+## Integrations
+
+What each honours and refuses by name, and the versions that the runs above had. Every entry is tested in the file that stands beside it.
+
+"""
+
+
+class Integration(NamedTuple):
+    call: str
+    honoured: str
+    refused: str
+    tests: str  # a file of tests/integrations
+
+
+INTEGRATIONS = {
+    "accelerate": Integration(
+        "`prepare(accelerator, model, max_norm=…)`",
+        "one process, DDP, FSDP1, FSDP2, DeepSpeed; accumulation; several models, optimizers and one scaler; parts of a model; by value; "
+        "`save_state`",
+        "a second threshold for one model; `join_uneven_inputs`; under DeepSpeed parts and values after `backward()`; `grad_of`",
+        "test_accelerate.py",
+    ),
+    "transformers": Integration(
+        "`clip_with_distclip(trainer)`",
+        "`max_grad_norm` or a policy; one process, DDP, FSDP1, FSDP2, DeepSpeed; several `train()`; resume; norm, coefficient and rate in "
+        "the log",
+        "a policy with `max_grad_norm=0`; attaching twice",
+        "test_transformers.py",
+    ),
+    "lightning": Integration(
+        "`GradientClipping(max_norm=…)`; Fabric: `prepare(fabric, model, …)`",
+        "automatic and manual optimization; DDP, FSDP2; unfreezing; searches; checkpoints; AMP",
+        "`gradient_clip_val` beside it; DeepSpeed's strategy; a second clip in a step",
+        "test_lightning.py",
+    ),
+    "deepspeed": Integration(
+        "`attach(engine, max_norm=…)`",
+        "ZeRO 0–3, offload to the CPU; float32, bfloat16, float16; accumulation; groups",
+        "`gradient_clipping` beside it; an `mpu`, experts, pipelines; autocast with a scaler; Muon with fp16",
+        "test_deepspeed.py",
+    ),
+    "torchtitan": Integration(
+        "`clip_with_distclip(trainer)`, or `--override.imports distclip.integrations.torchtitan.clip`",
+        "FSDP2, tensor parallelism with and without it, pipelines, experts with their balancing; `training.max_norm` or a policy; its log; "
+        "its checkpoints",
+        "attaching twice; a trainer whose step clips elsewhere, twice or not at all; `grad_of`, `process_group`; a `max_norm` that changes",
+        "test_torchtitan.py",
+    ),
+}
 
 
 def outcomes(results: Path, code: int) -> dict[str, Any]:
@@ -80,6 +146,7 @@ def row(results: Path, code: int) -> dict[str, Any]:
     versions = {name: _version(name) for name in ("torch", *FRAMEWORKS, "triton")}
     return {
         "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "versions": versions,
         **outcomes(results, code),
@@ -93,8 +160,9 @@ def _version(package: str) -> str:
         return ""
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a table, then what failed and why tests were skipped."""
+def page(rows: dict[str, dict[str, Any]], found: dict[str, Any] | None = None) -> str:
+    """Markdown: a table, what failed and why tests were skipped; programs, where they were run, and
+    integrations."""
     columns = ["torch", "Python", "passed", "failed", "skipped", *FRAMEWORKS, "date"]
     lines = [
         "| " + " | ".join(columns) + " |",
@@ -112,7 +180,74 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         said = [f"* failed: `{name}`" for name in one["failures"]]
         said += [f"* {count} skipped: {reason}" for reason, count in one["skipped"].items()]
         notes += [f"\n## torch {release}\n", *said] if said else []
-    return HEAD + "\n".join([*lines, *notes]) + "\n"
+    text = HEAD + "\n".join([*lines, *notes]) + "\n"
+    return text + programs_table(found) + integrations_table(rows, found) if found else text
+
+
+def programs_found(results: Path, code: int) -> dict[str, Any]:
+    """What `tests/programs` and the integrations' tests told in one run."""
+    programs: dict[str, Any] = {}
+    frameworks: dict[str, Any] = {}
+    failures: list[str] = []
+    for case in ElementTree.parse(results).iter("testcase"):
+        where, name = case.get("classname", ""), case.get("name", "")
+        kind = _kind(case)
+        if kind == "failed":
+            failures.append(f"{where}::{name}")
+        for told in case.iter("property"):
+            if told.get("name") == "program":
+                program = name.partition("[")[2].rstrip("]")
+                programs[program] = json.loads(str(told.get("value"))) | {"result": kind}
+        framework = where.removeprefix("tests.integrations.test_")
+        if framework in INTEGRATIONS:
+            counts = frameworks.setdefault(framework, {"version": _version(framework)})
+            counts[kind] = counts.get(kind, 0) + 1
+    return {
+        "torch": _version("torch"), "python": platform.python_version(),
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "programs": programs,
+        "frameworks": frameworks, "failures": sorted(failures),
+        "stopped": "" if code in (0, 1) else f"pytest ended with code {code}",
+    }  # fmt: skip
+
+
+def programs_table(found: dict[str, Any]) -> str:
+    lines = [
+        "| program | with | ranks | lines | steps | loss | norm | |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, one in sorted(found["programs"].items()):
+        versions = ", ".join(f"{package} {release}" for package, release in one["versions"].items())
+        norm = "not told" if one["norms"] is None else f"{one['norms']:.0e}"
+        link = f"[`{name}`](../tests/programs/{name}.py)"
+        cells = [link, versions, one["ranks"], one["lines"], one["steps"], f"{one['losses']:.0e}"]
+        lines.append("| " + " | ".join(map(str, [*cells, norm, one["result"]])) + " |")
+    said = [f"\ntorch {found['torch']}, Python {found['python']}, {found['date']}."]
+    said += [f"* failed: `{name}`" for name in found["failures"]]
+    said += [f"* {found['stopped']}"] if found["stopped"] else []
+    return PROGRAMS_HEAD + "\n".join([*lines, *said]) + "\n"
+
+
+def integrations_table(rows: dict[str, dict[str, Any]], found: dict[str, Any]) -> str:
+    """One row for each of `INTEGRATIONS`; its versions are those that some run on this page had."""
+    lines = ["| | call | honoured | refused | tests | run with |", "|---|---|---|---|---|---|"]
+    for name, one in INTEGRATIONS.items():
+        ran = {
+            row["versions"][name]
+            for row in rows.values()
+            if row["frameworks"].get(name, {}).get("passed") and row["versions"].get(name)
+        }
+        ran |= {
+            program["versions"][name]
+            for program in found["programs"].values()
+            if name in program["versions"] and program["result"] == "passed"
+        }
+        if found["frameworks"].get(name, {}).get("passed"):
+            ran.add(found["frameworks"][name]["version"])
+        tests = f"[`{one.tests}`](../tests/integrations/{one.tests})"
+        cells = [name, one.call, one.honoured, one.refused, tests]
+        versions = ", ".join(sorted(ran)) or "the pinned one"
+        lines.append("| " + " | ".join([*cells, versions]) + " |")
+    return INTEGRATIONS_HEAD + "\n".join(lines) + "\n"
 
 
 def _framework(release: str, counts: dict[str, int]) -> str:
@@ -122,8 +257,34 @@ def _framework(release: str, counts: dict[str, int]) -> str:
     return f"{release}: {counts.get('passed', 0)} passed{failed}"
 
 
+def status(rows: dict[str, dict[str, Any]], root: Path) -> str:
+    """The README's line: which torch, Python and platform the tests passed with, and which GPU."""
+    good = {
+        release: row for release, row in rows.items() if not (row["failures"] or row["stopped"])
+    }
+    bad = [release for release in sorted(rows, key=_order) if release not in good]
+    pythons = {".".join(row["python"].split(".")[:2]) for row in good.values()}
+    where = sorted({row["platform"] for row in good.values() if "platform" in row})
+    (pinned,) = re.findall(r"^torch==(\S+)", (root / "constraints.txt").read_text(), re.M)
+    gpu = json.loads((root / "benchmarks" / "results_gpu.json").read_text())["machine"]
+    line = (
+        f"**Status**: tests pass with torch {', '.join(sorted(good, key=_order))} (Python "
+        f"{', '.join(sorted(pythons, key=_order))}; {', '.join(where)}; CPU, gloo), at each change with "
+        f"{pinned}; on a GPU: one {gpu['device']}, torch {gpu['torch'].partition('+')[0]}."
+    )
+    if bad:
+        line += f" Some fail with {', '.join(bad)}."
+    return f"{line} [Table](docs/compatibility.md)\n"
+
+
 def _order(release: str) -> list[int]:
     return [int(part) for part in release.split(".")]
+
+
+def programs_of(path: Path) -> dict[str, Any]:
+    """What launch/programs.sh found last, beside the page."""
+    data = path.with_name("programs.json")
+    return json.loads(data.read_text()) if data.exists() else {}
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -136,12 +297,23 @@ def add(path: Path, release: str, found: dict[str, Any]) -> None:
     rows = rows_of(path) | {release: found}
     rows = {name: rows[name] for name in sorted(rows, key=_order)}
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    path.write_text(page(rows))
+    path.write_text(page(rows, programs_of(path)))
+    readme = path.parents[1] / "README.md"
+    if readme.exists():
+        said = status(rows, readme.parent)
+        readme.write_text(STATUS.sub(lambda _: said, readme.read_text()))
+
+
+def add_programs(path: Path, found: dict[str, Any]) -> None:
+    path.with_name("programs.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(page(rows_of(path), found))
 
 
 def main(arguments: list[str]) -> None:
     if arguments == ["versions"]:
         print("\n".join(sorted(rows_of(PAGE), key=_order)))
+    elif arguments[:1] == ["programs"] and len(arguments) == 3:
+        add_programs(PAGE, programs_found(Path(arguments[1]), int(arguments[2])))
     elif arguments[:1] == ["add"] and (len(arguments) == 4 or arguments[4:] == ["core"]):
         add(
             PAGE,

@@ -49,6 +49,28 @@ class Training:
 
 
 @dataclass
+class Escalate:
+    """A ladder for spikes and bad steps that come again and again (distclip.Escalate)."""
+
+    skip: int = option(
+        0, "from so many in the window on spikes are left out; 0: no such rung", least=0
+    )
+    lower_lr: int = option(
+        0, "so many lower the learning rate for a while; 0: no such rung", least=0
+    )
+    roll_back: int = option(
+        0,
+        "so many load the latest checkpoint and leave out the batches that went wrong since it; "
+        "0: no such rung",
+        least=0,
+    )
+    window: int = option(100, "steps over which they are counted", least=1)
+    lower_by: float = option(0.5, "factor of the learning rate", above=0)
+    lower_for: int = option(50, "steps that it stays lowered", least=1)
+    roll_backs: int = option(3, "so often; the next one ends the run", least=0)
+
+
+@dataclass
 class Clip:
     mode: Literal[
         "none", "norm", "value", "normalize", "scheduled", "autoclip", "zclip", "adagc"
@@ -67,6 +89,10 @@ class Clip:
     )
     warmup: int = option(0, "steps at a fixed threshold before an adaptive mode decides", least=0)
     skip_spikes: bool = option(False, "leave out steps whose norm is far above the latest ones")
+    escalate: Escalate = field(default_factory=Escalate)
+    rank_norms: bool = option(
+        False, "each rank's own norm in the log (ddp, fsdp2, hsdp): which one lies off"
+    )
     groups: Literal["none", "per_layer", "per_parameter"] = option(
         "none", "what has a norm and a threshold of its own"
     )
@@ -84,10 +110,13 @@ class Inject:
     into a shard.
     """
 
-    kind: Literal["none", "overflow", "nan", "spike"] = option(
-        "none", "what one gradient element becomes, to see that no rank steps"
+    kind: Literal["none", "overflow", "nan", "spike", "rank"] = option(
+        "none",
+        "what one gradient element becomes, to see that no rank steps; rank: all gradients of a "
+        "rank 100 times as large before they are reduced",
     )
     step: int = option(10, "at which step, from 0", least=0)
+    batches: int = option(1, "in how many batches in a row, from that step's on", least=1)
     rank: int = option(0, "on which rank", least=0)
 
 
@@ -184,6 +213,22 @@ def _check(config: Config, leaves: dict[str, tuple[Any, Any]]) -> None:
             f"deepspeed={config.deepspeed!r} has no part in strategy={config.strategy!r}; leave it "
             f'out (over a file: --deepspeed ""), or '
             "use strategy: deepspeed"
+        )
+    if config.clip.rank_norms and config.strategy not in ("ddp", "fsdp2", "hsdp"):
+        raise Refused(
+            f"clip.rank_norms: strategy={config.strategy!r} shows no rank's own gradients; it is "
+            f"for ddp, fsdp2 and hsdp"
+        )
+    spread = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
+    if config.inject.kind == "rank" and config.strategy not in spread:
+        raise Refused(
+            f"inject.kind='rank' has no part in strategy={config.strategy!r}; it is for "
+            f"{', '.join(spread)}"
+        )
+    if config.clip.escalate.roll_back and not config.output.checkpoint:
+        raise Refused(
+            f"clip.escalate.roll_back={config.clip.escalate.roll_back} loads a checkpoint; name "
+            f"their folder, --output.checkpoint"
         )
     if config.output.log and Path(config.output.log).is_dir():
         raise Refused(f"output.log={config.output.log!r} is a folder; name a file in it")

@@ -3,8 +3,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 fail() { echo "distclip: $1" >&2; exit 1; }
 
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || fail "$python was not found; install Python 3.10 or later, or set PYTHON to one"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old; set PYTHON to Python 3.10 or later"
+command -v "$python" >/dev/null || fail "$python was not found; install Python 3.11 or later, or set PYTHON to one"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$python" --version) is too old; set PYTHON to Python 3.11 or later, which the versions of constraints.txt need"
 [ -x .venv/bin/python ] || { echo "distclip: making .venv with $("$python" --version)"; "$python" -m venv .venv; } ||
   fail "no virtual environment could be made; install Python's venv module (on Debian: apt-get install python3-venv)"
 

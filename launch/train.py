@@ -24,6 +24,7 @@ from config import Config, Output, read
 from data import make_data
 from jobs import make_job
 from jobs.job import FAULTS
+from ladder import Ladder
 from refusal import Refused, is_first, said_once, say
 from strategies import check
 
@@ -76,24 +77,38 @@ def train(config: Config, device: str) -> None:
         return
 
     bits = torch.zeros((), dtype=torch.int64, device=device)
-    bar = tqdm(range(start, training.steps), disable=rank != 0, mininterval=0.5, ncols=80)
-    for step in bar:
+    ladder, step, taken = Ladder(config, job, speaks=rank == 0), start, 0
+    bar = tqdm(total=training.steps, initial=start, disable=rank != 0, mininterval=0.5, ncols=80)
+    while step < training.steps:
+        batch = ladder.batch_of(step)
         x, y = (
-            t[index * share : (index + 1) * share].to(device) for t in batches(step, training.batch)
+            t[index * share : (index + 1) * share].to(device)
+            for t in batches(batch, training.batch)
         )
         for group in job.optimizer.param_groups:
-            group["lr"] = training.lr * rate(step, config)
-        fault = FAULTS[inject.kind] if (step, rank) == (inject.step, inject.rank) else None
+            group["lr"] = training.lr * rate(step, config) * ladder.lr_factor(step)
+        spoilt = range(inject.step, inject.step + inject.batches)
+        fault = FAULTS[inject.kind] if batch in spoilt and rank == inject.rank else None
+        # which data this rank reads: batches are drawn by their numbers
+        job.note = {"batch": batch, "samples": [index * share, (index + 1) * share - 1]}
         loss, report = job.step(x, y, fault)
+        taken += 1
         bits = bits * 31 + report.coefs.float().view(torch.int32).long().sum()
         if step % 20 == 0 or step == training.steps - 1:
             bar.set_postfix(
                 loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}"
             )
-        if output.checkpoint and ((step + 1) % output.every == 0 or step + 1 == training.steps):
-            job.save(output.checkpoint, step + 1)
+        before, step = step, ladder.heed(step, report)
+        if (
+            output.checkpoint
+            and step > before  # not rolled back to what is saved
+            and (step % output.every == 0 or step == training.steps)
+        ):
+            job.save(output.checkpoint, step)
+        bar.update(step - bar.n)
+    bar.close()
     say_equal(
-        f"bits of the coefficients of {training.steps - start} steps: {int(bits) & 0xFFFFFFFF:08x}",
+        f"bits of the coefficients of {taken} steps: {int(bits) & 0xFFFFFFFF:08x}",
         int(bits),
     )
     if job.scaler.is_enabled():

@@ -83,7 +83,7 @@ def test_the_streak_ends_in_an_error_and_names_culprits_first():
         params[1][1].grad = torch.tensor([INF])
         report = clipper.clip_()
         assert report.skipped and report.culprits == (
-            (("layer1.weight", 0, "inf"),) if i == 0 else ()
+            (("layer1.weight", 0, "inf", "layer0.weight", None),) if i == 0 else ()
         )
     params[1][1].grad = torch.tensor([INF])
     with pytest.raises(
@@ -216,7 +216,8 @@ def test_sinks(tmp_path, caplog):
         clipper.clip_()
     params[0][1].grad = torch.tensor([NAN, 1.0])
     clipper.clip_()
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    header, *rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert header["distclip_log"] == 2
     assert rows[0]["total_norm"] == 5 and rows[0]["clip_coef"] == 0.5
     assert (
         rows[1]["skipped"]

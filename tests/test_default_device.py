@@ -44,6 +44,7 @@ POLICIES = {
     "AGC": lambda: distclip.AGC(0.01),
     "Warmup": lambda: distclip.Warmup(distclip.AutoClip(50), 1, 1.0),
     "SkipSpikes": lambda: distclip.SkipSpikes(distclip.ZClip(warmup=2), warmup=2),
+    "Escalate": lambda: distclip.Escalate(distclip.ZClip(warmup=2), warmup=2),
 }
 
 
@@ -166,7 +167,7 @@ def agreed(group, elsewhere):
         agree_on_call(channel, {"a": "1"}, None, CPU)
         plan = make_plan(channel, pieces, [piece.name for piece in pieces], {"w": 1}, 2.0, CPU)
         said = channel.gather_texts("a" * channel.rank, CPU, "a test's texts")
-        culprits = gather_culprits(channel, plan, [1.0, math.nan, 2.0], CPU)
+        culprits = gather_culprits(channel, plan, [1.0, math.nan, 2.0], [1.0] * 3, CPU)
         prints = fingerprint(torch.arange(6.0, device="cpu"))
     return plan.shares, plan.groups, plan.rows, plan.slot_of, said, culprits, prints
 
@@ -184,7 +185,7 @@ def wrong_set_up(group):
     channel = Channel(group, range(group.size()), group.rank())
     with torch.device("meta"), pytest.raises(distclip.AgreementError) as caught:
         agree_on_call(channel, {"max_norm": f"{channel.rank // 2}"}, None, CPU)
-    return caught.value.text
+    return str(caught.value)
 
 
 def test_refusals_still_name_what_differs():

@@ -1,5 +1,5 @@
-"""Errors as people meet them: the whole text on one rank, a line on the others, and a link to the
-page that explains it."""
+"""Errors as people meet them: one text on all ranks, which one of them prints whole and the others
+as a line, and a link to the page that explains it."""
 
 import pickle
 import sys
@@ -57,36 +57,76 @@ def test_the_link_comes_from_the_metadata(own_metadata):
         assert traceback.format_exception_only(error)[-1] == f"what to do: {error.page}\n"
 
 
-def test_a_long_text_is_a_line_elsewhere():
+@pytest.fixture
+def own_excepthook(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+
+
+def printed(error, capsys):
+    """What a process prints that ends in this error."""
+    sys.excepthook(type(error), error, error.__traceback__)
+    return capsys.readouterr().err
+
+
+def test_a_long_text_is_a_line_elsewhere(capsys, own_excepthook):
     text = "step 7: " + "many words " * 30 + "\nrank 3: w"
     error = distclip.AgreementError(text)
-    assert error.text == str(error) == text and error.full_text_on is None
+    assert error.brief == str(error) == text and error.full_text_on is None
     error.told_on(0, here=0)
-    assert str(error) == text and error.__notes__
+    assert error.brief == text and text in printed(error, capsys)
     error.told_on(0, here=2)
-    assert error.text == text and error.full_text_on == 0 and not error.__notes__
-    said = str(error)
+    assert str(error) == text and error.full_text_on == 0
+    said = error.brief
     assert said.startswith("step 7: many words") and said.endswith(" … [the whole text: rank 0]")
     assert "\n" not in said and len(said) < 200
     again = pickle.loads(pickle.dumps(error))
-    assert (again.text, str(again), again.full_text_on) == (text, said, 0)
+    assert (str(again), again.brief, again.full_text_on) == (text, said, 0)
+    assert printed(error, capsys) == f"distclip.errors.AgreementError: {said}\n"
+    assert "ValueError: of others" in printed(ValueError("of others"), capsys)
 
 
-def test_a_text_of_one_line_is_said_whole():
+def test_a_text_of_one_line_is_said_whole(capsys, own_excepthook):
     error = distclip.ConfigError("max_norm=-1 is not a threshold")
     error.told_on(1, here=0)
-    assert str(error) == error.text
+    assert str(error) == error.brief and str(error) in printed(error, capsys)
+
+
+def test_torchs_hook_is_kept_for_all_else(monkeypatch, capsys):
+    """`init_process_group` puts one of its own there."""
+
+    def of_torch(kind, error, trace):
+        print(f"[rank3]: {error}", file=sys.stderr)
+
+    of_torch.__module__ = "torch.distributed.distributed_c10d"
+    monkeypatch.setattr(sys, "excepthook", of_torch)
+    error = distclip.AgreementError("first\nsecond")
+    error.told_on(0, here=3)
+    assert printed(error, capsys) == (
+        "distclip.errors.AgreementError: first [the whole text: rank 0]\n"
+    )
+    error.told_on(3, here=3)
+    assert printed(error, capsys) == "[rank3]: first\nsecond\n"
+
+
+def test_another_hook_stays(monkeypatch):
+    def hook(kind, error, trace):
+        pass
+
+    monkeypatch.setattr(sys, "excepthook", hook)
+    distclip.ConfigError("no").told_on(1, here=0)
+    assert sys.excepthook is hook
 
 
 def raised(call):
-    with count_collectives() as seen:
-        try:
+    before, sys.excepthook = sys.excepthook, sys.__excepthook__
+    try:
+        with count_collectives() as seen:
             call()
-        except distclip.DistclipError as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [frame for frame in frames if "/distclip/" in frame.filename]
-            assert (len(own) <= 1) == error.is_told_elsewhere, "elsewhere: the caller's lines"
-            return type(error).__name__, error.text, str(error), error.__notes__, seen.names
+    except distclip.DistclipError as error:
+        is_short = sys.excepthook is not sys.__excepthook__
+        return type(error).__name__, str(error), error.brief, is_short, seen.names
+    finally:
+        sys.excepthook = before
     raise AssertionError("nothing was raised")
 
 
@@ -121,9 +161,9 @@ def one_nan():
 
 
 def teller_of(rows):
-    """The rank that prints the whole text and the link; on the others it is a line that names that
-    rank, where it leaves something out."""
-    tellers = [rank for rank, (*_, notes, _) in enumerate(rows) if notes]
+    """The rank that prints the whole text; on the others it is a line that names that rank, where
+    it leaves something out."""
+    tellers = [rank for rank, (*_, is_short, _) in enumerate(rows) if not is_short]
     for rank, (_, text, said, _, _) in enumerate(rows):
         assert text.partition("\n")[0][:100] in said
         if rank in tellers:

@@ -131,7 +131,7 @@ def test_records_are_pickled_into_a_process_that_imported_nothing():
         check=True,
     )
     assert done.stdout.startswith(
-        "[Culprit(parameter='w', rank=3, kind='NaN'), "
+        "[Culprit(parameter='w', rank=3, kind='NaN', before=None, after=None), "
         "FixedNorm(max_norm=2.0), <class 'distclip.clipper"
     )
 

@@ -53,10 +53,13 @@ DISTRIBUTED = {
     "records",
     "setup.parameters",
     "setup.placement",
+    "setup.reductions",
     "exchange.channel",
     "functional",
     "testing",
+    "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
+    "integrations.megatron",
 }
 DISTRIBUTED |= {
     f"cli.doctor.{part}"

@@ -351,7 +351,7 @@ def test_a_container_and_one_of_its_optimizers():
     with pytest.raises(
         distclip.ConfigError,
         match=r"^step\(\) was given one optimizer twice; it "
-        r"would step twice(\n|$)",
+        r"would step twice$",
     ):
         distclip.GradClipper(params, 2.5).step(container, container.optimizers[0])
 
@@ -517,7 +517,7 @@ def passed_on_one_rank():
             try:
                 (odd if dist.get_rank() == 2 else usual)()
             except distclip.AgreementError as error:
-                said.append((error.text, seen.names[0]))
+                said.append((str(error), seen.names[0]))
     return said, torch.equal(before, p.grad) and not p.any()
 
 
@@ -617,7 +617,7 @@ ON_BUILDING = {
     ),
     "the class in a table": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, groups=distclip.by_name({"weight": distclip.AutoClip})),
-        "groups=by_name({'weight': AutoClip}): that is the class; call it: distclip.AutoClip(...)",
+        "groups: the rule of 'weight' is AutoClip, the class; call it: distclip.AutoClip(...)",
     ),
     "a grouping that was not called": (
         lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, groups=distclip.per_layer),
@@ -648,7 +648,7 @@ def built_on_one_rank(what):
         )
         make()
     except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+        return f"{type(error).__name__}: {error}"
 
 
 @pytest.mark.parametrize("what", ["optimizer", "max_norm", "the class of a policy", "a number"])

@@ -21,7 +21,12 @@ class Job:
 
     After `__init__`: `optimizer`, `clipper`, `scaler` (disabled but in fp16), and `part`: which
     part of the batch this rank reads, (index, of how many).
+
+    `note` says of the next step which data it reads, for the log; frameworks, which call the
+    clipper themselves, do not pass it on.
     """
+
+    note: object = None
 
     def __init__(self, config: Config, device: str) -> None:
         training = config.training
@@ -33,8 +38,13 @@ class Job:
             device,
         )
         self.model, self.part = self.spread.model, self.spread.part
+        by_rank = distclip.RankNorms(self.model) if config.clip.rank_norms else None
         self.clipper = distclip.GradClipper(
-            self.model, policy=rule(config.clip), **options(config), **self.spread.clipper
+            self.model,
+            policy=rule(config.clip),
+            rank_norms=by_rank,
+            **options(config),
+            **self.spread.clipper,
         )
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(
@@ -47,13 +57,18 @@ class Job:
         """The mean loss over this rank's part (None where it sees none), and what was clipped.
 
         Args:
-            fault: a value that one gradient element of this rank takes before clipping.
+            fault: a value that one gradient element of this rank takes before clipping; of
+                inject.kind "rank" a factor of all of them.
         """
         self.optimizer.zero_grad()
+        of_rank = fault if self.config.inject.kind == "rank" else None
+        off = None if of_rank is None else scale_backward(self.model, of_rank)
         loss = self.spread.gradients(x, y, self.config.training.accumulate, self.scaler)
-        if fault is not None:
+        if off is not None:
+            off.remove()
+        elif fault is not None:
             spoil(self.model, fault)
-        return loss, self.clipper.step(self.optimizer, scaler=self.scaler)
+        return loss, self.clipper.step(self.optimizer, scaler=self.scaler, note=self.note)
 
     def save(self, folder: str, step: int) -> None:
         save(folder, step, Run(self.model, self.optimizer, self.clipper, self.scaler))
@@ -90,4 +105,13 @@ def spoil_backward(model: nn.Module, fault: float) -> torch.utils.hooks.Removabl
     return param.register_hook(spoilt)
 
 
-FAULTS = {"none": None, "overflow": math.inf, "nan": math.nan, "spike": 1000.0}
+def scale_backward(model: nn.Module, factor: float) -> torch.utils.hooks.RemovableHandle:
+    """Before the reduction: all gradients of this rank, by way of the model's output."""
+
+    def scaled(module: nn.Module, given: object, out: Tensor) -> None:
+        out.register_hook(lambda grad: grad * factor)
+
+    return model.register_forward_hook(scaled)
+
+
+FAULTS = {"none": None, "overflow": math.inf, "nan": math.nan, "spike": 1000.0, "rank": 100.0}

@@ -17,11 +17,22 @@ from distclip.functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
-from distclip.groups import Exempt, Watch, by_name, per_layer, per_param_group, per_parameter
+from distclip.groups import (
+    Exempt,
+    Watch,
+    by_name,
+    by_optimizer,
+    per_expert,
+    per_layer,
+    per_param_group,
+    per_parameter,
+)
+from distclip.measure.rank_norms import RankNorms
 from distclip.policies import (
     AGC,
     AdaGC,
     AutoClip,
+    Escalate,
     FixedNorm,
     FixedValue,
     LocalGrads,
@@ -33,7 +44,7 @@ from distclip.policies import (
     Warmup,
     ZClip,
 )
-from distclip.records import Clamp, ClipReport, Culprit, Norms, Scale, UnitScale
+from distclip.records import Clamp, ClipReport, Culprit, Norms, Note, Scale, UnitScale
 from distclip.report.sinks import JSONLSink, LoggingSink
 from distclip.report.trackers import TensorBoardSink, WandbSink
 from distclip.report.writer import Sink
@@ -51,6 +62,7 @@ __all__ = [
     "ConfigError",
     "Culprit",
     "DistclipError",
+    "Escalate",
     "Exempt",
     "ExchangeError",
     "FixedNorm",
@@ -64,8 +76,10 @@ __all__ = [
     "NonFiniteError",
     "Normalize",
     "Norms",
+    "Note",
     "PlacementError",
     "Policy",
+    "RankNorms",
     "Scale",
     "Scheduled",
     "Sink",
@@ -77,10 +91,12 @@ __all__ = [
     "Watch",
     "ZClip",
     "by_name",
+    "by_optimizer",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "per_expert",
     "per_layer",
     "per_param_group",
     "per_parameter",

@@ -21,11 +21,14 @@ from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
 from distclip.measure.grad_placements import PartialReducer
+from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.passed import as_list
 from distclip.policies import Policy
+from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
-from distclip.report.writer import ReportWriter, Sink
+from distclip.report.header import make_header
+from distclip.report.writer import ReportWriter, SinkLike
 from distclip.request import Request
 from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
@@ -51,7 +54,7 @@ class GradClipper:
             `init` and `decide`.
         norm_type: p of the norm, 0 < p ≤ 8 or inf.
         groups: which parameters share a norm: None (all), `per_parameter()`, `per_layer(depth)`,
-            `per_param_group(optimizer)` or `by_name({...})`.
+            `per_param_group(optimizer)`, `by_name({...})` or `by_optimizer({...}, *optimizers)`.
         on_nonfinite: `skip` the step, `raise` NonFiniteError, or `propagate` the gradients as they
             are; alike on all ranks.
         process_group: None is the default group; `distclip.LOCAL` this process alone.
@@ -63,18 +66,21 @@ class GradClipper:
             look, and different parameters under one name that are taken for copies (see
             `replicated_over`) then go unseen.
         skip_limit: more bad steps in a row than this end in an error.
-        watch: norms of further groupings, for the report alone: `Watch(per_layer(), every=100)`.
+        watch: norms of further groupings, for report and log alone: `Watch(per_layer())`,
+            `Watch(per_expert("*.experts.*"))`.
+        rank_norms: `RankNorms(model)`: each rank's own norm too, before the reduction.
         fold: `auto` lets fused optimizers apply the coefficient in their own pass in `step`, where
             that is the same; `never` does not. On CUDA say `never` where optimizers of one call are
-            fused on some ranks only: ranks must judge a step at the same call.
+            fused on some ranks only: such ranks would judge a step at different calls, which is an
+            AgreementError.
         partial_grads: DTensor gradients that hold unreduced partial sums (tensor parallelism
-            without FSDP leaves some) are an error, or
-            `reduce`: before each call they are redistributed to their parameters' placements, after
-                a small message by which ranks agree
-            on which they are. `.grad` is set to the reduced tensor, also by `measure` and `audit`,
-            which otherwise touch nothing.
-        sinks: where reports go, on the first rank of the group; other ranks never look at theirs,
-            which may be None. Without any a skipped step is a RuntimeWarning, once a streak.
+            without FSDP leaves some) are an error, or `reduce`: before each call they are
+            redistributed to their parameters' placements, after a small message by which ranks
+            agree on which they are. `.grad` is set to the reduced tensor, also by `measure` and
+            `audit`, which otherwise touch nothing.
+        sinks: where reports go, on the first rank of the group: objects with `write(report)`, or
+            functions of a report. Other ranks never look at theirs, which may be None. Without any
+            a skipped step is a RuntimeWarning, once a streak.
 
     Raises:
         ConfigError (a ValueError): an argument that cannot be honoured.
@@ -100,7 +106,8 @@ class GradClipper:
         fold: Literal["auto", "never"] = "auto",
         partial_grads: Literal["refuse", "reduce"] = "refuse",
         watch: Watch | None = None,
-        sinks: Sequence[Sink] = (),
+        rank_norms: RankNorms | None = None,
+        sinks: Sequence[SinkLike | None] = (),
     ) -> None:
         self._process_group, self._sinks = process_group, sinks
         self._passed = PassedOptions(
@@ -115,12 +122,13 @@ class GradClipper:
             watch=watch,
             partial_grads=partial_grads,
             grad_of=grad_of,
+            rank_norms=rank_norms,
             replicated_over=replicated_over,
             shared=shared,
         )
         self._params = _reusable(params)
         self._grad_of = grad_of
-        self._writer = ReportWriter(())
+        self._writer = ReportWriter()
         self._decided: StepOutcome | None = None
         # of clip_, step or decide: for those who do not make these calls themselves
         self.last_report: ClipReport | None = None
@@ -130,7 +138,6 @@ class GradClipper:
 
     # Set-up
 
-    @outside_compile
     def rebuild(self, params: Params | None = None) -> None:
         """A collective: read the parameters anew and agree on a new plan, after parameters joined
         or were replaced, or the world changed.
@@ -145,15 +152,24 @@ class GradClipper:
         self._channel = Channel.from_group(self._process_group)
         self._writer.flush()
         inputs = build_plan(params, self._passed, self._channel, self._sinks)
-        self._writer = ReportWriter(self._sinks if self._channel.rank == 0 else ())
+        if self._channel.rank == 0:
+            header = make_header(inputs.plan, inputs.options, inputs.device)
+            self._writer = ReportWriter(self._sinks, header)
+        else:
+            self._writer = ReportWriter()
         weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
         self._adopt(inputs)
         self._params = params
 
     def _adopt(self, inputs: SetupInputs) -> None:
         with torch.inference_mode(False):  # what is made here is written at every step
-            num_sinks = len(self._sinks) if isinstance(self._sinks, Sequence) else 0
-            stages = build_stages(inputs, self._channel, self._grad_of, num_sinks)
+            stages = build_stages(
+                inputs,
+                self._channel,
+                self._grad_of,
+                self._writer.num_sinks,
+                self._passed.rank_norms,
+            )
             is_alone = self._channel.size == 1
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
@@ -164,6 +180,7 @@ class GradClipper:
                 self._state = ClipperState(
                     groups=stages.plan.groups,
                     initial=stages.initial,
+                    observed=[num_observed(each.policy) for each in stages.assignments],
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
                     on_host=stages.on_host,
@@ -171,7 +188,10 @@ class GradClipper:
                     step=0 if old is None else old.step,
                 )
         self._stages, self.plan = stages, stages.plan
+        watch = stages.options.watch
+        self._layers_every = 1 if watch is None else watch.every
         self._runner = StepRunner(self._channel, stages, self._state, self._writer)
+        self._writer.window = stages.checker.window
         self._partials: PartialReducer | None = None
         if stages.options.partial_grads == "reduce":
             self._partials = PartialReducer(
@@ -187,6 +207,7 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: Any = None,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Clip all gradients in place. After backward, before `optimizer.step()`; one all-reduce,
         on every rank.
@@ -203,19 +224,24 @@ class GradClipper:
                 `scaler.step(optimizer)` and `scaler.update()` follow as usual.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        request = self._stages.requests.make("clip_", as_optimizers(optimizer), scaler, grad_scale)
+        optimizers = as_optimizers(optimizer)
+        request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note=note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
             drop_step_grads(request, self._params_to_drop(request))
         elif request.error is None:
             self._stages.applier.apply_(outcome)
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -226,6 +252,7 @@ class GradClipper:
         scaler: Any = None,
         update_scaler: bool = True,
         grad_scale: float = 1.0,
+        note: Any = None,
     ) -> ClipReport:
         """Unscale, clip, step the optimizers, update the scaler; a step that is not finite moves
         nothing. One all-reduce.
@@ -243,6 +270,10 @@ class GradClipper:
                 with this scaler follows.
             grad_scale: a factor (1/tokens, 1/micro-batches) that is applied together with the
                 coefficient; norms are after it.
+            note: something small of this rank that JSON can write (sample ids, file offsets, the
+                loss), on some or all ranks. Sent, by one gather, and written only if this step or
+                one of the next two matters (`ClipReport.matters`); 4 KiB a rank, what is more is
+                cut.
 
         Raises:
             ConfigError: no optimizer was passed, something else was, or one whose `step` needs an
@@ -253,7 +284,7 @@ class GradClipper:
                 do not fold have then taken that step.
         """
         request = self._stages.requests.make(
-            "step", optimizers, scaler, grad_scale, update_scaler=update_scaler
+            "step", optimizers, scaler, grad_scale, note=note, update_scaler=update_scaler
         )
         fused_groups = self._fused_groups(request)
         all_fused = len(fused_groups) == len(request.optimizers)
@@ -263,7 +294,7 @@ class GradClipper:
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
         if request.scaler.enabled and update_scaler:
             scaler.update()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
@@ -284,7 +315,9 @@ class GradClipper:
 
     @outside_compile
     @torch.no_grad()
-    def decide(self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False) -> ClipReport:
+    def decide(
+        self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False, note: Any = None
+    ) -> ClipReport:
         """`clip_` up to the decision, for engines that own the step: no gradient is touched. One
         all-reduce, on every rank.
 
@@ -296,19 +329,20 @@ class GradClipper:
                 it.
             dynamic_loss_scale: the engine lowers its loss scale after a step that is not finite:
                 `raise` then waits for `skip_limit` in a row.
+            note: as for `clip_`.
 
         Raises:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
         """
         request = self._stages.requests.make(
-            "decide", grad_scale=grad_scale, dynamic_loss_scale=dynamic_loss_scale
+            "decide", grad_scale=grad_scale, note=note, dynamic_loss_scale=dynamic_loss_scale
         )
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step
         self._decided = replace(outcome, grads=None)
         self._applied = set[int]()
-        self._write(outcome.report)
+        self._write(outcome)
         return outcome.report
 
     @outside_compile
@@ -400,9 +434,14 @@ class GradClipper:
             raise self._channel.tell_once(GradientError(text))
         return gone
 
-    def _write(self, report: ClipReport) -> None:
-        if not self._runner.is_capturing:
-            self._writer.write(report, late=self._runner.reads_late)
+    def _write(self, outcome: StepOutcome) -> None:
+        if self._writer.num_sinks and not self._runner.is_capturing:
+            self._writer.write(
+                outcome.report,
+                late=self._runner.reads_late,
+                judged=outcome.judged,
+                layers_due=self._state.num_steps % self._layers_every == 0,
+            )
 
     def _fused_groups(self, request: Request) -> dict[int, int]:
         """Optimizer → the group whose coefficient it applies by itself."""

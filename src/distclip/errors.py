@@ -3,34 +3,31 @@ that is explained."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import sys
+from functools import lru_cache, partial
 from importlib import metadata
+from typing import Any
 
-_SHORT = 160  # letters of a text that every rank prints
+_SHORT = 160  # letters of a text that every rank prints whole
 
 
 class DistclipError(Exception):
     """Base of all errors that distclip raises by itself.
 
-    Where several ranks raise the same one together, `str` is the whole text on one of them and a
-    line on the others, which says on which rank it stands; `text` is the whole one everywhere.
+    Where several ranks raise one together, `str` is the same text on all of them. If nobody catches
+    it, one rank prints it whole and the others a line, which says where the whole text stands.
 
     Attributes:
-        full_text_on: the global rank whose `str` is the whole text; None where each rank's is.
-        is_told_elsewhere: whether that is another rank than this one.
+        full_text_on: the global rank that prints the whole text; None where each rank prints its
+            own.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.full_text_on: int | None = None
-        self.is_told_elsewhere = False
+        self._is_told_elsewhere = False
         # what Python 3.11 and later print under a traceback
         self.__notes__ = [f"what to do: {self.page}"]
-
-    @property
-    def text(self) -> str:
-        """What is wrong and what to do: the same on every rank that raises this error."""
-        return super().__str__()
 
     @property
     def page(self) -> str:
@@ -38,25 +35,43 @@ class DistclipError(Exception):
         where its metadata name no site."""
         return f"{docs_place('errors')}#{type(self).__name__.lower()}"
 
-    def told_on(self, rank: int, here: int) -> None:
-        """Leave the whole text to one of the ranks that raise this error.
-
-        Args:
-            rank: the global rank that tells it.
-            here: this one.
-        """
-        self.full_text_on, self.is_told_elsewhere = rank, rank != here
-        if self.is_told_elsewhere:
-            self.__notes__.clear()
-
-    def __str__(self) -> str:
-        text = self.text
-        if not self.is_told_elsewhere or ("\n" not in text and len(text) <= _SHORT):
+    @property
+    def brief(self) -> str:
+        """The line that this rank prints in place of the whole text, if another rank prints that;
+        else the text."""
+        text = str(self)
+        if not self._is_told_elsewhere or ("\n" not in text and len(text) <= _SHORT):
             return text
         begin = text.partition("\n")[0]
         if len(begin) > _SHORT:
             begin = (begin[:_SHORT].rpartition(" ")[0] or begin[:_SHORT]) + " …"
         return f"{begin} [the whole text: rank {self.full_text_on}]"
+
+    def told_on(self, rank: int, here: int) -> None:
+        """Leave the whole text to one of the ranks that raise this error.
+
+        Args:
+            rank: the global rank that prints it.
+            here: this one.
+        """
+        self.full_text_on, self._is_told_elsewhere = rank, rank != here
+        # another hook than Python's own, or that of torch's process groups, which sets the rank
+        # before each line of it, knows best what to do with errors
+        hook: Any = sys.excepthook
+        known = hook is sys.__excepthook__ or str(hook.__module__).startswith("torch.distributed")
+        if self._is_told_elsewhere and known:
+            sys.excepthook = partial(_print_briefly, hook)
+
+
+def _print_briefly(
+    before: Any, kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    """What was done before with an error that nobody caught, but a line alone for one that another
+    rank prints whole, with its traceback."""
+    if isinstance(error, DistclipError) and error.brief != str(error):
+        print(f"{kind.__module__}.{kind.__qualname__}: {error.brief}", file=sys.stderr)
+    else:
+        before(kind, error, trace)
 
 
 class ConfigError(DistclipError, ValueError):

@@ -48,8 +48,8 @@ def clip_grad_norm_(
     max_norm / (total_norm + 1e-6), at most 1.
 
     Returns:
-        The norm before clipping: a Replicate DTensor if all gradients are DTensors of one mesh,
-            else a 0-dim tensor.
+        The norm before clipping, a Replicate DTensor if all gradients are DTensors of one mesh,
+        else a 0-dim tensor.
 
     Raises:
         ConfigError (a ValueError): `max_norm` is negative or NaN; `norm_type` is 0, negative or NaN

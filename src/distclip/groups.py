@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeAlias
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from distclip.errors import ConfigError
 from distclip.passed import check_flag
+from distclip.torch_internals.grad_scaler import inner_optimizers, unwrap_optimizer
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Grouping(Protocol):
         """Patterns that must each match a parameter on some rank."""
         ...
 
+    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
+        """What else must be there: the text of the error, equal on all ranks, that is raised where
+        there is none on any → how many there are here."""
+        ...
+
+    def cuts(self, names: Sequence[str]) -> Sequence[bool]:
+        """Which parameters are cut along their first dimension: each index has a norm of its
+        own."""
+        ...
+
 
 @dataclass(frozen=True)
 class _WholeModel:
@@ -55,6 +67,12 @@ class _WholeModel:
 
     def patterns(self) -> Sequence[str]:
         return ()
+
+    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
+        return {}
+
+    def cuts(self, names: Sequence[str]) -> Sequence[bool]:
+        return [False] * len(names)
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class _PerParamGroup(_WholeModel):
 
 
 @dataclass(frozen=True)
-class _ByName:
+class _ByName(_WholeModel):
     table: Mapping[str, Rule]
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
@@ -101,22 +119,98 @@ class _ByName:
         return tuple(self.table)
 
 
+@dataclass(frozen=True, eq=False)
+class _ByOptimizer(_WholeModel):
+    table: Mapping[type, Rule]
+    optimizers: tuple[Any, ...]
+    names: Mapping[type, str] = field(init=False)  # of the groups
+
+    def __post_init__(self) -> None:
+        count = Counter(kind.__qualname__ for kind in self.table)
+        names = {
+            kind: kind.__qualname__
+            if count[kind.__qualname__] == 1
+            else f"{kind.__module__}.{kind.__qualname__}"
+            for kind in self.table
+        }
+        object.__setattr__(self, "names", names)
+
+    def __repr__(self) -> str:
+        return f"by_optimizer({', '.join(self.names.values())})"
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        groups: dict[int, str] = {}
+        for holder in map(_holders_of, self.optimizers):
+            for optimizer in holder:
+                kinds = type(optimizer).__mro__
+                name = next((self.names[kind] for kind in kinds if kind in self.names), None)
+                if name is not None:
+                    groups |= {id(p): name for p in _params_of(optimizer)} | groups
+        return [groups.get(id(param), "rest") for param in params]
+
+    def rules(self) -> Mapping[str, Rule]:
+        return {self.names[kind]: rule for kind, rule in self.table.items()}
+
+    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
+        here = Counter(self.assign((), params))
+        return {
+            f"by_optimizer: no optimizer that was passed is a {name} and holds one of the "
+            f"clipper's parameters, on any rank; pass it after the table, "
+            f"by_optimizer({{...}}, optimizer), built after the model was wrapped and "
+            f"sharded, or leave {name} out": here[name]
+            for name in self.names.values()
+        }
+
+
+def _holders_of(optimizer: Any) -> list[Any]:
+    """The optimizer, what it wraps, and all that it contains: the innermost first."""
+    links = unwrap_optimizer(optimizer)
+    return [*links, *inner_optimizers(links[-1])][::-1]
+
+
+def _params_of(optimizer: Any) -> Iterator[Tensor]:
+    return (param for group in getattr(optimizer, "param_groups", ()) for param in group["params"])
+
+
+@dataclass(frozen=True)
+class _PerExpert(_WholeModel):
+    pattern: str
+    others: Grouping | None
+
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        others = ["rest"] * len(names) if self.others is None else self.others.assign(names, params)
+        return [
+            name.rpartition(".")[0] or name if cut else other
+            for name, cut, other in zip(names, self.cuts(names), others, strict=True)
+        ]
+
+    def patterns(self) -> Sequence[str]:
+        return (self.pattern, *(() if self.others is None else self.others.patterns()))
+
+    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
+        return {} if self.others is None else self.others.needs(params)
+
+    def cuts(self, names: Sequence[str]) -> Sequence[bool]:
+        return [fnmatchcase(name, self.pattern) for name in names]
+
+
 @dataclass(frozen=True)
 class Watch:
-    """Norms besides those that clipping uses: they are part of the same message, and in the report
-    of each `every`-th step.
+    """Norms besides those that clipping uses: part of the same message, and in each report. Sinks
+    get them at each `every`-th step and at all that matter (`ClipReport.matters`: skipped, an
+    outlier, among the largest): `Watch(per_layer())` alone shows the layer of a spike in the log.
 
     Args:
-        groups: what is watched; `per_layer()`, `per_parameter()` or `by_name` (whose thresholds are
-            ignored).
-        every: steps from one report of them to the next; `measure()` always reports them.
+        groups: what is watched; `per_layer()`, `per_parameter()`, `per_expert(pattern)` or
+            `by_name` (whose thresholds are ignored).
+        every: steps from one log of them to the next, whatever happens.
 
     Raises:
         ConfigError: every < 1.
     """
 
     groups: Grouping
-    every: int = 1
+    every: int = 10
 
     def __post_init__(self) -> None:
         if not hasattr(self.groups, "assign"):
@@ -178,3 +272,75 @@ def by_name(table: Mapping[str, Rule]) -> Grouping:
             f"group of what no pattern matches"
         )
     return _ByName(dict(table))
+
+
+def by_optimizer(table: Mapping[type, Rule], *optimizers: Any) -> Grouping:
+    """Class of the optimizer that holds a parameter → threshold, policy or `Exempt`. What is held
+    by an optimizer of another class, or by none of those given, is the group `rest`, under the main
+    policy.
+
+    `by_optimizer({torch.optim.Muon: Exempt()}, muon, adamw)` leaves to Muon, whose steps have a
+    size of their own, what Muon steps. Groups bear the classes' names. Of a class's bases in the
+    table the nearest counts: torch's AdamW is an Adam.
+
+    Args:
+        optimizers: those of this rank that may hold the clipper's parameters, built after wrapping
+            and sharding. Wrappers and containers of several are looked through; the innermost
+            class that the table names counts.
+
+    Raises:
+        ConfigError: the table is empty or has a key that is no class; no optimizer was given, or
+            something else was. When the clipper is built, on all ranks: a class steps none of its
+            parameters on any rank.
+    """
+    wrong = [key for key in table if not isinstance(key, type)]
+    if not table or wrong:
+        seen = f"{wrong[0]!r} is no class" if wrong else "the table is empty"
+        raise ConfigError(
+            f"by_optimizer: {seen}; give classes of optimizers, such as "
+            f"{{torch.optim.Muon: distclip.Exempt()}}"
+        )
+    others = [
+        given
+        for given in optimizers
+        if isinstance(given, type)
+        or not any(hasattr(o, "param_groups") for o in _holders_of(given))
+    ]
+    if not optimizers or others:
+        seen = f"{others[0]!r} is no optimizer" if others else "no optimizer was given"
+        raise ConfigError(
+            f"by_optimizer: {seen}; pass the optimizers themselves after the table: "
+            f"by_optimizer({{torch.optim.Muon: distclip.Exempt()}}, muon, adamw)"
+        )
+    return _ByOptimizer(dict(table), optimizers)
+
+
+def per_expert(pattern: str, others: Grouping | None = None) -> Grouping:
+    """For `Watch`: one norm for each expert of fused expert tensors [experts, ...], which are cut
+    along their first dimension.
+
+    What the shell-style `pattern` matches in one module makes up its experts together, named
+    `layers.0.experts[07]`: one number for the weights in and out of the seventh. The p-th powers of
+    a module's experts add up to that of its tensors. Under FSDP2, tensor and expert parallelism an
+    expert is known by its index in the whole tensor; different tensors under one name (private to
+    their ranks, by `replicated_over`) are numbered on, in the order of their lowest ranks. Costs
+    no further read of the gradients and one word of the message for each expert.
+
+    Args:
+        pattern: of names of parameters, with the experts first: `"*.experts.*"`. One that matches
+            nothing on any rank is an error when the clipper is built.
+        others: what becomes of all other parameters, such as `per_layer()`; None is one norm,
+            `rest`.
+
+    Raises:
+        ConfigError: `others` is no grouping. When the clipper is built: a module's tensors differ
+            in their number of experts; it was passed as `groups=`: a gradient tensor has one
+            coefficient, so an expert cannot be clipped apart.
+        PlacementError: when the clipper is built: FSDP1 or another sharding that cuts experts
+            anywhere.
+    """
+    if others is not None and not hasattr(others, "assign"):
+        raise ConfigError(
+            f"per_expert: others={others!r}; pass a grouping, such as distclip.per_layer(), or None"
+        )
+    return _PerExpert(pattern, others)

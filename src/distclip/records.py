@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,6 +90,12 @@ class Norms:
     norm_type: float  # p
 
 
+# Beyond so many robust deviations from the others a rank is an outlier.
+RANK_DEVIATIONS = 8.0
+# What `report.action` may be, the mildest first.
+ACTIONS = ("none", "skip", "lower_lr", "roll_back")
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Multiply each group's gradients by its coefficient."""
@@ -97,6 +104,7 @@ class Scale:
     threshold: Tensor  # [groups] float64, for the report
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,7 @@ class Clamp:
     cosine: Tensor  # [groups] float64: between raw and clamped gradient; NaN where it is not known
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,7 @@ class UnitScale:
     norm_after: Tensor  # [groups] float64
     # [] or [groups] bool: where any is true, the step is left out like one that is not finite
     skip: Tensor | None = None
+    action: Tensor | None = None  # [] int64: what the loop should do, by its place in ACTIONS
 
 
 class Culprit(NamedTuple):
@@ -129,6 +139,28 @@ class Culprit(NamedTuple):
     parameter: str
     rank: int
     kind: str  # "inf" or "NaN"
+    # the nearest parameters with a finite gradient, in the model's order on that rank: what went
+    # wrong went wrong between them
+    before: str | None = None
+    after: str | None = None
+
+
+class Note(NamedTuple):
+    """What one rank said of one of its steps, by `note=`."""
+
+    rank: int
+    step: int
+    note: Any  # as JSON reads it; the beginning of its JSON, a text, where it is cut
+    cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
+
+
+class Findings(NamedTuple):
+    """What was found out of a step once it was judged. Equal on every rank."""
+
+    matters: str | None = None
+    deviation: float | None = None
+    culprits: tuple[Culprit, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class _TensorField:
@@ -144,6 +176,8 @@ class _TensorField:
         if self._name not in fields:
             fields |= fields.pop("_numbers")()
         value = fields[self._name]
+        if callable(value):  # worked out for itself
+            value = fields[self._name] = value()
         if not isinstance(value, Tensor):
             dtype = self._dtype or report.dtype
             value = fields[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
@@ -155,7 +189,8 @@ class _TensorField:
 
 _TENSORS = (
     "total_norm", "norm_after", "clipped", "skipped", "nonfinite", "coefs", "threshold",
-    "group_norms", "cosine", "clip_rate", "skips", "layer_norms",
+    "group_norms", "cosine", "clip_rate", "skips", "layer_norms", "rung",
+    "rank_norms",
 )  # fmt: skip
 
 
@@ -184,12 +219,27 @@ class ClipReport:
     cosine: Tensor
     clip_rate: Tensor  # []: share of the last steps, up to 500, that were clipped
     skips: Tensor  # [] int64: steps not taken so far
-    # [layers]: of the layers that `watch` asked for, at each of its steps; else empty
+    rung: Tensor  # [] int64: the place of `action` in ACTIONS
+    # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
+    # steps that matter
     layer_norms: Tensor
+    # [ranks]: each rank's own, before its gradients were reduced, where RankNorms is asked for;
+    # else empty
+    rank_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
+    # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
+    # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
+    # step that is judged at the next call has it, deviation, culprits and notes in the log alone
+    matters: str | None = None
+    # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
+    # 128, that were finite and taken; None before the 17th, and for a norm of 0, inf or NaN
+    deviation: float | None = None
+    # of a step that matters: all ranks' notes of it and of the two steps before, as far as they
+    # were not sent before
+    notes: tuple[Note, ...] = ()
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -220,10 +270,54 @@ class ClipReport:
         return self.coefs[0]
 
     @property
+    def action(self) -> str:
+        """What `Escalate` asks the loop to do: "none", "skip" (the step was left out), "lower_lr"
+        or "roll_back". On CUDA this waits for the device."""
+        return ACTIONS[int(self.rung)]
+
+    @property
+    def rank_deviation(self) -> float | None:
+        """By how many robust deviations (1.4826 MAD, but at least 0.1 %) the logarithm of one
+        rank's own norm lies off the median of all, where it lies off the farthest; inf for a norm
+        of 0, inf or NaN. None without RankNorms, and for fewer than three ranks. On CUDA this waits
+        for the device."""
+        return self._farthest_rank[1]
+
+    @property
+    def outlier_rank(self) -> int | None:
+        """The rank, by its place in the clipper's group, that lies off by more than
+        RANK_DEVIATIONS; else None. With few ranks some do by chance."""
+        return self._farthest_rank[0]
+
+    @property
+    def _farthest_rank(self) -> tuple[int | None, float | None]:
+        """The outlier, and the deviation of the rank that lies off the farthest."""
+        logs = [math.log(n) if 0 < n < math.inf else math.nan for n in self.rank_norms.tolist()]
+        known = [log for log in logs if log == log]
+        if len(logs) < 3:
+            return None, None
+        middle = median(known) if known else 0.0
+        spread = median([abs(log - middle) for log in known]) if known else 0.0
+        off = [
+            abs(log - middle) / max(1.4826 * spread, 1e-3) if log == log else math.inf
+            for log in logs
+        ]
+        rank = max(range(len(off)), key=off.__getitem__)
+        return rank if off[rank] > RANK_DEVIATIONS else None, off[rank]
+
+    @property
     def group_shares(self) -> Tensor:
-        """[groups]: each group's share of the sum of p-th powers (with p = inf: its norm relative
-        to the largest): which one dominates."""
-        relative = self.group_norms.double() / self.group_norms.amax().clamp(min=1e-300)
+        """Which group dominates, [groups], as each one's share of the sum of p-th powers (with
+        p = inf its norm relative to the largest)."""
+        return self._shares(self.group_norms)
+
+    @property
+    def layer_shares(self) -> Tensor:
+        """The same of the watched layers, [layers], where the report has them; else empty."""
+        return self._shares(self.layer_norms) if self.layers else self.layer_norms.double()
+
+    def _shares(self, norms: Tensor) -> Tensor:
+        relative = norms.double() / norms.amax().clamp(min=1e-300)
         if math.isinf(self.norm_type):
             return relative
         powers = relative.pow(self.norm_type)
@@ -257,7 +351,12 @@ class ClipReport:
             "layers": list(self.layers),
             "norm_type": self.norm_type,
         }
+        out |= {"matters": self.matters, "deviation": self.deviation}
+        rank, deviation = self._farthest_rank
+        out |= {"outlier_rank": rank, "rank_deviation": deviation}
+        out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
+        out["notes"] = [note._asdict() for note in self.notes]
         return out
 
 
@@ -266,6 +365,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "skipped": torch.bool,
     "nonfinite": torch.int64,
     "skips": torch.int64,
+    "rung": torch.int64,
 }
 for _name in _TENSORS:
     setattr(ClipReport, _name, _TensorField(_name, _DTYPES.get(_name)))

@@ -3,6 +3,7 @@ multiplied before anything else."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ from distclip.values import Column, Number
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Equal on every rank, or the call is refused: `description` travels as a hash in the
-    message."""
+    """Equal on every rank but for the note, or the call is refused: `description` travels as a hash
+    in the message."""
 
     operation: str
     optimizers: tuple[OptimizerParams, ...] = ()
@@ -41,8 +42,11 @@ class Request:
     # a loss scale will be lowered after a bad step: an error only after several
     tolerate_backoff: bool = False
     target: Literal["grad", "param"] = "grad"  # what is measured
+    note: str | None = None  # this rank's, as JSON in ASCII
     # what optimizers step beside what is clipped has to be finite
     guards_unmanaged: bool = True
+    # the host learns of a bad step at the next call, since every optimizer of this one folds
+    judged_late: bool = False
 
     @property
     def read_only(self) -> bool:
@@ -56,7 +60,9 @@ class Request:
         details: list[str] = []
         if self.optimizers:
             count = len(self.optimizers)
-            details.append(f"{count} optimizer{'s' if count > 1 else ''}")
+            # with the remedy: this text is what ranks show that did not do the same
+            folds = " (all fold; fold='never' if not on every rank)" if self.judged_late else ""
+            details.append(f"{count} optimizer{'s' if count > 1 else ''}{folds}")
         if self.scaler.enabled:
             before = [str(i) for i, scaled in enumerate(self.scaler.is_scaled) if not scaled]
             unscaled = f" that unscaled optimizer {', '.join(before)} before" if before else ""
@@ -169,15 +175,16 @@ class RequestMaker:
         scaler: Any = None,
         grad_scale: float = 1.0,
         of: Any = "grad",
+        note: Any = None,
         **flags: Any,
     ) -> Request:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
         of them alone."""
         guards = not self.propagates
+        plain = not optimizers and scaler is None and as_number(grad_scale) == 1.0
         if (
-            not optimizers
-            and scaler is None
-            and as_number(grad_scale) == 1.0
+            plain
+            and note is None
             and operation != "step"
             and is_text(of, "grad", "param")
             and all(isinstance(flag, bool) for flag in flags.values())
@@ -209,7 +216,14 @@ class RequestMaker:
                     "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that "
                     "overflow must be skipped, else the loss scale could never back off; use 'skip'"
                 )
-            return Request(operation, owned, state, float(grad_scale), guards_unmanaged=guards)
+            return Request(
+                operation,
+                owned,
+                state,
+                float(grad_scale),
+                note=None if note is None else _note_text(operation, note),
+                guards_unmanaged=guards,
+            )
         except ConfigError as error:
             problem = error
         except Exception as error:  # an argument that answers otherwise than its kind does
@@ -217,3 +231,18 @@ class RequestMaker:
             problem.__cause__ = error
         unscaled = ScalerState(None, owned, self.device, self.on_host)
         return Request(operation, owned, unscaled, error=problem, guards_unmanaged=guards)
+
+
+def _note_text(operation: str, note: Any) -> str:
+    """Its JSON; inf and NaN, which a note of a bad step may well hold, as Python writes them.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        return json.dumps(note, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{operation}(note=...): {error}. A note is what JSON can write: texts, numbers, lists "
+            "and dictionaries of them, such as loss.item() and indices.tolist()"
+        ) from error

@@ -18,6 +18,8 @@ from distclip.exchange.channel import Channel
 from distclip.exchange.message import MessageLayout
 from distclip.measure.collect import GradientCollector, GradOf
 from distclip.measure.local_sums import LocalMeasurer
+from distclip.measure.rank_norms import RankNorms
+from distclip.measure.rows import RowSums
 from distclip.measure.units import UnitClipper
 from distclip.optimizers import OptimizerIndex
 from distclip.p_norm import DOUBLE_BITS, SINGLE_BITS
@@ -75,7 +77,11 @@ class Stages:
 
 
 def build_stages(
-    inputs: SetupInputs, channel: Channel, grad_of: GradOf | None, num_sinks: int
+    inputs: SetupInputs,
+    channel: Channel,
+    grad_of: GradOf | None,
+    num_sinks: int,
+    rank_norms: RankNorms | None = None,
 ) -> Stages:
     """A collective: a few small all-reduces.
 
@@ -96,7 +102,9 @@ def build_stages(
     units = _build_units(channel, inputs, assignments, bits)
     num_policy_stats = sum(each.num_stats * len(each.groups) for each in assignments)
     num_stats = num_policy_stats + 2 * (units.num_split if units else 0)
-    layout = _message_layout(plan, num_stats, channel.size, device, on_host)
+    layout = _message_layout(plan, num_stats, channel.size, device, on_host, rank_norms is not None)
+    if rank_norms is not None:
+        rank_norms.use_norm(layout.norm)
     plan = replace(plan, words=layout.num_words)
 
     # How the policies answer, from norms of nothing
@@ -135,6 +143,9 @@ def build_stages(
             layout=layout,
             assignments=assignments,
             units=units,
+            rank_norms=rank_norms,
+            rank=channel.rank,
+            rows=RowSums(plan, layout.norm, device) if plan.layer_rows else None,
             device=device,
             config=inputs.config,
             late_parameters=late,
@@ -156,9 +167,9 @@ def build_stages(
         applier=GradientApplier(plan, units, device),
         reports=ReportMaker(
             plan=plan,
-            watch=options.watch,
             in_total=in_total,
             in_total_mask=mask,
+            bits=bits,
             dtype=torch.float64 if is_double else torch.float32,
         ),
         param_ids=_ids_by_group(members, plan),
@@ -187,10 +198,19 @@ def _build_units(
 
 
 def _message_layout(
-    plan: Plan, num_stats: int, num_ranks: int, device: torch.device, on_host: bool
+    plan: Plan,
+    num_stats: int,
+    num_ranks: int,
+    device: torch.device,
+    on_host: bool,
+    by_rank: bool,
 ) -> MessageLayout:
     shares = [1 / share.num_replicas for share in plan.shares]
     weights = [share.drift_weight for share in plan.shares]
+    # a piece that watched layers cut is as many parts as it holds rows
+    parts = [1 if rows is None else rows for rows in plan.layer_rows or [None] * len(shares)]
+    layer_shares = [share for share, count in zip(shares, parts, strict=True) for _ in range(count)]
+    layer_of = [first + row for first, count in zip(plan.layer_of, parts) for row in range(count)]
     return MessageLayout(
         norm_type=plan.norm_type,
         num_groups=len(plan.groups),
@@ -200,8 +220,10 @@ def _message_layout(
         share=torch.tensor(shares, dtype=torch.float64, device=device),
         drift_weight=torch.tensor(weights, dtype=torch.float64, device=device),
         group_of=torch.tensor(plan.group_of, dtype=torch.int64, device=device),
-        layer_of=torch.tensor(plan.layer_of, dtype=torch.int64, device=device),
+        layer_of=torch.tensor(layer_of, dtype=torch.int64, device=device),
+        layer_share=torch.tensor(layer_shares, dtype=torch.float64, device=device),
         on_host=on_host,
+        num_rank_norms=num_ranks if by_rank else 0,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distclip.apply.gradients import StepOutcome
 from distclip.decide.decision import ClipDecision, StepFlags, decide, no_decision, resolve
-from distclip.decide.enforce import HostNumbers
+from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
@@ -26,7 +26,7 @@ from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import Readback
 from distclip.measure.local_sums import LocalMeasurement
-from distclip.records import Culprit
+from distclip.records import Findings
 from distclip.report.writer import ReportWriter
 from distclip.request import Request
 from distclip.stages import Stages
@@ -37,7 +37,7 @@ class StepRunner:
     """Made at set-up.
 
     Args:
-        writer: learns the culprits of a step that is judged late.
+        writer: learns what is found of a step that is judged late.
     """
 
     def __init__(
@@ -75,13 +75,25 @@ class StepRunner:
                 f"{request.operation}() reads a number on the host, which a CUDA graph cannot "
                 "capture; use step() with fused optimizers that fold, or on_nonfinite='propagate'"
             )
+        if capturing and request.note is not None:
+            raise ConfigError(
+                f"{request.operation}(note=...) inside a CUDA graph: a replay takes no note of its "
+                "own; leave it out there"
+            )
         if not capturing:
             timing.check_previous()
+        if self.reads_late and allow_late and request.optimizers and not stages.always_steps:
+            # travels in the description: ranks that judge a step at different calls would wait for
+            # each other
+            request = replace(request, judged_late=True)
 
         # This rank's sums, and what is wrong here
         state.step += 1
-        last_hash = state.last_decision_hash
-        measurement, message = stages.measurer.measure(state.step, request, last_hash)
+        last_hash, notes = state.last_decision_hash, stages.checker.notes
+        if request.note is not None:
+            notes.keep(state.step, request.note)
+        has_notes = notes.has_some(state.step)
+        measurement, message = stages.measurer.measure(state.step, request, last_hash, has_notes)
         if capturing and (measurement.errors or request.error):  # nobody would read them later
             raise request.error or GradientError("; ".join(measurement.errors))
 
@@ -101,15 +113,17 @@ class StepRunner:
         decision, policies = decide(stages.assignments, norms, state.copies())
         if request.target == "param":
             decision = no_decision(norms)
+            norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
-        # Errors, warnings and culprits; what becomes of the step
+        # Errors, warnings, culprits, and whether it matters; what becomes of the step
         checked = timing.check(
             _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
         )
         if not request.read_only:
             state.update(decision, policies, checked.flags)
+        found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms, decision, checked.flags, state, request.read_only, checked.culprits
+            norms, decision, checked.flags, state, found, request.read_only
         )
         return StepOutcome(
             request=checked.request,
@@ -121,6 +135,7 @@ class StepRunner:
             units=measurement.units,
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
+            judged=checked.findings is not None,
         )
 
     def _reduce(self, message: Message, request: Request) -> Message:
@@ -158,7 +173,7 @@ class _CheckedStep(NamedTuple):
     host_flags: StepFlags
     on_host: bool
     grads: Any
-    culprits: tuple[Culprit, ...]
+    findings: Findings | None  # None where it is judged at the next call
 
 
 class HostNow:
@@ -175,15 +190,13 @@ class HostNow:
         finite: Any = norms.finite
         flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
-        numbers = HostNumbers(
-            left_out=bool(decision.skip),
-            clip_rate=float(self._state.history.clip_rate),
-            cosine=float(cosine),
-            num_steps=self._state.num_steps,
-        )
-        culprits = self._stages.checker.check(measurement, norms.checks, numbers)
+        state = self._state
+        total, rate = float(norms.total), float(state.history.clip_rate)
+        left_out, skipped = bool(decision.skip), bool(flags.skipped)
+        numbers = HostNumbers(left_out, skipped, total, rate, float(cosine), state.num_steps)
+        findings = self._stages.checker.check(measurement, norms.checks, numbers)
         grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, flags, True, grads, culprits)
+        return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings)
 
 
 class DeviceLate:
@@ -200,7 +213,9 @@ class DeviceLate:
         if late is None:
             return
         checks, numbers, _ = self._unpack(late.numbers)
-        self._writer.add_culprits(self._stages.checker.check(late.what, checks, numbers))
+        findings = self._stages.checker.check(late.what, checks, numbers)
+        if not late.what.request.read_only:
+            self._writer.add_findings(late.what.step, findings)
 
     def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
@@ -213,13 +228,13 @@ class DeviceLate:
         grads, measurement.grads = measurement.grads, None
         if not capturing:
             self._late.enqueue(self._pack(step, flags), measurement)
-        return _CheckedStep(request, decision, finite, flags, flags, False, grads, ())
+        return _CheckedStep(request, decision, finite, flags, flags, False, grads, None)
 
     def _check_now(self, step: _UncheckedStep, flags: StepFlags) -> _CheckedStep:
         """One read, of everything that the host wants to know."""
         request, measurement, _, decision = step
         checks, numbers, rest = self._unpack(Readback.read_now(self._pack(step, flags)))
-        culprits = self._stages.checker.check(measurement, checks, numbers)
+        findings = self._stages.checker.check(measurement, checks, numbers)
         *coefs, clipped, skipped, inv_scale = rest
         finite = bool(checks.finite)
         if request.scaler.inv_scale is not None:
@@ -227,7 +242,7 @@ class DeviceLate:
         decision = replace(decision, coef=coefs)
         host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
         grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, host_flags, True, grads, culprits)
+        return _CheckedStep(request, decision, finite, flags, host_flags, True, grads, findings)
 
     def _pack(self, step: _UncheckedStep, flags: StepFlags) -> Tensor:
         """float64: the check words, what warnings look at, and the decision."""
@@ -239,6 +254,7 @@ class DeviceLate:
         numbers: list[Any] = [
             *norms.checks,
             new((), 0.0) if skip is None else skip,
+            norms.total,
             self._state.history.clip_rate,
             smallest_of(decision.cosine) if decision.clamped else new((), 1.0),
             flags.clipped,
@@ -254,7 +270,14 @@ class DeviceLate:
         stand last."""
         count = len(CheckWords._fields)
         *words, agreed = numbers[:count]
-        left_out, rate, cosine, clipped, skipped, inv_scale = numbers[count : count + 6]
+        left_out, total, rate, cosine, clipped, skipped, inv_scale = numbers[count : count + 7]
         checks = CheckWords(*words, agreed=bool(agreed))
-        seen = HostNumbers(bool(left_out), rate, cosine, self._state.num_steps)
-        return checks, seen, [*numbers[count + 6 :], clipped, skipped, inv_scale]
+        seen = HostNumbers(
+            left_out=bool(left_out),
+            skipped=bool(skipped),
+            total_norm=total,
+            clip_rate=rate,
+            cosine=cosine,
+            num_steps=self._state.num_steps,
+        )
+        return checks, seen, [*numbers[count + 7 :], clipped, skipped, inv_scale]

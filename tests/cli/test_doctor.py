@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -511,3 +513,57 @@ def test_a_backend_that_is_not_here_is_told(capsys):
     assert main(["doctor", "--backend", "nccl"]) == 2
     assert "stopped: rank 0 on" in (said := capsys.readouterr().out)
     assert "has no CUDA device or no NCCL; --backend gloo runs on the CPU" in " ".join(said.split())
+
+
+FRAMEWORK_JOBS = """
+import contextlib, io, json
+import distclip.integrations
+from distclip.cli import main
+
+def checked(name):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(["doctor", "--framework", name, "--json"])
+    document = json.loads(out.getvalue())
+    return [code, {check["name"]: check["result"] for check in document["checks"]}, document["stopped"]]
+
+seen = {name: checked(name) for name in ("accelerate", "lightning", "transformers")}
+prepare = distclip.integrations.accelerate.prepare
+def loose(accelerator, model, max_norm):
+    clipper = prepare(accelerator, model, max_norm=2 * max_norm)
+    accelerator.clip_grad_norm_ = lambda parameters, max_norm: clipper.clip_().total_norm
+    return clipper
+distclip.integrations.accelerate.prepare = loose
+seen["loose"] = checked("accelerate")
+print("SEEN", json.dumps(seen))
+"""
+
+
+def test_a_frameworks_smallest_training_is_compared():
+    for name in ("accelerate", "lightning", "transformers"):
+        if find_spec(name) is None:  # importing it would change the environment
+            pytest.skip(f"{name} is not installed")
+    environment = os.environ | {"PYTHONPATH": str(Path(distclip.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", FRAMEWORK_JOBS],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.split("SEEN ")[1])
+    passed = {"norm": "pass", "weights": "pass", "own": "pass"}
+    for name in ("accelerate", "lightning", "transformers"):
+        assert seen[name] == [0, passed, ""]
+    code, results, _ = seen["loose"]
+    assert code == 1 and results["weights"] == "fail" and results["own"] == "pass"
+
+
+def test_a_framework_that_is_not_known_or_under_torchrun(capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--framework", "keras"])
+    assert "choose from" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor", "--framework", "accelerate"]) == 2
+    assert "run it without torchrun" in capsys.readouterr().err

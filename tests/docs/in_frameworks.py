@@ -1,9 +1,9 @@
 """Runs the migration guide's blocks that need a framework, each in its own setting, and the
-README's lines. Prints one JSON line."""
+README's diffs. Prints one JSON line."""
 
 import gc
 import json
-import re
+import os
 import sys
 import tempfile
 import warnings
@@ -14,18 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
-from lightning.pytorch import Trainer as LightningTrainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from docs.blocks import marked
+from docs.readme import batches, sides
 from docs.setting import ROWS, batch, gradients, length, loss_of, net, whole
 from parity.oracle import total_norm
+
+ZERO = {
+    "train_batch_size": ROWS,
+    "zero_optimization": {"stage": 2},
+    "zero_allow_untested_optimizer": True,
+}
 
 
 class Regression(LightningModule):
@@ -51,12 +56,7 @@ class WithLoss(nn.Module):
 
 def settings(model, optimizer):
     """By fixture: the model that moves, what the block finds, where its clipper is afterwards."""
-    zero = {
-        "train_batch_size": ROWS,
-        "zero_optimization": {"stage": 2},
-        "zero_allow_untested_optimizer": True,
-    }
-    yield "deepspeed", model, lambda: {"rest": zero}, lambda n: n["clipper"]
+    yield "deepspeed", model, lambda: {"rest": ZERO}, lambda n: n["clipper"]
     yield (
         "accelerate",
         model,
@@ -105,33 +105,46 @@ def settings(model, optimizer):
     yield "trainer", regression, lambda: found2, callback
 
 
-def lines_of_the_readme():
-    """Each runs after `import distclip` and no other import of distclip's."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    model, inside = net(), net()
-    zero = {
-        "train_batch_size": ROWS,
-        "zero_optimization": {"stage": 2},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-    }
-    engine, *_ = deepspeed.initialize(
-        model=inside, optimizer=torch.optim.SGD(inside.parameters(), 1.0), config=zero
-    )
-    arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[]
-    )
-    given = {
-        "accelerator": Accelerator(cpu=True),
-        "model": model,
-        "engine": engine,
-        "fabric": Fabric(accelerator="cpu", devices=1),
-    }
-    given |= {"trainer": transformers.Trainer(WithLoss(), arguments), "Trainer": LightningTrainer}
-    found = re.findall(r"`([^`]*distclip\.integrations\.[^`]*\([^`]*)`", readme)
-    for line in found:
-        exec(f"import distclip\n{line}", dict(given))
-    return found
+def given(name):
+    """What the README's diff of this framework finds, and the model whose parameters move."""
+    if name == "accelerate":
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        found = {"optimizer": optimizer, "loss_fn": nn.functional.mse_loss, "data": batches()}
+        return found | {"model": model}, model
+    if name == "deepspeed":
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        found = {"optimizer": optimizer, "loss_fn": nn.functional.mse_loss, "data": batches()}
+        return found | {"model": model, "config": dict(ZERO)}, model
+    if name == "lightning":
+        model = Regression()
+        data = DataLoader(TensorDataset(*batch()), batch_size=ROWS)
+        return {"module": model, "data": data}, model
+    model = WithLoss()
+    rows = [{"x": x, "labels": y} for xs, ys in batches() for x, y in zip(xs, ys)]
+    return {"model": model, "dataset": rows}, model
+
+
+def diffs_of_the_readme():
+    """By framework: how far both sides of its diff moved the parameters, how far they differ, and
+    how much the clip changes, relative to the way."""
+    out = {}
+    for name in ("accelerate", "trainer", "lightning", "deepspeed"):
+        ways = []
+        for code in sides(name):
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+            found, model = given(name)
+            before = whole(model.parameters())
+            exec(compile(code, f"README.md, {name}", "exec"), found)
+            after = whole(model.parameters())
+            ways.append(torch.cat([(b - a).flatten() for b, a in zip(before, after)]))
+        old, new, free = ways
+        way = float(old.norm())
+        out[name] = {"way": way, "apart": float((old - new).norm()) / way}
+        out[name]["clip"] = float((old - free).norm()) / way
+    return out
 
 
 def main():
@@ -162,9 +175,8 @@ def main():
             "wanted": total_norm(gradients().values()),
             "length": length(before, whole(moving.parameters())),
         }
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    print("RESULT " + json.dumps({"blocks": out, "lines": lines_of_the_readme()}), flush=True)
+    os.chdir(tempfile.mkdtemp())  # frameworks write beside the script
+    print("RESULT " + json.dumps({"blocks": out, "diffs": diffs_of_the_readme()}), flush=True)
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,10 @@
 """The fixtures that the pages' blocks name. Each runs a block on one of four ranks, and compares
 with the float64 oracle."""
 
+import contextlib
+import copy
+import tempfile
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,7 +39,7 @@ def run(name, block):
         try:
             FIXTURES[name](block)
         except ERRORS[name] as error:
-            return getattr(error, "text", str(error))
+            return str(error)
         raise AssertionError(f"{block.where} raised nothing")
     return FIXTURES[name](block)
 
@@ -80,6 +84,118 @@ def autoclip(block):
     near(names["report"].total_norm, 3 * norm, 1e-3)
     near(names["report"].threshold, norm * 1.2, 1e-3)  # the 10th percentile of n and 3n
     return float(names["report"].clip_coef).hex()
+
+
+@fixture
+def on_fsdp2(block):
+    return checked_after_wrapping(block)
+
+
+@fixture
+def on_tp(block):
+    mesh = init_device_mesh("cpu", (4,))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
+    x, y = batch()
+    whole_loss = lambda model: (model(x) - y).square().mean()  # noqa: E731
+    return checked_after_wrapping(block, model=model, mesh=mesh, loss_of_the_whole_batch=whole_loss)
+
+
+def checked_after_wrapping(block, **more):
+    """As `checked`, where the block wraps the model by itself."""
+    model = more.get("model") or net()
+    oracle, before = copy.deepcopy(model), whole(model.parameters())
+    names = {"loss_of": loss_of, "make_optimizer": lambda params: torch.optim.SGD(params, 1.0)}
+    block.run(names := names | {"model": model} | more)
+    norm = total_norm(gradients(oracle).values())
+    assert norm > 1, "vacuous"
+    near(names["report"].total_norm, norm)
+    near(length(before, whole(model.parameters())), 1.0)
+    return float(names["report"].total_norm).hex()
+
+
+@fixture
+def accumulating(block):
+    """Eight equal micro-batches: two steps, each of the mean of four."""
+    model = DistributedDataParallel(net())
+    params = list(model.parameters())
+    names = {"model": model, "loss_of": loss_of, "optimizer": torch.optim.SGD(params, 1e-6)}
+    block.run(names)
+    near(names["report"].total_norm, total_norm(gradients().values()), 1e-3)
+    assert names["report"].step == 2 and names["report"].clipped
+    return float(names["report"].total_norm).hex()
+
+
+@fixture
+def saving(block):
+    """By every rank into a folder of its own: the states are equal."""
+    model = DistributedDataParallel(net())
+    clipper = distclip.GradClipper(model, policy=distclip.AutoClip(10))
+    loss_of(model).backward()
+    norm = float(clipper.clip_().total_norm)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        block.run({"model": model, "clipper": clipper})
+    assert int(clipper.state_dict()["step"]) == 1
+    return norm.hex()
+
+
+@fixture
+def saving_distributed(block):
+    model = fully_shard(net())
+    clipper = distclip.GradClipper(model, policy=distclip.AutoClip(10))
+    loss_of(model).backward()
+    norm = float(clipper.clip_().total_norm)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    with contextlib.chdir(folder[0]):
+        block.run({"model": model, "clipper": clipper})
+    assert int(clipper.state_dict()["step"]) == 1
+    return norm.hex()
+
+
+@fixture
+def rank_norms(block):
+    model = DistributedDataParallel(net())
+    optimizer, printed = torch.optim.SGD(model.parameters(), 1.0), []
+    names = {"model": model, "optimizer": optimizer, "loss_of": loss_of}
+    block.run(names | {"print": lambda *said: printed.extend(said)})
+    norms, outlier = printed
+    x, y = batch()
+    for rank, norm in enumerate(norms.tolist()):
+        own = net().double()
+        (own(x[rank::4].double()) - y[rank::4].double()).square().mean().backward()
+        near(norm, total_norm([p.grad for p in own.parameters()]))
+    assert outlier is None
+    return str(norms.tolist())
+
+
+@fixture
+def private_experts(block):
+    """One expert a rank, under one name."""
+    model = nn.ModuleDict({"router": nn.Linear(3, 3), "experts": nn.ModuleList([nn.Linear(3, 3)])})
+    draw = lambda p, seed: torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    for name, p in model.named_parameters():
+        p.grad = draw(p, 10 + dist.get_rank() if "experts" in name else 1)
+    names = {"model": model}
+    block.run(names)
+    wanted = [draw(p, 1) for p in model["router"].parameters()]
+    wanted += [draw(p, 10 + r) for p in model["experts"].parameters() for r in range(4)]
+    report = names["clipper"].clip_()
+    near(report.total_norm, total_norm(wanted))
+    return float(report.total_norm).hex()
+
+
+@fixture
+def alone(block):
+    """On the first rank, while others do nothing; its norm is its own."""
+    if dist.get_rank() == 0:
+        model = net()
+        x, y = batch()
+        (model(x) - y).square().mean().backward()
+        names = {"model": model}
+        block.run(names)
+        near(names["clipper"].clip_().total_norm, total_norm(gradients().values()))
+    return ""
 
 
 @fixture
@@ -175,6 +291,35 @@ def megatron(block):
     report = names["clipper"].measure()
     near(report.total_norm, wanted)
     return float(report.total_norm).hex()
+
+
+@fixture
+def megatron_optimizer(block):
+    from integrations import megatron_cases as cases
+
+    with cases.megatron(gloo=True, tensor_model_parallel_size=2):
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        x, y = cases.data("fp32")
+        grads, norm = cases.gradients(lambda p, x, _: cases.dense(p, x), cases.FULL, x, y * 3)
+        assert norm > 1, "vacuous"
+        config = cases.config_of("fp32", tensor_model_parallel_size=2)
+        model = cases.fill(cases.tensor_parallel_model(config), shapes=cases.FULL)
+        names = {
+            "OptimizerConfig": OptimizerConfig,
+            "get_megatron_optimizer": get_megatron_optimizer,
+            "model": cases.in_ddp(model, config, distributed=False),
+            "train_to_the_step": lambda model, _: cases.backward(
+                model, cases.my_rows(x), cases.my_rows(y * 3)
+            ),
+        }
+        block.run(names)
+        assert names["update_successful"]
+        near(names["grad_norm"], norm)
+        wanted = {n: cases.part_of(n, g) / norm for n, g in grads.items()}
+        off, count = cases.difference(names["optimizer"], names["model"], wanted)
+        assert count and off < 1e-5
+        return float(names["grad_norm"]).hex()
 
 
 @fixture
@@ -320,7 +465,7 @@ def undeclared_stages(block):
             ddp=False,
         )
     except distclip.AgreementError as error:
-        return error.text
+        return str(error)
     return ""
 
 

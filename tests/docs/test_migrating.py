@@ -1,5 +1,5 @@
 """Each *After* of the migration guide, taken out of the page and run: in four gloo ranks, or with
-its framework in a job of its own."""
+its framework in a job of its own, where the README's diffs for frameworks run too."""
 
 import ast
 from importlib.util import find_spec
@@ -21,14 +21,15 @@ def test_the_block_does_what_the_page_says(ranks, block):
     assert len(set(told)) == 1, "ranks were told different norms"
 
 
-def test_the_blocks_inside_frameworks_and_the_readmes_lines():
+def test_the_blocks_inside_frameworks_and_the_readmes_diffs():
     for name in ("accelerate", "deepspeed", "lightning", "transformers"):
         if find_spec(name) is None:  # importing them changes the environment
             pytest.skip(f"{name} is not installed")
     (seen,) = launched("../docs/in_frameworks.py", ranks=1)
-    assert len(seen["lines"]) == 5 and all(
-        "distclip.integrations." in line for line in seen["lines"]
-    )
+    assert set(seen["diffs"]) == {"accelerate", "trainer", "lightning", "deepspeed"}
+    for name, sides in seen["diffs"].items():
+        assert sides["way"] > 0 and sides["clip"] > 10 * sides["apart"], f"{name}: vacuous"
+        assert sides["apart"] < 1e-4, name
     seen = seen["blocks"]
     assert (
         set(seen)

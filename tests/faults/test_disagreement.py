@@ -33,8 +33,8 @@ SAME_CALLS = (
 def refusal(call):
     try:
         call()
-    except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -47,7 +47,7 @@ def scales_that_differ():
     try:
         distclip.GradClipper([("w", p)], 1.0).step(optimizer, scaler=scaler)
     except distclip.AgreementError as error:
-        return error.text, p.tolist()
+        return str(error), p.tolist()
 
 
 def test_scales_that_differ_between_ranks(ranks):
@@ -164,7 +164,7 @@ def out_of_reach():
     try:
         clipper.clip_()
     except distclip.GradientError as error:
-        return error.text
+        return str(error)
 
 
 def test_a_skip_that_some_ranks_cannot_do_is_an_error_on_all(ranks):
@@ -182,3 +182,34 @@ def test_built_in_inference_mode_it_works_outside():
     for _ in range(2):
         p.grad = torch.tensor([3.0, 4.0])
         assert clipper.clip_().total_norm == 5
+
+
+def fused_on_odd_ranks(fold):
+    """Three calls; the last only where the second did not end in an error."""
+    p = nn.Parameter(torch.zeros(2))
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0, fold=fold))
+    optimizer = torch.optim.SGD([p], 1.0, fused=True if dist.get_rank() % 2 else None)
+    for call in (1, 2, 3):
+        p.grad = torch.tensor([3.0, 4.0])
+        try:
+            clipper.step(optimizer)
+        except distclip.AgreementError as error:
+            return call, str(error), p.tolist()
+    return 0, "", p.tolist()
+
+
+def test_ranks_that_judge_a_step_at_different_calls(ranks):
+    found = ranks.run(fused_on_odd_ranks, "auto")
+    assert [call for call, _, _ in found] == [1, 2, 1, 2], (
+        "those that fold learn of it one call late"
+    )
+    for _, text, now in found:
+        assert now == [0, 0], "nothing moved"
+        assert (
+            "rank 0,2: at step 1: step with 1 optimizer, after decision" in text
+            and "rank 1,3: at step 1: step with 1 optimizer (all fold; fold='never' if not on every "
+            "rank), after decision"
+            in text
+        ), text
+    for call, _, now in ranks.run(fused_on_odd_ranks, "never"):
+        assert call == 0 and now == pytest.approx([-1.8, -2.4])

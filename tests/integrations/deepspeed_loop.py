@@ -10,77 +10,23 @@ import tempfile
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
 
 import distclip
 import distclip.testing
+from deepspeed_setting import DTYPES, change, config_of, loss_scale, masters_of
 from distclip.integrations.deepspeed import attach
 from distclip.integrations.deepspeed_internals import adapter_for
 from problem import HUGE, TINY, data, loss_of, net, off, oracle
 
-# its C++ build takes minutes, and gloo does
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGE, DTYPE, LOW = "", "", torch.float32  # of the engine that is tried now
 
 
 def config(micro=1, scale=None, clipping=0.0, **more):
-    zero = {
-        "stage": int(STAGE[0]),
-        "reduce_bucket_size": 1000,
-        "stage3_param_persistence_threshold": 8,
-    }
-    if "small" in STAGE:  # several sub-groups
-        zero["sub_group_size"] = 40
-    if "loose" in STAGE:
-        zero["contiguous_gradients"] = False
-    zero |= more
-    if "offload" in STAGE:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    out = {
-        "train_micro_batch_size_per_gpu": 4 // micro,
-        "gradient_accumulation_steps": micro,
-        "gradient_clipping": clipping,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    if DTYPE == "bf16":
-        out["bf16"] = {"enabled": True}
-        if "unchecked" in STAGE:
-            out["bf16"]["check_grad_overflow"] = False
-        if "fp32acc" in STAGE:
-            out["data_types"] = {"grad_accum_dtype": "fp32"}
-    if DTYPE == "fp16":
-        out["fp16"] = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1} | (scale or {})
-    return out
+    return config_of(STAGE, DTYPE, micro, scale, clipping, **more)
 
 
 def masters(engine):
-    """Full float32 parameters by name, as the optimizer steps them."""
-    out = {}
-    for name, param in engine.module.named_parameters():
-        if STAGE[0] == "0":
-            wrapped = engine.optimizer
-            groups = getattr(wrapped, "fp32_groups", None)
-            if groups is not None:
-                pairs = zip(wrapped.fp16_groups, groups)
-                param = next(
-                    m for lows, highs in pairs for low, m in zip(lows, highs) if low is param
-                )
-            elif hasattr(wrapped, "fp32_groups_flat"):
-                for lows, flat in zip(wrapped.fp16_groups, wrapped.fp32_groups_flat):
-                    sizes = [low.numel() for low in lows]
-                    for low, part in zip(lows, flat.split(sizes)):
-                        if low is param:
-                            found = part.view(low.shape)
-                param = found
-            out[name] = param.detach().double().clone()
-        else:
-            out[name] = safe_get_full_fp32_param(param).detach().double().clone()
-    return out
+    return masters_of(engine, STAGE)
 
 
 def expected(x, y):
@@ -115,10 +61,6 @@ def train(engine, x, y, micro=1, factor=1.0):
     for xs, ys in zip(x[mine].chunk(micro), y[mine].chunk(micro)):
         engine.backward(loss_of(engine, xs, ys) * factor)
         engine.step()
-
-
-def change(before, after):
-    return {n: before[n] - after[n] for n in before}
 
 
 def one_step(max_norm, micro=1, reference=None, **options):
@@ -348,14 +290,6 @@ def scheduled():
     }
 
 
-def loss_scale(engine):
-    return float(
-        engine.optimizer.loss_scale
-        if STAGE[0] != "0"
-        else engine.optimizer.loss_scale_config.cur_scale
-    )
-
-
 def growth():
     """fp16: the loss scale grows at every second step; no clip changes by it."""
     engine, clipper = started(0.05, scale={"loss_scale_window": 2, "initial_scale_power": 4})
@@ -367,7 +301,7 @@ def growth():
         moved = change(before, masters(engine))
         assert float(clipper.last_report.total_norm) > 0.05, "vacuous"
         lengths.append(math.sqrt(sum(float(m.norm()) ** 2 for m in moved.values())))
-        scales.append(loss_scale(engine))
+        scales.append(loss_scale(engine, STAGE))
     return {"lengths": lengths, "scales": scales}
 
 
@@ -388,7 +322,7 @@ def skipping():
         out["engine"].append(engine.skipped_steps)
         out["norms"].append([float(clipper.last_report.total_norm), engine.get_global_grad_norm()])
         if DTYPE == "fp16":
-            out["scale"].append(loss_scale(engine))
+            out["scale"].append(loss_scale(engine, STAGE))
     return out
 
 
@@ -432,11 +366,11 @@ def missing():
 def unsupported():
     texts, cases = [], []
     model = net()
-    experts, *_ = deepspeed.initialize(
+    sliced, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config()
     )
-    experts.has_moe_layers = True  # what DeepSpeed notes where it finds its MoE layers
-    cases.append(lambda: attach(experts, 0.1))
+    sliced.mpu = object()  # where deepspeed.initialize(mpu=...) puts it
+    cases.append(lambda: attach(sliced, 0.1))
     model, extra = net(), torch.nn.Parameter(torch.zeros(3))
     # from stage 1 on DeepSpeed itself cannot take a parameter that is not in the model
     if STAGE[0] == "0":
@@ -488,8 +422,6 @@ def tried():
 def main():
     global STAGE, DTYPE, LOW
     torch.set_num_threads(1)
-    # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can
-    get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     fused, out = deepspeed.runtime.engine.FusedAdam, {}
     for engine in sys.argv[1:]:

@@ -14,7 +14,14 @@ pytest.importorskip("deepspeed")
 # engines of a line run one after another
 LAUNCHES = [
     {"0 fp32": 1e-6, "0 bf16": 1e-2, "0 fp16": 2e-3, "0fused fp16": 2e-3, "0fused bf16": 1e-2},
-    {"1 fp32": 1e-6, "1 bf16": 1e-2, "1 fp16": 2e-3, "1fp32acc bf16": 1e-2, "1offload fp32": 1e-6},
+    {
+        "1 fp32": 1e-6,
+        "1 bf16": 1e-2,
+        "1 fp16": 2e-3,
+        "1fp32acc bf16": 1e-2,
+        "1offload fp32": 1e-6,
+        "1immediatefp32acc bf16": 1e-2,
+    },
     {"2 fp32": 1e-6, "2 bf16": 1e-2, "2unchecked bf16": 1e-2, "2loose fp16": 2e-3},
     {"2offload fp32": 1e-6, "2offload bf16": 1e-2, "2offload fp16": 2e-3},
     {"3small fp32": 1e-6, "3 bf16": 1e-2, "3 fp16": 2e-3},
@@ -194,15 +201,14 @@ def test_what_cannot_be_clipped_is_refused(engine):
         "does not support under DeepSpeed: "
         "leave that out"
     )
-    experts = (
-        "attach: this engine has DeepSpeed's mixture-of-experts layers, which distclip does not "
-        "support under DeepSpeed: leave attach out "
-        'and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train such a model '
-        "under FSDP2 with its experts, stages or "
-        "tensor-parallel parts as torch has them, where GradClipper(model, ...) knows them"
+    sliced = (
+        "attach: this engine has a model-parallel mpu, which distclip does not support under "
+        'DeepSpeed: leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its '
+        "config), or train such a model under FSDP2 with its experts or tensor-parallel parts as "
+        "torch has them, where GradClipper(model, ...) knows them"
     )
     sharded = name[0] in "12" and "fp32acc" not in name and "offload" not in name
     for row in rows:
-        assert row["unsupported"] == [experts] + (
+        assert row["unsupported"] == [sliced] + (
             [stranger] if name[0] == "0" else [unmeasured] if sharded else []
         )

@@ -11,7 +11,7 @@ import pytest
 
 from integrations.launched import SOURCE
 
-FRAMEWORKS = ["accelerate", "deepspeed", "lightning", "transformers"]
+FRAMEWORKS = ["accelerate", "deepspeed", "lightning", "megatron", "torchtitan", "transformers"]
 
 
 def told_by(program):
@@ -62,7 +62,7 @@ def test_names_that_there_are_not():
     assert said([], "distclip.integration", "distclip.integrations.keras") == [
         "AttributeError: module 'distclip' has no attribute 'integration'",
         "AttributeError: module 'distclip.integrations' has no attribute 'keras'; it has "
-        "accelerate, deepspeed, lightning, transformers",
+        "accelerate, deepspeed, lightning, megatron, torchtitan, transformers",
     ]
 
 
@@ -89,7 +89,7 @@ import distclip
 before = [name for name in sys.modules if name.startswith("distclip.integrations")]
 listed = "integrations" in dir(distclip)
 inside = [name for name in dir(distclip.integrations) if not name.startswith("_")]
-loaded = sorted({"accelerate", "deepspeed", "lightning", "transformers"} & sys.modules.keys())
+loaded = sorted({"accelerate", "deepspeed", "lightning", "megatron", "torchtitan", "transformers"} & sys.modules.keys())
 print(json.dumps([before, listed, inside, loaded]))
 """
     assert told_by(program) == [[], True, FRAMEWORKS, []]

@@ -101,7 +101,9 @@ def train_with(ranks, *arguments):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Those of a log's steps."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row for row in rows if "distclip_log" not in row]
 
 
 def norms(path):

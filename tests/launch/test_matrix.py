@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import distclip.integrations
 from distclip import versions
 from launch.programs import ROOT
 
@@ -180,7 +181,61 @@ def test_a_python_that_is_not_there(tree):
 
 def test_the_projects_page_is_what_its_data_says(page):
     assert page.PAGE == ROOT / "docs" / "compatibility.md"
-    assert page.PAGE.read_text() == page.page(page.rows_of(page.PAGE))
+    rows, found = page.rows_of(page.PAGE), page.programs_of(page.PAGE)
+    assert page.PAGE.read_text() == page.page(rows, found)
+
+
+def test_every_framework_has_a_row_and_its_tests_are_there(page):
+    assert set(page.INTEGRATIONS) == set(dir(distclip.integrations)) - {
+        name for name in dir(distclip.integrations) if name.startswith("__")
+    }
+    for name, one in page.INTEGRATIONS.items():
+        assert one.tests == f"test_{name}.py"
+        assert (ROOT / "tests" / "integrations" / one.tests).exists()
+
+
+def test_programs_numbers_come_from_the_run(tmp_path, page):
+    told = {
+        "ranks": 2, "versions": {"torchtitan": "0.3.0"}, "steps": 20, "lines": 2,
+        "losses": 3.2e-7, "norms": None,
+    }  # fmt: skip
+    value = json.dumps(told).replace('"', "&quot;")
+    (tmp_path / "results.xml").write_text(
+        '<testsuites><testsuite><testcase classname="tests.programs.test_programs" '
+        f'name="test_it[titan]"><properties><property name="program" value="{value}"/>'
+        '</properties></testcase><testcase classname="tests.integrations.test_torchtitan" '
+        'name="test_one"><failure/></testcase></testsuite></testsuites>'
+    )
+    (tmp_path / "compatibility.json").write_text("{}")
+    found = page.programs_found(tmp_path / "results.xml", 1)
+    assert found["programs"] == {"titan": told | {"result": "passed"}}
+    assert found["frameworks"]["torchtitan"]["failed"] == 1
+    page.add_programs(tmp_path / "compatibility.md", found)
+    text = (tmp_path / "compatibility.md").read_text()
+    assert "| torchtitan 0.3.0 | 2 | 2 | 20 | 3e-07 | not told | passed |" in text
+    assert "* failed: `tests.integrations.test_torchtitan::test_one`" in text
+    assert text.count("(../tests/integrations/test_torchtitan.py) | 0.3.0 |") == 1
+
+
+def test_the_readmes_status_is_what_the_data_says(page):
+    readme = (ROOT / "README.md").read_text()
+    (line,) = page.STATUS.findall(readme)
+    assert line == page.status(page.rows_of(page.PAGE), ROOT)
+    assert all(release in line for release in versions.RUN)
+
+
+def test_the_status_names_what_failed_and_is_written_with_the_page(tree, page):
+    for name in ("README.md", "constraints.txt", "benchmarks/results_gpu.json"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    rows = page.rows_of(page.PAGE)
+    passed = rows["2.9.1"]
+    page.add(tree / "docs" / "compatibility.md", "2.9.1", passed | {"python": "3.10.1"})
+    page.add(tree / "docs" / "compatibility.md", "2.99.0", passed | {"failures": ["test_one"]})
+    (line,) = page.STATUS.findall((tree / "README.md").read_text())
+    assert "torch 2.9.1 (Python 3.10; Linux" in line and "Some fail with 2.99.0." in line
+    before = (ROOT / "README.md").read_text()
+    assert page.STATUS.sub("", (tree / "README.md").read_text()) == page.STATUS.sub("", before)
 
 
 def test_the_page_has_the_releases_that_are_said_to_be_run(page):

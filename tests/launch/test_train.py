@@ -4,6 +4,7 @@ configuration."""
 import sys
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from launch.programs import (
     ROOT,
@@ -149,8 +150,14 @@ def test_an_injected_overflow_is_skipped_named_and_survived(tmp_path):
     assert "scaler: scale 32768, equal on all ranks" in said
     rows = lines(log)
     assert [row["step"] for row in rows if row["skipped"]] == [11]
-    assert rows[10]["culprits"] == [{"parameter": "token.weight", "rank": 1, "kind": "inf"}]
+    (culprit,) = rows[10]["culprits"]
+    assert (culprit["parameter"], culprit["rank"], culprit["kind"]) == ("token.weight", 1, "inf")
+    assert culprit["before"] is None and culprit["after"] == "position.weight", "its neighbours"
     assert any(row["clipped"] for row in rows), "vacuous"
+    notes = [note for note in rows[10]["notes"] if note["step"] == 11]
+    assert [(note["rank"], note["note"]) for note in notes] == [
+        (rank, {"batch": 10, "samples": [2 * rank, 2 * rank + 1]}) for rank in range(4)
+    ]
 
 
 @pytest.fixture
@@ -413,3 +420,75 @@ for arguments in {[arguments for arguments, _ in cases]!r}:
     assert code == 0, said
     for _, words in cases:
         assert words in said
+
+
+def actions(path):
+    return [row["action"] for row in lines(path)]
+
+
+LADDER = [
+    "--strategy", "single", "--training.batch", "8", "--training.steps", "44", "--training.lr", "0.01",
+    "--output.every", "9", "--inject.kind", "spike", "--inject.step", "38", "--inject.rank", "0",
+    "--clip.escalate.window", "20",
+]  # fmt: skip
+
+
+def test_a_run_that_is_rolled_back_goes_on_as_if_it_had_never_seen_the_data(tmp_path):
+    def run(name, *arguments):
+        log, folder = tmp_path / f"{name}.jsonl", tmp_path / name
+        return train_here(
+            *LADDER, *arguments, "--output.log", str(log), "--output.checkpoint", str(folder)
+        )
+
+    rungs = ("--clip.escalate.skip", "1", "--clip.escalate.roll_back", "3")
+    said = run("spoilt", "--inject.batches", "3", *rungs)
+    assert "step 40: back to the checkpoint of step 36, without the batches 38, 39, 40" in said
+    (tmp_path / "spared").mkdir()
+    (tmp_path / "spared" / "left_out.json").write_text("[38, 39, 40]")
+    run("spared", "--inject.kind", "none", *rungs)
+
+    spoilt, spared = norms(tmp_path / "spoilt.jsonl"), norms(tmp_path / "spared.jsonl")
+    assert actions(tmp_path / "spoilt.jsonl")[38:41] == ["skip", "skip", "roll_back"]
+    assert len(spoilt) == 41 + 8 and len(spared) == 44
+    assert spoilt[41:] == spared[36:] and min(spoilt[38:41]) > 100, "vacuous"
+    assert set(actions(tmp_path / "spared.jsonl")) == {"none"}
+
+
+def test_a_rate_is_lowered_for_a_while(tmp_path):
+    """And where there is no end to it, the run ends."""
+    rungs = ("--clip.escalate.lower_lr", "2", "--clip.escalate.lower_for", "3")
+    log = tmp_path / "log.jsonl"
+    said = train_here(*LADDER, "--inject.batches", "2", *rungs, "--output.log", str(log))
+    assert "step 39: the learning rate is multiplied by 0.5 until step 43" in said
+    assert actions(log).count("lower_lr") == 1
+    told = refused(
+        *LADDER, "--inject.batches", "6", "--clip.escalate.roll_back", "2", "--clip.escalate.roll_backs", "1",
+        "--output.checkpoint", str(tmp_path / "again"),
+    )  # fmt: skip
+    assert "step 39: the run was rolled back 1 times (clip.escalate.roll_backs)" in told
+    assert "clip.escalate.roll_back=2 loads a checkpoint; name their folder" in refused(
+        *LADDER, "--clip.escalate.roll_back", "2"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_that_is_off_is_found_in_the_log(ranks, tmp_path, strategy):
+    """Each rank reads data of its own, and one has gradients that are 100 times as large."""
+    if strategy == "fsdp2" and not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        pytest.skip("a release that shows nothing")
+    log = tmp_path / "log.jsonl"
+    train_with(
+        ranks, "--strategy", strategy, "--model", "gpt", "--data.name", "text", *SMALL, "--clip.rank_norms", "true",
+        "--inject.kind", "rank", "--inject.step", "3", "--inject.rank", "2", "--output.log", str(log),
+    )  # fmt: skip
+    rows = [row for row in lines(log) if "rank_norms" in row]
+    assert len(rows) == 6 and all(len(row["rank_norms"]) == 4 for row in rows)
+    off = rows[3]
+    assert off["outlier_rank"] == 2 and off["rank_deviation"] > 8
+    assert off["rank_norms"][2] > 20 * max(n for i, n in enumerate(off["rank_norms"]) if i != 2)
+    assert "clip.rank_norms: strategy='single' shows no rank's own gradients" in refused(
+        "--strategy", "single", "--clip.rank_norms", "true"
+    )
+    assert "inject.kind='rank' has no part in strategy='tp'" in refused(
+        "--strategy", "tp", "--inject.kind", "rank"
+    )

@@ -37,6 +37,12 @@ def skipping(inner, sigma=6, window=128, warmup=64, factor=2):
     return reference.SkipSpikes(inner, sigma, window, warmup, factor)
 
 
+def escalating(inner, rungs=(1, 3, 6), window=100, sigma=6, factor=2, history=128, warmup=32):
+    named = dict(zip(("skip", "lower_lr", "roll_back"), rungs, strict=True))
+    rungs = {name: number for name, number in named.items() if number}
+    return reference.Escalate(inner, rungs, window, sigma, factor, history, warmup)
+
+
 def decaying(step):
     return 0.5 + 1.5 * torch.exp(-step / 100)
 
@@ -70,5 +76,24 @@ CASES = {
     "skip spikes, other numbers": (
         distclip.SkipSpikes(distclip.AutoClip(50), 3, 20, 10, 1),
         lambda: skipping(autoclip(50), 3, 20, 10, 1),
+    ),
+    "escalate, skip": (distclip.Escalate(distclip.ZClip()), lambda: escalating(zclip())),
+    "escalate, skip spikes": (
+        distclip.Escalate(distclip.SkipSpikes(distclip.AdaGC(), warmup=16), None, 2, 4, 60),
+        lambda: escalating(skipping(adagc(), warmup=16), (None, 2, 4), 60),
+    ),
+    "escalate, skip late": (
+        distclip.Escalate(
+            distclip.AutoClip(50),
+            2,
+            None,
+            5,
+            window=150,
+            sigma=3.0,
+            factor=1.2,
+            history=20,
+            warmup=5,
+        ),
+        lambda: escalating(autoclip(50), (2, None, 5), 150, 3, 1.2, 20, 5),
     ),
 }

@@ -143,3 +143,55 @@ class SkipSpikes:
                 return thresholds, coefs, True
         self.norms.append(norm)
         return self.inner.step(norms, total)
+
+
+class Escalate:
+    """Spikes by the median and MAD of the latest log-norms; three rungs that count them. `bad` takes
+    a step that is not finite; `action` is what was said last."""
+
+    def __init__(self, inner, rungs, window, sigma, factor, history, warmup):
+        self.inner, self.rungs, self.window = inner, rungs, window
+        self.sigma, self.factor, self.history, self.warmup = sigma, factor, history, warmup
+        self.logs, self.t = [], 0
+        self.bad_steps, self.since = [], {name: 0 for name in rungs}
+        self.action = "none"
+
+    def step(self, norms, total):
+        norm = float(np.linalg.norm(norms))
+        latest, known = self.logs[-self.history :], len(self.logs)
+        inner = copy.deepcopy(self.inner)
+        thresholds, coefs, left_out = inner.step(norms, total)
+        spike = left_out
+        if norm > 0:
+            log = math.log(norm)
+            if latest:
+                middle = np.median(latest)
+                spread = 1.4826 * np.median(np.abs(np.array(latest) - middle))
+                high = log > middle + self.sigma * spread and norm > self.factor * math.exp(middle)
+                spike = left_out or high
+            self.logs.append(log)
+        self._count(spike and known >= self.warmup)
+        skip = left_out or (spike and bool({"skip", "roll_back"} & self.reached))
+        if not skip:
+            self.inner = inner
+        return thresholds, coefs, skip
+
+    def bad(self):
+        self._count(len(self.logs) >= self.warmup)
+
+    def _count(self, counts):
+        self.t += 1
+        self.reached, self.action = set(), "none"
+        if not counts:
+            return
+        self.bad_steps.append(self.t)
+        for name in ("skip", "lower_lr", "roll_back"):
+            number = self.rungs.get(name)
+            after = max(self.since[name], self.t - self.window) if number else 0
+            if number and sum(bad > after for bad in self.bad_steps) >= number:
+                self.reached.add(name)
+                self.action = name
+        if self.action == "lower_lr":
+            self.since["lower_lr"] = self.t
+        if self.action == "roll_back":
+            self.since = dict.fromkeys(self.rungs, self.t)

@@ -226,7 +226,7 @@ def refused(what):
     try:
         distclip.GradClipper(model, policy=distclip.AGC(), **options)
     except distclip.DistclipError as error:
-        return error.text
+        return str(error)
 
 
 def test_what_it_cannot_do_is_told(ranks):

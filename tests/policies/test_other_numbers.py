@@ -75,6 +75,10 @@ CHANGES = {
         distclip.SkipSpikes(distclip.FixedNorm(2.0)),
         distclip.SkipSpikes(distclip.FixedNorm(0.5), sigma=3.0),
     ),
+    "rungs": (
+        distclip.Escalate(distclip.FixedNorm(2.0)),
+        distclip.Escalate(distclip.FixedNorm(2.0), 2, 5, 9),
+    ),
     "a user's": (Own(2.0), Own(-0.5)),
     "numpy's": (distclip.FixedNorm(np.float64(2.0)), distclip.FixedNorm(0.5)),
 }

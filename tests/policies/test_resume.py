@@ -45,6 +45,9 @@ POLICIES = {
         distclip.AutoClip(50.0, window=3), window=6, warmup=4, sigma=3.0
     ),
     "warmup": lambda: distclip.Warmup(distclip.ZClip(z_threshold=1.5, warmup=2), 4, 30.0),
+    "escalate": lambda: distclip.Escalate(
+        distclip.AutoClip(50.0, window=3), window=6, warmup=4, sigma=3.0, history=8
+    ),
     "wrapped": lambda: distclip.SkipSpikes(
         distclip.Warmup(distclip.AutoClip(40.0), 14, 25.0), window=6, warmup=4, sigma=3.0
     ),
@@ -191,7 +194,9 @@ def not_vacuous(name, rows):
         "normalize",
         "agc",
     ), "vacuous"
-    assert any(row[SKIPPED] for row in rows) == (name in ("skip spikes", "wrapped")), "vacuous"
+    assert any(row[SKIPPED] for row in rows) == (name in ("skip spikes", "wrapped", "escalate")), (
+        "vacuous"
+    )
 
 
 @native

@@ -416,7 +416,7 @@ def test_the_text_of_a_watch():
         "Watch(PerLayer(depth=2), every=3)"
     )
     assert text(distclip.Watch(distclip.by_name(table))) == (
-        "Watch(ByName(a: Mean, b: 1.0, c: Exempt(in_total=False)), every=1)"
+        "Watch(ByName(a: Mean, b: 1.0, c: Exempt(in_total=False)), every=10)"
     )
 
 

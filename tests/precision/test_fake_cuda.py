@@ -170,6 +170,7 @@ def watched(step, calls=2):
 POLICIES = [
     distclip.FixedNorm(1.0), distclip.Normalize(1.0), distclip.Scheduled([(0, 1.0), (5, 2.0)]), distclip.AutoClip(), distclip.ZClip(),
     distclip.AdaGC(), distclip.Warmup(distclip.ZClip(), 3, 1.0), distclip.SkipSpikes(distclip.FixedNorm(1.0)),
+    distclip.Escalate(distclip.AutoClip()),
 ]  # fmt: skip
 
 

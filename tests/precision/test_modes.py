@@ -22,7 +22,7 @@ def spoilt(strategy, mode, value=math.nan):
     try:
         report = job.step()
     except distclip.NonFiniteError as error:
-        text = error.text
+        text = str(error)
     said = report and report.to_dict()
     return (
         text,

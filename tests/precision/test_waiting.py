@@ -29,7 +29,7 @@ def refusal(call):
     try:
         call()
     except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -105,7 +105,7 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
             "NonFiniteError: step 6: 1 gradient tensor is not finite in 3 steps in a row "
             "(skip_limit=2): w on rank 2: NaN."
         )
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    _, *lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], []], (
         "found when judged, in the line of their step"
@@ -113,7 +113,7 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
 
 
 def culprit():
-    return [{"parameter": "w", "rank": 2, "kind": "NaN"}]
+    return [{"parameter": "w", "rank": 2, "kind": "NaN", "before": None, "after": None}]
 
 
 def test_the_last_report_is_written_when_the_clipper_goes(tmp_path):
@@ -226,12 +226,14 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
     one = torch.zeros(1, dtype=torch.int64)
 
     def layout(on_host):
-        return MessageLayout(p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0], on_host)
+        return MessageLayout(
+            p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0], torch.ones(1), on_host
+        )
 
     good = (
-        [4.0, 1.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
+        [4.0, 1.0, 0.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
         if math.isinf(p)
-        else [4.0, 0, 0, 4.0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
+        else [4.0, 0, 0, 4.0, 0, 0, 0, *(20.0,) * 3, *(100.0,) * 3]
     )
     verdicts = set()
     for i in range(-1, len(good)):

@@ -323,7 +323,7 @@ def on_ranks(layout):
         try:
             clipper.step(optimizer)
         except distclip.GradientError as error:
-            text, sent = error.text, seen.names[0]
+            text, sent = str(error), seen.names[0]
     if layout == "fsdp2":
         clipper.rebuild()
         want = total_norm([p.grad.full_tensor() for p in net.parameters() if p.grad is not None])

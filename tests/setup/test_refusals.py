@@ -20,8 +20,8 @@ from parity.layouts import given, mesh
 def refusal(make):
     try:
         make()
-    except distclip.DistclipError as error:
-        return f"{type(error).__name__}: {error.text}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 

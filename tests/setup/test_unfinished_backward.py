@@ -92,7 +92,7 @@ def refusal(call):
     try:
         call()
     except distclip.GradientError as error:
-        return error.text
+        return str(error)
     return None
 
 

@@ -33,6 +33,7 @@ class StepOutcome:
     units: UnitMeasurement | None
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
+    judged: bool  # the report says what was found; else that is known at the next call, or never
 
     @property
     def coefs(self) -> Column:

@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn, TextIO
 import distclip
 from distclip.cli.arguments import add_doctor_arguments, add_report_arguments, add_suggest_arguments
 
+_EXTRA_PACKAGES = ("numpy", "msgspec")  # of the extra "report"
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # as the shell reports SIGINT and SIGPIPE
 
 
@@ -63,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = _build_parser().parse_args(arguments)
-            return int(
-                import_module(f"distclip.cli.{COMMANDS[options.command].module}").run(options)
-            )
+            return _run_command(options)
         finally:
             sys.stdout.flush()  # here: a failure at the interpreter's exit prints a traceback
     except BrokenPipeError:  # the reader of `distclip ... | head` has exited
@@ -73,6 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _PIPE_CLOSED
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    """Import its module and run it; 1 where a package that reads logs is missing."""
+    try:
+        module = import_module(f"distclip.cli.{COMMANDS[options.command].module}")
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_PACKAGES:
+            raise
+        print(
+            f"distclip {options.command}: logs are read with {' and '.join(_EXTRA_PACKAGES)}: "
+            'pip install "distclip[report]"',
+            file=sys.stderr,
+        )
+        return 1
+    return int(module.run(options))
 
 
 def silence_stream(stream: TextIO) -> None:

@@ -7,6 +7,7 @@ import argparse
 import math
 from importlib import import_module
 
+FRAMEWORKS = ("accelerate", "lightning", "transformers")  # those of cli/doctor/frameworks.py
 _EPILOG_DOCTOR = """\
 exit codes:  0  all checks passed    1  a check failed    2  it could not run to the end
              torchrun answers 1 for both 1 and 2, and prints each rank's own code.
@@ -15,6 +16,7 @@ examples:    torchrun --nproc-per-node 4 -m distclip doctor
              torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint \
 HOST:29500 -m distclip doctor
              distclip doctor --only copies --json
+             distclip doctor --framework accelerate
 
 A rank that is lost or stuck ends the run within the time-out and 20 s, and is named together \
 with the collective.
@@ -38,6 +40,13 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         type=_known_check,
         metavar="NAME",
         help="run this check; may be given several times",
+    )
+    parser.add_argument(
+        "--framework",
+        choices=FRAMEWORKS,
+        metavar="NAME",
+        help="instead of the checks the smallest training of a framework, with its own clipping "
+        f"and with distclip's, in one process: {', '.join(FRAMEWORKS)}",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document instead of the table"
@@ -65,7 +74,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page (default: report.html)",
     )
     parser.add_argument(
-        "--png", metavar="FOLDER", help="where the figures go as PNG (default: beside the page)"
+        "--png", metavar="FOLDER", help="also draw the figures as PNG, into this folder"
     )
 
 

@@ -31,6 +31,15 @@ def check_page(page: Path) -> None:
             )
 
 
+def check_pictures(pictures: Iterable[Path]) -> None:
+    """OutputError where one exists and is no PNG."""
+    for picture in pictures:
+        if picture.exists() and picture.read_bytes()[:8] not in (b"", b"\x89PNG\r\n\x1a\n"):
+            raise OutputError(
+                f"{picture} is there and is no PNG; it stays as it is, name another folder"
+            )
+
+
 def check_not_read(outputs: Iterable[Path], logs: Iterable[Path]) -> None:
     """OutputError where an output is one of the logs, by whatever name or link."""
     read = [log for log in logs if log.exists()]

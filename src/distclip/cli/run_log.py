@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import msgspec
+import numpy as np
 
-from distclip.cli.number_ranges import format_ranges, number_ranges
+from distclip.cli.log_header import RunHeader, read_header
+from distclip.cli.log_lines import (
+    ACTIONS,
+    Line,
+    decode_line,
+    decode_list,
+    decode_norms,
+    is_empty,
+    printable_name,
+)
+from distclip.cli.number_ranges import format_ranges
+from distclip.cli.part_shares import PartShares, ShareCollector
+from distclip.cli.progress import Progress
 
-# numbers of group vectors kept in memory; beyond that only those of each 2nd, 4th, … step
-_MOST_NUMBERS = 4_000_000
 _RATE_WINDOW = 500  # steps of the rolling clip rate, as in ClipReport
+_MOST_DETAILS = 20_000  # steps with culprits, notes or norms of ranks that are kept
+_FLOATS = (
+    "norm", "after", "coef", "threshold", "cosine", "clip_rate", "deviation", "rank_deviation",
+)  # fmt: skip
+_INTEGERS = ("nonfinite", "outlier_rank", "action")
+_LARGEST_INT = (1 << 31) - 1
 
 
 class RunError(Exception):
@@ -24,67 +41,103 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class SkippedStep:
-    """A skipped step."""
+class Culprit:
+    """A gradient that was not finite."""
 
-    step: int
-    nonfinite: int  # 0: the policy skipped it
-    norm: float  # NaN where it is not finite
-    culprits: tuple[str, ...]
+    parameter: str
+    rank: int
+    kind: str
+    before: str | None  # the nearest finite parameters in the model's order
+    after: str | None
+
+    def __str__(self) -> str:
+        finite = [name for name in (self.before, self.after) if name is not None]
+        near = f" (finite: {' before, '.join(finite)} after)" if len(finite) == 2 else ""
+        if len(finite) == 1:
+            near = f" (finite: {finite[0]} {'after' if self.before is None else 'before'})"
+        return f"{self.parameter} on rank {self.rank}: {self.kind}{near}"
 
 
 @dataclass(frozen=True)
-class PartNorms:
-    """Norms of groups or layers at those steps at which they were written."""
+class RankNote:
+    """What a rank noted at a step."""
 
-    names: tuple[str, ...]
-    steps: Tensor  # [n] int64
-    norms: Tensor  # [n, names] float64
-    kind: str  # "group" or "layer"
+    rank: int
+    note: Any  # any JSON
+    cut: bool
+
+
+@dataclass(frozen=True)
+class StepDetails:
+    """What only some steps have."""
+
+    culprits: tuple[Culprit, ...] = ()
+    notes: tuple[RankNote, ...] = ()
+    rank_norms: tuple[float, ...] = ()  # NaN where not finite
+
+
+_NO_DETAILS = StepDetails()
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """One log, in the order of the steps. Columns are [steps]; NaN marks what is not finite or not
-    known."""
+    """One log, in the order of the steps. Columns are NumPy's, [steps]; NaN marks what is not
+    finite or not known."""
 
     name: str
     path: str
-    step: Tensor  # int64
-    norm: Tensor  # float64: before clipping
-    after: Tensor  # float64: after it
-    clipped: Tensor  # bool
-    skipped: Tensor  # bool
-    coef: Tensor  # float64: the smallest of all groups
-    threshold: Tensor  # float64: NaN where groups have different ones, or none
-    cosine: Tensor  # float64: the smallest of all groups
-    clip_rate: Tensor  # float64: share of the last ≤ 500 steps that were clipped
+    headers: tuple[RunHeader, ...]  # one for each process that wrote to it; none in old logs
+    step: Any  # int64
+    norm: Any  # float64: before clipping
+    after: Any  # float64: after it
+    clipped: Any  # bool
+    skipped: Any  # bool
+    nonfinite: Any  # int32: gradients that were not finite
+    coef: Any  # float64: the smallest of all groups
+    threshold: Any  # float64: NaN where groups have different ones, or none
+    cosine: Any  # float64: the smallest of all groups
+    clip_rate: Any  # float64: share of the last ≤ 500 steps that were clipped
+    deviation: Any  # float64: robust deviations of the log-norm
+    outlier_rank: Any  # int32: -1 where there is none
+    rank_deviation: Any  # float64
+    action: Any  # int32: position in ACTIONS
+    top: Any  # int32: the layer or group with the largest share, in part_names; -1 where not known
+    top_share: Any  # float64: between 0 and 1; inf where its norm is not finite
+    part_names: tuple[str, ...]
     groups: tuple[str, ...]
     limits: tuple[float, ...]  # the last threshold of each group; inf where none
     norm_type: float
-    parts: tuple[PartNorms, ...]
-    skips: tuple[SkippedStep, ...]
+    parts: tuple[PartShares, ...]
+    details: dict[int, StepDetails]  # by step
     notes: tuple[str, ...] = field(default=())  # about lines that could not be used
 
-    @property
-    def finite(self) -> Tensor:
-        """[steps] bool."""
-        return self.norm.isfinite()
+    def __len__(self) -> int:
+        return len(self.step)
 
-    @property
+    @cached_property
+    def finite(self) -> Any:
+        """[steps] bool."""
+        return np.isfinite(self.norm)
+
+    @cached_property
     def clamps(self) -> bool:
         """Whether elements were clamped (`FixedValue`): the threshold then bounds each element, not
         the norm."""
         acted = (
             self.finite & ~self.skipped & (self.clipped | (self.norm > 1.000001 * self.threshold))
         )
-        return bool(acted.any()) and bool((self.coef[acted] == 1).double().mean() > 0.5)
+        return bool(acted.any()) and float((self.coef[acted] == 1).mean()) > 0.5
+
+    def details_of(self, at: int) -> StepDetails:
+        """Of the step at this position."""
+        return self.details.get(int(self.step[at]), _NO_DETAILS)
 
 
 def read_runs(
     paths: Sequence[str], check: Callable[[RunLog], None] = lambda run: None
 ) -> tuple[list[RunLog], list[str]]:
-    """Read each file, and all `*.jsonl` of a folder. Names are unique.
+    """Read each file, and all `*.jsonl` of a folder. Names are unique: that of the header, or the
+    file's. A bar on a terminal shows how far it is with large files.
 
     Returns:
         The logs, and a line for each file of a folder that could not be used, with the reason.
@@ -97,29 +150,24 @@ def read_runs(
     """
     named = {Path(path) for path in paths}
     files = log_files(paths)
-    stems = [file.stem for file in files]
     runs: list[RunLog] = []
     left_out: list[str] = []
-    for file in files:
-        try:
-            # a file that was named itself may be a pipe
-            if file not in named and file.exists() and not file.is_file():
-                raise RunError(f"{file} is no file")
-            run = read_log(
-                file,
-                printable_name(
-                    file.stem if stems.count(file.stem) == 1 else str(file.with_suffix(""))
-                ),
-            )
-            check(run)
-            runs.append(run)
-        except RunError as error:
-            if file in named:
-                raise
-            left_out.append(f"left out: {error}")
+    with Progress(files) as progress:
+        for file in files:
+            try:
+                # a file that was named itself may be a pipe
+                if file not in named and file.exists() and not file.is_file():
+                    raise RunError(f"{file} is no file")
+                run = read_log(file, progress)
+                check(run)
+                runs.append(run)
+            except RunError as error:
+                if file in named:
+                    raise
+                left_out.append(f"left out: {error}")
     if not runs:
         raise RunError("none of the folder's files can be used\n" + "\n".join(left_out))
-    return runs, left_out
+    return _with_unique_names(runs), left_out
 
 
 def log_files(paths: Sequence[str]) -> list[Path]:
@@ -139,236 +187,296 @@ def log_files(paths: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def printable_name(name: str) -> str:
-    """A name from a log or a file system as it can be printed: one line, without control characters
-    and lone surrogates."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in name)
+def _with_unique_names(runs: Sequence[RunLog]) -> list[RunLog]:
+    stems = [Path(run.path).stem for run in runs]
+    own = [run.headers[-1].run if run.headers else "" for run in runs]
+    out: list[RunLog] = []
+    for run, stem, name in zip(runs, stems, own):
+        if name and own.count(name) == 1:
+            unique = name
+        elif stems.count(stem) == 1:
+            unique = f"{name} ({stem})" if name else stem
+        else:
+            unique = str(Path(run.path).with_suffix(""))
+        out.append(replace(run, name=printable_name(unique)))
+    return out
 
 
-def read_log(path: Path, name: str) -> RunLog:
+def read_log(path: Path, progress: Progress | None = None) -> RunLog:
     """The readable part of a log; `notes` describe the rest.
 
     Raises:
         RunError: there is no such file, it cannot be read, is empty, or holds no line of a clipper.
     """
+    found = _LogReader()
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            found = _LogReader()
-            for number, line in enumerate(file, 1):
-                found.add_line(number, line)
+        with path.open("rb", buffering=1 << 20) as file:
+            found.read(file, progress)
     except OSError as error:
         raise RunError(
             f"{path}: {error.strerror or error}; pass the file that JSONLSink wrote"
         ) from error
-    if not found.rows:
+    if not found.steps:
         what = (
-            f"none of its {len(found.bad_lines)} lines is a report of distclip"
-            if found.bad_lines
+            f"none of its {found.num_bad} lines is a report of distclip"
+            if found.num_bad
+            else "it has a header and no step yet"
+            if found.headers
             else "it is empty"
         )
         raise RunError(
             f"{path}: {what}; write one with GradClipper(..., "
             'sinks=[distclip.JSONLSink("run.jsonl")])'
         )
-    return found.build_log(path, name)
+    return found.build_log(path)
 
 
 class _LogReader:
-    """Reads a file line by line. A repeated step replaces the earlier one: a run was resumed into
-    the same file."""
+    """Reads a file line by line into columns. A repeated step replaces the earlier one: a run was
+    resumed into the same file."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, tuple[float, ...]] = {}
-        self.bad_lines: list[int] = []
+        self.headers: list[RunHeader] = []
+        self.bad_ranges: list[list[int]] = []  # first and last of consecutive lines
+        self.num_bad = 0
         self._last_line_cut = False  # the last line is no report and has no end
-        self.skips: dict[int, SkippedStep] = {}
-        self._vectors: dict[str, dict[int, Tensor]] = {"group": {}, "layer": {}}
-        self._names: dict[str, tuple[str, ...]] = {"group": (), "layer": ()}
-        self._stride, self._num_kept, self._num_repeated, self._last_step, self._norm_type = (
-            1,
-            0,
-            0,
-            0,
-            2.0,
+        self.steps = array("q")
+        self._flags = array("B")
+        self._floats = {name: array("d") for name in _FLOATS}
+        self._integers = {name: array("i") for name in _INTEGERS}
+        self._parts = ShareCollector("group"), ShareCollector("layer")
+        self._details: dict[int, StepDetails] = {}  # by row
+        self._num_undetailed = 0
+        self._norm_type = 2.0
+        self._limits: list[float | None] = []
+        self._raw_groups = b""
+
+    def read(self, file: Iterable[bytes], progress: Progress | None) -> None:
+        columns = [self._floats[name].append for name in _FLOATS]
+        put_norm, put_after, put_coef, put_threshold = columns[:4]
+        put_cosine, put_rate, put_deviation, put_rank_deviation = columns[4:]
+        put_nonfinite, put_rank, put_action = (self._integers[name].append for name in _INTEGERS)
+        put_step, put_flags = self.steps.append, self._flags.append
+        groups, layers = self._parts
+        nan, decode, unread = math.nan, decode_line, 0
+        for number, text in enumerate(file, 1):
+            unread += len(text)
+            if unread > 1 << 21 and progress is not None:
+                progress.advance(unread)
+                unread = 0
+            line = decode(text)
+            if not isinstance(line, Line):
+                self._add_other(number, text, line)
+                continue
+            norm = line.total_norm
+            put_step(line.step)
+            put_norm(nan if norm is None else norm)
+            put_after(nan if line.norm_after is None else line.norm_after)
+            put_flags(line.clipped + 2 * line.skipped)
+            put_coef(_smallest(line.coefs))
+            limits = line.threshold
+            if limits:
+                self._limits = limits
+            put_threshold(_common_limit(limits))
+            put_cosine(_smallest(line.cosine))
+            put_rate(nan if line.clip_rate is None else line.clip_rate)
+            put_deviation(nan if line.deviation is None else line.deviation)
+            put_rank_deviation(nan if line.rank_deviation is None else line.rank_deviation)
+            put_nonfinite(min(max(line.nonfinite, 0), _LARGEST_INT))
+            put_rank(-1 if line.outlier_rank is None else min(line.outlier_rank, _LARGEST_INT))
+            put_action(0 if line.action in (None, "none") else _action_number(line.action))
+            row = len(self.steps) - 1
+            groups.add(row, line)
+            layers.add(row, line)
+            self._norm_type = math.inf if line.norm_type is None else line.norm_type
+            if bytes(line.groups) not in (b"", self._raw_groups):
+                self._raw_groups = bytes(line.groups)
+            if not (is_empty(line.culprits) and is_empty(line.notes) and is_empty(line.rank_norms)):
+                self._add_details(row, line)
+        if progress is not None:
+            progress.advance(unread)
+
+    def _add_other(self, number: int, text: bytes, header: dict[str, Any] | None) -> None:
+        if header is not None:
+            self.headers.append(read_header(header))
+        elif text.strip():
+            self.num_bad += 1
+            if self.bad_ranges and self.bad_ranges[-1][1] == number - 1:
+                self.bad_ranges[-1][1] = number
+            else:
+                self.bad_ranges.append([number, number])
+            self._last_line_cut = not text.endswith(b"\n")
+
+    def _add_details(self, row: int, line: Line) -> None:
+        # with RankNorms every line has norms of ranks; those of ordinary steps are not shown
+        ordinary = line.outlier_rank is None and not line.skipped
+        details = StepDetails(
+            tuple(map(_culprit, filter(_is_dict, decode_list(line.culprits)))),
+            tuple(map(_note, filter(_is_dict, decode_list(line.notes)))),
+            () if ordinary or is_empty(line.rank_norms) else tuple(decode_norms(line.rank_norms)),
         )
-        self._limits: tuple[float, ...] = ()
-
-    def add_line(self, number: int, line: str) -> None:
-        if not line.strip():
+        if details == _NO_DETAILS:
             return
-        try:
-            record = json.loads(line)
-            step, row = _step_number(record["step"]), _number_row(record)
-            skip = _skipped_step(step, record)
-            vectors = {
-                "group": _named_norms(record, "groups", "group_norms"),
-                "layer": _named_norms(record, "layers", "layer_norms"),
-            }
-            limits = tuple(_finite_number(t, math.inf) for t in record.get("threshold", ()))
-            norm_type = _finite_number(record.get("norm_type", 2.0), math.inf)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            self.bad_lines.append(number)
-            self._last_line_cut = not line.endswith("\n")
-            return
-        self._num_repeated += step in self.rows
-        self._limits = limits or self._limits
-        self.rows[step], self._last_step, self._norm_type = row, step, norm_type
-        self.skips.pop(step, None)
-        if skip is not None:
-            self.skips[step] = skip
-        for kind, vector in vectors.items():
-            self._vectors[kind].pop(step, None)
-            if vector is not None and step % self._stride == 0:
-                self._keep_vector(kind, step, *vector)
+        if len(self._details) < _MOST_DETAILS:
+            self._details[row] = details
+        else:
+            self._num_undetailed += 1
 
-    def _keep_vector(self, kind: str, step: int, names: tuple[str, ...], norms: Tensor) -> None:
-        if names != self._names[kind]:  # the clipper was rebuilt: keep the latest groups
-            self._names[kind], self._vectors[kind] = names, {}
-        self._vectors[kind][step] = norms
-        self._num_kept += len(names)
-        if self._num_kept > _MOST_NUMBERS:
-            self._stride *= 2
-            for which, vectors in self._vectors.items():
-                self._vectors[which] = {s: v for s, v in vectors.items() if s % self._stride == 0}
-            self._num_kept = sum(
-                len(v) for vectors in self._vectors.values() for v in vectors.values()
-            )
-
-    def build_log(self, path: Path, name: str) -> RunLog:
-        steps = sorted(self.rows)
-        table = torch.tensor([self.rows[step] for step in steps], dtype=torch.float64)
-        norm, after, clipped, skipped, coef, threshold, cosine, rate = table.unbind(1)
-        rate = torch.where(rate.isnan(), _rolling_rate(clipped), rate)
-        parts: list[PartNorms] = []
-        for kind, vectors in self._vectors.items():
-            if len(self._names[kind]) > 1 and vectors:
-                known = sorted(vectors)
-                parts.append(
-                    PartNorms(
-                        self._names[kind],
-                        torch.tensor(known),
-                        torch.stack([vectors[s] for s in known]).double(),
-                        kind,
-                    )
-                )
+    def build_log(self, path: Path) -> RunLog:
+        step = np.frombuffer(self.steps, np.int64)
+        order, num_repeated = _last_of_each(step)
+        floats = {name: _finite(values)[order] for name, values in self._floats.items()}
+        integers = {
+            name: np.frombuffer(values, np.int32)[order] for name, values in self._integers.items()
+        }
+        flags = np.frombuffer(self._flags, np.uint8)[order]
+        top, top_share = np.full(len(step), -1, np.int32), np.full(len(step), np.nan)
+        parts = [part for part in (one.finish() for one in self._parts) if part is not None]
+        names: list[str] = []
+        for one in self._parts:  # layers come last: they are finer where both are there
+            one.put_tops(top, top_share, len(names))
+            names += one.all_names
+        clipped = flags & 1 > 0
+        rate = floats["clip_rate"]
+        if np.isnan(rate).any():
+            floats["clip_rate"] = np.where(np.isnan(rate), _rolling_rate(clipped), rate)
+        rows = set(order.tolist()) if num_repeated and self._details else None
+        details = {
+            int(step[row]): found
+            for row, found in self._details.items()
+            if rows is None or row in rows
+        }
         return RunLog(
-            name=name,
+            name=path.stem,
             path=str(path),
-            step=torch.tensor(steps),
-            norm=norm,
-            after=after,
-            clipped=clipped > 0,
-            skipped=skipped > 0,
-            coef=coef,
-            threshold=threshold,
-            cosine=cosine,
-            clip_rate=rate,
-            groups=self._names["group"],
-            limits=self._limits,
+            headers=tuple(self.headers),
+            step=step[order],
+            clipped=clipped,
+            skipped=flags & 2 > 0,
+            top=top[order],
+            top_share=top_share[order],
+            part_names=tuple(names),
+            groups=tuple(
+                printable_name(str(name)) for name in decode_list(msgspec.Raw(self._raw_groups))
+            ),
+            limits=tuple(
+                math.inf if limit is None or not math.isfinite(limit) else limit
+                for limit in self._limits
+            ),
             norm_type=self._norm_type,
             parts=tuple(parts),
-            skips=tuple(self.skips[s] for s in sorted(self.skips)),
-            notes=tuple(self._unused_lines(path)),
+            details=details,
+            notes=tuple(self._unused_lines(path, step, num_repeated)),
+            **floats,
+            **integers,
         )
 
-    def _unused_lines(self, path: Path) -> Iterable[str]:
-        bad = self.bad_lines[:-1] if self._last_line_cut else self.bad_lines
+    def _unused_lines(self, path: Path, step: Any, num_repeated: int) -> Iterable[str]:
+        bad = [(first, last) for first, last in self.bad_ranges]
+        cut = bad[-1][1] if self._last_line_cut else 0
+        if cut:
+            bad[-1] = (bad[-1][0], cut - 1)
+            bad = [(first, last) for first, last in bad if first <= last]
         if bad:
-            count = "1 line is" if len(bad) == 1 else f"{len(bad)} lines are"
-            yield f"{path}: {count} no report of distclip and left out: {_line_ranges(bad)}"
-        if self._last_line_cut:
+            num = sum(last - first + 1 for first, last in bad)
+            count = "1 line is" if num == 1 else f"{num} lines are"
+            yield f"{path}: {count} no report of distclip and left out: {_line_ranges(bad, num)}"
+        if cut:
             yield (
-                f"{path}: line {self.bad_lines[-1]}, the last, is cut short and left out: the run "
+                f"{path}: line {cut}, the last, is cut short and left out: the run "
                 f"goes on, or was ended while it wrote"
             )
-        if self._num_repeated:
-            count = "1 step is" if self._num_repeated == 1 else f"{self._num_repeated} steps are"
+        if num_repeated:
+            count = "1 step is" if num_repeated == 1 else f"{num_repeated} steps are"
             yield (
                 f"{path}: {count} there more than once (a run that was resumed?); the later line "
                 f"counts"
             )
-        if self._last_step < max(self.rows):
-            last = max(self.rows)
+        if step[-1] < (last := int(step.max())):
             yield (
-                f"{path}: its last line is step {self._last_step}, yet step {last} stands before "
+                f"{path}: its last line is step {int(step[-1])}, yet step {last} stands before "
                 f"it; were two runs written to one file?"
+            )
+        if self._num_undetailed:
+            yield (
+                f"{path}: culprits and notes of the first {_MOST_DETAILS} steps that have some are "
+                f"shown, those of {self._num_undetailed} more are not"
+            )
+        if newer := [header.schema for header in self.headers if header.is_newer]:
+            yield (
+                f"{path}: written by a later distclip (log schema {max(newer)}); what is new in it "
+                f"is not shown"
             )
 
 
-def _number_row(record: Mapping[str, Any]) -> tuple[float, ...]:
-    """One line's norm before and after clipping, clipped, skipped, coefficient, threshold, cosine
-    and clip rate."""
-    coefs = [_finite_number(c) for c in record.get("coefs", ())]
-    cosines = [_finite_number(c) for c in record.get("cosine", ())]
-    thresholds = {_finite_number(t, math.inf) for t in record.get("threshold", ())} - {math.inf}
-    return (
-        _finite_number(record["total_norm"]),
-        _finite_number(record.get("norm_after")),
-        float(bool(record.get("clipped", False))),
-        float(bool(record.get("skipped", False))),
-        min(coefs) if coefs else math.nan,
-        thresholds.pop() if len(thresholds) == 1 else math.nan,
-        min(cosines) if cosines else math.nan,
-        _finite_number(record.get("clip_rate")),
-    )
+def _smallest(values: list[float | None]) -> float:
+    """NaN of none."""
+    if len(values) == 1:
+        return math.nan if values[0] is None else values[0]
+    known = [value for value in values if value is not None]
+    return min(known) if known else math.nan
 
 
-def _step_number(value: Any) -> int:
-    step = int(value)
-    if not 0 <= step < 1 << 53:
-        raise ValueError("no step")
-    return step
+def _common_limit(limits: list[float | None]) -> float:
+    """The finite threshold, where there is one only."""
+    if len(limits) == 1:
+        return math.nan if limits[0] is None else limits[0]
+    finite = {limit for limit in limits if limit is not None}
+    return finite.pop() if len(finite) == 1 else math.nan
 
 
-def _finite_number(value: Any, absent: float = math.nan) -> float:
-    """A finite float; `absent` for None (JSONLSink writes inf and NaN as null) and for what is not
-    finite."""
-    if value is None:
-        return absent
-    number = float(value)
-    return number if math.isfinite(number) else absent
+def _action_number(action: str | None) -> int:
+    return ACTIONS.index(action) if action in ACTIONS else 0
 
 
-def _skipped_step(step: int, record: Mapping[str, Any]) -> SkippedStep | None:
-    if not record.get("skipped"):
-        return None
-    who = tuple(
-        f"{printable_name(str(c['parameter']))} on rank {c['rank']}: {c['kind']}"
-        for c in record.get("culprits", ())
-    )
-    return SkippedStep(
-        step, int(record.get("nonfinite", 0)), _finite_number(record["total_norm"]), who
-    )
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
-def _named_norms(
-    record: Mapping[str, Any], names: str, norms: str
-) -> tuple[tuple[str, ...], Tensor] | None:
-    """Names and norms, where the line has them."""
-    values = [_finite_number(n) for n in record.get(norms) or ()]
-    labels = tuple(printable_name(str(name)) for name in record.get(names) or ())
-    return (
-        (labels, torch.tensor(values, dtype=torch.float32))
-        if values and len(values) == len(labels)
-        else None
-    )
+def _culprit(said: dict[str, Any]) -> Culprit:
+    def name(key: str) -> str | None:
+        return None if said.get(key) is None else printable_name(str(said[key]))
+
+    return Culprit(
+        name("parameter") or "?", _whole(said.get("rank")), name("kind") or "not finite",
+        name("before"), name("after"),
+    )  # fmt: skip
 
 
-def _rolling_rate(clipped: Tensor) -> Tensor:
+def _note(said: dict[str, Any]) -> RankNote:
+    return RankNote(_whole(said.get("rank")), said.get("note"), bool(said.get("cut", False)))
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else -1
+
+
+def _finite(values: array[float]) -> Any:
+    """As a column: inf becomes NaN."""
+    column = np.frombuffer(values, np.float64)
+    return np.where(np.isinf(column), np.nan, column) if np.isinf(column).any() else column
+
+
+def _last_of_each(step: Any) -> tuple[Any, int]:
+    """Rows in the order of the steps, of equal steps the last, and how many are replaced."""
+    if len(step) < 2 or bool((np.diff(step) > 0).all()):
+        return slice(None), 0
+    order = np.argsort(step, kind="stable")
+    last = np.append(np.diff(step[order]) > 0, True)
+    return order[last], int(len(step) - last.sum())
+
+
+def _rolling_rate(clipped: Any) -> Any:
     """[steps]: share of the last 500 steps (or fewer) that were clipped, for logs without
     clip_rate."""
-    total = clipped.cumsum(0)
-    before = torch.cat(
-        [total.new_zeros(min(_RATE_WINDOW, len(total))), total[: max(0, len(total) - _RATE_WINDOW)]]
-    )
-    return (total - before) / torch.arange(1, len(total) + 1).clamp(max=_RATE_WINDOW)
+    total = np.concatenate([[0], np.cumsum(clipped)])
+    end = np.arange(1, len(total))
+    start = np.maximum(0, end - _RATE_WINDOW)
+    return (total[end] - total[start]) / (end - start)
 
 
-def _line_ranges(numbers: Sequence[int], most: int = 8) -> str:
-    """1, 2, 3, 7 → "lines 1-3, 7"."""
-    ranges = number_ranges(numbers)
+def _line_ranges(ranges: Sequence[tuple[int, int]], num: int, most: int = 8) -> str:
+    """[(1, 3), (7, 7)] → "lines 1-3, 7"."""
     shown = format_ranges(ranges[:most], ", ")
     more = sum(b - a + 1 for a, b in ranges[most:])
-    return f"line{'s' if len(numbers) > 1 else ''} {shown}" + (f" and {more} more" if more else "")
+    return f"line{'s' if num > 1 else ''} {shown}" + (f" and {more} more" if more else "")

@@ -4,6 +4,7 @@ something is wrong or on demand."""
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
@@ -138,19 +139,27 @@ def fingerprint(grad: Tensor) -> tuple[float, float]:
 
 
 def gather_culprits(
-    channel: Channel, plan: Plan, sums: Sequence[float], device: torch.device
+    channel: Channel,
+    plan: Plan,
+    sums: Sequence[float],
+    present: Sequence[float],
+    device: torch.device,
 ) -> tuple[Culprit, ...]:
     """A collective: up to ten gradient tensors that are not finite, in turn from each rank that has
-    some.
+    some, with their finite neighbours.
 
     Args:
-        sums: [pieces] this rank's power sums.
+        sums: [pieces] this rank's power sums; present: 0 where there is no gradient.
     """
-    lines = [
-        f"{plan.pieces[i].name}\t{'NaN' if math.isnan(s) else 'inf'}"
-        for i, s in enumerate(sums)
-        if not math.isfinite(s)
-    ][:NAMED]
+    names = [piece.name for piece in plan.pieces]
+    bad = [i for i, s in enumerate(sums) if not math.isfinite(s)][:NAMED]
+    finite = [i for i, s in enumerate(sums) if present[i] and math.isfinite(s)] if bad else []
+    lines: list[str] = []
+    for i in bad:
+        at = bisect(finite, i)
+        around = [names[k] for k in finite[max(0, at - 1) : at]], finite[at : at + 1]
+        before, after = "".join(around[0]), "".join(names[k] for k in around[1])
+        lines.append(f"{names[i]}\t{'NaN' if math.isnan(sums[i]) else 'inf'}\t{before}\t{after}")
     found: list[tuple[int, Culprit]] = []
     for rank, text in zip(
         channel.ranks,
@@ -158,9 +167,10 @@ def gather_culprits(
         strict=True,
     ):
         for i, line in enumerate(text.splitlines()):
-            name, kind = line.split("\t")
-            found.append((i, Culprit(name, rank, kind)))
-    return tuple(culprit for _, culprit in sorted(found)[:NAMED])
+            name, kind, before, after = line.split("\t")
+            found.append((i, Culprit(name, rank, kind, before or None, after or None)))
+    found.sort(key=lambda each: (each[0], each[1][:3]))
+    return tuple(culprit for _, culprit in found[:NAMED])
 
 
 def disagreement_error(channel: Channel, doing: str, device: torch.device) -> AgreementError:

@@ -14,7 +14,18 @@ from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.fixed import clip_coefficient
 from distclip.policies.state import State
 from distclip.records import Clamp, Norms, Scale, UnitScale
-from distclip.values import Column, Flag, FlagColumn, any_of, as_column, fill, multiply, negate
+from distclip.values import (
+    Column,
+    Flag,
+    FlagColumn,
+    Number,
+    any_of,
+    as_column,
+    fill,
+    multiply,
+    negate,
+    select,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,8 @@ class ClipDecision:
     clamped: frozenset[int]  # groups whose elements are clamped to the threshold
     unitwise: frozenset[int]  # groups that are scaled by units
     skip: Flag | None  # a policy leaves this step out; None where no policy answered so
+    # what the loop should do, by its place in ACTIONS; None where no policy says it
+    action: Number | None = None
 
 
 class _PolicyAnswer(NamedTuple):
@@ -48,6 +61,7 @@ def decide(
     answers: list[_PolicyAnswer] = []
     next_states: list[tuple[Tensor, ...]] = []
     skips: list[Flag] = []
+    actions: list[Number] = []
     clamped, unitwise = frozenset[int](), frozenset[int]()
     for assignment, state in zip(assignments, states, strict=True):
         own = norms.per_group if assignment.has_all else assignment.select_groups(norms.per_group)
@@ -62,13 +76,22 @@ def decide(
         if answer.skip is not None:
             skip = answer.skip.any()
             skips.append(skip if isinstance(norms.finite, Tensor) else bool(skip))
+        if answer.action is not None:
+            on_device = isinstance(norms.finite, Tensor)
+            actions.append(answer.action if on_device else int(answer.action))
         if isinstance(answer, Clamp):
             clamped = clamped.union(assignment.groups)
         elif isinstance(answer, UnitScale):
             unitwise = unitwise.union(assignment.groups)
     columns = answers[0] if len(answers) == 1 else _side_by_side(assignments, answers, norms)
     skip = _any_flag(skips) if skips else None
-    decision = ClipDecision(*columns, clamped=clamped, unitwise=unitwise, skip=skip)
+    decision = ClipDecision(
+        *columns,
+        clamped=clamped,
+        unitwise=unitwise,
+        skip=skip,
+        action=_highest(actions) if actions else None,
+    )
     return decision, tuple(next_states)
 
 
@@ -111,6 +134,14 @@ def _side_by_side(
             out = [placed[group] for group in range(len(norms.per_group))]
         columns.append(out)
     return _PolicyAnswer(*columns)
+
+
+def _highest(actions: Sequence[Number]) -> Number:
+    """Where several policies say what to do."""
+    first, *others = actions
+    for action in others:
+        first = select(action > first, action, first)
+    return first
 
 
 def _any_flag(flags: Sequence[Flag]) -> Flag:

@@ -3,13 +3,16 @@ warnings and culprits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from distclip.decide import audit
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
+from distclip.decide.matters import NormWindow
+from distclip.decide.notes import NoteBook
 from distclip.decide.warn import StepWarnings
 from distclip.errors import AgreementError
 from distclip.exchange.channel import Channel, hash64
@@ -18,15 +21,19 @@ from distclip.measure.collect import CollectedGrads
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
-from distclip.records import Culprit
+from distclip.records import Culprit, Findings, Note
 from distclip.request import Request
 from distclip.setup.plan import Plan
+
+NOTHING_FOUND = Findings()
 
 
 class HostNumbers(NamedTuple):
     """What the host has read of a step, beside the message's check words."""
 
     left_out: bool  # by a policy
+    skipped: bool  # not taken, for whatever reason
+    total_norm: float
     clip_rate: float  # share of the last steps that were clipped
     cosine: float  # the least one, between raw and clamped gradients
     num_steps: int  # that the rate counts
@@ -48,11 +55,14 @@ class StepChecker:
     device: torch.device
     config: str
     warnings: StepWarnings
+    window: NormWindow = field(default_factory=NormWindow)
+    notes: NoteBook = field(default_factory=NoteBook)
 
     def check(
         self, measurement: LocalMeasurement, checks: CheckWords, numbers: HostNumbers
-    ) -> tuple[Culprit, ...]:
-        """Raises on all ranks alike, or returns the culprits of a streak's first bad step.
+    ) -> Findings:
+        """Raises on all ranks alike, or returns what was found: whether the step matters, then all
+        ranks' notes if some have any, and the culprits of a streak's first bad one.
 
         Args:
             checks: Python's numbers.
@@ -75,12 +85,19 @@ class StepChecker:
             )
             raise self.channel.tell_once(AgreementError(text))
         if request.read_only:
-            return ()
+            return NOTHING_FOUND
         self._warn_of_request(request, checks)
+        culprits: tuple[Culprit, ...] = ()
+        norm = numbers.total_norm
         if verdict is StepVerdict.NONFINITE:
-            return self._count_bad_step(measurement, int(checks.nonfinite))
-        self._count_finite_step(step, numbers)
-        return ()
+            culprits, norm = self._count_bad_step(measurement, int(checks.nonfinite)), math.nan
+        else:
+            self._count_finite_step(step, numbers)
+        matters, deviation = self.window.judge(norm, numbers.skipped)
+        notes: tuple[Note, ...] = ()
+        if matters is not None and checks.notes:
+            notes = self.notes.gather(self.channel, self.device)
+        return Findings(matters, deviation, culprits, notes)
 
     def _doing(self, measurement: LocalMeasurement) -> str:
         """What this rank did, for ranks that did not do the same."""
@@ -120,8 +137,8 @@ class StepChecker:
         must_raise = self.streak.count_nonfinite(backs_off)
         culprits: tuple[Culprit, ...] = ()
         if self.streak.length == 1 or must_raise:
-            sums = measurement.power_sums.tolist()
-            culprits = audit.gather_culprits(self.channel, self.plan, sums, self.device)
+            sums, present = measurement.power_sums.tolist(), measurement.mask.tolist()
+            culprits = audit.gather_culprits(self.channel, self.plan, sums, present, self.device)
         if must_raise:
             raise self.channel.tell_once(self.streak.error(step, nonfinite, culprits))
         propagates = self.streak.mode == "propagate"

@@ -30,10 +30,11 @@ class GlobalNorms(NamedTuple):
     finite: Flag
     nonfinite: Number
     stats: Column  # what policies added
-    layers: Column  # watched norms
+    layer_sums: Column  # power sums of what is watched, of which few reports show the norms
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     checks: CheckWords
     norm_type: float
+    rank_norms: Column  # each rank's own, before the reduction; nothing where it is not asked for
 
     def shown_to(self, assignment: PolicyAssignment) -> Norms:
         """What a policy sees: tensors, of its own groups."""
@@ -86,17 +87,17 @@ def read_norms(
         stats = as_column(stats, layout.on_host)
     if len(stats):
         stats = each(lambda values: rounded(values, bits), stats)
-    layers = layout.layer_sums(message)
     return GlobalNorms(
         per_group=per_group,
         total=total,
         finite=checks.finite,
         nonfinite=checks.nonfinite,
         stats=stats,
-        layers=each(finished, layers) if len(layers) else layers,
+        layer_sums=layout.layer_sums(message),
         split_unit_coefs=split_unit_coefs,
         checks=checks,
         norm_type=layout.norm_type,
+        rank_norms=layout.rank_norms_of(message),
     )
 
 
@@ -144,15 +145,16 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         finite = zero == 0
     elif len(groups) > FEW:
         groups = torch.zeros(layout.num_groups, dtype=torch.float64, device=device)
-    checks = CheckWords(zero, zero, zero, zero, zero, zero, agreed=finite)
+    checks = CheckWords(zero, zero, zero, zero, zero, zero, zero, agreed=finite)
     return GlobalNorms(
         per_group=groups,
         total=zero,
         finite=finite,
         nonfinite=zero,
         stats=stats,
-        layers=fill(groups[:0], 0.0),
+        layer_sums=fill(groups[:0], 0.0),
         split_unit_coefs=None,
         checks=checks,
         norm_type=layout.norm_type,
+        rank_norms=fill(groups[:0], 0.0),
     )

@@ -109,6 +109,7 @@ class ClipperState:
     Args:
         groups: the names that the state belongs to.
         initial: the policies' states at the start.
+        observed: of each so many tensors, the first, are kept at steps that are not taken too.
         hash_weights: [2, groups] int64, of the decision's hash, on the compute device.
         streak: of steps that were not taken.
         on_host: counters are Python's numbers.
@@ -120,6 +121,7 @@ class ClipperState:
         self,
         groups: tuple[str, ...],
         initial: State,
+        observed: Sequence[int],
         hash_weights: Tensor,
         streak: SkipStreak,
         on_host: bool,
@@ -127,7 +129,7 @@ class ClipperState:
         step: int = 0,
     ) -> None:
         self.groups, self.policies, self.step, self.streak = groups, initial, step, streak
-        self._is_alone = is_alone
+        self._is_alone, self._observed = is_alone, tuple(observed)
         self.num_steps = 0  # calls that `history` counts: neither read-only nor an error
         self.history = StepHistory(hash_weights.device, on_host)
         self._weights = hash_weights
@@ -144,7 +146,14 @@ class ClipperState:
         policies = state_to(self.policies, hash_weights.device)
         streak.length = self.streak.length
         there = ClipperState(
-            self.groups, policies, hash_weights, streak, on_host, is_alone, self.step
+            self.groups,
+            policies,
+            self._observed,
+            hash_weights,
+            streak,
+            on_host,
+            is_alone,
+            self.step,
         )
         there.history.load(self.history.tensors())
         there.num_steps = self.num_steps
@@ -174,7 +183,7 @@ class ClipperState:
             else:
                 self._hash = token
         if any(policies):
-            self._keep(select_state(flags.taken, self.policies, policies))
+            self._keep(select_state(flags.taken, self.policies, policies, self._observed))
 
     def _hash_of(self, decision: ClipDecision) -> Any:
         """16 bits that depend on every bit of the coefficients and thresholds."""

@@ -1,15 +1,16 @@
 """What one step's message holds, packed and unpacked.
 
-SUM: groups' power sums · watched power sums · stats · drift · presence · count · nonfinite ·
-errors · tokens (3) · their squares (3)
-MAX (p = inf): groups' maxima · watched maxima · stats · count · nonfinite · errors · tokens (3) ·
-the same, negated (3)
+SUM: groups' power sums · watched power sums · stats · ranks · drift · presence · count ·
+nonfinite · errors · notes · tokens (3) · their squares (3)
+MAX (p = inf): groups' maxima · watched maxima · stats · ranks · count · nonfinite · errors ·
+notes · tokens (3) · the same, negated (3)
 
-  stats     what policies add
+  stats     what policies add                 ranks      each rank's own norm, in its own place
   drift     Σ weight · power sum: 0 where replicas are equal
   presence  Σ weight · [has a gradient]: 0 where all holders of a piece have one, or none has
   count     gradients present                nonfinite  gradient tensors with inf or NaN
-  errors    ranks that found something wrong  tokens    16-bit numbers, equal on all ranks
+  errors    ranks that found something wrong  notes     ranks that have notes
+  tokens    16-bit numbers, equal on all ranks
 
 A message is a list of floats where the host reads at once, else a float64 tensor on the device: it
 is packed and unpacked by the same slices.
@@ -44,6 +45,7 @@ class CheckWords(NamedTuple):
     num_grads: Number
     nonfinite: Number
     errors: Number
+    notes: Number
     agreed: Flag  # all ranks sent the same tokens
 
     @property
@@ -58,9 +60,11 @@ class MessageLayout:
     """Prepared at set-up; packs and unpacks messages of one fixed length.
 
     Args:
-        share, drift_weight: [pieces] float64; group_of, layer_of: [pieces] int64, on the compute
-            device; `layer_of` is empty where none is watched.
+        share, drift_weight: [pieces] float64; group_of: [pieces] int64, on the compute device.
+        layer_of, layer_share: [parts] int64 and float64 there: parts are pieces, or rows of those
+            that watched layers cut; `layer_of` is empty where none is watched.
         on_host: messages are lists of floats.
+        num_rank_norms: as many as there are ranks, or 0 where they are not asked for.
     """
 
     norm_type: float
@@ -72,17 +76,23 @@ class MessageLayout:
     drift_weight: Tensor
     group_of: Tensor
     layer_of: Tensor
+    layer_share: Tensor
     on_host: bool
+    num_rank_norms: int = 0
     norm: PNorm = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
+    _bits: tuple[Tensor, Tensor] = field(init=False)  # 0 and 1, on the compute device
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", p_norm(self.norm_type))
         object.__setattr__(self, "_share_and_weight", torch.stack([self.share, self.drift_weight]))
+        bits = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.share.device)
+        object.__setattr__(self, "_bits", tuple(bits.unbind()))
 
     @property
     def num_words(self) -> int:
-        return self.num_groups + self.num_layers + num_further_words(self.norm_type, self.num_stats)
+        further = self.num_stats + self.num_rank_norms
+        return self.num_groups + self.num_layers + num_further_words(self.norm_type, further)
 
     # Packing
 
@@ -106,25 +116,35 @@ class MessageLayout:
         presence: Message,
         found_inf: Number | None,
         has_error: bool,
+        has_notes: bool,
         tokens: Sequence[Number],
+        part_sums: Tensor | None = None,
+        rank_norms: Tensor | None = None,
     ) -> Message:
         """No host sync but where messages are lists.
 
         Args:
             power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
+            rank_norms: [ranks] float64: this rank's own norm in its place, 0 elsewhere.
+            part_sums: [parts] the same of watched parts, where these are not the pieces.
             stats: [stats] float64; None is none.
             presence: of `presence_words`.
             found_inf: above 0 where something else than a piece is not finite here.
-            has_error: this rank found something wrong.
+            has_error: this rank found something wrong; has_notes: it has notes that it would send.
             tokens: whole numbers below 65536; the device's are 0-dim.
         """
-        pieces = self._spread(power_sums)
+        pieces = self._spread(power_sums, part_sums)
         start = self.num_groups + self.num_layers
+        if rank_norms is not None:
+            if self.norm.is_max:  # a maximum over ranks may lose a NaN
+                rank_norms = rank_norms.nan_to_num(nan=math.inf, posinf=math.inf)
+            stats = rank_norms if stats is None else torch.cat([stats, rank_norms])
         if self.on_host:
             sums: list[float] = pieces.tolist()
             found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))
             further = [] if stats is None else stats.tolist()
-            checks = [*presence, max(found, float(found_inf or 0)), float(has_error)]
+            found = max(found, float(found_inf or 0))
+            checks = [*presence, found, float(has_error), float(has_notes)]
             seconds = map(self._beside, tokens)
             numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *seconds]
             return list(map(float, numbers))
@@ -134,7 +154,7 @@ class MessageLayout:
         # filled in on the device: a tensor made from a list would make the host wait for it
         new = pieces.new_full
         there = [t if isinstance(t, Tensor) else new((), float(t)) for t in tokens]
-        last = torch.stack([found, new((), float(has_error)), *there])
+        last = torch.stack([found, self._bits[has_error], self._bits[has_notes], *there])
         parts = [pieces[:start], *([] if stats is None else [stats]), pieces[start:]]
         assert isinstance(presence, Tensor)
         return torch.cat([*parts, presence, last, self._beside(last[-NUM_TOKENS:])])
@@ -143,7 +163,7 @@ class MessageLayout:
         """What travels beside a token, so that the reduced words tell whether all are the same."""
         return -token if self.norm.is_max else token * token
 
-    def _spread(self, power_sums: Tensor) -> Tensor:
+    def _spread(self, power_sums: Tensor, part_sums: Tensor | None) -> Tensor:
         """[groups + layers, and drift where they are sums]: what pieces add up to.
 
         A maximum over ranks may lose a NaN: it is sent as inf. An inf or NaN makes drift
@@ -152,11 +172,13 @@ class MessageLayout:
         if self.num_groups == 1 and not self.num_layers and not self.norm.is_max:
             return torch.mv(self._share_and_weight, power_sums)
         reduce = "amax" if self.norm.is_max else "sum"
-        values = power_sums if self.norm.is_max else power_sums * self.share
-        if self.norm.is_max:
-            values = values.nan_to_num(nan=math.inf, posinf=math.inf)
+        pieces = self._addends(power_sums, self.share)
+        parts = pieces if part_sums is None else self._addends(part_sums, self.layer_share)
         out: list[Tensor] = []
-        for count, index in ((self.num_groups, self.group_of), (self.num_layers, self.layer_of)):
+        for count, index, values in (
+            (self.num_groups, self.group_of, pieces),
+            (self.num_layers, self.layer_of, parts),
+        ):
             if count == 1 and len(values):
                 out.append((values.amax() if self.norm.is_max else values.sum()).reshape(1))
             elif count:
@@ -165,6 +187,11 @@ class MessageLayout:
         if not self.norm.is_max:
             out.append((power_sums * self.drift_weight).sum().reshape(1))
         return torch.cat(out)
+
+    def _addends(self, power_sums: Tensor, share: Tensor) -> Tensor:
+        if self.norm.is_max:
+            return power_sums.nan_to_num(nan=math.inf, posinf=math.inf)
+        return power_sums * share
 
     # Unpacking
 
@@ -181,9 +208,14 @@ class MessageLayout:
         start = self.num_groups + self.num_layers
         return message[start : start + self.num_stats]
 
+    def rank_norms_of(self, message: Message) -> Column:
+        """[ranks], or nothing where they are not asked for."""
+        start = self.num_groups + self.num_layers + self.num_stats
+        return message[start : start + self.num_rank_norms]
+
     def checks(self, message: Message) -> CheckWords:
         """Of a reduced message."""
-        start = self.num_groups + self.num_layers + self.num_stats
+        start = self.num_groups + self.num_layers + self.num_stats + self.num_rank_norms
         words = message[start:]
         leading = [0.0, 0.0] if self.norm.is_max else []
         checks = [*leading, *words[: -2 * NUM_TOKENS]]
@@ -207,7 +239,7 @@ class MessageLayout:
 
 def num_further_words(norm_type: float, num_stats: int) -> int:
     """Words of the message beside one for each group and watched layer."""
-    return num_stats + (3 if math.isinf(norm_type) else 5) + 2 * NUM_TOKENS
+    return num_stats + (4 if math.isinf(norm_type) else 6) + 2 * NUM_TOKENS
 
 
 def _count_nonfinite(power_sums: Tensor) -> Tensor:

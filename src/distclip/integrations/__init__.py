@@ -1,5 +1,5 @@
 """distclip inside the frameworks that own the training loop: `accelerate`, `deepspeed`,
-`lightning`, `transformers`.
+`lightning`, `megatron`, `torchtitan`, `transformers`.
 
 Each module needs its framework, and is imported on first access:
 `distclip.integrations.accelerate.prepare(...)` works after `import distclip` alone.
@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-_FRAMEWORKS = ("accelerate", "deepspeed", "lightning", "transformers")
+_FRAMEWORKS = ("accelerate", "deepspeed", "lightning", "megatron", "torchtitan", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

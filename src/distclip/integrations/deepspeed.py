@@ -12,7 +12,8 @@ their presence is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ from distclip.integrations.deepspeed_internals import (
     missing_names,
     own_clipping,
     unsupported_features,
+    unsupported_sharded_features,
 )
 
 try:
@@ -50,11 +52,15 @@ def attach(
     `deepspeed.initialize`.
 
     ZeRO 0, 1, 2 and 3, with and without offload of the optimizer to the CPU; float32, bfloat16 and
-    float16. One all-reduce in place of DeepSpeed's own norm and overflow check. Gradients are
-    measured where DeepSpeed keeps them and multiplied once, in float32, by coefficient and inverse
-    loss scale together. A step that is not finite lowers a dynamic loss scale as usual; one that a
-    policy skips (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and advances no
-    learning-rate scheduler.
+    float16; DeepSpeed's `MoE` layers, with experts of any number of ranks; its pipeline engine,
+    where `train_batch` steps; several engines, each with a clipper of its own. One all-reduce in
+    place of DeepSpeed's own norm and overflow check. Gradients are measured where DeepSpeed keeps
+    them and multiplied once, in float32, by coefficient and inverse loss scale together. Experts
+    have the names that they have in DeepSpeed's checkpoints, numbered over all ranks.
+
+    A step that is not finite lowers a dynamic loss scale as usual; one that a policy skips
+    (`SkipSpikes`) does not. Either counts in `engine.skipped_steps`, and advances no learning-rate
+    scheduler.
 
     `engine.get_global_grad_norm()` is the report's `total_norm`, and inf at a step that is not
     finite, as in DeepSpeed (the report distinguishes NaN from inf); the report itself is
@@ -119,6 +125,8 @@ def _checked_kind(engine: Any) -> type[EngineAdapter]:
             f"the engine's optimizer is a {type(engine.optimizer).__name__}; "
             f"distclip knows {', '.join(ADAPTERS)}"
         )
+    if kind.sharded:
+        _refuse_unsupported(unsupported_sharded_features(engine))
     _refuse_missing(missing_names(engine.optimizer, kind.needed_names))
     _refuse_unsupported(kind.unsupported_features(engine.optimizer))
     return kind
@@ -149,15 +157,28 @@ class _OriginalGrouping:
         self.grouping, self.adapter = grouping, adapter
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        with self._original(params) as originals:
+            return self.grouping.assign(names, originals)
+
+    @contextmanager
+    def _original(self, params: Sequence[Tensor]) -> Generator[list[Tensor]]:
+        """Within it the param groups hold the model's parameters: those of `params`."""
         original = {id(part.master): part.param for part in self.adapter.parts}
         with self.adapter.original_param_groups():
-            return self.grouping.assign(names, [original[id(master)] for master in params])
+            yield [original[id(master)] for master in params]
 
     def rules(self) -> Mapping[str, Any]:
         return self.grouping.rules()
 
     def patterns(self) -> Sequence[str]:
         return self.grouping.patterns()
+
+    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
+        with self._original(params) as originals:
+            return self.grouping.needs(originals)
+
+    def cuts(self, names: Sequence[str]) -> Sequence[bool]:
+        return self.grouping.cuts(names)
 
     def __repr__(self) -> str:
         return repr(self.grouping)

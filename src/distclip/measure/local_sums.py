@@ -19,6 +19,8 @@ from distclip.exchange.message import Message, MessageLayout
 from distclip.kernels.reference import SUMMED
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientCollector, GradientSet
+from distclip.measure.rank_norms import RankNorms
+from distclip.measure.rows import RowSums
 from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.optimizers import params_added_later, params_without_plan
 from distclip.p_norm import bits_of
@@ -50,6 +52,8 @@ class LocalMeasurement:
     errors: list[str] = field(default_factory=lambda: [])  # what this rank found wrong
     cause: Exception | None = None  # the exception among them
     units: UnitMeasurement | None = None
+    # [parts] float64: power sums of what watched layers cut; None where nothing is cut here
+    part_sums: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +61,8 @@ class LocalMeasurer:
     """Prepared at set-up.
 
     Args:
+        rows: of the pieces that watched layers cut; None where this rank has none.
+        rank_norms, rank: of each rank by itself, and this one's place; None where not asked for.
         config: the options as a text, equal on all ranks.
         wrappers: modules that may leave gradients unfinished.
     """
@@ -66,25 +72,37 @@ class LocalMeasurer:
     layout: MessageLayout
     assignments: Sequence[PolicyAssignment]
     units: UnitClipper | None
+    rows: RowSums | None
+    rank_norms: RankNorms | None
+    rank: int
     device: torch.device
     config: str
     late_parameters: LateParameters
     wrappers: Sequence[ReducingWrapper]
     _zeros: Tensor = field(init=False)  # [pieces]
     _num_replicas: list[int] = field(init=False)  # [pieces]
+    _here: Tensor = field(init=False)  # [ranks] bool: this one, where ranks' norms are asked for
     _all_parameters: GradientSet = field(init=False)
     _description_tokens: dict[str, float] = field(init=False, default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
         self._num_replicas = [share.num_replicas for share in self.plan.shares]
+        here = [i == self.rank for i in range(self.layout.num_rank_norms)]
+        self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
         self._all_parameters = self.collector.all_parameters()
 
     def measure(
-        self, step: int, request: Request, last_hash: Number
+        self, step: int, request: Request, last_hash: Number, has_notes: bool
     ) -> tuple[LocalMeasurement, Message]:
-        """The measurement and this rank's message. Never communicates, raises nothing."""
+        """The measurement and this rank's message. Never communicates, raises nothing.
+
+        Args:
+            has_notes: this rank has notes, should the step matter.
+        """
         out = LocalMeasurement(step, request, last_hash, self._zeros, self._zeros)
+        if self.rows is not None:
+            out.part_sums = self._zeros.new_zeros(self.rows.num_parts)
         grad_set = self._all_parameters
         stats: Tensor | None = None
         found_inf: Number | None = None
@@ -95,7 +113,7 @@ class LocalMeasurer:
             if grads is not None:
                 out.grads, grad_set = grads, grads.grad_set
             if grads is not None and not out.errors and request.error is None:
-                own = self._power_sums(grads, request)
+                own, out.part_sums = self._power_sums(grads, request)
                 found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
                     out.units = self._add_stats(stats, grads, request)
@@ -110,9 +128,22 @@ class LocalMeasurer:
             grad_set.presence if measured else self._no_presence(),
             found_inf,
             bool(out.errors or request.error),
+            has_notes,
             self._tokens(step, request, last_hash),
+            out.part_sums,
+            self._own_norm(request),
         )
         return out, message
+
+    def _own_norm(self, request: Request) -> Tensor | None:
+        """[ranks]: of this rank before the reduction, in its place."""
+        if self.rank_norms is None:
+            return None
+        nothing = self._zeros.new_zeros(self.layout.num_rank_norms)
+        if request.target == "param":
+            return nothing
+        norm = self.rank_norms.take(self.device, request.factor())
+        return torch.where(self._here, norm, nothing)
 
     def _collect(self, request: Request) -> tuple[CollectedGrads | None, list[str]]:
         """The gradients, or parameters, and what is wrong with them."""
@@ -127,10 +158,16 @@ class LocalMeasurer:
             grads.errors
             or self.late_parameters.late_errors(of_params=of_params)
             or params_added_later(request.optimizers)
+            or self._errors_of_ranks(grads, of_params)
             or params_without_plan(request.optimizers, self.plan.pieces)
             + request.still_scaled(grads.grad_set.indices, self.plan.pieces)
         )
         return grads, errors
+
+    def _errors_of_ranks(self, grads: CollectedGrads, of_params: bool) -> list[str]:
+        if self.rank_norms is None or of_params:
+            return []
+        return self.rank_norms.errors(any_grads=bool(grads.grad_set.indices))
 
     def _parameters(self) -> CollectedGrads:
         """All parameters, as if they were gradients."""
@@ -144,20 +181,27 @@ class LocalMeasurer:
                 )
         return CollectedGrads(self._all_parameters, TensorList.of(local))
 
-    def _power_sums(self, grads: CollectedGrads, request: Request) -> Tensor:
-        """[unique] float64, unscaled."""
+    def _power_sums(self, grads: CollectedGrads, request: Request) -> tuple[Tensor, Tensor | None]:
+        """[unique] float64, unscaled; and [parts] where some are cut into rows."""
+        unique, rows = grads.grad_set.unique, self.rows
         if not grads.tensors.tensors:
-            return self._zeros[:0]
-        own = grads.tensors.power_sums(self.layout.norm_type).to(self.device)
+            return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
+        norm = self.layout.norm
+        tensors = grads.tensors if rows is None else rows.split(grads)
+        own = tensors.power_sums(norm.p).to(self.device)
+        owner = None if rows is None else rows.owner_of(unique)
         portion = grads.grad_set.portion
-        if portion is not None and not self.layout.norm.is_max:
-            own = own * portion
-        factors = request.power_factors(grads.grad_set.unique, self.layout.norm)
-        if factors is None:
-            return own
-        return own * (
-            as_tensor(factors, torch.float64, self.device) if isinstance(factors, list) else factors
-        )
+        if portion is not None and not norm.is_max:
+            own = own * (portion if owner is None else portion[owner])
+        factors: Any = request.power_factors(unique, norm)
+        if isinstance(factors, list):
+            factors = as_tensor(factors, torch.float64, self.device)
+        if factors is not None:
+            each = isinstance(factors, Tensor) and factors.ndim > 0
+            own = own * (factors[owner] if each and owner is not None else factors)
+        if rows is None:
+            return own, None
+        return rows.of_grads(own, unique), rows.in_places(own, unique)
 
     def _in_places(self, grad_set: GradientSet, own: Tensor) -> Tensor:
         """[pieces]: each in its piece's place, 0 elsewhere."""

@@ -3,6 +3,7 @@
 from distclip.policies.adagc import AdaGC
 from distclip.policies.agc import AGC
 from distclip.policies.autoclip import AutoClip
+from distclip.policies.escalate import Escalate
 from distclip.policies.fixed import FixedNorm
 from distclip.policies.normalize import Normalize
 from distclip.policies.policy import LocalGrads, LocalStats, Policy, describe
@@ -16,6 +17,7 @@ __all__ = [
     "AGC",
     "AdaGC",
     "AutoClip",
+    "Escalate",
     "FixedNorm",
     "FixedValue",
     "LocalGrads",

@@ -90,7 +90,7 @@ class SkipSpikes:
         history, seen, own = state[0], state[1], inner_state(state, 2)
         answer, new = self.policy.decide(norms, own)
 
-        norm = _over_groups(norms)
+        norm = norm_over_groups(norms)
         place = torch.arange(self.window, device=norm.device)
         filled = seen.clamp(max=self.window)
         mean = history.sum(1) / filled
@@ -108,7 +108,7 @@ class SkipSpikes:
         return replace(answer, skip=skip), wrap_state((history, seen + taken), own, inner)
 
 
-def _over_groups(norms: Norms) -> Tensor:
+def norm_over_groups(norms: Norms) -> Tensor:
     """[]: the norm over all groups given. Divided by the largest first, so that no power
     overflows."""
     largest = norms.per_group.amax()

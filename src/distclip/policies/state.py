@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,24 @@ from distclip.values import Flag
 State = tuple[tuple[Tensor, ...], ...]
 
 
-def select_state(taken: Flag, old: State, new: State) -> State:
-    """The new state where the step was taken, else the old one: selected, never multiplied."""
-    if not isinstance(taken, Tensor):
+def select_state(taken: Flag, old: State, new: State, observed: Sequence[int] = ()) -> State:
+    """The new state where the step was taken, else the old one: selected, never multiplied.
+
+    Args:
+        observed: of each state so many tensors, the first, are new in any case; () is none.
+    """
+    if not isinstance(taken, Tensor) and (taken or not any(observed)):
         return new if taken else old
+
+    def chosen(o: Tensor, n: Tensor) -> Tensor:
+        return torch.where(taken, n, o) if isinstance(taken, Tensor) else o
+
     return tuple(
-        _of_kind(before, (torch.where(taken, n, o) for o, n in zip(before, now, strict=True)))
-        for before, now in zip(old, new, strict=True)
+        _of_kind(
+            before,
+            (n if i < count else chosen(o, n) for i, (o, n) in enumerate(zip(before, now))),
+        )
+        for before, now, count in zip(old, new, observed or [0] * len(old), strict=True)
     )
 
 

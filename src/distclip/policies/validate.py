@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies import SkipSpikes, Warmup
+from distclip.policies import Escalate, SkipSpikes, Warmup
 from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.policy import Policy, UnitPolicy, describe
 from distclip.policies.state import clone_state
-from distclip.records import Clamp, Norms, Scale, UnitScale
+from distclip.records import ACTIONS, Clamp, Norms, Scale, UnitScale
 
 _NUMBERS = {  # the float64 fields of each answer; `clipped` is bool
     Scale: ("coef", "threshold"),
@@ -29,7 +29,7 @@ def initial_state(policy: Any, groups: int, device: torch.device) -> tuple[Tenso
     Raises:
         ConfigError: it is no tuple of tensors.
     """
-    if isinstance(policy, (Warmup, SkipSpikes)):
+    if isinstance(policy, (Escalate, Warmup, SkipSpikes)):
         # theirs holds it flat, in which a wrong one may pass
         initial_state(policy.policy, groups, device)
     made = policy.init(groups, device)
@@ -54,7 +54,7 @@ def validate_policy(policy: Policy, norms: Norms, state: tuple[Tensor, ...]) -> 
 def _check_policy(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
     groups, device = len(norms.per_group), norms.per_group.device
     # they spread what their policy answers over all groups, whatever its shape
-    if isinstance(policy, (Warmup, SkipSpikes)):
+    if isinstance(policy, (Escalate, Warmup, SkipSpikes)):
         _check_policy(policy.policy, norms, initial_state(policy.policy, groups, device))
     who, answers = describe(policy), "distclip.Scale, Clamp or UnitScale"
     for j, tensor in enumerate(state):
@@ -96,6 +96,13 @@ def _check_policy(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
         raise ConfigError(
             f"{who}: decide() returned {name}.skip as {_kind_of(answer.skip)}; return "
             f"{' or '.join(kinds)}, or None"
+        )
+    if answer.action is not None and _kind_of(answer.action) != (
+        kind := _tensor_kind(torch.int64, (), device)
+    ):
+        raise ConfigError(
+            f"{who}: decide() returned {name}.action as {_kind_of(answer.action)}; return {kind}, "
+            f"a place in {ACTIONS}, or None"
         )
     if not isinstance(new, tuple) or len(new) != len(state):
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.policy import Policy, is_policy
+from distclip.policies.policy import Policy, describe, is_policy
 
 
 class _WrappedState(tuple[Tensor, ...]):
@@ -49,6 +49,17 @@ def check_policy(who: str, policy: Any) -> None:
         raise ConfigError(
             f"{who}: policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)"
         )
+    if num_observed(policy):
+        raise ConfigError(
+            f"{who}: {describe(policy)} counts steps that {who} would hide from it; put it "
+            f"outermost: Escalate({who}(...))"
+        )
+
+
+def num_observed(policy: Any) -> int:
+    """How many tensors of its state, the first, a policy wants kept at every step that counts, also
+    one that is not taken. `decide` sees to it that they take in nothing that is not finite."""
+    return int(getattr(policy, "num_observed", 0))
 
 
 def pass_on_stats(wrapper: Any, policy: Policy) -> None:

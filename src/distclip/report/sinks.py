@@ -6,42 +6,49 @@ import json
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from distclip.decide.matters import WINDOW
 from distclip.errors import ConfigError
 from distclip.records import ClipReport
 
 # With many groups these make most of a line: one entry a group each.
 GROUP_FIELDS = ("groups", "group_norms", "coefs", "threshold", "cosine")
-_REMEMBERED = 128  # norms of steps that were taken, with which a skipped step is compared
 
 
 class JSONLSink:
     """One JSON object a line and step, flushed at once; inf and NaN are written as null.
 
-    A line holds what `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several
-    hundred kB for 10,000 groups: then write those only now and then. `distclip report` and
-    `distclip suggest` read lines of both kinds.
+    A header stands before the first step, and again where another process, or the same one after
+    `rebuild()`, goes on: `distclip_log` (the schema's version), date, policy, groups, norm_type,
+    world size, layers, the plan's rows, versions, launcher and device. A step's line holds what
+    `ClipReport.to_dict()` gives. With G groups it has 5 G entries, several hundred kB for 10,000
+    groups: then write those only now and then. `distclip report` and `distclip suggest` read lines
+    of all kinds.
 
     Args:
         path: appended to; folders are made. None on a rank that does not write.
         groups_every: where there are several groups, write what is one entry a group (`groups`,
             `group_norms`, `coefs`, `threshold`, `cosine`) only at each `groups_every`-th step, and
-            at all skipped ones.
+            at all that matter (`ClipReport.matters`).
+        run: a name of the run, for the header.
 
     Raises:
         ConfigError: `path` is no path, or `groups_every` not a whole number of at least 1.
     """
 
-    def __init__(self, path: str | PathLike[str] | None, groups_every: int = 1) -> None:
+    def __init__(
+        self, path: str | PathLike[str] | None, groups_every: int = 1, run: str | None = None
+    ) -> None:
         if path is not None and not isinstance(path, (str, PathLike)):
             raise ConfigError(
                 f"JSONLSink: path={path!r} is no path; pass a file's name, or None on a rank that "
                 "does not write"
             )
-        self.path = None if path is None else Path(path)
+        self.path, self.run = None if path is None else Path(path), run
         self.groups_every = checked_every("JSONLSink", groups_every, "groups_every")
 
     @property
@@ -49,11 +56,18 @@ class JSONLSink:
         """What it cannot write without, or an empty text."""
         return "its path is None" if self.path is None else ""
 
+    def begin(self, header: Mapping[str, Any]) -> None:
+        self._append({**header, "run": self.run})
+
     def write(self, report: ClipReport) -> None:
-        assert self.path is not None, "the clipper has looked at `lacks`"
         said = report.to_dict()
-        if len(report.groups) > 1 and report.step % self.groups_every and not said["skipped"]:
+        if len(report.groups) > 1 and not is_due(report, self.groups_every):
             said = {name: value for name, value in said.items() if name not in GROUP_FIELDS}
+        self._append(said)
+
+    def _append(self, said: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_without_nonfinite(said), allow_nan=False) + "\n")
@@ -65,7 +79,7 @@ class LoggingSink:
     Args:
         logger: default "distclip".
         level: of ordinary steps.
-        every: log each `every`-th step, and all skipped ones.
+        every: log each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
         ConfigError: `logger` has no `log`, `level` is no number, or `every` is not a whole number
@@ -87,7 +101,7 @@ class LoggingSink:
         self.logger = logging.getLogger("distclip") if logger is None else logger
         self.level = level
         self.every = checked_every("LoggingSink", every)
-        self._taken: deque[float] = deque(maxlen=_REMEMBERED)
+        self._taken: deque[float] = deque(maxlen=WINDOW)  # steps that were taken
 
     def write(self, report: ClipReport) -> None:
         norm = report.total_norm.item()
@@ -95,13 +109,13 @@ class LoggingSink:
             self.logger.warning("step %d skipped: %s", report.step, self._skip_reason(report, norm))
             return
         self._taken.append(norm)
-        if report.step % self.every == 0:
+        if is_due(report, self.every):
             coefs = ", ".join(f"{c:.4g}" for c in report.coefs[:4].tolist()) + (
                 ", …" if len(report.coefs) > 4 else ""
             )
-            self.logger.log(
-                self.level, "step %d: norm %.6g, coefficient %s", report.step, norm, coefs
-            )
+            apart = _outlier_text(report)
+            text = "step %d: norm %.6g, coefficient %s%s"
+            self.logger.log(self.level, text, report.step, norm, coefs, apart)
 
     def _skip_reason(self, report: ClipReport, norm: float) -> str:
         bad = int(report.nonfinite.item())
@@ -116,6 +130,23 @@ class LoggingSink:
             else ""
         )
         return f"left out by the policy: norm {norm:.6g}{before}"
+
+
+def _outlier_text(report: ClipReport) -> str:
+    """How far an outlier lies from the steps before, and which watched layer has most of it."""
+    if report.matters != "outlier" or report.deviation is None:
+        return ""
+    text = f", {report.deviation:+.1f} robust deviations from the steps before"
+    if not report.layers:
+        return text
+    share, at = report.layer_shares.max(0)
+    most = f": {100 * float(share):.0f} % of its power" if math.isfinite(report.norm_type) else ""
+    return f"{text}, most of it in {report.layers[int(at)]}{most}"
+
+
+def is_due(report: ClipReport, every: int) -> bool:
+    """Whether a sink with an interval writes this step: each `every`-th, and all that matter."""
+    return report.step % every == 0 or report.matters is not None
 
 
 def checked_every(sink: str, every: Any, argument: str = "every") -> int:

@@ -13,11 +13,10 @@ from torch import Tensor
 from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
-from distclip.groups import Watch
-from distclip.p_norm import norm_of_norms
-from distclip.records import ClipReport, Culprit
+from distclip.p_norm import norm_of_norms, p_norm, rounded
+from distclip.records import ClipReport, Findings
 from distclip.setup.plan import Plan
-from distclip.values import Column, Number, select, select_column
+from distclip.values import Number, each, select, select_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +26,14 @@ class ReportMaker:
     Args:
         in_total, in_total_mask: [groups] bool, on the host and on the compute device: which groups
             count in the total; None where all do.
+        bits: how many a norm keeps.
         dtype: of the report's norms.
     """
 
     plan: Plan
-    watch: Watch | None
     in_total: Sequence[bool] | None
     in_total_mask: Tensor | None
+    bits: int
     dtype: torch.dtype
 
     def make(
@@ -42,24 +42,26 @@ class ReportMaker:
         decision: ClipDecision,
         flags: StepFlags,
         state: ClipperState,
+        findings: Findings,
         read_only: bool,
-        culprits: tuple[Culprit, ...],
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.
 
         Args:
             state: after the step was recorded in it.
         """
-        watch, history = self.watch, state.history
-        shown = watch is not None and (read_only or state.num_steps % watch.every == 0)
-        rate, skips = history.clip_rate, history.num_skips
-        numbers = partial(self._numbers, norms, decision, flags, rate, skips, shown)
+        rate, skips = state.history.clip_rate, state.history.num_skips
+        action = None if read_only else decision.action
+        numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
         others: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
-            "layers": self.plan.layers if shown else (),
+            "layers": self.plan.layers,
             "norm_type": norms.norm_type,
-            "culprits": culprits,
+            "culprits": findings.culprits,
+            "matters": findings.matters,
+            "deviation": findings.deviation,
+            "notes": findings.notes,
             "dtype": self.dtype,
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
@@ -73,7 +75,7 @@ class ReportMaker:
         flags: StepFlags,
         clip_rate: Number,
         num_skips: Number,
-        shown: bool,
+        action: Number | None,
     ) -> dict[str, Any]:
         """The fields that are tensors; as Python's numbers where they are that."""
         # gradients stay as they are where the norm is not finite; a skipped step has none
@@ -81,7 +83,6 @@ class ReportMaker:
         counted = counted_in_total(after, self.in_total, self.in_total_mask)
         norm_after = counted[0] if len(counted) == 1 else norm_of_norms(counted, norms.norm_type)
         coefs = select_column(norms.finite, decision.coef, 1.0)
-        layers: Column = norms.layers if shown else norms.layers[:0]
         own = {
             "total_norm": norms.total,
             "norm_after": select(flags.skipped & norms.finite, 0.0, norm_after),
@@ -90,15 +91,24 @@ class ReportMaker:
             "group_norms": norms.per_group,
             "cosine": decision.cosine,
             "clip_rate": clip_rate,
-            "layer_norms": layers,
+            "layer_norms": self._layer_norms(norms),
+            "rank_norms": norms.rank_norms,
         }
-        counts = {"nonfinite": norms.nonfinite, "skips": num_skips}
+        # 0 there, without sending one: nonfinite is a count
+        rung = norms.nonfinite * 0 if action is None else action
+        counts = {"nonfinite": norms.nonfinite, "skips": num_skips, "rung": rung}
         flag = {"clipped": flags.clipped, "skipped": flags.skipped}
         return {
             **{name: _as(value, self.dtype) for name, value in own.items()},
             **{name: _as(value, torch.int64) for name, value in counts.items()},
             **{name: _as(value, torch.bool) for name, value in flag.items()},
         }
+
+    def _layer_norms(self, norms: GlobalNorms) -> Any:
+        """There may be many: on the host a function, for where they are read."""
+        norm, sums = p_norm(norms.norm_type), norms.layer_sums
+        layers = partial(each, lambda power_sum: rounded(norm.finish(power_sum), self.bits), sums)
+        return layers() if isinstance(sums, Tensor) else layers
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from distclip.errors import ConfigError
 from distclip.records import ClipReport
-from distclip.report.sinks import checked_every
+from distclip.report.sinks import checked_every, is_due
 
 _SCALARS = (
     "total_norm",
@@ -28,13 +28,15 @@ _MOST_GROUPS = 50  # more curves than this help nobody; a tracker keeps each as 
 
 def report_scalars(report: ClipReport) -> dict[str, float]:
     """What trackers draw, as floats under `clip/…`: norms, coefficient, threshold, clip rate,
-    skips; the norm of each layer where known.
+    skips; robust deviation and the norm of each layer where known.
 
     With up to 50 groups, norm, coefficient and threshold of each; with more, only the largest group
     norm and the smallest coefficient. A threshold of inf (no clipping) is not drawn.
     """
     said = report.to_dict()
     out = {f"clip/{name}": float(said[name]) for name in _SCALARS if name in said}
+    if report.deviation is not None:
+        out["clip/deviation"] = report.deviation
     groups: list[str] = said["groups"]
     if len(groups) > _MOST_GROUPS:
         out |= {
@@ -54,12 +56,12 @@ def report_scalars(report: ClipReport) -> dict[str, float]:
 
 
 class TensorBoardSink:
-    """Scalars under `clip/…` through torch.utils.tensorboard; culprits of a bad step as text.
+    """Scalars under `clip/…` through torch.utils.tensorboard; culprits and notes as texts.
 
     Args:
         log_dir: a folder, or a SummaryWriter that you have; None on a rank that does not write. A
             writer made here is flushed and closed when the program ends.
-        every: write each `every`-th step, and all skipped ones.
+        every: write each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
         ConfigError: the package tensorboard is missing, `log_dir` is neither folder nor writer, or
@@ -83,7 +85,7 @@ class TensorBoardSink:
         return "its writer is None" if self._log_dir is None and self._writer is None else ""
 
     def write(self, report: ClipReport) -> None:
-        if report.step % self.every and not report.skipped.item():
+        if self.lacks or not is_due(report, self.every):
             return
         # not before: a writer makes its file at once, also on ranks that never write
         if self._writer is None:
@@ -94,6 +96,9 @@ class TensorBoardSink:
         if report.culprits:
             text = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             self._writer.add_text("clip/culprits", text, report.step)
+        if report.notes:
+            text = "\n\n".join(f"rank {n.rank}, step {n.step}: {n.note}" for n in report.notes)
+            self._writer.add_text("clip/notes", text, report.step)
 
 
 def _summary_writer() -> Any:
@@ -118,7 +123,7 @@ class WandbSink:
     Args:
         run: what `wandb.init()` gave; anything with `log(dict, step=)`. You finish it. None on a
             rank that does not write.
-        every: write each `every`-th step, and all skipped ones.
+        every: write each `every`-th step, and all that matter (`ClipReport.matters`).
 
     Raises:
         ConfigError: `run` has no `log`, or `every` is not a whole number of at least 1.
@@ -138,7 +143,5 @@ class WandbSink:
         return "its run is None" if self.run is None else ""
 
     def write(self, report: ClipReport) -> None:
-        assert self.run is not None, "the clipper has looked at `lacks`"
-        if report.step % self.every and not report.skipped.item():
-            return
-        self.run.log(report_scalars(report), step=report.step)
+        if self.run is not None and is_due(report, self.every):
+            self.run.log(report_scalars(report), step=report.step)

@@ -3,71 +3,135 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
+import torch
+
+from distclip.decide.matters import NormWindow
 from distclip.exchange.readback import Readback
-from distclip.records import ClipReport, Culprit
+from distclip.records import ClipReport, Findings
+from distclip.setup.options import why_unwritable
 
 
 class Sink(Protocol):
     """Takes each report, on the first rank of the clipper's group alone.
 
-    If it has an attribute `lacks` that is not empty, it cannot write for that reason, and that rank
-    raises it at set-up.
+    Two things more it may have. An attribute `lacks` that is not empty: it cannot write for that
+    reason, which the world's first rank raises at set-up. A method `begin(header)`: it is called
+    before the first report, and anew after `rebuild()`, with what a log says of its run (a
+    dictionary of plain Python values, as `JSONLSink` writes it).
     """
 
     def write(self, report: ClipReport) -> None: ...
 
 
+SinkLike: TypeAlias = "Sink | Callable[[ClipReport], object]"
+
+
+class _QueuedReport(NamedTuple):
+    report: ClipReport
+    judged: bool
+    layers_due: bool
+
+
 class ReportWriter:
     """Gives reports to the sinks: at once, or one call late where the host must not wait for the
-    device."""
+    device.
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = list(sinks)
-        self._late: Readback[ClipReport] = Readback()
-        self._culprits: tuple[Culprit, ...] = ()
+    Args:
+        sinks: of a rank that writes; those that cannot write are left out.
+        header: what a log says of the run.
+    """
 
-    def write(self, report: ClipReport, late: bool) -> None:
-        if not self._sinks:
-            return
+    def __init__(
+        self, sinks: Sequence[SinkLike | None] | None = (), header: Mapping[str, Any] | None = None
+    ) -> None:
+        self._sinks = [
+            sink for sink in sinks or () if sink is not None and not why_unwritable(sink)
+        ]
+        self._header = header or {}
+        self._begun = set[int]()  # identities
+        self._late: Readback[_QueuedReport] = Readback()
+        self._found: tuple[int, Findings] | None = None  # step, and what was found of it
+        self.window = NormWindow()  # the clipper puts that of its steps here
+
+    @property
+    def num_sinks(self) -> int:
+        """Those that still write."""
+        return len(self._sinks)
+
+    def write(self, report: ClipReport, late: bool, judged: bool, layers_due: bool) -> None:
+        """Once the sinks have what was queued.
+
+        Args:
+            late: the report's numbers are read at the next call.
+            judged: it says what was found; else that is told at the next call.
+            layers_due: sinks get the watched layers even if the step does not matter.
+        """
         self.flush()
+        queued = _QueuedReport(report, judged, layers_due)
         if late:
-            self._late.enqueue(report.packed(), report)
+            self._late.enqueue(report.packed(), queued)
         else:
-            self._write_to_sinks(report)
+            self._write_to_sinks(queued)
 
-    def add_culprits(self, culprits: tuple[Culprit, ...]) -> None:
-        """Culprits of the report that is not yet written: they were found when its call was
-        checked."""
-        self._culprits = culprits
+    def add_findings(self, step: int, findings: Findings) -> None:
+        """What was found of a step when it was judged, one call late: its report is not written
+        yet."""
+        self._found = step, findings
 
     def flush(self) -> None:
         """Write the report that is still queued, if there is one."""
         late = self._late.dequeue()
-        if late is not None:
-            self._write_to_sinks(
-                replace(
-                    late.what.unpacked(late.numbers), culprits=late.what.culprits or self._culprits
-                )
-            )
-        self._culprits = ()
+        if late is None:
+            return
+        report = late.what.report.unpacked(late.numbers)
+        if not late.what.judged:
+            report = replace(report, **self._found_of(report)._asdict())
+        self._write_to_sinks(late.what._replace(report=report))
 
-    def _write_to_sinks(self, report: ClipReport) -> None:
+    def _found_of(self, report: ClipReport) -> Findings:
+        step, found = self._found or (0, Findings())
+        if step != report.step:
+            # The last step before the end of the program, which no call comes to judge, or one that
+            # was judged by an error. A copy of the window says what it can: the window itself must
+            # not learn on this rank alone.
+            norm = math.nan if report.nonfinite else report.total_norm.item()
+            found = Findings(*deepcopy(self.window).judge(norm, bool(report.skipped)))
+        return found
+
+    def _write_to_sinks(self, queued: _QueuedReport) -> None:
         """A failing sink warns once and is disabled: training is worth more than its log."""
+        report = queued.report
+        if report.layers and report.matters is None and not queued.layers_due:
+            none = torch.zeros(0, dtype=report.dtype, device="cpu")
+            report = replace(report, layers=(), layer_norms=none)
         for sink in list(self._sinks):
             try:
-                sink.write(report)
+                if id(sink) not in self._begun:
+                    self._begun.add(id(sink))
+                    begin = getattr(sink, "begin", None)
+                    if callable(begin):
+                        begin(self._header)
+                write = getattr(sink, "write", sink)
+                cast("Callable[[ClipReport], object]", write)(report)
             except Exception as error:
                 self._sinks.remove(sink)
                 _warn_or_log(
-                    f"{type(sink).__name__} failed at step {report.step} and is off from now on, "
+                    f"{_name_of(sink)} failed at step {report.step} and is off from now on, "
                     f"training goes on: "
                     f"{type(error).__name__}: {error}"
                 )
+
+
+def _name_of(sink: SinkLike) -> str:
+    """Of its class; of a function its own."""
+    return getattr(sink, "__name__", type(sink).__name__)
 
 
 def _warn_or_log(text: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.exchange.channel import Channel
+from distclip.groups import Grouping
 from distclip.policies.assignment import policy_of
 from distclip.policies.policy import UnitPolicy
 from distclip.records import Holding, Piece
@@ -27,6 +28,7 @@ from distclip.setup.parameters import (
 )
 from distclip.setup.placement import ReplicaDeclarations, declare_replicas, local_pieces
 from distclip.setup.plan import Plan, agree_on_call, make_plan
+from distclip.setup.rows import RowRange, cut_name, row_range
 from distclip.setup.unfinished_backward import ReducingWrapper, reducing_wrappers
 from distclip.setup.units import UnitRange, unit_range
 from distclip.torch_internals.join import JoinGuard
@@ -60,6 +62,8 @@ class _LocalSetup:
     pieces: list[Piece] = field(default_factory=lambda: [])
     groups: list[str] = field(default_factory=lambda: [])
     layers: list[str] = field(default_factory=lambda: [])
+    # where watched layers cut pieces by rows
+    cuts: list[RowRange | None] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
     beside: list[Holding] = field(default_factory=lambda: [])  # of parameters without a piece
 
@@ -98,9 +102,20 @@ def build_plan(
         *(watch.groups.patterns() if watch else ()),
     ]
     counts = {pattern: _num_matches(pattern, local.pieces) for pattern in patterns}
-    layers = None if watch is None else local.layers
+    needs = dict(options.grouping.needs(local.members))
+    if watch is not None:
+        needs |= watch.groups.needs(local.members)
     plan = make_plan(
-        channel, local.pieces, local.groups, counts, options.norm_type, device, layers, local.beside
+        channel,
+        local.pieces,
+        local.groups,
+        counts,
+        options.norm_type,
+        device,
+        layer_of=None if watch is None else local.layers,
+        beside=local.beside,
+        needs=needs,
+        cuts=local.cuts,
     )
     # a list of parameters may lack those whose meshes join the ranks
     if plan.apart and not local.scan.modules:
@@ -128,6 +143,12 @@ def _read_locally(
     channel: Channel,
 ) -> None:
     local.options = options = check_options(passed)
+    if options.by_rank and sorted(passed.rank_norms.ranks) != sorted(channel.ranks):
+        raise ConfigError(
+            f"rank_norms: gradients are reduced over ranks {passed.rank_norms.ranks}, and this "
+            f"clipper is of ranks {channel.ranks}: ranks that hold different parts (tensor, "
+            f"pipeline or expert parallelism) cannot be compared"
+        )
     local.declared = declared = declare_replicas(passed.replicated_over, passed.shared)
     local.scan = scan = named_parameters(params)
     local.wrappers = reducing_wrappers(params)
@@ -148,8 +169,15 @@ def _read_locally(
     local.members, local.pieces = [named.param for named, _ in held], [piece for _, piece in held]
     names = [piece.key_name for piece in local.pieces]
     local.groups = options.grouping.assign(names, local.members)
+    if any(options.grouping.cuts(names)):
+        raise ConfigError(
+            "groups=per_expert(...): all of a gradient tensor is multiplied by one coefficient, so "
+            "its experts cannot be clipped apart; watch them, watch=distclip.Watch(distclip."
+            "per_expert(...)), and clip them together, groups=distclip.by_name({'*.experts.*': "
+            "1.0}), or each output by policy=distclip.AGC(...)"
+        )
     if options.watch is not None:
-        local.layers = options.watch.groups.assign(names, local.members)
+        _read_layers(local, options.watch.groups, names)
     rules = options.grouping.rules()
     local.ranges = [
         unit_range(param, piece)
@@ -159,6 +187,20 @@ def _read_locally(
     ]
     told = {"replicated_over": ", ".join(declared.replicated_over), "shared": repr(declared.shared)}
     local.config = options.config_texts() | told
+
+
+def _read_layers(local: _LocalSetup, watched: Grouping, names: Sequence[str]) -> None:
+    local.layers = watched.assign(names, local.members)
+    cuts = watched.cuts(names)
+    if any(cuts):
+        local.cuts = [
+            row_range(param, piece) if cut else None
+            for cut, param, piece in zip(cuts, local.members, local.pieces, strict=True)
+        ]
+        local.layers = [
+            name if rows is None else cut_name(name, rows.whole)
+            for name, rows in zip(local.layers, local.cuts, strict=True)
+        ]
 
 
 def _num_matches(pattern: str, held: Sequence[Piece]) -> int:

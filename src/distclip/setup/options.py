@@ -37,6 +37,7 @@ class PassedOptions:
     watch: Watch | None
     partial_grads: str = "refuse"
     grad_of: Callable[[Tensor], Tensor | None] | None = None
+    rank_norms: Any = None  # a RankNorms
     replicated_over: Any = None
     shared: Any = ()
 
@@ -54,6 +55,7 @@ class ClipOptions:
     fold: str
     watch: Watch | None
     partial_grads: str
+    by_rank: bool = False  # each rank's own norm is asked for
 
     def config_texts(self) -> dict[str, str]:
         """Option → a text that is equal on all ranks if the option is."""
@@ -67,6 +69,7 @@ class ClipOptions:
             "skip_limit": repr(self.skip_limit),
             "fold": repr(self.fold),
             "partial_grads": repr(self.partial_grads),
+            "rank_norms": "RankNorms" if self.by_rank else "None",
             "watch": f"Watch({_describe_grouping(self.watch.groups)}, every={self.watch.every})"
             if self.watch
             else "None",
@@ -135,8 +138,11 @@ def check_options(passed: PassedOptions) -> ClipOptions:
             f"grad_of={passed.grad_of!r} is no function; pass one from a parameter to its gradient"
         )
     if passed.watch is not None and not isinstance(passed.watch, Watch):
+        raise ConfigError(f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer())")
+    if passed.rank_norms is not None and not hasattr(passed.rank_norms, "ranks"):
         raise ConfigError(
-            f"watch={passed.watch!r}; pass distclip.Watch(distclip.per_layer(), every=100)"
+            f"rank_norms={passed.rank_norms!r}; pass distclip.RankNorms(model), built after "
+            f"wrapping"
         )
     by_units = [
         rule
@@ -158,6 +164,7 @@ def check_options(passed: PassedOptions) -> ClipOptions:
         fold=passed.fold,
         watch=passed.watch,
         partial_grads=passed.partial_grads,
+        by_rank=passed.rank_norms is not None,
     )
 
 
@@ -182,36 +189,41 @@ def _check_kinds(passed: PassedOptions) -> None:
             f"policy}}), per_parameter(), per_layer() "
             "or per_param_group(optimizer)"
         )
-    for pattern, rule in (passed.groups or WHOLE_MODEL).rules().items():
+    for key, rule in (passed.groups or WHOLE_MODEL).rules().items():
         if isinstance(rule, type):
             raise ConfigError(
-                f"groups=by_name({{{pattern!r}: {rule.__name__}}}): that is the class; call it: "
+                f"groups: the rule of {key!r} is {rule.__name__}, the class; call it: "
                 f"distclip.{rule.__name__}(...)"
             )
         if not (isinstance(rule, Exempt) or is_policy(rule) or as_number(rule) >= 0):
             raise ConfigError(
-                f"groups=by_name({{{pattern!r}: {rule!r}}}): that is no threshold; give a number, "
+                f"groups: the rule of {key!r} is {rule!r}, which is no threshold; give a number, "
                 "a policy or distclip.Exempt()"
             )
 
 
 def check_sinks(sinks: Any, rank: int) -> None:
-    """Check the sinks, on the rank that writes. On other ranks they are not checked: an object that
-    only one rank has may be None on the others.
+    """Check the sinks, on the rank of a clipper's group that writes. Other ranks' are not looked
+    at.
+
+    Args:
+        rank: the global one. What is None is an error on the world's first rank alone: where a
+            group begins elsewhere, that rank may be one that does not write.
 
     Raises:
         ConfigError: one of them cannot take reports.
     """
+    if sinks is None and rank:
+        return
     if not isinstance(sinks, Sequence):
         raise ConfigError(
             f"sinks={sinks!r} on rank {rank}, which writes; pass a list, such as "
             f"sinks=[distclip.JSONLSink('run.jsonl')]"
         )
     for i, sink in enumerate(cast("Sequence[Any]", sinks)):
-        lacks = "it is None" if sink is None else getattr(sink, "lacks", "")
-        if not lacks and (isinstance(sink, type) or not callable(getattr(sink, "write", None))):
-            lacks = "it has no write(report)"
-        if lacks:
+        is_sink = sink is None or takes_reports(sink)
+        lacks = why_unwritable(sink) if is_sink else "it has no write(report) and is no function"
+        if lacks and not (rank and is_sink):
             what = (
                 repr(sink) if isinstance(sink, (type, str)) or sink is None else type(sink).__name__
             )
@@ -220,3 +232,13 @@ def check_sinks(sinks: Any, rank: int) -> None:
                 f"which writes. What is made on one rank "
                 "alone (a run, a writer) must be made on this one; others may pass None"
             )
+
+
+def takes_reports(sink: object) -> bool:
+    """Whether it has a method `write`, or is itself called with a report."""
+    return not isinstance(sink, type) and (callable(getattr(sink, "write", None)) or callable(sink))
+
+
+def why_unwritable(sink: object) -> str:
+    """What a sink cannot write without; empty where it can."""
+    return "it is None" if sink is None else getattr(sink, "lacks", "")

@@ -22,6 +22,7 @@ from distclip.exchange.channel import (
 from distclip.records import Holding, OwnershipRow, Piece, PieceShare
 from distclip.setup.inventory import DECLARE, exchange_tables
 from distclip.setup.replicas import find_replicas, rows_of
+from distclip.setup.rows import RowRange, cut_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,17 @@ class Plan:
     groups: tuple[str, ...]  # sorted, equal on every rank
     group_of: tuple[int, ...]  # [pieces]
     layers: tuple[str, ...]  # watched ones: sorted, equal on every rank
-    layer_of: tuple[int, ...]  # [pieces], or nothing where none is watched
+    # [pieces], or nothing where none is watched; of a piece that is cut its first row's
+    layer_of: tuple[int, ...]
     rows: tuple[OwnershipRow, ...]  # of all ranks
     ranks: tuple[int, ...]
     norm_type: float
     words: int  # float64 numbers in the one message of a step
     slot_of: tuple[int, ...]  # [pieces]: where the audit sums each parameter
     slots: int  # parameters over all ranks
+    # [pieces]: how many rows a piece holds, each of the layer after the one before; None where it
+    # is not cut, and nothing where none is on this rank
+    layer_rows: tuple[int | None, ...] = ()
     apart: int = 0  # names that DTensors or wrapped parameters have on ranks that nothing joins
 
     def __str__(self) -> str:
@@ -153,6 +158,8 @@ def make_plan(
     device: torch.device,
     layer_of: Sequence[str] | None = None,
     beside: Sequence[Holding] = (),
+    needs: Mapping[str, int] | None = None,
+    cuts: Sequence[RowRange | None] = (),
 ) -> Plan:
     """A collective on all ranks: three small all-reduces, and more only for an error's text.
 
@@ -162,20 +169,29 @@ def make_plan(
             watched.
         beside: holdings of parameters without a piece; their meshes join ranks too.
         patterns: pattern or name that must match on some rank → how often it does on this one.
+        needs: text of the error that is raised where there is none on any rank → how many there
+            are on this one.
+        cuts: [pieces] the indices of its first dimension that a piece holds, where each has a
+            watched layer of its own; nothing where none is cut on this rank.
 
     Raises:
         AgreementError: shapes differ between holders, or parts do not add up to the whole.
-        ConfigError: a pattern matches nothing on any rank, or no rank has a parameter.
+        ConfigError: a pattern matches nothing on any rank, or no rank has a parameter; layers
+            that are cut by rows differ in their number.
     """
+    needs = needs or {}
     watched = [""] * len(pieces) if layer_of is None else layer_of
     tables = exchange_tables(
-        channel, pieces, group_of, watched, list(patterns.values()), device, beside
+        channel, pieces, group_of, watched, [*patterns.values(), *needs.values()], device, beside
     )
-    for pattern, count in zip(patterns, tables.counts, strict=True):
+    for pattern, count in zip(patterns, tables.counts):
         if not count:
             text = f"{pattern!r} matches no parameter on any rank"
             error = ConfigError(f"{text}; {_nearest_names(pattern, pieces)}")
             raise channel.tell_once(error)
+    for text, count in zip(needs, tables.counts[len(patterns) :], strict=True):
+        if not count:
+            raise channel.tell_once(ConfigError(text))
     if not sum(map(len, tables.rows)):
         text = "params holds no parameters on any rank; pass the model, or (name, parameter) pairs"
         raise channel.tell_once(ConfigError(text))
@@ -211,19 +227,25 @@ def make_plan(
         ]
         raise_on_all_ranks(channel, local, device, "the comparison of elements")
     groups = _agreed_names(channel, [rows[:, 3] for rows in tables.rows], group_of, device)
-    layers = (
+    named_layers = (
         ()
         if layer_of is None
         else _agreed_names(channel, [rows[:, 4] for rows in tables.rows], watched, device)
     )
-    group_at, layer_at = ({name: i for i, name in enumerate(names)} for names in (groups, layers))
+    group_at = {name: i for i, name in enumerate(groups)}
+    layers, layer_at = cut_layers(named_layers, holders.parameters_under)
+    first_layers = [layer_at[name] for name in watched] if layer_of is not None else []
+    for i, cut in enumerate(cuts):
+        if cut is not None:
+            first_layers[i] += holders.number[i] * cut.whole + cut.first
     return Plan(
         pieces=tuple(pieces),
         shares=tuple(holders.shares),
         groups=groups,
         group_of=tuple(group_at[name] for name in group_of),
         layers=layers,
-        layer_of=() if layer_of is None else tuple(layer_at[name] for name in watched),
+        layer_of=tuple(first_layers),
+        layer_rows=tuple(None if cut is None else cut.held for cut in cuts),
         rows=rows_of(holders, sums[1], channel),
         ranks=channel.ranks,
         norm_type=norm_type,

@@ -45,6 +45,14 @@ class ReplicaMap:
     components: list[tuple[ReplicaSet, Tensor]]  # with the slots of its parameters, [n] int64
     shape_conflicts: set[int]  # keys of names that have several shapes
     apart: int  # names that DTensors or wrapped parameters have on ranks that nothing joins
+    number: list[int]  # [this rank's pieces]: which of the different parameters under its name
+    # [rows of all tables, 2] int64: key of the watched layer, different parameters under the name
+    layer_numbers: Tensor
+
+    def parameters_under(self, layer: str) -> set[int]:
+        """How many different parameters bear one name, over the names of a watched layer."""
+        mine = self.layer_numbers[:, 0] == hash64(layer)
+        return set(self.layer_numbers[mine, 1].tolist())
 
 
 def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> ReplicaMap:
@@ -80,6 +88,7 @@ def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> 
     at = torch.searchsorted(names, torch.tensor(keys, dtype=torch.int64, device="cpu"))
     shares: list[PieceShare] = []
     slot: list[int] = []
+    number: list[int] = []
     members: list[int] = []
     # a rank may hold a tied parameter under two names
     copy_of: dict[tuple[int, int], int] = defaultdict(int)
@@ -92,6 +101,7 @@ def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> 
         copy_of[name_key, ordinal] += 1
         shares.append(PieceShare(place.holders, _drift_weight(name_key, place)))
         slot.append(first + place.component)
+        number.append(place.component)
         members.append(place.members)
     of_case = case_of.argsort(stable=True).split(
         torch.bincount(case_of, minlength=len(cases)).tolist()
@@ -109,6 +119,8 @@ def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> 
         table,
         _find_shape_conflicts(tables, rows, names, name_of, case_of, places, owner),
         int(torch.tensor(apart, device="cpu")[case_of].sum()),
+        number,
+        torch.stack([rows[:, 4], per_name[name_of]], dim=1),
     )
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import distclip
 from distclip.cli import silence_stream
+from distclip.cli.doctor import frameworks
 from distclip.cli.doctor.clip_checks import REPORT_FAULT, LayoutCheck, OverflowCheck
 from distclip.cli.doctor.facts import cannot_start, collect_facts, device_for, judge_facts
 from distclip.cli.doctor.layouts import LAYOUTS
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(f"{check.name:<10}{check.line}" for check in CHECKS))
         return 0
+    if options.framework:
+        return frameworks.run(options)
     findings = Findings()
     chosen = [check for check in CHECKS if not options.only or check.name in options.only]
 

@@ -1,52 +1,58 @@
-"""Fewer points for long runs: as many as a figure can resolve, spikes among them."""
+"""Fewer points for long runs: as many as a page has room for, every spike among them."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
 from typing import Any
 
 import numpy as np
 
-from distclip.cli.run_log import RunLog
+from distclip.cli.norm_history import NormHistory
 
-_MOST_POINTS = 3000  # drawn in a figure, shared by its runs
-
-
-def stretches_for(runs: int, wide: bool) -> int:
-    """Number of stretches of a line, each of which shows its lowest and its highest point."""
-    return max(60, (_MOST_POINTS if wide else _MOST_POINTS // 3) // 2 // runs)
+_NOTABLE_SHARE = 0.4  # of the points: steps that are kept whatever lies beside them
+_CLOSE_RATIO = 1.5  # times the running median: from here on a step is a candidate for them
 
 
-def known_points(run: RunLog, values: Any) -> tuple[Any, Any]:
-    known = values.isfinite()
-    return run.step[known].numpy(), values[known].numpy()
+def kept_positions(history: NormHistory, most: int) -> Any:
+    """[at most about `most`] positions in ascending order: all, or the lowest and the highest norm
+    of each of equal stretches, and what no stretch may hide: spikes, skipped steps, actions, ranks
+    that stand out."""
+    run, steps = history.run, len(history.run)
+    if steps <= most:
+        return np.arange(steps)
+    kept = np.zeros(steps, bool)
+    kept[[0, -1]] = True
+    kept[_notable_positions(history, int(most * _NOTABLE_SHARE))] = True
+    num = max(1, (most - int(kept.sum())) // 2)
+    kept[extreme_positions(run.norm, num)] = True
+    return np.flatnonzero(kept)
 
 
-def thinned_points(x: Any, y: Any, stretches: int) -> tuple[Any, Any]:
-    """The lowest and highest point of each stretch, and a gap where a value in it is not finite."""
-    if len(x) <= 2 * stretches:
-        return x, y
-    kept: list[int] = []
-    for a, b in pairwise(np.linspace(0, len(x), stretches + 1).astype(int)):
-        known = np.isfinite(y[a:b])
-        found = {a + int(np.argmin(known))} if not known.all() else set[int]()
-        if known.any():
-            found |= {a + int(np.nanargmin(y[a:b])), a + int(np.nanargmax(y[a:b]))}
-        kept += sorted(found)
-    return x[kept], y[kept]
+def extreme_positions(values: Any, stretches: int) -> Any:
+    """The lowest and highest finite value of each stretch of equal length. A stretch without any
+    gives its first position."""
+    length = math.ceil(len(values) / stretches)
+    rows = math.ceil(len(values) / length)
+    padded = np.full(rows * length, np.nan)
+    padded[: len(values)] = values
+    table = padded.reshape(rows, length)
+    start = np.arange(rows) * length
+    bad = np.isnan(table)
+    low = np.where(bad, np.inf, table).argmin(1)
+    high = np.where(bad, -np.inf, table).argmax(1)
+    return np.unique(np.concatenate([start + low, start + high]))
 
 
-def clipped_shares(run: RunLog, stretches: int) -> tuple[Any, Any]:
-    """Steps, and the share of clipped ones in the stretch of each."""
-    x, clipped = run.step.numpy(), run.clipped.double().numpy()
-    if len(x) <= 2 * stretches:
-        return x, clipped
-    edges = np.linspace(0, len(x), stretches + 1).astype(int)
-    return x[(edges[:-1] + edges[1:]) // 2], np.array(
-        [clipped[a:b].mean() for a, b in pairwise(edges)]
+def _notable_positions(history: NormHistory, most: int) -> Any:
+    """Spikes first, then starts and ends of stretches of skipped steps and the like, then the rest
+    of what lies far above the running median."""
+    run = history.run
+    marked = (run.skipped | ~run.finite | (run.action > 0) | (run.outlier_rank >= 0)).astype(
+        np.int8
     )
-
-
-def spread_evenly(steps: Any, most: int) -> Any:
-    """At most `most` of them, evenly spaced."""
-    return steps if len(steps) <= most else steps[np.linspace(0, len(steps) - 1, most).astype(int)]
+    edges = np.flatnonzero(np.diff(marked, prepend=0, append=0))
+    edges = np.unique(np.concatenate([edges[edges < len(run)], edges[edges > 0] - 1]))
+    spikes = history.spikes[np.argsort(-history.ratio[history.spikes])]
+    far = np.flatnonzero(history.ratio > _CLOSE_RATIO)
+    far = far[np.argsort(-history.ratio[far])][: most // 4]
+    return np.concatenate([spikes[: most // 2], edges[: most // 4], far])

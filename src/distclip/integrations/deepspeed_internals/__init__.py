@@ -12,6 +12,7 @@ from distclip.integrations.deepspeed_internals.engine import (
     missing_names,
     own_clipping,
     unsupported_features,
+    unsupported_sharded_features,
 )
 from distclip.integrations.deepspeed_internals.sharded import (
     BF16Adapter,
@@ -49,4 +50,5 @@ __all__ = [
     "missing_names",
     "own_clipping",
     "unsupported_features",
+    "unsupported_sharded_features",
 ]

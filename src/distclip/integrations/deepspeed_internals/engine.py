@@ -9,6 +9,7 @@ before its update, since gradients are scaled by that of their backward.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from operator import attrgetter
 from types import MethodType
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from distclip import ClipReport, ConfigError, GradClipper
 
@@ -38,9 +40,11 @@ NEEDED_OF_ENGINE = (
 
 _OWN_CLIPPING = (
     'leave attach out and let DeepSpeed clip ("gradient_clipping": 1.0 in its config), or train '
-    "such a model under FSDP2 with its experts, stages or tensor-parallel parts as torch has "
-    "them, where GradClipper(model, ...) knows them"
+    "such a model under FSDP2 with its experts or tensor-parallel parts as torch has them, where "
+    "GradClipper(model, ...) knows them"
 )
+_EXPERT_NAME = re.compile(r"deepspeed_experts\.(?P<number>\d+)\.")
+_UNTIE = "untie them, or train in float32 or fp16 without ZeRO"
 
 
 def missing_names(holder: Any, names: Sequence[str]) -> list[str]:
@@ -60,13 +64,71 @@ def unsupported_features(engine: Any) -> list[str]:
     muon = "muon" in type(engine.basic_optimizer).__name__.lower()
     autocast = "torch_autocast with a gradient scaler; use DeepSpeed's fp16 or bf16"
     found = {
-        f"a model-parallel mpu; {_OWN_CLIPPING}": engine.mpu is not None,
-        f"DeepSpeed's mixture-of-experts layers; {_OWN_CLIPPING}": engine.has_moe_layers,
-        f"pipeline parallelism; {_OWN_CLIPPING}": engine.pipeline_parallelism,
+        f"a model-parallel mpu; {_OWN_CLIPPING}": _is_model_parallel(engine),
+        f"experts that AutoEP made; {_OWN_CLIPPING}": _has_foreign_experts(engine.module),
         autocast: engine.torch_autocast_z0_gradscaler is not None,
         "Muon with fp16; use bf16": engine.fp16_enabled() and muon,
     }
     return [what for what, has in found.items() if has]
+
+
+def _is_model_parallel(engine: Any) -> bool:
+    """Whether layers are split over ranks. A pipeline's own mpu counts its stages as parts of the
+    model; what splits layers is its slices."""
+    if engine.mpu is None:
+        return False
+    return not engine.pipeline_parallelism or engine.mpu.get_slice_parallel_world_size() > 1
+
+
+def _is_expert(param: Tensor) -> bool:
+    """DeepSpeed marks parameters that not all data-parallel ranks share."""
+    return not getattr(param, "allreduce", True)
+
+
+def _has_foreign_experts(module: nn.Module) -> bool:
+    """Whether some expert is not in DeepSpeed's `MoE` layer, so that its name does not say which of
+    all experts it is."""
+    return any(
+        _is_expert(param) and _EXPERT_NAME.search(name) is None
+        for name, param in module.named_parameters()
+    )
+
+
+def unsupported_sharded_features(engine: Any) -> list[str]:
+    """As `unsupported_features`, for optimizers that split each stage's parameters over its ranks:
+    copies of a tied parameter are split at different places."""
+    tied = "layers tied over pipeline stages, with ZeRO or BF16_Optimizer"
+    return [f"{tied}; {_UNTIE}"] if _has_tied_stages(engine) else []
+
+
+def _has_tied_stages(engine: Any) -> bool:
+    """The same on every rank, whichever stage it works on."""
+    if not engine.pipeline_parallelism:
+        return False
+    stages: dict[Any, set[int]] = {}
+    for at, layer in enumerate(engine.module._layer_specs):
+        if type(layer).__name__ == "TiedLayerSpec":
+            stages.setdefault(layer.key, set()).add(engine.module.stage_owner(at))
+    return any(len(of_key) > 1 for of_key in stages.values())
+
+
+def global_names(engine: Any) -> dict[int, str]:
+    """By the id of each of the model's parameters: its name, where experts are numbered over all
+    ranks, as in DeepSpeed's checkpoints. By these names copies of an expert are found."""
+    local_experts = {
+        name: int(module.num_local_experts)
+        for name, module in engine.module.named_modules()
+        if hasattr(module, "deepspeed_experts")
+    }
+    names: dict[int, str] = {}
+    for name, param in engine.module.named_parameters():
+        if _is_expert(param) and (found := _EXPERT_NAME.search(name)) is not None:
+            group = engine.expert_parallel_group[param.group_name]
+            first = dist.get_rank(group) * local_experts[name[: found.start() - 1]]
+            number = first + int(found["number"])
+            name = f"{name[: found.start('number')]}{number}{name[found.end('number') :]}"
+        names[id(param)] = name
+    return names
 
 
 def own_clipping(engine: Any) -> float:
@@ -99,7 +161,7 @@ class EngineAdapter:
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
-        self._names = {id(param): name for name, param in engine.module.named_parameters()}
+        self._names = global_names(engine)
         self.parts: list[ParamPart] = list(self.find_parts())
         self._grads: dict[int, Tensor] = {}  # id of a master → its gradient now
         self._policy_skip = False

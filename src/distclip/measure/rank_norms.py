@@ -1,0 +1,107 @@
+"""Each rank's own gradient norm, before the ranks' gradients become one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigError
+from distclip.kernels.tensor_list import TensorList
+from distclip.p_norm import PNorm, p_norm
+from distclip.setup.parameters import Params
+from distclip.setup.reductions import CommHook, see_reductions
+
+MOST_RANKS = 1024
+
+
+class RankNorms:
+    """For `GradClipper(model, rank_norms=RankNorms(model))`: the report's `rank_norms` has for each
+    rank the norm of the gradient of its own loss, before the reduction.
+
+    Reductions hide which rank a gradient came from. A rank on a broken device, or with a poisonous
+    shard of the data, shows here, and nowhere else: `report.outlier_rank`.
+
+    The number of a rank is the p-norm (the clipper's p) of what its backward pass left in all
+    parameters that the wrappers reduce: of the mean over its own batch where its loss is that;
+    not divided by the number of ranks; unscaled, and times `grad_scale`. What was accumulated
+    without synchronisation (`no_sync()`, `set_requires_gradient_sync(False)`) is in it, as one
+    gradient. A second reduction before the clip is an error: the norm of a sum is not known from
+    its parts.
+
+    Reads the gradients once more, right before each reduction. One word of the step's message for
+    each rank carries them; no other message, no host read.
+
+    It works under DistributedDataParallel, whose all-reduce becomes torch's `allreduce_hook`, and
+    under `fully_shard` (FSDP2, HSDP too), from the release of torch on that has
+    `set_custom_reduce_scatter`. Built after wrapping, before the first backward pass; only once for
+    a model. Not under FSDP1, ZeRO and `replicate`, which show no gradient before it is reduced,
+    and not where ranks hold different parameters or parts (tensor, pipeline, expert parallelism):
+    their norms cannot be compared.
+
+    Args:
+        params: the model, or a list of modules.
+        comm_hook: (state, hook), a communication hook of your own for DDP: it takes one, so this
+            one must not be registered there too.
+
+    Raises:
+        ConfigError: it cannot work here.
+    """
+
+    def __init__(self, params: Params, comm_hook: CommHook | None = None) -> None:
+        self.norm: PNorm = p_norm(2.0)
+        self._sums: dict[Hashable, Tensor] = {}  # by reduction
+        self._is_old = False  # a step has taken them; the next reduction begins anew
+        self._twice = False
+        self.ranks = see_reductions(params, self._see, comm_hook)
+        if len(self.ranks) > MOST_RANKS:
+            raise ConfigError(
+                f"RankNorms: {len(self.ranks)} ranks; the message has a word for each of up to "
+                f"{MOST_RANKS}"
+            )
+
+    def use_norm(self, norm: PNorm) -> None:
+        """The clipper's."""
+        if norm is not self.norm:
+            self.norm = norm
+            self.forget()
+
+    def forget(self) -> None:
+        """What was reduced since the last call: after a backward pass whose gradients were thrown
+        away."""
+        self._sums, self._is_old, self._twice = {}, False, False
+
+    @torch.no_grad()
+    def _see(self, reduction: Hashable, grad: Tensor, divided: float) -> None:
+        if self._is_old:
+            self.forget()
+        self._twice = self._twice or reduction in self._sums
+        sums = TensorList.of([grad.detach()]).power_sums(self.norm.p)
+        self._sums[reduction] = sums if divided == 1 else sums * self.norm.power_of(divided)
+
+    def take(self, device: torch.device, factor: Any) -> Tensor:
+        """[] float64 on `device`: this rank's norm, times a factor; 0 where nothing was reduced.
+        It stays for further calls; the next reduction begins anew."""
+        self._is_old = True
+        if not self._sums:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        sums = torch.cat([each.to(device) for each in self._sums.values()])
+        return self.norm.finish(self.norm.combine(sums)) * factor
+
+    def errors(self, any_grads: bool) -> list[str]:
+        """What is wrong with what was seen since the last call."""
+        if self._twice:
+            return [
+                "rank_norms: gradients were reduced more than once since the last call, and the "
+                "norm of their sum is not known: reduce at the last micro-step alone (no_sync(), "
+                "set_requires_gradient_sync(False)); after a backward pass whose gradients were "
+                "thrown away call rank_norms.forget()"
+            ]
+        if any_grads and not self._sums:
+            return [
+                "rank_norms: there are gradients, and RankNorms saw no reduction: it was built of "
+                "another model, or after the backward pass"
+            ]
+        return []

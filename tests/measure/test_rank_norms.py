@@ -1,0 +1,264 @@
+"""Each rank's own norm before the reduction, beside a float64 oracle of one process, and the rank
+that it gives away."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import distclip
+from distclip.testing import count_collectives, fully_shard
+from late import judged_late
+from parity.layouts import Pair, factor, mesh, pair_grads
+from parity.oracle import total_norm
+
+INF, NAN = math.inf, math.nan
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_custom_reduce_scatter"), reason="a release that shows nothing"
+)
+
+
+def ddp(model, **options):
+    return DDP(model, **options)
+
+
+def fsdp2(model, on=None):
+    for part in (model.first, model.second, model):
+        fully_shard(part, mesh=on or mesh(4))
+    return model
+
+
+def hsdp(model):
+    return fsdp2(model, mesh(2, 2))
+
+
+def one_unit(model):
+    """Of two modules."""
+    fully_shard([model.first, model.second], mesh=mesh(4))
+    fully_shard(model, mesh=mesh(4))
+    return model
+
+
+WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2, "hsdp": hsdp, "one unit": one_unit}
+
+
+def unsynchronised(model, yes):
+    """FSDP2's way to say `no_sync`."""
+    if isinstance(model, DDP):
+        model.require_backward_grad_sync = not yes
+    else:
+        model.set_requires_gradient_sync(not yes)
+
+
+def own_norms(wrapper, p, dtype, micro_steps, scale, late):
+    """Two steps; of the second: what the report says, and what this rank's own gradients are."""
+    model = WRAPPERS[wrapper](Pair().to(dtype))
+    rank_norms = distclip.RankNorms(model)
+    clipper = distclip.GradClipper(model, INF, norm_type=p, rank_norms=rank_norms)
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for micro_step in range(micro_steps):
+            unsynchronised(model, micro_step < micro_steps - 1)
+            scaler.scale(model(factor().to(dtype))).backward()
+        again = clipper.measure() if scale == 1 else None
+        with count_collectives() as seen:
+            report = clipper.step(optimizer, scaler=scaler, grad_scale=0.5)
+    norms = report.rank_norms.tolist()
+    assert again is None or (2 * report.rank_norms).equal(again.rank_norms)
+    assert clipper.measure(of="param").rank_norms.numel() == 0
+    own = [g.double() * micro_steps * factor().item() / 2 for g in pair_grads()]
+    return norms, total_norm(own, p), report.total_norm.item(), seen.names
+
+
+OWN = [(w, how, p) for w in WRAPPERS for how in ("plain", "float16") for p in (1.0, 2.0, INF)]
+OWN += [
+    (w, how, 2.0)
+    for w in ("ddp", "fsdp2", "hsdp")
+    for how in ("accumulated", "scaled", "late", "float64")
+]
+
+
+@pytest.mark.parametrize(
+    "wrapper, how, p",
+    [pytest.param(*case, marks=[] if case[0] == "ddp" else needs_fsdp2) for case in OWN],
+)
+def test_each_rank_has_its_own(ranks, wrapper, how, p):
+    dtype = {"float16": torch.float16, "float64": torch.float64}.get(how, torch.float32)
+    micro_steps = 3 if how == "accumulated" else 1
+    scale = 16.0 if how == "scaled" else 1.0
+    answers = ranks.run(own_norms, wrapper, p, dtype, micro_steps, scale, how == "late")
+    want = [own for _, own, _, _ in answers]
+    assert len(set(want)) == 4, "vacuous"
+    for norms, _, total, names in answers:
+        assert norms == answers[0][0] == pytest.approx(want, rel=1e-6 if how != "float16" else 2e-3)
+        mean = total_norm(pair_grads(), p) * micro_steps / 2
+        assert total == pytest.approx(mean, rel=1e-3 if how == "float16" else 1e-6)
+        assert names == ["allreduce_"]
+
+
+def gradients(how):
+    """With and without: of DDP the same bits, with a hook of one's own too."""
+    seen = []
+
+    def doubled(state, bucket):
+        seen.append(state)
+        bucket.buffer().mul_(2)
+        return allreduce_hook(None, bucket)
+
+    out = []
+    for watched in (False, True):
+        model = DDP(Pair())
+        hook = ("mine", doubled) if how == "hook" else None
+        if watched:
+            distclip.RankNorms(model, comm_hook=hook)
+        elif hook:
+            model.register_comm_hook(*hook)
+        model(factor()).backward()
+        out.append([p.grad.clone() for p in model.parameters()])
+    return [torch.equal(a, b) for a, b in zip(*out, strict=True)], out[0][0].norm().item(), seen
+
+
+@pytest.mark.parametrize("how", ["torch's", "hook"])
+def test_gradients_stay_what_they_were(ranks, how):
+    for equal, norm, seen in ranks.run(gradients, how):
+        assert all(equal) and norm > 0
+        assert seen == (["mine"] * 2 if how == "hook" else [])
+
+
+FAULTS = {"1 %": 1.01, "100 times": 100.0, "nothing": 0.0, "NaN": NAN}
+
+
+def off_after_a_step(wrapper, how, log):
+    """All ranks read the same; rank 2 is off from the third step on."""
+    model = WRAPPERS[wrapper](Pair())
+    sinks = [distclip.JSONLSink(log)] if dist.get_rank() == 0 else [None]
+    rank_norms = distclip.RankNorms(model)
+    clipper = distclip.GradClipper(model, 1.0, rank_norms=rank_norms, sinks=sinks)
+    out = []
+    for step in range(4):
+        model.zero_grad()
+        off = FAULTS[how] if dist.get_rank() == 2 and step >= 2 else 1.0
+        model(torch.tensor(off)).backward()
+        report = clipper.clip_()
+        out.append((report.outlier_rank, report.rank_deviation))
+    return out
+
+
+@pytest.mark.parametrize("how", FAULTS)
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp2", marks=needs_fsdp2)])
+def test_a_rank_that_is_off_is_named(ranks, tmp_path, wrapper, how):
+    answers = ranks.run(off_after_a_step, wrapper, how, str(tmp_path / "log.jsonl"))
+    assert answers == [answers[0]] * 4
+    assert answers[0][:2] == [(None, 0.0)] * 2
+    for rank, deviation in answers[0][2:]:
+        assert rank == 2 and deviation > 8
+        if how == "1 %":  # all others are equal: measured in 0.1 %
+            assert deviation == pytest.approx(math.log(1.01) / 1e-3, rel=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "total_norm" in row]
+    assert [row["outlier_rank"] for row in rows] == [None, None, 2, 2]
+    assert all(len(row["rank_norms"]) == 4 and row["action"] == "none" for row in rows)
+
+
+def test_chance_is_no_outlier():
+    """Of what spreads as norms do, the farthest is rarely told."""
+    draw = torch.Generator().manual_seed(0)
+    told_of = 0
+    model = nn.Linear(1, 1)
+    model.weight.grad = torch.ones(1, 1)
+    report = distclip.GradClipper(model, 1.0).measure()
+    assert report.rank_norms.numel() == 0 and report.outlier_rank is None
+    for _ in range(200):
+        noise = 0.1 * torch.randn(64, generator=draw)
+        spread = distclip.ClipReport.deferred(dict, rank_norms=(5 + noise))
+        told_of += spread.outlier_rank is not None
+        noise[7] += 1.5
+        off = distclip.ClipReport.deferred(dict, rank_norms=(5 + noise))
+        assert off.outlier_rank == 7
+    assert told_of <= 2
+
+
+def slips(what):
+    model = Pair()
+    try:
+        if what == "twice":
+            model = DDP(model)
+            rank_norms = distclip.RankNorms(model)
+            clipper = distclip.GradClipper(model, 1.0, rank_norms=rank_norms)
+            for _ in range(2):
+                model(torch.tensor(1.0)).backward()
+            clipper.clip_()
+        elif what == "late":
+            model = DDP(model)
+            model(torch.tensor(1.0)).backward()
+            rank_norms = distclip.RankNorms(model)
+            distclip.GradClipper(model, 1.0, rank_norms=rank_norms).clip_()
+        elif what == "own hook":
+            model = DDP(model)
+            model.register_comm_hook(None, allreduce_hook)
+            distclip.RankNorms(model)
+        elif what == "fsdp1":
+            distclip.RankNorms(FSDP1(model, device_id=torch.device("cpu")))
+        elif what == "plain":
+            distclip.RankNorms(model)
+        elif what == "hook without ddp":
+            distclip.RankNorms(fsdp2(model), comm_hook=(None, allreduce_hook))
+        elif what == "tensor parallel":
+            inner = mesh(2, 2)["inner"]
+            for name, p in list(model.first.named_parameters()):
+                placed = distribute_tensor(p.detach(), inner, [Shard(0)], src_data_rank=None)
+                setattr(model.first, name, nn.Parameter(placed))
+            fully_shard(model.first, mesh=mesh(2, 2)["outer"])
+            distclip.RankNorms(model)
+        elif what == "replicate":
+            distclip.RankNorms(replicate(model))
+        elif what == "several meshes":
+            fully_shard(model.first, mesh=mesh(2, 2)["inner"])
+            fully_shard(model, mesh=mesh(4))
+            distclip.RankNorms(model)
+        elif what == "fewer ranks":
+            model = DDP(model, process_group=mesh(2, 2)["inner"].get_group())
+            distclip.GradClipper(model, 1.0, rank_norms=distclip.RankNorms(model))
+        elif what == "the class":
+            distclip.GradClipper(model, 1.0, rank_norms=distclip.RankNorms)
+    except distclip.DistclipError as error:
+        return str(error)
+
+
+REFUSED = {
+    "twice": "gradients were reduced more than once since the last call",
+    "late": "there are gradients, and RankNorms saw no reduction",
+    "own hook": "the model has the communication hook allreduce_hook already, and DDP takes one",
+    "fsdp1": "the model is wrapped by FSDP1",
+    "plain": "nothing here reduces gradients where they can be seen",
+    "hook without ddp": "comm_hook= is DDP's",
+    "tensor parallel": "parameters of first are divided by tensor or expert parallelism",
+    "replicate": "RankNorms: ",
+    "several meshes": "ranks that hold different parts cannot be compared",
+    "fewer ranks": "and this clipper is of ranks (0, 1, 2, 3)",
+    "the class": "pass distclip.RankNorms(model), built after wrapping",
+}
+
+
+NEED_FSDP2 = ("hook without ddp", "tensor parallel", "several meshes")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(w, marks=needs_fsdp2) if w in NEED_FSDP2 else w for w in REFUSED],
+)
+def test_refused_on_all_ranks(ranks, what):
+    for text in ranks.run(slips, what):
+        assert REFUSED[what] in text, text
