@@ -91,6 +91,23 @@ def test_a_text_of_one_line_is_said_whole(capsys, own_excepthook):
     assert str(error) == error.brief and str(error) in printed(error, capsys)
 
 
+def test_torchs_hook_is_kept_for_all_else(monkeypatch, capsys):
+    """`init_process_group` puts one of its own there."""
+
+    def of_torch(kind, error, trace):
+        print(f"[rank3]: {error}", file=sys.stderr)
+
+    of_torch.__module__ = "torch.distributed.distributed_c10d"
+    monkeypatch.setattr(sys, "excepthook", of_torch)
+    error = distclip.AgreementError("first\nsecond")
+    error.told_on(0, here=3)
+    assert printed(error, capsys) == (
+        "distclip.errors.AgreementError: first [the whole text: rank 0]\n"
+    )
+    error.told_on(3, here=3)
+    assert printed(error, capsys) == "[rank3]: first\nsecond\n"
+
+
 def test_another_hook_stays(monkeypatch):
     def hook(kind, error, trace):
         pass

@@ -146,7 +146,7 @@ def what_is_wrong_with(error, who, changed):
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if not frame.filename.startswith(SOURCE):
         return f"was raised in {frame.filename}:{frame.lineno}"
-    text = getattr(error, "text", str(error))
+    text = str(error)
     words = {*changed, who, "threshold", "scaler", "parameters", "(step, threshold)", "checkpoint"}
     if not any(word in text for word in words):
         return "names no argument"

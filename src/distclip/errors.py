@@ -4,7 +4,7 @@ that is explained."""
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from typing import Any
 
@@ -55,18 +55,23 @@ class DistclipError(Exception):
             here: this one.
         """
         self.full_text_on, self._is_told_elsewhere = rank, rank != here
-        # another hook than Python's own knows best what to do with errors
-        if self._is_told_elsewhere and sys.excepthook is sys.__excepthook__:
-            sys.excepthook = _print_briefly
+        # another hook than Python's own, or that of torch's process groups, which sets the rank
+        # before each line of it, knows best what to do with errors
+        hook: Any = sys.excepthook
+        known = hook is sys.__excepthook__ or str(hook.__module__).startswith("torch.distributed")
+        if self._is_told_elsewhere and known:
+            sys.excepthook = partial(_print_briefly, hook)
 
 
-def _print_briefly(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What Python does with an error that nobody caught, but a line alone for one that another rank
-    prints whole, with its traceback."""
+def _print_briefly(
+    before: Any, kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    """What was done before with an error that nobody caught, but a line alone for one that another
+    rank prints whole, with its traceback."""
     if isinstance(error, DistclipError) and error.brief != str(error):
         print(f"{kind.__module__}.{kind.__qualname__}: {error.brief}", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        before(kind, error, trace)
 
 
 class ConfigError(DistclipError, ValueError):
