@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.passed import as_number
 from distclip.policies.policy import Policy, describe
 from distclip.policies.spikes import norm_over_groups
 from distclip.policies.wrapping import check_policy, inner_state, pass_on_stats, wrap_state
@@ -75,8 +76,8 @@ class Escalate:
         rungs = [number for number in self._rungs() if number is not None]
         if (
             not rungs
-            or sorted(rungs) != rungs
             or not all(isinstance(number, int) and number >= 1 for number in rungs)
+            or sorted(rungs) != rungs
         ):
             raise ConfigError(
                 f"Escalate: skip={self.skip!r}, lower_lr={self.lower_lr!r}, "
@@ -88,7 +89,8 @@ class Escalate:
                 f"Escalate: window={self.window!r} must be a whole number of at least "
                 f"{rungs[-1]}, the highest rung; it counts steps"
             )
-        if not 0 < self.sigma < math.inf or not 1 <= self.factor < math.inf:
+        sigma, factor = as_number(self.sigma), as_number(self.factor)
+        if not 0 < sigma < math.inf or not 1 <= factor < math.inf:
             raise ConfigError(
                 f"Escalate: sigma={self.sigma!r} must be positive and factor={self.factor!r} at "
                 f"least 1, both finite"
