@@ -334,8 +334,8 @@ def per_expert(pattern: str, others: Grouping | None = None) -> Grouping:
 
     Raises:
         ConfigError: `pattern` is no text, or `others` no grouping. When the clipper is built: a
-            module's tensors differ in their number of experts; it was passed as `groups=`: a gradient tensor has one
-            coefficient, so an expert cannot be clipped apart.
+            module's tensors differ in their number of experts; it was passed as
+            `groups=`: a gradient tensor has one coefficient, so an expert cannot be clipped apart.
         PlacementError: when the clipper is built: FSDP1 or another sharding that cuts experts
             anywhere.
     """
