@@ -96,6 +96,22 @@ RANK_DEVIATIONS = 8.0
 ACTIONS = ("none", "skip", "lower_lr", "roll_back")
 
 
+def farthest_rank(norms: Sequence[float]) -> tuple[int | None, float | None]:
+    """The outlier among ranks' own norms, and the deviation of the rank that lies off the
+    farthest; see `ClipReport.rank_deviation`."""
+    if len(norms) < 3:
+        return None, None
+    logs = [math.log(n) if 0 < n < math.inf else math.nan for n in norms]
+    known = [log for log in logs if log == log]
+    middle = median(known) if known else 0.0
+    spread = median([abs(log - middle) for log in known]) if known else 0.0
+    off = [
+        abs(log - middle) / max(1.4826 * spread, 1e-3) if log == log else math.inf for log in logs
+    ]
+    rank = max(range(len(off)), key=off.__getitem__)
+    return rank if off[rank] > RANK_DEVIATIONS else None, off[rank]
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Multiply each group's gradients by its coefficient."""
@@ -231,7 +247,8 @@ class ClipReport:
     norm_type: float
     culprits: tuple[Culprit, ...] = ()
     # why the step matters, the first that holds: "skipped", "outlier" (more than 4 robust
-    # deviations off, or not finite), "largest" (among the ten largest so far); else None. On CUDA a
+    # deviations off, or not finite, or a rank begins to lie off the others: `outlier_rank`),
+    # "largest" (among the ten largest so far); else None. On CUDA a
     # step that is judged at the next call has it, deviation, culprits and notes in the log alone
     matters: str | None = None
     # robust deviations (1.4826 MAD) of log(total_norm) from the median of the last steps, up to
@@ -291,19 +308,7 @@ class ClipReport:
 
     @property
     def _farthest_rank(self) -> tuple[int | None, float | None]:
-        """The outlier, and the deviation of the rank that lies off the farthest."""
-        logs = [math.log(n) if 0 < n < math.inf else math.nan for n in self.rank_norms.tolist()]
-        known = [log for log in logs if log == log]
-        if len(logs) < 3:
-            return None, None
-        middle = median(known) if known else 0.0
-        spread = median([abs(log - middle) for log in known]) if known else 0.0
-        off = [
-            abs(log - middle) / max(1.4826 * spread, 1e-3) if log == log else math.inf
-            for log in logs
-        ]
-        rank = max(range(len(off)), key=off.__getitem__)
-        return rank if off[rank] > RANK_DEVIATIONS else None, off[rank]
+        return farthest_rank(self.rank_norms.tolist())
 
     @property
     def group_shares(self) -> Tensor:

@@ -193,7 +193,10 @@ class HostNow:
         state = self._state
         total, rate = float(norms.total), float(state.history.clip_rate)
         left_out, skipped = bool(decision.skip), bool(flags.skipped)
-        numbers = HostNumbers(left_out, skipped, total, rate, float(cosine), state.num_steps)
+        numbers = HostNumbers(
+            *(left_out, skipped, total, rate, float(cosine), state.num_steps),
+            rank_norms=[float(own) for own in norms.rank_norms],
+        )
         findings = self._stages.checker.check(measurement, norms.checks, numbers)
         grads = measurement.grads
         return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings)
@@ -260,6 +263,8 @@ class DeviceLate:
             flags.clipped,
             flags.skipped,
             new((), 1.0) if scale is None else scale,
+            len(norms.rank_norms),
+            *norms.rank_norms,
         ]
         numbers = [n if isinstance(n, Tensor) else new((), float(n)) for n in numbers]
         coef: Any = decision.coef
@@ -270,7 +275,10 @@ class DeviceLate:
         stand last."""
         count = len(CheckWords._fields)
         *words, agreed = numbers[:count]
-        left_out, total, rate, cosine, clipped, skipped, inv_scale = numbers[count : count + 7]
+        left_out, total, rate, cosine, clipped, skipped, inv_scale, ranks = numbers[
+            count : count + 8
+        ]
+        end = count + 8 + int(ranks)
         checks = CheckWords(*words, agreed=bool(agreed))
         seen = HostNumbers(
             left_out=bool(left_out),
@@ -279,5 +287,6 @@ class DeviceLate:
             clip_rate=rate,
             cosine=cosine,
             num_steps=self._state.num_steps,
+            rank_norms=numbers[count + 8 : end],
         )
-        return checks, seen, [*numbers[count + 7 :], clipped, skipped, inv_scale]
+        return checks, seen, [*numbers[end:], clipped, skipped, inv_scale]

@@ -4,6 +4,7 @@ warnings and culprits."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from distclip.measure.collect import CollectedGrads
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
-from distclip.records import Culprit, Findings, Note
+from distclip.records import Culprit, Findings, Note, farthest_rank
 from distclip.request import Request
 from distclip.setup.plan import Plan
 
@@ -37,6 +38,7 @@ class HostNumbers(NamedTuple):
     clip_rate: float  # share of the last steps that were clipped
     cosine: float  # the least one, between raw and clamped gradients
     num_steps: int  # that the rate counts
+    rank_norms: Sequence[float] = ()  # each rank's own, before the reduction
 
 
 @dataclass(slots=True)
@@ -93,7 +95,9 @@ class StepChecker:
             culprits, norm = self._count_bad_step(measurement, int(checks.nonfinite)), math.nan
         else:
             self._count_finite_step(step, numbers)
-        matters, deviation = self.window.judge(norm, numbers.skipped)
+        matters, deviation = self.window.judge(
+            norm, numbers.skipped, farthest_rank(numbers.rank_norms)[0]
+        )
         notes: tuple[Note, ...] = ()
         if matters is not None and checks.notes:
             notes = self.notes.gather(self.channel, self.device)

@@ -1,9 +1,10 @@
 """Which steps are worth more than their numbers: what is known of them alone is kept (norms of the
 watched layers), or asked of all ranks (notes).
 
-A step matters if it is skipped, if its norm is an outlier, or if it is among the ten largest so
-far. This is worked out on the host from reduced norms, which are equal on every rank, and begins
-anew with each set-up, a collective: so ranks never differ in it. A checkpoint does not hold it.
+A step matters if it is skipped, if its norm is an outlier, if a rank begins to lie off the others
+(RankNorms), or if it is among the ten largest so far. This is worked out on the host from reduced
+norms, which are equal on every rank, and begins anew with each set-up, a collective: so ranks never
+differ in it. A checkpoint does not hold it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ OUTLIER = 4.0  # robust deviations
 LEAST_SCALE = 0.1 / OUTLIER
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 LARGEST = 10
-# Of the last WINDOW steps at most so many count as among the largest alone: of a norm that grows
-# and grows each one is.
-MOST_LARGEST = 32
+# Of the last WINDOW steps at most so many count as among the largest, or for a rank, alone: of a
+# norm that grows and grows each one is, and of few ranks some lie off by chance.
+MOST_MARKED = 32
 
 
 class NormWindow:
@@ -40,6 +41,7 @@ class NormWindow:
         "_marked",
         "_median",
         "_num_judged",
+        "_outlier_rank",
         "_scale",
         "_until_refresh",
     )
@@ -50,9 +52,12 @@ class NormWindow:
         self._median, self._scale = 0.0, 0.0  # scale 0: not known yet
         self._largest = [0.0] * LARGEST  # a heap, the smallest first
         self._num_judged = 0
-        self._marked: deque[int] = deque(maxlen=MOST_LARGEST)  # steps that were "largest" alone
+        self._marked: deque[int] = deque(maxlen=MOST_MARKED)  # those of `_mark`
+        self._outlier_rank: int | None = None  # of the last step
 
-    def judge(self, norm: float, skipped: bool) -> tuple[Matters | None, float | None]:
+    def judge(
+        self, norm: float, skipped: bool, outlier_rank: int | None = None
+    ) -> tuple[Matters | None, float | None]:
         """Judge a step by those before it, and remember it.
 
         Returns:
@@ -64,7 +69,10 @@ class NormWindow:
             norm: before clipping; NaN where some gradient is not finite. A norm of 0, of no
                 gradients at all, has no logarithm and is not judged.
             skipped: the step is not taken: its norm does not enter the window.
+            outlier_rank: whose own norm lies off the others. A rank that stays off is told once.
         """
+        is_new_rank = outlier_rank not in (None, self._outlier_rank)
+        self._outlier_rank = outlier_rank
         self._num_judged += 1
         if not 0 < norm < math.inf:
             return "skipped" if skipped else None if norm == 0 else "outlier", None
@@ -81,15 +89,17 @@ class NormWindow:
         if not self._until_refresh:
             self._refresh()
         if deviation is None:
-            return None, None
+            return "outlier" if is_new_rank and self._mark() else None, None
         if not -OUTLIER <= deviation <= OUTLIER:
+            return "outlier", deviation
+        if is_new_rank and self._mark():
             return "outlier", deviation
         return "largest" if is_largest and self._mark() else None, deviation
 
     def _mark(self) -> bool:
-        """Whether a step may still matter for being among the largest."""
+        """Whether a step may still matter for that alone."""
         marked, now = self._marked, self._num_judged
-        if len(marked) == MOST_LARGEST and now - marked[0] < WINDOW:
+        if len(marked) == MOST_MARKED and now - marked[0] < WINDOW:
             return False
         marked.append(now)
         return True

@@ -102,7 +102,8 @@ class ReportWriter:
             # was judged by an error. A copy of the window says what it can: the window itself must
             # not learn on this rank alone.
             norm = math.nan if report.nonfinite else report.total_norm.item()
-            found = Findings(*deepcopy(self.window).judge(norm, bool(report.skipped)))
+            window = deepcopy(self.window)
+            found = Findings(*window.judge(norm, bool(report.skipped), report.outlier_rank))
         return found
 
     def _write_to_sinks(self, queued: _QueuedReport) -> None:
