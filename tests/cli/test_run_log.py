@@ -85,7 +85,7 @@ def test_what_schema_2_adds(tmp_path):
     assert [run.part_names[i] if i >= 0 else None for i in run.top] == ["b", "a", None]
     np.testing.assert_allclose(run.top_share, [16 / 25, np.inf, np.nan])
     details = run.details_of(0)
-    assert details.notes == (RankNote(2, {"ids": [7]}, True),)
+    assert details.notes == (RankNote(2, 1, {"ids": [7]}, True),)
     np.testing.assert_array_equal(details.rank_norms, [1.0, np.nan, 9.0])
     assert run.details_of(1).culprits == (Culprit("a.w", 1, "inf", None, "b.w"),)
     assert str(run.details_of(1).culprits[0]) == "a.w on rank 1: inf (finite: b.w after)"

@@ -63,6 +63,7 @@ class RankNote:
     """What a rank noted at a step."""
 
     rank: int
+    step: int  # which may be one of those before
     note: Any  # any JSON
     cut: bool
 
@@ -444,7 +445,8 @@ def _culprit(said: dict[str, Any]) -> Culprit:
 
 
 def _note(said: dict[str, Any]) -> RankNote:
-    return RankNote(_whole(said.get("rank")), said.get("note"), bool(said.get("cut", False)))
+    rank, step = _whole(said.get("rank")), _whole(said.get("step"))
+    return RankNote(rank, step, said.get("note"), bool(said.get("cut", False)))
 
 
 def _whole(value: Any) -> int:

@@ -65,15 +65,16 @@ def notable_step(history: NormHistory, at: int) -> NotableStep:
     run, details = history.run, history.run.details_of(at)
     rank, notes = int(run.outlier_rank[at]), details.notes
     concerned = {culprit.rank for culprit in details.culprits} | {rank}
-    notes = sorted(notes, key=lambda note: (note.rank not in concerned, note.rank))
+    step = int(run.step[at])
+    notes = sorted(notes, key=lambda n: (n.step != step, n.rank not in concerned, n.rank, -n.step))
     return NotableStep(
-        step=int(run.step[at]),
+        step=step,
         norm=float(run.norm[at]),
         ratio=float(history.ratio[at]),
         layer=top_part(run, at),
         rank=_rank_text(run, at),
         culprits=tuple(map(str, details.culprits)),
-        notes=tuple(map(_note_text, notes)),
+        notes=tuple(_note_text(note, step) for note in notes),
         done=_what_was_done(run, at),
     )
 
@@ -101,10 +102,11 @@ def _rank_text(run: RunLog, at: int) -> str:
     return f"{rank}{own}" + ("" if math.isnan(deviation) else f", {times(deviation)} deviations")
 
 
-def _note_text(note: RankNote) -> str:
+def _note_text(note: RankNote, step: int) -> str:
     text = note.note if isinstance(note.note, str) else json.dumps(note.note, ensure_ascii=False)
     shown = text if len(text) <= _LONGEST_NOTE else text[: _LONGEST_NOTE - 1] + "…"
-    return f"rank {note.rank}: {shown}" + (" (cut when it was logged)" if note.cut else "")
+    of = "" if note.step == step else f", step {note.step}"
+    return f"rank {note.rank}{of}: {shown}" + (" (cut when it was logged)" if note.cut else "")
 
 
 def _what_was_done(run: RunLog, at: int) -> str:
