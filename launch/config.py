@@ -90,6 +90,9 @@ class Clip:
     warmup: int = option(0, "steps at a fixed threshold before an adaptive mode decides", least=0)
     skip_spikes: bool = option(False, "leave out steps whose norm is far above the latest ones")
     escalate: Escalate = field(default_factory=Escalate)
+    watch: bool = option(
+        False, "each layer's norm in the log, every 10 steps and at steps that matter"
+    )
     rank_norms: bool = option(
         False, "each rank's own norm in the log (ddp, fsdp2, hsdp): which one lies off"
     )
@@ -103,21 +106,23 @@ class Clip:
 
 @dataclass
 class Inject:
-    """A gradient element that goes wrong on one rank, to see that no rank steps, or what a finite
-    spike does to the norm.
+    """A fault: a gradient element that goes wrong on one rank, to see that no rank steps, or what a
+    finite spike does to the norm; data, a rank or a layer that go wrong, to find them in the log.
 
     One replica under DDP that has a spike of its own has drifted: that is an error. A spike belongs
     into a shard.
     """
 
-    kind: Literal["none", "overflow", "nan", "spike", "rank"] = option(
+    kind: Literal["none", "overflow", "nan", "spike", "rank", "batch", "layer"] = option(
         "none",
         "what one gradient element becomes, to see that no rank steps; rank: all gradients of a "
-        "rank 100 times as large before they are reduced",
+        "rank 100 times as large before they are reduced; batch: a rank reads zeros, as of an "
+        "empty file; layer: a weight 128 times as large, on all ranks",
     )
     step: int = option(10, "at which step, from 0", least=0)
     batches: int = option(1, "in how many batches in a row, from that step's on", least=1)
     rank: int = option(0, "on which rank", least=0)
+    weight: str = option("", "of kind layer: a parameter's name, such as blocks.1.out.weight")
 
 
 @dataclass
@@ -142,7 +147,15 @@ class Config:
     training: Training = field(default_factory=Training)
     clip: Clip = field(default_factory=Clip)
     inject: Inject = field(default_factory=Inject)
+    faults: list[Inject] = field(
+        default_factory=list, metadata={"help": "more of them: a list, each with inject's keys"}
+    )
     output: Output = field(default_factory=Output)
+
+    @property
+    def injected(self) -> list[Inject]:
+        """All faults."""
+        return [fault for fault in (self.inject, *self.faults) if fault.kind != "none"]
 
 
 def read(arguments: Sequence[str]) -> Config:
@@ -219,12 +232,8 @@ def _check(config: Config, leaves: dict[str, tuple[Any, Any]]) -> None:
             f"clip.rank_norms: strategy={config.strategy!r} shows no rank's own gradients; it is "
             f"for ddp, fsdp2 and hsdp"
         )
-    spread = ("single", "ddp", "fsdp1", "fsdp2", "hsdp")
-    if config.inject.kind == "rank" and config.strategy not in spread:
-        raise Refused(
-            f"inject.kind='rank' has no part in strategy={config.strategy!r}; it is for "
-            f"{', '.join(spread)}"
-        )
+    for fault in (config.inject, *config.faults):
+        _check_fault(fault, config.strategy)
     if config.clip.escalate.roll_back and not config.output.checkpoint:
         raise Refused(
             f"clip.escalate.roll_back={config.clip.escalate.roll_back} loads a checkpoint; name "
@@ -238,6 +247,20 @@ def _check(config: Config, leaves: dict[str, tuple[Any, Any]]) -> None:
         and not Path(config.output.checkpoint).is_dir()
     ):
         raise Refused(f"output.checkpoint={config.output.checkpoint!r} is a file; name a folder")
+
+
+def _check_fault(fault: Inject, strategy: str) -> None:
+    kinds = {"rank": ("single", "ddp", "fsdp1", "fsdp2", "hsdp"), "layer": ("single", "ddp")}
+    if strategy not in kinds.get(fault.kind, (strategy,)):
+        raise Refused(
+            f"inject.kind={fault.kind!r} has no part in strategy={strategy!r}; it is for "
+            f"{', '.join(kinds[fault.kind])}"
+        )
+    if (fault.kind == "layer") != bool(fault.weight):
+        raise Refused(
+            f"inject.kind={fault.kind!r} with inject.weight={fault.weight!r}: a weight is named "
+            f"for kind layer, and for no other"
+        )
 
 
 def _files_first(arguments: Sequence[str]) -> list[str]:
@@ -261,9 +284,15 @@ def _files(arguments: Sequence[str]) -> list[str]:
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
-    return kind(
-        **{k: _build(hints[k], dict(v)) if is_dataclass(hints[k]) else v for k, v in values.items()}
-    )
+    return kind(**{key: _built(hints[key], value) for key, value in values.items()})
+
+
+def _built(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        return _build(hint, dict(value))
+    if hint == list[Inject]:
+        return [fault if is_dataclass(fault) else _build(Inject, dict(fault)) for fault in value]
+    return value
 
 
 def _leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

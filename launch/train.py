@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distclip
+import faults
 from config import Config, Output, read
 from data import make_data
 from jobs import make_job
-from jobs.job import FAULTS
 from ladder import Ladder
 from refusal import Refused, is_first, said_once, say
 from strategies import check
@@ -58,7 +58,7 @@ def say_equal(what: str, mine: object) -> None:
 
 def train(config: Config, device: str) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
-    training, output, inject = config.training, config.output, config.inject
+    training, output = config.training, config.output
     batches = make_data(config.model, config.data.name, config.data.folder, config.data.seed)
     job = make_job(config, device)
     index, parts = job.part
@@ -68,6 +68,9 @@ def train(config: Config, device: str) -> None:
             f"training.batch={training.batch} does not divide by {parts} parts of the "
             f"batch x {training.accumulate} micro-steps"
         )
+    for fault in config.injected:
+        if fault.kind == "layer":
+            faults.weight_of(job.model, fault.weight)
     if rank == 0:
         print(job.clipper.plan)
     start = job.resume(output.checkpoint) if output.checkpoint else 0
@@ -78,35 +81,37 @@ def train(config: Config, device: str) -> None:
 
     bits = torch.zeros((), dtype=torch.int64, device=device)
     ladder, step, taken = Ladder(config, job, speaks=rank == 0), start, 0
-    bar = tqdm(total=training.steps, initial=start, disable=rank != 0, mininterval=0.5, ncols=80)
-    while step < training.steps:
-        batch = ladder.batch_of(step)
-        x, y = (
-            t[index * share : (index + 1) * share].to(device)
-            for t in batches(batch, training.batch)
-        )
-        for group in job.optimizer.param_groups:
-            group["lr"] = training.lr * rate(step, config) * ladder.lr_factor(step)
-        spoilt = range(inject.step, inject.step + inject.batches)
-        fault = FAULTS[inject.kind] if batch in spoilt and rank == inject.rank else None
-        # which data this rank reads: batches are drawn by their numbers
-        job.note = {"batch": batch, "samples": [index * share, (index + 1) * share - 1]}
-        loss, report = job.step(x, y, fault)
-        taken += 1
-        bits = bits * 31 + report.coefs.float().view(torch.int32).long().sum()
-        if step % 20 == 0 or step == training.steps - 1:
-            bar.set_postfix(
-                loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}"
+    with tqdm(
+        total=training.steps, initial=start, disable=rank != 0, mininterval=0.5, ncols=80
+    ) as bar:
+        while step < training.steps:
+            batch = ladder.batch_of(step)
+            x, y = (
+                t[index * share : (index + 1) * share].to(device)
+                for t in batches(batch, training.batch)
             )
-        before, step = step, ladder.heed(step, report)
-        if (
-            output.checkpoint
-            and step > before  # not rolled back to what is saved
-            and (step % output.every == 0 or step == training.steps)
-        ):
-            job.save(output.checkpoint, step)
-        bar.update(step - bar.n)
-    bar.close()
+            for group in job.optimizer.param_groups:
+                group["lr"] = training.lr * rate(step, config) * ladder.lr_factor(step)
+            now = [f for f in config.injected if f.step <= batch < f.step + f.batches]
+            x, y = faults.read_by(now, rank, x, y)
+            # which data this rank reads: batches are drawn by their numbers
+            job.note = {"batch": batch, "samples": [index * share, (index + 1) * share - 1]}
+            with faults.in_model(now, rank, job.model):
+                loss, report = job.step(x, y, faults.element_of(now, rank))
+            taken += 1
+            bits = bits * 31 + report.coefs.float().view(torch.int32).long().sum()
+            if step % 20 == 0 or step == training.steps - 1:
+                bar.set_postfix(
+                    loss=f"{over_ranks(loss, device):.4f}", norm=f"{report.total_norm.item():.3g}"
+                )
+            before, step = step, ladder.heed(step, report)
+            if (
+                output.checkpoint
+                and step > before  # not rolled back to what is saved
+                and (step % output.every == 0 or step == training.steps)
+            ):
+                job.save(output.checkpoint, step)
+            bar.update(step - bar.n)
     say_equal(
         f"bits of the coefficients of {taken} steps: {int(bits) & 0xFFFFFFFF:08x}",
         int(bits),
@@ -135,13 +140,14 @@ def say_start(start: int, config: Config) -> None:
             f"note: {output.log} is there already; the lines of this run come after those that "
             f"it has"
         )
-    world, inject = dist.get_world_size() if dist.is_initialized() else 1, config.inject
-    if inject.kind != "none" and not (start <= inject.step < steps and inject.rank < world):
-        print(
-            f"note: nothing is injected: inject.step={inject.step} and inject.rank={inject.rank}, "
-            f"and steps {start} to {steps - 1} are "
-            f"taken by ranks 0 to {world - 1}"
-        )
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for inject in config.injected:
+        if not (start <= inject.step < steps and inject.rank < world):
+            print(
+                f"note: nothing is injected: inject.step={inject.step} and "
+                f"inject.rank={inject.rank}, and steps {start} to {steps - 1} are "
+                f"taken by ranks 0 to {world - 1}"
+            )
 
 
 def say_end(output: Output) -> None:

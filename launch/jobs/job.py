@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -57,16 +55,11 @@ class Job:
         """The mean loss over this rank's part (None where it sees none), and what was clipped.
 
         Args:
-            fault: a value that one gradient element of this rank takes before clipping; of
-                inject.kind "rank" a factor of all of them.
+            fault: a value that one gradient element of this rank takes before clipping.
         """
         self.optimizer.zero_grad()
-        of_rank = fault if self.config.inject.kind == "rank" else None
-        off = None if of_rank is None else scale_backward(self.model, of_rank)
         loss = self.spread.gradients(x, y, self.config.training.accumulate, self.scaler)
-        if off is not None:
-            off.remove()
-        elif fault is not None:
+        if fault is not None:
             spoil(self.model, fault)
         return loss, self.clipper.step(self.optimizer, scaler=self.scaler, note=self.note)
 
@@ -103,15 +96,3 @@ def spoil_backward(model: nn.Module, fault: float) -> torch.utils.hooks.Removabl
         return grad
 
     return param.register_hook(spoilt)
-
-
-def scale_backward(model: nn.Module, factor: float) -> torch.utils.hooks.RemovableHandle:
-    """Before the reduction: all gradients of this rank, by way of the model's output."""
-
-    def scaled(module: nn.Module, given: object, out: Tensor) -> None:
-        out.register_hook(lambda grad: grad * factor)
-
-    return model.register_forward_hook(scaled)
-
-
-FAULTS = {"none": None, "overflow": math.inf, "nan": math.nan, "spike": 1000.0, "rank": 100.0}

@@ -205,10 +205,11 @@ class RequestMaker:
                 raise ConfigError(f"{operation}(of={of!r}): it is 'grad' or 'param'")
             for name, flag in flags.items():
                 check_flag(f"{operation}(): {name}", flag)
-            if not isinstance(grad_scale, (int, float)) or not 0 < as_number(grad_scale) < math.inf:
+            is_plain = isinstance(grad_scale, (int, float))
+            if not is_plain or not 0 < as_number(grad_scale) < math.inf:
                 raise ConfigError(
                     f"grad_scale={grad_scale!r} must be positive and finite"
-                    + (", a number of Python's" if hasattr(grad_scale, "__float__") else "")
+                    + ("" if is_plain else ", a number of Python's")
                 )
             state = ScalerState(scaler, optimizers, self.device, self.on_host)
             if state.enabled and self.propagates:

@@ -226,7 +226,8 @@ def notable_lines():
             more = {
                 "matters": "outlier", "layers": ["a", "b", "c"], "layer_norms": [1.0, 29.9, 2.0], "outlier_rank": 2,
                 "rank_deviation": 40.0, "rank_norms": [1.0, 1.1, 59.0, 0.9], "action": "lower_lr",
-                "notes": [{"rank": r, "step": 60, "note": {"shard": f"<{r}>"}, "cut": r == 2} for r in range(4)],
+                "notes": [{"rank": r, "step": 60, "note": {"shard": f"<{r}>"}, "cut": r == 2} for r in range(4)]
+                + [{"rank": 2, "step": 59, "note": "before", "cut": False}],
             }  # fmt: skip
         if step == 80:
             norm = math.nan
@@ -243,13 +244,16 @@ def test_a_notable_step_has_its_layer_rank_culprit_and_notes(tmp_path):
     assert page.texts[at + 1 : at + 8] == [
         "step", "norm", "× running median", "layer, its share", "rank", "notes", "what was done",
     ]  # fmt: skip
-    row = page.texts[at + 8 : at + 20]
+    row = page.texts[at + 8 : at + 21]
     assert row[:5] == ["60", "30", "30", "b: 99.4 %", "2, norm 59, 40 deviations"]
     assert row[5] == 'rank 2: {"shard": "<2>"} (cut when it was logged)', (
         "the rank's own comes first"
     )
-    assert row[6:10] == ['rank 0: {"shard": "<0>"}', "2 more", 'rank 1: {"shard": "<1>"}', 'rank 3: {"shard": "<3>"}']  # fmt: skip
-    assert row[10] == "clipped to 1; asked to lower the learning rate"
+    assert row[6:11] == [
+        'rank 0: {"shard": "<0>"}', "3 more", 'rank 1: {"shard": "<1>"}', 'rank 3: {"shard": "<3>"}',
+        "rank 2, step 59: before",
+    ]  # fmt: skip
+    assert row[11] == "clipped to 1; asked to lower the learning rate"
     assert "90" in page.texts[at:] and "3, norm 1.01, 9 deviations" in page.texts[at:], (
         "the first of a streak"
     )

@@ -3,7 +3,9 @@ with the float64 oracle."""
 
 import contextlib
 import copy
+import json
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -167,6 +169,17 @@ def rank_norms(block):
         near(norm, total_norm([p.grad for p in own.parameters()]))
     assert outlier is None
     return str(norms.tolist())
+
+
+@fixture
+def explained(block):
+    """What the page needs stands in the log."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        norm = checked(block, DistributedDataParallel(net()))
+        if dist.get_rank() == 0:
+            header, step = map(json.loads, Path("run.jsonl").read_text().splitlines())
+            assert len(header["layers"]) == 2 and len(step["rank_norms"]) == 4
+    return norm
 
 
 @fixture

@@ -1,6 +1,7 @@
 """The training program as it is started: under torchrun, resumed, and with a slip in its
 configuration."""
 
+import json
 import sys
 
 import pytest
@@ -281,12 +282,14 @@ REFUSED = {
     "no key": (["gpt"], "unrecognized arguments: gpt"),
     "no file": (["--config"], "--config: name a YAML file; configs/ holds some"),
     "threshold 0": (["--clip.threshold", "0"], "clip: max_norm=0 sets every gradient to zero"),
-    "options": (["--clip.mode", "zclip", "--clip.options.alpha", "x"], "clip.options={'alpha': "
-                                                                       "'x'} are not what zclip "
-                                                                       "takes: "),
-    "schedule": (["--clip.mode", "scheduled", "--clip.options.schedule", "[[1]]"], "are not what "
-                                                                                   "scheduled "
-                                                                                   "takes: "),
+    "options": (
+        ["--clip.mode", "zclip", "--clip.options.alpha", "x"],
+        "clip: ZClip: alpha='x' must be between 0 and 1",
+    ),
+    "schedule": (
+        ["--clip.mode", "scheduled", "--clip.options.schedule", "[[1]]"],
+        "clip: Scheduled: schedule=[[1]] is neither a function nor points",
+    ),
     "log": (["--output.log", "/"], "output.log='/' is a folder; name a file in it"),
     "checkpoint": (["--output.checkpoint", __file__], "is a file; name a folder"),
     "distclip's own": (
@@ -318,7 +321,7 @@ FILES = {
         b"clip:\n",
         ": clip is None, not keys with values; leave it out, or write clip: {...}",
     ),
-    "a number as key": (b"1: 2\n", ": unknown key '1'. The keys are: clip.groups"),
+    "a number as key": (b"1: 2\n", ": unknown key '1'. The keys are: clip."),
     "a list as number": (b"training: {steps: [1]}\n", "training.steps: expected int, got [1]"),
 }
 
@@ -492,3 +495,48 @@ def test_a_rank_that_is_off_is_found_in_the_log(ranks, tmp_path, strategy):
     assert "inject.kind='rank' has no part in strategy='tp'" in refused(
         "--strategy", "tp", "--inject.kind", "rank"
     )
+
+
+def test_three_faults_of_one_run_are_told_apart_in_the_log(ranks, tmp_path):
+    """As configs/unstable.yaml injects them, at earlier steps."""
+    log, clean = tmp_path / "log.jsonl", tmp_path / "clean.jsonl"
+    faults = [
+        {"kind": "batch", "step": 45, "rank": 1},
+        {"kind": "rank", "step": 50, "rank": 2},
+        {"kind": "layer", "step": 55, "weight": "blocks.1.out.weight"},
+    ]
+    arguments = [
+        "--config", str(ROOT / "configs" / "unstable.yaml"), "--training.steps", "60", "--training.batch", "16",
+        "--clip.escalate.lower_lr", "0", "--clip.escalate.skip", "0",
+    ]  # fmt: skip
+    train_with(ranks, *arguments, "--faults", json.dumps(faults), "--output.log", str(log))
+    train_with(ranks, *arguments, "--faults", "[]", "--output.log", str(clean))
+    rows, spared = lines(log), lines(clean)
+    assert norms(log)[:45] == norms(clean)[:45]
+    for at, rank in ((45, 1), (50, 2)):
+        assert (rows[at]["matters"], rows[at]["outlier_rank"]) == ("outlier", rank)
+        own = rows[at]["rank_norms"]
+        assert own[rank] > 4 * max(other for i, other in enumerate(own) if i != rank)
+        notes = [n["note"] for n in rows[at]["notes"] if (n["rank"], n["step"]) == (rank, at + 1)]
+        assert notes == [{"batch": at, "samples": [4 * rank, 4 * rank + 3]}]
+    off = rows[55]
+    own = dict(zip(off["layers"], off["layer_norms"], strict=True))
+    assert off["matters"] == "outlier" and max(own, key=own.__getitem__) == "blocks.1"
+    by_rank = off["rank_norms"]
+    assert max(by_rank) < 2 * min(by_rank), "all of them, though of four one lies off by chance"
+    assert {n["rank"] for n in off["notes"] if n["step"] == 56} == {0, 1, 2, 3}
+    for at in (45, 50, 55):
+        assert rows[at]["total_norm"] > 4 * spared[at]["total_norm"], "vacuous"
+    assert rows[56]["total_norm"] < 2 * spared[56]["total_norm"], "the weight is what it was"
+
+
+def test_a_fault_that_cannot_be_is_refused():
+    layer = ("--strategy", "single", "--inject.kind", "layer")
+    assert "a weight is named for kind layer" in refused(*layer)
+    assert "inject.weight='x': the parameters are rnn.weight_ih_l0" in refused(
+        *layer, "--inject.weight", "x"
+    )
+    assert "inject.kind='layer' has no part in strategy='tp'" in refused(
+        "--strategy", "tp", "--faults", '[{"kind": "layer", "weight": "x"}]'
+    )
+    assert "faults" in refused("--faults", '[{"kind": "fire"}]')
