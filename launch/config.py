@@ -148,7 +148,11 @@ class Config:
     clip: Clip = field(default_factory=Clip)
     inject: Inject = field(default_factory=Inject)
     faults: list[Inject] = field(
-        default_factory=list, metadata={"help": "more of them: a list, each with inject's keys"}
+        default_factory=list,
+        metadata={
+            "help": "more of them: a list, each with inject's keys; over a file's list, keys that "
+            "are left out stay as they are at that place"
+        },
     )
     output: Output = field(default_factory=Output)
 
