@@ -21,10 +21,7 @@ extensions = [
     "from_the_package",
     "plain_roles",
 ]
-# pages in the contents that are still to be written
-NEEDS = {"unstable_runs.*": ROOT / "docs" / "unstable_runs.md"}
-exclude_patterns = ["_build", *(page for page, needs in NEEDS.items() if not needs.exists())]
-suppress_warnings = ["toc.excluded"]
+exclude_patterns = ["_build"]
 root_doc = "index"
 nitpicky = True
 nitpick_ignore_regex = [
