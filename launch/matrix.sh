@@ -23,7 +23,7 @@ done
 versions=("$@")
 [ $# -gt 0 ] || mapfile -t versions < <("$python" launch/compatibility.py versions)
 # numpy: the interpreters of triton 3.5 and 3.6 (torch 2.9 and 2.11) do not run with later ones
-needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml"
+needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml msgspec"
 selection=(tests/{parity,precision,policies,faults,setup,measure,decide,apply,report,torch_internals})
 if [ -n "$core" ]; then
   selection+=(tests/kernels/test_{reference,native,triton}.py)
@@ -31,7 +31,10 @@ else
   selection+=(tests/kernels tests/integrations tests/cli/test_doctor.py)
 fi
 for file in tests/test_*.py; do
-  [ "$file" = tests/test_benchmarks.py ] || selection+=("$file") # it measures
+  case $file in
+    tests/test_benchmarks.py | tests/test_packaging.py) ;; # one measures; of the other torch has no part
+    *) selection+=("$file") ;;
+  esac
 done
 
 environment() { # of a version: what is missing is installed
