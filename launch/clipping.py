@@ -92,10 +92,11 @@ def options(config: Config) -> dict[str, Any]:
     leaves_out = clip.skip_spikes or ladder.skip or ladder.lower_lr or ladder.roll_back
     if clip.mode == "none" and not leaves_out and config.training.precision != "fp16":
         on_nonfinite = "propagate"
-    watch = distclip.Watch(distclip.per_layer(2)) if clip.watch else None
+    # DeepSpeed's engines take no such option
+    watch = {"watch": distclip.Watch(distclip.per_layer(2))} if clip.watch else {}
     return {
         "groups": GROUPS[clip.groups](),
         "on_nonfinite": on_nonfinite,
         "sinks": sinks,
-        "watch": watch,
+        **watch,
     }

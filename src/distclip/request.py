@@ -205,11 +205,14 @@ class RequestMaker:
                 raise ConfigError(f"{operation}(of={of!r}): it is 'grad' or 'param'")
             for name, flag in flags.items():
                 check_flag(f"{operation}(): {name}", flag)
-            is_plain = isinstance(grad_scale, (int, float))
+            is_plain, is_number = (
+                isinstance(grad_scale, (int, float)),
+                hasattr(grad_scale, "__float__"),
+            )
             if not is_plain or not 0 < as_number(grad_scale) < math.inf:
                 raise ConfigError(
                     f"grad_scale={grad_scale!r} must be positive and finite"
-                    + ("" if is_plain else ", a number of Python's")
+                    + (", a number of Python's" if not is_plain and is_number else "")
                 )
             state = ScalerState(scaler, optimizers, self.device, self.on_host)
             if state.enabled and self.propagates:
