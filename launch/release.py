@@ -19,7 +19,7 @@ EXTRAS = {
     "accelerate": ["accelerate"],
     "deepspeed": ["deepspeed"],
     "lightning": ["lightning"],
-    "report": ["matplotlib"],
+    "report": ["matplotlib", "msgspec", "numpy"],
     "tensorboard": ["tensorboard"],
     "transformers": ["transformers", "accelerate"],
     "wandb": ["wandb"],
