@@ -74,7 +74,7 @@ def test_survivors_are_told(tmp_path, fault):
                 assert untouched and seconds < HANGS_S / 2
                 assert said.startswith(
                     f"distclip: step at step 2 failed on rank {rank}: "
-                    f"all_reduce(SUM) of 12 float64 over ranks 0-3: "
+                    f"all_reduce(SUM) of 13 float64 over ranks 0-3: "
                 ), said
                 assert said.endswith(
                     "A rank was lost, is stuck, or did not make this call: look "

@@ -54,11 +54,15 @@ def megatron(gloo=False, **sizes):
         warnings.simplefilter("ignore")  # of the import: neither Apex nor Transformer Engine
         from megatron.core import parallel_state
 
+        before = set(dist.distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(create_gloo_process_groups=gloo, **sizes)
         try:
             yield parallel_state
         finally:
             parallel_state.destroy_model_parallel()
+            # that forgets its groups only: some thirty a time, each with three threads that poll
+            for group in set(dist.distributed_c10d._world.pg_map) - before:
+                dist.destroy_process_group(group)
 
 
 def drawn(name, shape):
