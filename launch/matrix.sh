@@ -23,7 +23,7 @@ done
 versions=("$@")
 [ $# -gt 0 ] || mapfile -t versions < <("$python" launch/compatibility.py versions)
 # numpy: the interpreters of triton 3.5 and 3.6 (torch 2.9 and 2.11) do not run with later ones
-needs="numpy<2.4 pytest accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml msgspec"
+needs="numpy<2.4 pytest pytest-xdist accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml msgspec"
 selection=(tests/{parity,precision,policies,faults,setup,measure,decide,apply,report,torch_internals})
 if [ -n "$core" ]; then
   selection+=(tests/kernels/test_{reference,native,triton}.py)
@@ -57,7 +57,7 @@ for version in "${versions[@]}"; do
   results=.venvs/$version.xml
   rm -f "$results"
   # an interrupt, so that pytest still writes down what it has
-  run timeout -s INT -k 120 "${LIMIT:-5400}" python -m pytest -q -p no:cacheprovider --junitxml="$results" ${TESTS:-"${selection[@]}"}
+  run timeout -s INT -k 120 "${LIMIT:-5400}" python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --junitxml="$results" ${TESTS:-"${selection[@]}"}
   code=$?
   [ $code = 0 ] || failed=1
   if [ -z "$TESTS" ]; then
