@@ -131,6 +131,7 @@ def train(folder, replica, life, rank):
         alone += others == 1
         joint += others == GROUPS and (alone > 0 or life > 0)
         if replica == 0 and alone and others == 1:
+            (folder / "alone").touch()
             time.sleep(0.2)  # the other group starts meanwhile
     params = [p.full_tensor().detach().double() for p in model.parameters()]
     said = {
@@ -215,6 +216,7 @@ def main():
             (folder / "go").touch()
             waited(lambda: all(p.poll() is not None for p in groups[1]))
             killed = [p.returncode for p in groups[1]]
+            waited((folder / "alone").exists)  # one that is back at once is not missed
             groups[1] = started(folder, 1, 1, address)
             waited(lambda: all(p.poll() is not None for group in groups for p in group))
             said = [json.loads(f.read_text()) for f in sorted(folder.glob("said*"))]
