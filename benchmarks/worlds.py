@@ -16,42 +16,45 @@ import torch
 from torch import Tensor
 
 from distclip.exchange.channel import Channel, hash64
-from distclip.records import Holding, Piece
+from distclip.records import ParamHolding, ParamPiece
 from distclip.setup.inventory import HoldingTables, RemoteHolding
 from distclip.setup.plan import make_plan
 from distclip.setup.replicas import find_replicas
 from distclip.testing import ThreadGroup, run_threads
 
 CPU = torch.device("cpu")
-WHOLE = Holding("whole", "whole", ("all",))
+WHOLE = ParamHolding("whole", "whole", ("all",))
 
 
-def sharded(rank: int, size: int, count: int) -> list[Piece]:
+def sharded(rank: int, size: int, count: int) -> list[ParamPiece]:
     """FSDP2-like: all ranks name the same parameters, each holds its own part."""
-    part = Holding("Shard(0)", f"{rank}/{size}", ("mesh",))
-    return [Piece(f"p{i}", f"p{i}", part, (size, 8), 8 * size, (1, 8), None) for i in range(count)]
+    part = ParamHolding("Shard(0)", f"{rank}/{size}", ("mesh",))
+    return [
+        ParamPiece(f"p{i}", f"p{i}", part, (size, 8), 8 * size, (1, 8), None) for i in range(count)
+    ]
 
 
-def two_dimensional(rank: int, size: int, count: int) -> list[Piece]:
+def two_dimensional(rank: int, size: int, count: int) -> list[ParamPiece]:
     """Copied over half of the ranks and sharded over the rest, with biases held by all."""
-    part = Holding("Replicate, Shard(0)", f"{rank % (size // 2)}", ("mesh",))
+    part = ParamHolding("Replicate, Shard(0)", f"{rank % (size // 2)}", ("mesh",))
     weights = [
-        Piece(f"p{i}", f"p{i}", part, (size // 2, 8), 4 * size, (1, 8), None)
+        ParamPiece(f"p{i}", f"p{i}", part, (size // 2, 8), 4 * size, (1, 8), None)
         for i in range(count // 2)
     ]
     return weights + [
-        Piece(f"b{i}", f"b{i}", WHOLE, (8,), 8, (8,), None) for i in range(count // 2)
+        ParamPiece(f"b{i}", f"b{i}", WHOLE, (8,), 8, (8,), None) for i in range(count // 2)
     ]
 
 
-def private(rank: int, size: int, count: int) -> list[Piece]:
+def private(rank: int, size: int, count: int) -> list[ParamPiece]:
     """Stages and experts: every rank names parameters of its own."""
     return [
-        Piece(f"r{rank}.p{i}", f"r{rank}.p{i}", WHOLE, (8,), 8, (8,), None) for i in range(count)
+        ParamPiece(f"r{rank}.p{i}", f"r{rank}.p{i}", WHOLE, (8,), 8, (8,), None)
+        for i in range(count)
     ]
 
 
-LAYOUTS: dict[str, Callable[[int, int, int], list[Piece]]] = {
+LAYOUTS: dict[str, Callable[[int, int, int], list[ParamPiece]]] = {
     "sharded, equal tables": sharded,
     "2-D mesh, equal tables": two_dimensional,
     "private names, every table another": private,

@@ -21,7 +21,7 @@ from distclip.decide.audit import fingerprint, gather_culprits
 from distclip.exchange.channel import Channel
 from distclip.exchange.readback import Readback
 from distclip.kernels import triton_lists
-from distclip.records import Holding, Piece
+from distclip.records import ParamHolding, ParamPiece
 from distclip.setup.plan import agree_on_call, make_plan
 from distclip.testing import run_threads
 from kernels.native_cases import NO_LIBRARY
@@ -155,14 +155,16 @@ def agreed(group, elsewhere):
     """The mode of a default device is the thread's own."""
     channel = Channel(group, range(group.size()), group.rank())
     part, whole = (
-        Holding("Shard(0)", f"{channel.rank}/{channel.size}", ("mesh",)),
-        Holding("whole", "whole", ("all",)),
+        ParamHolding("Shard(0)", f"{channel.rank}/{channel.size}", ("mesh",)),
+        ParamHolding("whole", "whole", ("all",)),
     )
     pieces = [
-        Piece("w", "w", part, (4, 3), 12, (1, 3), None),
-        Piece("b", "b", whole, (5,), 5, (5,), None),
+        ParamPiece("w", "w", part, (4, 3), 12, (1, 3), None),
+        ParamPiece("b", "b", whole, (5,), 5, (5,), None),
     ]
-    pieces.append(Piece(f"own{channel.rank}", f"own{channel.rank}", whole, (2,), 2, (2,), None))
+    pieces.append(
+        ParamPiece(f"own{channel.rank}", f"own{channel.rank}", whole, (2,), 2, (2,), None)
+    )
     with elsewhere():
         agree_on_call(channel, {"a": "1"}, None, CPU)
         plan = make_plan(channel, pieces, [piece.name for piece in pieces], {"w": 1}, 2.0, CPU)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from distclip.errors import ConfigError
 from distclip.passed import as_list
-from distclip.records import Piece
+from distclip.records import ParamPiece
 from distclip.torch_internals.grad_scaler import inner_optimizers, unwrap_optimizer
 
 
@@ -186,7 +186,9 @@ def _param_names(groups: Sequence[dict[str, Any]]) -> dict[int, str]:
     }
 
 
-def params_without_plan(owned: Sequence[OptimizerParams], pieces: Sequence[Piece]) -> list[str]:
+def params_without_plan(
+    owned: Sequence[OptimizerParams], pieces: Sequence[ParamPiece]
+) -> list[str]:
     """A text for each optimizer that holds none of the clipper's parameters."""
     return [
         f"optimizer {i} ({type(o.optimizer).__name__}) holds none of this clipper's parameters "

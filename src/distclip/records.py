@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class ParamHolding:
     """How this rank holds a part of a parameter. Pieces of one parameter are copies if their
     regions are equal and their rank sets overlap."""
 
@@ -32,12 +32,12 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ParamPiece:
     """The part of one parameter that this rank holds."""
 
     name: str  # as the user knows it, wrapper prefixes stripped
     key_name: str  # the name under which it is agreed: the first of a `shared=` tuple, else `name`
-    holding: Holding
+    holding: ParamHolding
     shape: tuple[int, ...]  # of the whole parameter
     numel: int  # of the whole parameter
     local_shape: tuple[int, ...]  # of this rank's gradient tensor
@@ -170,7 +170,7 @@ class Note(NamedTuple):
     cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
 
 
-class Findings(NamedTuple):
+class StepFindings(NamedTuple):
     """What was found out of a step once it was judged. Equal on every rank."""
 
     matters: str | None = None

@@ -22,7 +22,7 @@ from distclip.optimizers import (
 )
 from distclip.p_norm import PNorm
 from distclip.passed import as_number, check_flag, is_text
-from distclip.records import Piece
+from distclip.records import ParamPiece
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.torch_internals.grad_scaler import NO_SCALER, ScalerState
 from distclip.values import Column, Number
@@ -137,7 +137,7 @@ class Request:
             found = bad if found is None else torch.maximum(found, bad)
         return float(found) if on_host and found is not None else found
 
-    def still_scaled(self, present: Collection[int], pieces: Sequence[Piece]) -> list[str]:
+    def still_scaled(self, present: Collection[int], pieces: Sequence[ParamPiece]) -> list[str]:
         """A text if a scaled gradient belongs to no optimizer that was passed: the scaler's records
         of these say whether a gradient is still scaled."""
         if not self.scaler.enabled or self.target == "param":

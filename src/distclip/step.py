@@ -26,7 +26,7 @@ from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import Readback
 from distclip.measure.local_sums import LocalMeasurement
-from distclip.records import Findings
+from distclip.records import StepFindings
 from distclip.report.writer import ReportWriter
 from distclip.request import Request
 from distclip.stages import Stages
@@ -173,7 +173,7 @@ class _CheckedStep(NamedTuple):
     host_flags: StepFlags
     on_host: bool
     grads: Any
-    findings: Findings | None  # None where it is judged at the next call
+    findings: StepFindings | None  # None where it is judged at the next call
 
 
 class HostNow:

@@ -21,8 +21,8 @@ from distclip.cli import main
 from distclip.cli.doctor import facts as doctor_facts
 from distclip.cli.doctor.command import CHECKS, more_ranks
 from distclip.cli.doctor.layouts import LAYOUTS
-from distclip.cli.doctor.output import Findings, as_json, as_table
-from distclip.cli.doctor.records import Result
+from distclip.cli.doctor.output import DoctorOutput, as_json, as_table
+from distclip.cli.doctor.records import CheckResult
 from distclip.cli.doctor.speed_checks import SpeedCheck
 from distclip.testing import fresh_process
 
@@ -150,9 +150,9 @@ def test_how_more_checks_are_run_is_told():
         "2 checks need more ranks than 3: torchrun --nproc-per-node 4 -m distclip doctor"
     )
     assert more_ranks(CHECKS, 4) == ""
-    findings = Findings(
+    findings = DoctorOutput(
         [{"host": "n1"}],
-        [Result("ddp", "not run", "needs at least 2 ranks; there is 1")],
+        [CheckResult("ddp", "not run", "needs at least 2 ranks; there is 1")],
         hint=more_ranks(CHECKS, 1),
     )
     assert as_table(findings).splitlines()[-2:] == ["1 not run", findings.hint]
@@ -177,9 +177,9 @@ def test_the_speed_line_compares_work_with_work():
 
 def test_the_json_has_what_the_table_has():
     one = {"host": "n1", "device id": "", "torch": "2.13.0", "threads": 1}
-    findings = Findings(
+    findings = DoctorOutput(
         [one, one | {"host": "n2", "threads": 8}],
-        [Result("ddp", "fail", "seen " * 40, "remedy " * 30)],
+        [CheckResult("ddp", "fail", "seen " * 40, "remedy " * 30)],
         "a rank is lost",
     )
     document, table = json.loads(as_json(findings)), as_table(findings)

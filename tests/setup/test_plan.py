@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from distclip.exchange.channel import Channel
-from distclip.records import Holding, Piece
+from distclip.records import ParamHolding, ParamPiece
 from distclip.setup.inventory import exchange_tables
 from distclip.setup.plan import make_plan
 from distclip.setup.replicas import drift_pattern, find_replicas
@@ -21,12 +21,15 @@ def channel_of(group):
 
 def sharded(rank, size, count):
     """FSDP-like: `count` parameters in `size` parts, and as many biases copied everywhere."""
-    part = Holding("Shard(0)", f"{rank}/{size}", ("mesh",))
-    whole = Holding("whole", "whole", ("all",))
+    part = ParamHolding("Shard(0)", f"{rank}/{size}", ("mesh",))
+    whole = ParamHolding("whole", "whole", ("all",))
     pieces = [
-        Piece(f"w{i}", f"w{i}", part, (size, 3), 3 * size, (1, 3), None) for i in range(count // 2)
+        ParamPiece(f"w{i}", f"w{i}", part, (size, 3), 3 * size, (1, 3), None)
+        for i in range(count // 2)
     ]
-    return pieces + [Piece(f"b{i}", f"b{i}", whole, (5,), 5, (5,), None) for i in range(count // 2)]
+    return pieces + [
+        ParamPiece(f"b{i}", f"b{i}", whole, (5,), 5, (5,), None) for i in range(count // 2)
+    ]
 
 
 def plan_of(group, count):
@@ -61,9 +64,10 @@ def test_agreement_of_128_ranks_is_less_than_a_second_of_work_each():
 
 def private_names(group):
     channel = channel_of(group)
-    own = Holding("whole", "whole", ("all ranks",))
+    own = ParamHolding("whole", "whole", ("all ranks",))
     pieces = [
-        Piece(name, name, own, (4,), 4, (4,), None) for name in ("gate", f"expert{channel.rank}")
+        ParamPiece(name, name, own, (4,), 4, (4,), None)
+        for name in ("gate", f"expert{channel.rank}")
     ]
     return make_plan(channel, pieces, [piece.name for piece in pieces], {}, 2.0, CPU)
 

@@ -14,7 +14,7 @@ ACTIONS = ("none", "skip", "lower_lr", "roll_back")
 _MOST_STEPS = 1 << 53
 
 
-class Line(msgspec.Struct, gc=False):
+class LogLine(msgspec.Struct, gc=False):
     """What the commands read of a step's line. Lists that are seldom looked at stay undecoded."""
 
     step: int
@@ -41,25 +41,25 @@ class Line(msgspec.Struct, gc=False):
     action: str | None = None
 
 
-_strict = msgspec.json.Decoder(Line)
-_lenient = msgspec.json.Decoder(Line, strict=False)
+_strict = msgspec.json.Decoder(LogLine)
+_lenient = msgspec.json.Decoder(LogLine, strict=False)
 _norms = msgspec.json.Decoder(list[float | None])
 _anything = msgspec.json.Decoder()
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
-def decode_line(text: bytes) -> Line | dict[str, Any] | None:
+def decode_line(text: bytes) -> LogLine | dict[str, Any] | None:
     """A step's line, a header as a dict, or None where it is neither."""
     try:
         line = _strict.decode(text)
     except (msgspec.DecodeError, *_UNREADABLE):
         line = _decode_leniently(text)
-    if isinstance(line, Line) and not 0 <= line.step < _MOST_STEPS:
+    if isinstance(line, LogLine) and not 0 <= line.step < _MOST_STEPS:
         return None
     return line
 
 
-def _decode_leniently(text: bytes) -> Line | dict[str, Any] | None:
+def _decode_leniently(text: bytes) -> LogLine | dict[str, Any] | None:
     """Also with NaN and Infinity, which JSON has not, and with characters that are no UTF-8."""
     try:
         record = json.loads(text.decode("utf-8", "replace"))

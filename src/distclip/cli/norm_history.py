@@ -54,7 +54,7 @@ def running_median(norms: Any) -> Any:
     return np.concatenate([np.full(before, inside[0]), inside, np.full(after, inside[-1])])
 
 
-class Leg(NamedTuple):
+class TrendLeg(NamedTuple):
     """A stretch over which the median norm rises or falls."""
 
     start: float
@@ -63,7 +63,7 @@ class Leg(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Event:
+class SpikeEvent:
     """Spikes that follow one another, as positions."""
 
     first: int
@@ -72,7 +72,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class RunDivergence:
     """A level that a run did not come back from."""
 
     at: int  # position of its first step
@@ -131,14 +131,16 @@ class NormHistory:
         return np.flatnonzero(self.ratio > self.spike_ratio)
 
     @cached_property
-    def events(self) -> list[Event]:
+    def events(self) -> list[SpikeEvent]:
         """Spikes, those that follow one another together."""
         if not len(self.spikes):
             return []
         groups = np.split(self.spikes, np.flatnonzero(np.diff(self.spikes) > _EVENT_GAP) + 1)
-        return [Event(int(g[0]), int(g[-1]), int(g[np.argmax(self.run.norm[g])])) for g in groups]
+        return [
+            SpikeEvent(int(g[0]), int(g[-1]), int(g[np.argmax(self.run.norm[g])])) for g in groups
+        ]
 
-    def around(self, event: Event) -> tuple[float, float]:
+    def around(self, event: SpikeEvent) -> tuple[float, float]:
         """Median norm before and after it; NaN where there are no steps."""
         norm = self.run.norm
         before = norm[max(0, event.first - _SIDE) : event.first]
@@ -168,7 +170,7 @@ class NormHistory:
         return round(period) if regular else None
 
     @cached_property
-    def divergence(self) -> Divergence | None:
+    def divergence(self) -> RunDivergence | None:
         """Where the run went to norms several times as large, or not finite, and stayed there; or
         where one huge step that nothing clipped threw it to far smaller ones."""
         run = self.run
@@ -185,10 +187,10 @@ class NormHistory:
             return jump
         if ended:
             before = _median(run.norm[max(0, last + 1 - _SIDE) : last + 1])
-            return Divergence(last + 1, before, math.nan)
+            return RunDivergence(last + 1, before, math.nan)
         return None
 
-    def _killed_by(self, event: Event) -> Divergence | None:
+    def _killed_by(self, event: SpikeEvent) -> RunDivergence | None:
         run, ratio = self.run, float(self.ratio[event.worst])
         if ratio < _HUGE_RATIO or run.clipped[event.worst] or run.skipped[event.worst]:
             return None
@@ -197,9 +199,9 @@ class NormHistory:
             before = math.nan
         elif not after < before / _JUMP_RATIO:
             return None
-        return Divergence(event.worst, before, after, ratio)
+        return RunDivergence(event.worst, before, after, ratio)
 
-    def _last_jump(self, end: int) -> Divergence | None:
+    def _last_jump(self, end: int) -> RunDivergence | None:
         """The steepest rise of the running median, where the rest of the run stays up."""
         half = MEDIAN_WINDOW // 2
         median = self.median[:end]
@@ -220,7 +222,7 @@ class NormHistory:
             share = np.convolve(beyond, np.ones(20) / 20, "full")[19:]
             first = np.flatnonzero(beyond & (share[: len(beyond)] > 0.7))
             at = candidate + (int(first[0]) if len(first) else half)
-            return Divergence(at, before, _median(rest))
+            return RunDivergence(at, before, _median(rest))
         return None
 
     @cached_property
@@ -256,7 +258,7 @@ class NormHistory:
         return mask
 
     @cached_property
-    def legs(self) -> list[Leg]:
+    def legs(self) -> list[TrendLeg]:
         """The trend of the median norm as rises and falls of at least 1.5 times; empty where it
         changes less than 2-fold."""
         at = np.flatnonzero(self.sane & (self.run.norm > 0))
@@ -268,7 +270,9 @@ class NormHistory:
         ends = [int(self.run.step[s[-1]]) for s in segments]
         noise = 4 * 1.25 * self.sigma / math.sqrt(size)  # of a segment's median
         turns = _turning_points(level, max(_LEG, noise))
-        legs = [Leg(math.exp(level[a]), math.exp(level[b]), ends[b]) for a, b in pairwise(turns)]
+        legs = [
+            TrendLeg(math.exp(level[a]), math.exp(level[b]), ends[b]) for a, b in pairwise(turns)
+        ]
         moved = max((abs(math.log(leg.end / leg.start)) for leg in legs), default=0.0)
         return legs if moved >= math.log(_TREND_RATIO) else []
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distclip.cli.log_lines import Line, decode_names, decode_norms, is_empty
+from distclip.cli.log_lines import LogLine, decode_names, decode_norms, is_empty
 
 _MOST_NUMBERS = 4_000_000  # shares kept of one kind
 _PENDING_NUMBERS = 65_536  # norms collected before their shares are worked out
@@ -59,7 +59,7 @@ class ShareCollector:
         self._tops: list[tuple[Any, Any, Any]] = []
         self._start_over()
 
-    def add(self, row: int, line: Line) -> None:
+    def add(self, row: int, line: LogLine) -> None:
         """`row`: of this line among all."""
         names, norms = (
             (line.groups, line.group_norms)

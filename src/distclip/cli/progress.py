@@ -11,7 +11,7 @@ _SHOWN_FROM_BYTES = 20_000_000
 _WIDTH, _INTERVAL_S = 30, 0.1
 
 
-class Progress:
+class ProgressBar:
     """Counts bytes over all files; shown on a terminal alone, and where it takes a while. Its line
     is removed at the end."""
 
@@ -20,7 +20,7 @@ class Progress:
         self._shows = self._total >= _SHOWN_FROM_BYTES and sys.stderr.isatty()
         self._done, self._shown_at = 0, 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from distclip.cli.log_header import RunHeader, read_header
 from distclip.cli.log_lines import (
     ACTIONS,
-    Line,
+    LogLine,
     decode_line,
     decode_list,
     decode_norms,
@@ -25,7 +25,7 @@ from distclip.cli.log_lines import (
 )
 from distclip.cli.number_ranges import format_ranges
 from distclip.cli.part_shares import PartShares, ShareCollector
-from distclip.cli.progress import Progress
+from distclip.cli.progress import ProgressBar
 
 _RATE_WINDOW = 500  # steps of the rolling clip rate, as in ClipReport
 _MOST_DETAILS = 20_000  # steps with culprits, notes or norms of ranks that are kept
@@ -42,7 +42,7 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class Culprit:
+class LoggedCulprit:
     """A gradient that was not finite."""
 
     parameter: str
@@ -73,7 +73,7 @@ class RankNote:
 class StepDetails:
     """What only some steps have."""
 
-    culprits: tuple[Culprit, ...] = ()
+    culprits: tuple[LoggedCulprit, ...] = ()
     notes: tuple[RankNote, ...] = ()
     rank_norms: tuple[float, ...] = ()  # NaN where not finite
 
@@ -154,7 +154,7 @@ def read_runs(
     files = log_files(paths)
     runs: list[RunLog] = []
     left_out: list[str] = []
-    with Progress(files) as progress:
+    with ProgressBar(files) as progress:
         for file in files:
             try:
                 # a file that was named itself may be a pipe
@@ -204,7 +204,7 @@ def _with_unique_names(runs: Sequence[RunLog]) -> list[RunLog]:
     return out
 
 
-def read_log(path: Path, progress: Progress | None = None) -> RunLog:
+def read_log(path: Path, progress: ProgressBar | None = None) -> RunLog:
     """The readable part of a log; `notes` describe the rest.
 
     Raises:
@@ -253,7 +253,7 @@ class _LogReader:
         self._limits: list[float | None] = []
         self._raw_groups = b""
 
-    def read(self, file: Iterable[bytes], progress: Progress | None) -> None:
+    def read(self, file: Iterable[bytes], progress: ProgressBar | None) -> None:
         columns = [self._floats[name].append for name in _FLOATS]
         put_norm, put_after, put_coef, put_threshold = columns[:4]
         put_cosine, put_rate, put_deviation, put_rank_deviation = columns[4:]
@@ -267,7 +267,7 @@ class _LogReader:
                 progress.advance(unread)
                 unread = 0
             line = decode(text)
-            if not isinstance(line, Line):
+            if not isinstance(line, LogLine):
                 self._add_other(number, text, line)
                 continue
             norm = line.total_norm
@@ -309,7 +309,7 @@ class _LogReader:
                 self.bad_ranges.append([number, number])
             self._last_line_cut = not text.endswith(b"\n")
 
-    def _add_details(self, row: int, line: Line) -> None:
+    def _add_details(self, row: int, line: LogLine) -> None:
         # with RankNorms every line has norms of ranks; those of ordinary steps are not shown
         ordinary = line.outlier_rank is None and not line.skipped
         details = StepDetails(
@@ -436,11 +436,11 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _culprit(said: dict[str, Any]) -> Culprit:
+def _culprit(said: dict[str, Any]) -> LoggedCulprit:
     def name(key: str) -> str | None:
         return None if said.get(key) is None else printable_name(str(said[key]))
 
-    return Culprit(
+    return LoggedCulprit(
         name("parameter") or "?", _whole(said.get("rank")), name("kind") or "not finite",
         name("before"), name("after"),
     )  # fmt: skip

@@ -22,11 +22,11 @@ from distclip.measure.collect import CollectedGrads
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
-from distclip.records import Culprit, Findings, Note, farthest_rank
+from distclip.records import Culprit, Note, StepFindings, farthest_rank
 from distclip.request import Request
 from distclip.setup.plan import Plan
 
-NOTHING_FOUND = Findings()
+NOTHING_FOUND = StepFindings()
 
 
 class HostNumbers(NamedTuple):
@@ -62,7 +62,7 @@ class StepChecker:
 
     def check(
         self, measurement: LocalMeasurement, checks: CheckWords, numbers: HostNumbers
-    ) -> Findings:
+    ) -> StepFindings:
         """Raises on all ranks alike, or returns what was found: whether the step matters, then all
         ranks' notes if some have any, and the culprits of a streak's first bad one.
 
@@ -101,7 +101,7 @@ class StepChecker:
         notes: tuple[Note, ...] = ()
         if matters is not None and checks.notes:
             notes = self.notes.gather(self.channel, self.device)
-        return Findings(matters, deviation, culprits, notes)
+        return StepFindings(matters, deviation, culprits, notes)
 
     def _doing(self, measurement: LocalMeasurement) -> str:
         """What this rank did, for ranks that did not do the same."""

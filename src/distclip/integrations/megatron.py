@@ -121,8 +121,8 @@ def attach(
             "overflow must be skipped; use 'skip'"
         )
     parts = _find_parts(subs, chunks, process_groups)
-    grouping = _Grouping(options.pop("groups", None), parts)
-    attached = _Attached(optimizer, subs, parts, by_norm_group=grouping.grouping is None)
+    grouping = _GroupingOfParts(options.pop("groups", None), parts)
+    attached = _AttachedOptimizer(optimizer, subs, parts, by_norm_group=grouping.grouping is None)
     attached.clipper = GradClipper(
         [(part.name, part.stand_in) for part in parts],
         max_norm,
@@ -142,7 +142,7 @@ def detach(optimizer: Any) -> None:
     Raises:
         ConfigError: it has no clipper.
     """
-    attached: _Attached | None = getattr(optimizer, "_distclip", None)
+    attached: _AttachedOptimizer | None = getattr(optimizer, "_distclip", None)
     if attached is None:
         raise ConfigError("this optimizer has no clipper; attach(optimizer, model, ...) gives one")
     attached.remove()
@@ -208,7 +208,7 @@ def _has_dynamic_scale(sub: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Part:
+class _SteppedPart:
     """What this rank steps of one parameter."""
 
     name: str  # of the parameter, and which part of it: equal on the ranks that hold copies
@@ -220,13 +220,15 @@ class _Part:
     holders: int  # ranks that hold a copy, by Megatron's groups
 
 
-def _find_parts(subs: Sequence[Any], chunks: Sequence[nn.Module], groups: Any) -> list[_Part]:
+def _find_parts(
+    subs: Sequence[Any], chunks: Sequence[nn.Module], groups: Any
+) -> list[_SteppedPart]:
     names = {
         id(param): (number, name)
         for number, chunk in enumerate(chunks)
         for name, param in chunk.named_parameters()
     }
-    parts: list[_Part] = []
+    parts: list[_SteppedPart] = []
     for sub in subs:
         for param, stepped in _stepped_by(sub):
             if id(param) not in names:
@@ -247,7 +249,7 @@ def _find_parts(subs: Sequence[Any], chunks: Sequence[nn.Module], groups: Any) -
             if not counts:
                 marks.append("copy")
             parts.append(
-                _Part(
+                _SteppedPart(
                     f"{name} [{', '.join(marks)}]" if marks else name,
                     name if counts else _TIED_TO,
                     stepped,
@@ -304,7 +306,7 @@ def _num_copies(sub: Any, param: Tensor, groups: Any) -> int:
     return size // sub.data_parallel_group.size() if type(sub) is DistributedOptimizer else size
 
 
-def _check_elements(clipper: GradClipper, parts: Sequence[_Part]) -> None:
+def _check_elements(clipper: GradClipper, parts: Sequence[_SteppedPart]) -> None:
     """A collective. Copies were found by names; their number must be that of Megatron's groups.
 
     Raises:
@@ -325,11 +327,11 @@ def _check_elements(clipper: GradClipper, parts: Sequence[_Part]) -> None:
         )
 
 
-class _Grouping:
+class _GroupingOfParts:
     """Passes the model's names and what is stepped to a grouping; without one, Megatron's groups
     of norms."""
 
-    def __init__(self, grouping: Any, parts: Sequence[_Part]) -> None:
+    def __init__(self, grouping: Any, parts: Sequence[_SteppedPart]) -> None:
         self.grouping = grouping
         self._parts = {part.name: part for part in parts}
         self._stepped = {id(part.stand_in): part.stepped for part in parts}
@@ -361,13 +363,13 @@ class _Grouping:
         return "Megatron's groups of norms" if self.grouping is None else repr(self.grouping)
 
 
-class _Attached:
+class _AttachedOptimizer:
     """One attached optimizer."""
 
     clipper: GradClipper
 
     def __init__(
-        self, optimizer: Any, subs: Sequence[Any], parts: list[_Part], by_norm_group: bool
+        self, optimizer: Any, subs: Sequence[Any], parts: list[_SteppedPart], by_norm_group: bool
     ) -> None:
         self.optimizer, self.subs, self.parts = optimizer, subs, parts
         self._by_norm_group = by_norm_group

@@ -24,7 +24,7 @@ from distclip.measure.grad_placements import (
     redistribute_advice,
 )
 from distclip.measure.gradient_cache import GradientCache
-from distclip.records import Piece
+from distclip.records import ParamPiece
 from distclip.setup.parameters import ModuleEntry
 from distclip.setup.placement import DEVICES
 from distclip.setup.plan import Plan
@@ -303,7 +303,7 @@ def _storage_key(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.data_ptr(), tensor.numel())
 
 
-def _hooks(params: Sequence[Tensor], pieces: Sequence[Piece]) -> str:
+def _hooks(params: Sequence[Tensor], pieces: Sequence[ParamPiece]) -> str:
     """The first hook of `register_post_accumulate_grad_hook`, and of how many parameters."""
     hooked = [
         (piece.name, found)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from distclip.errors import ConfigError, GradientError
 from distclip.exchange.channel import Channel, format_ranks, hash64
-from distclip.records import Piece
+from distclip.records import ParamPiece
 from distclip.torch_internals.dtensor import is_dtensor
 
 
-def kind_error(grad: Tensor, param: Tensor, piece: Piece) -> str | None:
+def kind_error(grad: Tensor, param: Tensor, piece: ParamPiece) -> str | None:
     """What is wrong with a gradient that is a DTensor where the plan's parameter is not, the other
     way round, or on another mesh."""
     if is_dtensor(grad):
@@ -37,11 +37,11 @@ def kind_error(grad: Tensor, param: Tensor, piece: Piece) -> str | None:
     return f"the gradient of {piece.name} {seen}; call clipper.rebuild()"
 
 
-def placed_otherwise(grad: Tensor, piece: Piece) -> bool:
+def placed_otherwise(grad: Tensor, piece: ParamPiece) -> bool:
     return is_dtensor(grad) and piece.placements is not None and grad.placements != piece.placements
 
 
-def portion_of(grad: Tensor, piece: Piece) -> float | str:
+def portion_of(grad: Tensor, piece: ParamPiece) -> float | str:
     """How much of this rank's part of the gradient counts, for each copy of its parameter; a text
     where no part of it does.
 
@@ -113,7 +113,7 @@ class PartialReducer:
         self,
         channel: Channel,
         params: Sequence[Tensor],
-        pieces: Sequence[Piece],
+        pieces: Sequence[ParamPiece],
         device: torch.device,
     ) -> None:
         self._channel, self._device = channel, device

@@ -14,7 +14,7 @@ from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
 from distclip.p_norm import norm_of_norms, p_norm, rounded
-from distclip.records import ClipReport, Findings
+from distclip.records import ClipReport, StepFindings
 from distclip.setup.plan import Plan
 from distclip.values import Number, each, select, select_column
 
@@ -42,7 +42,7 @@ class ReportMaker:
         decision: ClipDecision,
         flags: StepFlags,
         state: ClipperState,
-        findings: Findings,
+        findings: StepFindings,
         read_only: bool,
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.

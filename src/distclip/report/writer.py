@@ -14,7 +14,7 @@ import torch
 
 from distclip.decide.matters import NormWindow
 from distclip.exchange.readback import Readback
-from distclip.records import ClipReport, Findings
+from distclip.records import ClipReport, StepFindings
 from distclip.setup.options import why_unwritable
 
 
@@ -57,7 +57,7 @@ class ReportWriter:
         self._header = header or {}
         self._begun = set[int]()  # identities
         self._late: Readback[_QueuedReport] = Readback()
-        self._found: tuple[int, Findings] | None = None  # step, and what was found of it
+        self._found: tuple[int, StepFindings] | None = None  # step, and what was found of it
         self.window = NormWindow()  # the clipper puts that of its steps here
 
     @property
@@ -80,7 +80,7 @@ class ReportWriter:
         else:
             self._write_to_sinks(queued)
 
-    def add_findings(self, step: int, findings: Findings) -> None:
+    def add_findings(self, step: int, findings: StepFindings) -> None:
         """What was found of a step when it was judged, one call late: its report is not written
         yet."""
         self._found = step, findings
@@ -95,15 +95,15 @@ class ReportWriter:
             report = replace(report, **self._found_of(report)._asdict())
         self._write_to_sinks(late.what._replace(report=report))
 
-    def _found_of(self, report: ClipReport) -> Findings:
-        step, found = self._found or (0, Findings())
+    def _found_of(self, report: ClipReport) -> StepFindings:
+        step, found = self._found or (0, StepFindings())
         if step != report.step:
             # The last step before the end of the program, which no call comes to judge, or one that
             # was judged by an error. A copy of the window says what it can: the window itself must
             # not learn on this rank alone.
             norm = math.nan if report.nonfinite else report.total_norm.item()
             window = deepcopy(self.window)
-            found = Findings(*window.judge(norm, bool(report.skipped), report.outlier_rank))
+            found = StepFindings(*window.judge(norm, bool(report.skipped), report.outlier_rank))
         return found
 
     def _write_to_sinks(self, queued: _QueuedReport) -> None:

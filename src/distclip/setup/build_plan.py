@@ -17,7 +17,7 @@ from distclip.exchange.channel import Channel
 from distclip.groups import Grouping
 from distclip.policies.assignment import policy_of
 from distclip.policies.policy import UnitPolicy
-from distclip.records import Holding, Piece
+from distclip.records import ParamHolding, ParamPiece
 from distclip.setup.options import ClipOptions, PassedOptions, check_options, check_sinks
 from distclip.setup.parameters import (
     Params,
@@ -59,13 +59,13 @@ class _LocalSetup:
     scan: ParamScan = field(default_factory=ParamScan)
     wrappers: tuple[ReducingWrapper, ...] = ()
     members: list[Tensor] = field(default_factory=lambda: [])
-    pieces: list[Piece] = field(default_factory=lambda: [])
+    pieces: list[ParamPiece] = field(default_factory=lambda: [])
     groups: list[str] = field(default_factory=lambda: [])
     layers: list[str] = field(default_factory=lambda: [])
     # where watched layers cut pieces by rows
     cuts: list[RowRange | None] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
-    beside: list[Holding] = field(default_factory=lambda: [])  # of parameters without a piece
+    beside: list[ParamHolding] = field(default_factory=lambda: [])  # of parameters without a piece
 
 
 def build_plan(
@@ -203,7 +203,7 @@ def _read_layers(local: _LocalSetup, watched: Grouping, names: Sequence[str]) ->
         ]
 
 
-def _num_matches(pattern: str, held: Sequence[Piece]) -> int:
+def _num_matches(pattern: str, held: Sequence[ParamPiece]) -> int:
     return sum(
         fnmatchcase(name, pattern)
         for name in {name for piece in held for name in (piece.name, piece.key_name)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.exchange.channel import Channel, hash64
-from distclip.records import Holding, Piece
+from distclip.records import ParamHolding, ParamPiece
 
 _TEXT_WORDS, _MAX_RANK_SETS = 8, 6
 _HOLDING_WORDS = _TEXT_WORDS + 2 + _MAX_RANK_SETS  # text, region, flags, rank sets
@@ -50,12 +50,12 @@ class HoldingTables:
 
 def exchange_tables(
     channel: Channel,
-    pieces: Sequence[Piece],
+    pieces: Sequence[ParamPiece],
     group_of: Sequence[str],
     layer_of: Sequence[str],
     counts: Sequence[int],
     device: torch.device,
-    beside: Sequence[Holding] = (),
+    beside: Sequence[ParamHolding] = (),
 ) -> HoldingTables:
     """Two all-reduces: sizes and digests, then holdings and each distinct table once.
 
@@ -123,7 +123,7 @@ def _put_words(buffer: Tensor, start: int, words: Tensor) -> None:
     buffer[start : start + words.numel()] = words.flatten()
 
 
-def _encode_holding(holding: Holding) -> list[int]:
+def _encode_holding(holding: ParamHolding) -> list[int]:
     text = holding.description.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS)
     rank_sets = [hash64(rank_set) for rank_set in holding.rank_sets]
     if len(rank_sets) > _MAX_RANK_SETS:

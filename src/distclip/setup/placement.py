@@ -24,7 +24,7 @@ import torch
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from distclip.errors import ConfigError, PlacementError
-from distclip.records import Holding, Piece
+from distclip.records import ParamHolding, ParamPiece
 from distclip.setup.parameters import NamedParam
 from distclip.torch_internals.dtensor import dtensor_local, is_dtensor, mesh_of, spec_of
 from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
@@ -97,7 +97,7 @@ def _are_tuples_of_names(shared: Any) -> bool:
 
 def local_pieces(
     named: Sequence[NamedParam], declared: ReplicaDeclarations, rank: int
-) -> list[tuple[NamedParam, Piece]]:
+) -> list[tuple[NamedParam, ParamPiece]]:
     """The pieces that this rank holds, with their parameters; those on a mesh without this rank
     have none.
 
@@ -124,7 +124,7 @@ def local_pieces(
     return [(n, piece) for n, piece in out if piece is not None]
 
 
-def _piece_of(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Piece | None:
+def _piece_of(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> ParamPiece | None:
     over = _declared_rank_set(named.name, declared.replicated_over, rank)
     around = tuple(ranks_token(group) for group in named.ddp_groups)
     key, tied = named.name, ()
@@ -154,7 +154,7 @@ def _piece_of(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Pi
         description = "private" if over == (private_token(rank),) else "whole, declared"
     holding = rank_sets.make_holding(description, "whole", ())
     shape = tuple(param.shape)
-    return Piece(named.name, key, holding, shape, param.numel(), shape, None)
+    return ParamPiece(named.name, key, holding, shape, param.numel(), shape, None)
 
 
 class _RankSets(NamedTuple):
@@ -164,10 +164,10 @@ class _RankSets(NamedTuple):
     declared: tuple[str, ...]  # by `replicated_over`
     tied: tuple[str, ...]  # by `shared`
 
-    def make_holding(self, description: str, region: str, own: tuple[str, ...]) -> Holding:
+    def make_holding(self, description: str, region: str, own: tuple[str, ...]) -> ParamHolding:
         """`own`: the parameter's mesh, or its unit's groups."""
         every = (*own, *self.ddp_groups, *self.declared, *self.tied)
-        return Holding(
+        return ParamHolding(
             description,
             region,
             every or (EVERYWHERE,),
@@ -176,7 +176,7 @@ class _RankSets(NamedTuple):
         )
 
 
-def _flat_piece(named: NamedParam, key: str, shard: FlatShard, rank_sets: _RankSets) -> Piece:
+def _flat_piece(named: NamedParam, key: str, shard: FlatShard, rank_sets: _RankSets) -> ParamPiece:
     index, parts = shard.part
     description = f"FSDP1 shard, {parts} parts" if parts > 1 else "whole, in FSDP1"
     region, over = f"flat {index}/{parts}", tuple(map(ranks_token, shard.groups))
@@ -188,7 +188,7 @@ def _flat_piece(named: NamedParam, key: str, shard: FlatShard, rank_sets: _RankS
             (placed.mesh, *over),
         )
     holding = rank_sets.make_holding(description, region, over)
-    return Piece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
+    return ParamPiece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
 
 
 _IS_PARTIAL = methodcaller("is_partial")
@@ -223,7 +223,9 @@ def is_copy(placement: Placement) -> bool:
     return placement.is_replicate() or placement.is_partial()
 
 
-def _dtensor_piece(named: NamedParam, key: str, spec: Any, rank_sets: _RankSets) -> Piece | None:
+def _dtensor_piece(
+    named: NamedParam, key: str, spec: Any, rank_sets: _RankSets
+) -> ParamPiece | None:
     placements: tuple[Placement, ...] = tuple(spec.placements)
     if mesh_of(spec).get_coordinate() is None:
         return None
@@ -237,7 +239,7 @@ def _dtensor_piece(named: NamedParam, key: str, spec: Any, rank_sets: _RankSets)
     local = dtensor_local(param) if is_dtensor(param) else param
     holding = rank_sets.make_holding(placed.description, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
-    return Piece(
+    return ParamPiece(
         named.name,
         key,
         holding,

@@ -19,7 +19,7 @@ from distclip.exchange.channel import (
     lines_by_rank,
     raise_on_all_ranks,
 )
-from distclip.records import Holding, OwnershipRow, Piece, PieceShare
+from distclip.records import OwnershipRow, ParamHolding, ParamPiece, PieceShare
 from distclip.setup.inventory import DECLARE, exchange_tables
 from distclip.setup.replicas import find_replicas, rows_of
 from distclip.setup.rows import RowRange, cut_layers
@@ -30,7 +30,7 @@ class Plan:
     """What this rank measures and what it counts. Printing it gives the ownership table and never
     communicates."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ParamPiece, ...]
     shares: tuple[PieceShare, ...]
     groups: tuple[str, ...]  # sorted, equal on every rank
     group_of: tuple[int, ...]  # [pieces]
@@ -151,13 +151,13 @@ def _name_difference(channel: Channel, config: Mapping[str, str], device: torch.
 
 def make_plan(
     channel: Channel,
-    pieces: Sequence[Piece],
+    pieces: Sequence[ParamPiece],
     group_of: Sequence[str],
     patterns: Mapping[str, int],
     norm_type: float,
     device: torch.device,
     layer_of: Sequence[str] | None = None,
-    beside: Sequence[Holding] = (),
+    beside: Sequence[ParamHolding] = (),
     needs: Mapping[str, int] | None = None,
     cuts: Sequence[RowRange | None] = (),
 ) -> Plan:
@@ -256,7 +256,7 @@ def make_plan(
     )
 
 
-def _nearest_names(pattern: str, pieces: Sequence[Piece]) -> str:
+def _nearest_names(pattern: str, pieces: Sequence[ParamPiece]) -> str:
     """The names on this rank that are most similar to a pattern without a match."""
     names = {name for piece in pieces for name in (piece.name, piece.key_name)}
     if not names:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distclip.exchange.channel import Channel, hash64
-from distclip.records import OwnershipRow, Piece, PieceShare
+from distclip.records import OwnershipRow, ParamPiece, PieceShare
 from distclip.setup.inventory import HoldingTables, RemoteHolding
 
 
@@ -55,7 +55,7 @@ class ReplicaMap:
         return set(self.layer_numbers[mine, 1].tolist())
 
 
-def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[Piece]) -> ReplicaMap:
+def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[ParamPiece]) -> ReplicaMap:
     """Joins ranks whose rank sets overlap, transitively, for each parameter; then counts equal
     regions. Sends nothing.
 

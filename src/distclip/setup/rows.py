@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from distclip.errors import ConfigError, PlacementError
-from distclip.records import Piece
+from distclip.records import ParamPiece
 from distclip.setup.placement import is_copy
 from distclip.torch_internals.dtensor import is_contiguous_shard, mesh_of, offset_of, spec_of
 
@@ -26,7 +26,7 @@ class RowRange(NamedTuple):
     whole: int  # the whole parameter's
 
 
-def row_range(param: Tensor, piece: Piece) -> RowRange:
+def row_range(param: Tensor, piece: ParamPiece) -> RowRange:
     """PlacementError where it cannot be told which they are."""
     if not piece.shape or "flat " in piece.holding.region:
         raise PlacementError(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distclip.errors import PlacementError
-from distclip.records import Piece
+from distclip.records import ParamPiece
 from distclip.setup.placement import is_copy
 from distclip.torch_internals.dtensor import is_contiguous_shard, offset_of, spec_of
 
@@ -23,7 +23,7 @@ class UnitRange(NamedTuple):
     whole: int  # the whole parameter's
 
 
-def unit_range(param: Tensor, piece: Piece) -> UnitRange:
+def unit_range(param: Tensor, piece: ParamPiece) -> UnitRange:
     """PlacementError where units are sharded in a way that distclip does not know."""
     vector = len(piece.shape) < 2
     whole = 1 if vector else piece.shape[0]

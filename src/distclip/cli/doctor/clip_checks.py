@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import distclip
-from distclip.cli.doctor.layouts import Layout, LayoutCase, stages_case
+from distclip.cli.doctor.layouts import DoctorLayout, LayoutCase, stages_case
 from distclip.cli.doctor.records import (
     CheckContext,
+    CheckResult,
     Observation,
-    Result,
     name_ranks,
     ranks_by_value,
 )
@@ -35,7 +35,7 @@ class LayoutCheck:
     """Norms with p = 2 and inf against float64, bit-equal on all ranks, by one all-reduce;
     gradients multiplied by the coefficient."""
 
-    layout: Layout
+    layout: DoctorLayout
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class LayoutCheck:
         case = self.layout.build(context)
         return {f"{p:g}": _clip_and_compare(case, p, context) for p in NORM_TYPES}
 
-    def judge(self, observations: Sequence[Observation]) -> Result:
+    def judge(self, observations: Sequence[Observation]) -> CheckResult:
         faults: list[str] = []
         worst = 0.0
         expected = ["allreduce_"] if len(observations) > 1 else []
@@ -98,13 +98,13 @@ class LayoutCheck:
                     f"p = {p}"
                 )
         if faults:
-            return Result(self.name, "fail", "; ".join(faults), REPORT_FAULT)
+            return CheckResult(self.name, "fail", "; ".join(faults), REPORT_FAULT)
         sent = (
             f"equal bits on {len(observations)} ranks, 1 all_reduce"
             if len(observations) > 1
             else "no collective"
         )
-        return Result(
+        return CheckResult(
             self.name, "pass", f"norms with p = 2 and inf right to {max(worst, 1e-16):.0e}, {sent}"
         )
 
@@ -196,7 +196,7 @@ class OverflowCheck:
             "ranks": ranks,
         }
 
-    def judge(self, observations: Sequence[Observation]) -> Result:
+    def judge(self, observations: Sequence[Observation]) -> CheckResult:
         last = len(observations) - 1
         faults = [
             f"{text} on {name_ranks(ranks)}"
@@ -221,8 +221,8 @@ class OverflowCheck:
             if ranks
         ]
         if faults:
-            return Result(self.name, "fail", "; ".join(faults), REPORT_FAULT)
-        return Result(
+            return CheckResult(self.name, "fail", "; ".join(faults), REPORT_FAULT)
+        return CheckResult(
             self.name,
             "pass",
             f"an inf on rank {last}: skipped on every rank, nothing moved, culprit named",

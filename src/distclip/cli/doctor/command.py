@@ -23,14 +23,14 @@ from distclip.cli.doctor import frameworks
 from distclip.cli.doctor.clip_checks import REPORT_FAULT, LayoutCheck, OverflowCheck
 from distclip.cli.doctor.facts import cannot_start, collect_facts, device_for, judge_facts
 from distclip.cli.doctor.layouts import LAYOUTS
-from distclip.cli.doctor.output import Findings, as_json, as_table
+from distclip.cli.doctor.output import DoctorOutput, as_json, as_table
 from distclip.cli.doctor.records import (
     CannotRun,
-    Check,
     CheckContext,
+    CheckResult,
+    DoctorCheck,
     Observation,
     RankInfo,
-    Result,
     name_ranks,
     ranks_by_value,
 )
@@ -38,7 +38,7 @@ from distclip.cli.doctor.speed_checks import LatencyCheck, SpeedCheck
 from distclip.cli.doctor.store import StatusStore, read_rank_info
 from distclip.cli.doctor.watchdog import Watchdog
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[DoctorCheck, ...] = (
     *(LayoutCheck(layout) for layout in LAYOUTS),
     OverflowCheck(),
     LatencyCheck(),
@@ -56,14 +56,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.framework:
         return frameworks.run(options)
-    findings = Findings()
+    findings = DoctorOutput()
     chosen = [check for check in CHECKS if not options.only or check.name in options.only]
 
     def show(stopped: str = "") -> None:
         findings.stopped = stopped
         known = {result.name for result in findings.results}
         findings.results += [
-            Result(check.name, "not run", "stopped before its end")
+            CheckResult(check.name, "not run", "stopped before its end")
             for check in chosen
             if check.name not in known
         ]
@@ -120,7 +120,7 @@ class CheckRunner:
         info: RankInfo,
         status_store: StatusStore,
         watch: Watchdog,
-        findings: Findings,
+        findings: DoctorOutput,
         show: Callable[[str], None],
     ) -> None:
         self._info, self._status_store, self._watch, self._findings, self._show = (
@@ -131,7 +131,7 @@ class CheckRunner:
             show,
         )
 
-    def run(self, checks: Sequence[Check], backend: str | None) -> int:
+    def run(self, checks: Sequence[DoctorCheck], backend: str | None) -> int:
         try:
             backend_name, device = device_for(self._info, backend)
             mine = collect_facts(self._info, backend_name, device)
@@ -151,7 +151,7 @@ class CheckRunner:
         for check in checks if not stop else ():
             lacking = check.unmet_requirement(self._info.size) or broken
             if lacking:
-                self._findings.results.append(Result(check.name, "not run", lacking))
+                self._findings.results.append(CheckResult(check.name, "not run", lacking))
             else:
                 broken = self._exchange_verdict(
                     check.name, self._observe(check, device), partial(self._judge_check, check)
@@ -194,7 +194,7 @@ class CheckRunner:
             self._findings.results.append(judge_facts(everyone))
         return stop
 
-    def _observe(self, check: Check, device: torch.device) -> Observation:
+    def _observe(self, check: DoctorCheck, device: torch.device) -> Observation:
         def stage(step: str, sends: str) -> None:
             self._watch.enter_stage(f"{check.name}: {step} ({sends})")
 
@@ -206,7 +206,7 @@ class CheckRunner:
                 f"{' '.join(str(error).split())[:600]}"
             }
 
-    def _judge_check(self, check: Check, everyone: list[Observation]) -> str:
+    def _judge_check(self, check: DoctorCheck, everyone: list[Observation]) -> str:
         """Add the result. Returns why the process group cannot be used any more, or an empty
         text."""
         raised = ranks_by_value([one.get("raised", "") for one in everyone])
@@ -216,7 +216,7 @@ class CheckRunner:
             return ""
         text = "; ".join(f"{name_ranks(ranks)}: {error}" for error, ranks in raised.items())
         self._findings.results.append(
-            Result(
+            CheckResult(
                 check.name,
                 "fail",
                 text,
@@ -235,7 +235,7 @@ class CheckRunner:
         return self._findings.exit_code
 
 
-def more_ranks(checks: Sequence[Check], size: int) -> str:
+def more_ranks(checks: Sequence[DoctorCheck], size: int) -> str:
     """The command line for the checks that need more ranks than `size`, or an empty text."""
     lacking = [check.name for check in checks if check.unmet_requirement(size)]
     if not lacking:

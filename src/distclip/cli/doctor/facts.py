@@ -17,7 +17,7 @@ from torch.distributed.constants import default_pg_nccl_timeout, default_pg_time
 import distclip
 import distclip.kernels
 import distclip.versions
-from distclip.cli.doctor.records import CannotRun, RankInfo, Result, name_ranks, ranks_by_value
+from distclip.cli.doctor.records import CannotRun, CheckResult, RankInfo, name_ranks, ranks_by_value
 
 PACKAGES = ("accelerate", "deepspeed", "lightning", "transformers")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +95,7 @@ def collect_facts(info: RankInfo, backend: str, device: torch.device) -> dict[st
     }
 
 
-def judge_facts(all_facts: Sequence[dict[str, Any]]) -> Result:
+def judge_facts(all_facts: Sequence[dict[str, Any]]) -> CheckResult:
     """Whether the facts that must match do, and each rank has a GPU of its own."""
     problems: list[str] = []
     remedies: list[str] = []
@@ -124,8 +124,8 @@ def judge_facts(all_facts: Sequence[dict[str, Any]]) -> Result:
             )
             remedies.append("start as many processes on a node as it has GPUs")
     if problems:
-        return Result("alike", "fail", "; ".join(problems), "; ".join(dict.fromkeys(remedies)))
-    return Result(
+        return CheckResult("alike", "fail", "; ".join(problems), "; ".join(dict.fromkeys(remedies)))
+    return CheckResult(
         "alike", "pass", "versions, threads, kernel, dtypes and optimizers: the same on every rank"
     )
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import distclip
-from distclip.cli.doctor.output import Findings, as_json, as_table
-from distclip.cli.doctor.records import Result
+from distclip.cli.doctor.output import DoctorOutput, as_json, as_table
+from distclip.cli.doctor.records import CheckResult
 
 STEPS, LEARNING_RATE, ROWS = 5, 0.5, 8
 # of a norm in float32, and of weights after the steps, relative to how far they moved: torch's own
@@ -30,7 +30,7 @@ STEPS, LEARNING_RATE, ROWS = 5, 0.5, 8
 NORM_BOUND, WEIGHT_BOUND, OWN_BOUND = 1e-5, 1e-5, 1e-3
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     """What a job gives: the norm of each step, as it told it (empty where it does not), and its
     model's parameters at the end."""
 
@@ -38,7 +38,7 @@ class Trained(NamedTuple):
     params: list[Tensor]
 
 
-class Regression(nn.Module):
+class TinyRegression(nn.Module):
     """Two layers, with their loss: the model of every job."""
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class Regression(nn.Module):
         return {"loss": (self.net(x) - labels).square().mean()}
 
 
-def _problem() -> tuple[Regression, Tensor, Tensor]:
+def _problem() -> tuple[TinyRegression, Tensor, Tensor]:
     """The model, its inputs [ROWS, 6] and its targets [ROWS, 4]; the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Regression(), torch.randn(ROWS, 6) * 4, torch.randn(ROWS, 4)
+        return TinyRegression(), torch.randn(ROWS, 6) * 4, torch.randn(ROWS, 4)
 
 
-def _in_float64(max_norm: float) -> Trained:
+def _in_float64(max_norm: float) -> TrainedModel:
     """The same steps by hand."""
     model, x, y = _problem()
     model, x, y = model.double(), x.double(), y.double()
@@ -69,7 +69,7 @@ def _in_float64(max_norm: float) -> Trained:
         with torch.no_grad():
             for param, grad in zip(model.parameters(), grads, strict=True):
                 param -= LEARNING_RATE * min(1.0, max_norm / norms[-1]) * grad
-    return Trained(norms, _params(model))
+    return TrainedModel(norms, _params(model))
 
 
 def _integration(name: str) -> Any:
@@ -81,7 +81,7 @@ def _params(model: nn.Module) -> list[Tensor]:
     return [param.detach().cpu().double() for param in model.parameters()]
 
 
-def _accelerate(max_norm: float, with_distclip: bool) -> Trained:
+def _accelerate(max_norm: float, with_distclip: bool) -> TrainedModel:
     from accelerate import Accelerator
 
     accelerator = Accelerator()
@@ -98,10 +98,10 @@ def _accelerate(max_norm: float, with_distclip: bool) -> Trained:
         optimizer.step()
         optimizer.zero_grad()
     accelerator.free_memory()
-    return Trained(norms, _params(model))
+    return TrainedModel(norms, _params(model))
 
 
-def _transformers(max_norm: float, with_distclip: bool) -> Trained:
+def _transformers(max_norm: float, with_distclip: bool) -> TrainedModel:
     from transformers import Trainer, TrainingArguments
 
     model, x, y = _problem()
@@ -118,16 +118,18 @@ def _transformers(max_norm: float, with_distclip: bool) -> Trained:
             _integration("transformers").clip_with_distclip(trainer)
         trainer.train()
     logs = trainer.state.log_history
-    return Trained([float(log["grad_norm"]) for log in logs if "grad_norm" in log], _params(model))
+    return TrainedModel(
+        [float(log["grad_norm"]) for log in logs if "grad_norm" in log], _params(model)
+    )
 
 
-def _lightning(max_norm: float, with_distclip: bool) -> Trained:
+def _lightning(max_norm: float, with_distclip: bool) -> TrainedModel:
     from lightning import LightningModule
     from lightning import Trainer as LightningTrainer
 
     model, x, y = _problem()
 
-    class Job(LightningModule):
+    class LightningJob(LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -143,18 +145,18 @@ def _lightning(max_norm: float, with_distclip: bool) -> Trained:
     norms: list[float] = []
     if with_distclip:
         clipping = _integration("lightning").GradientClipping(
-            max_norm=max_norm, sinks=[_Norms(norms)], log=False
+            max_norm=max_norm, sinks=[_NormRecorder(norms)], log=False
         )
         how = {"callbacks": [clipping]}
     trainer = LightningTrainer(
         max_steps=STEPS, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, devices=1, **how,
     )  # fmt: skip
-    trainer.fit(Job(), DataLoader(TensorDataset(x, y), ROWS))
-    return Trained(norms, _params(model))
+    trainer.fit(LightningJob(), DataLoader(TensorDataset(x, y), ROWS))
+    return TrainedModel(norms, _params(model))
 
 
-class _Norms:
+class _NormRecorder:
     """A sink that keeps the norms."""
 
     def __init__(self, norms: list[float]) -> None:
@@ -164,7 +166,7 @@ class _Norms:
         self._norms.append(float(report.total_norm))
 
 
-JOBS: dict[str, Callable[[float, bool], Trained]] = {
+JOBS: dict[str, Callable[[float, bool], TrainedModel]] = {
     "accelerate": _accelerate,
     "lightning": _lightning,
     "transformers": _transformers,
@@ -177,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("distclip doctor --framework: run it without torchrun", file=sys.stderr)
         return 2
-    findings = Findings()
+    findings = DoctorOutput()
     try:
         findings.results = _compared(name)
     except (ModuleNotFoundError, PackageNotFoundError) as error:
@@ -189,7 +191,7 @@ def run(options: argparse.Namespace) -> int:
     return findings.exit_code
 
 
-def _compared(name: str) -> list[Result]:
+def _compared(name: str) -> list[CheckResult]:
     _integration(name)
     max_norm = 0.5 * _in_float64(math.inf).norms[0]
     exact = _in_float64(max_norm)
@@ -204,7 +206,7 @@ def _compared(name: str) -> list[Result]:
     seen = f"{name} {version(name)}, {STEPS} steps"
     if len(ours.norms) != STEPS:
         text = f"{seen}: {len(ours.norms)} norms were told"
-        return [Result("norm", "fail", text, _REMEDY.format(name))]
+        return [CheckResult("norm", "fail", text, _REMEDY.format(name))]
     norm = max(abs(a / b - 1) for a, b in zip(ours.norms, exact.norms, strict=True))
     weights, own_weights = _moved_apart(ours, exact), _moved_apart(own, exact)
     return [
@@ -235,11 +237,13 @@ _REMEDY = (
 )
 
 
-def _result(check: str, good: bool, seen: str, name: str) -> Result:
-    return Result(check, "pass" if good else "fail", seen, "" if good else _REMEDY.format(name))
+def _result(check: str, good: bool, seen: str, name: str) -> CheckResult:
+    return CheckResult(
+        check, "pass" if good else "fail", seen, "" if good else _REMEDY.format(name)
+    )
 
 
-def _moved_apart(trained: Trained, exact: Trained) -> float:
+def _moved_apart(trained: TrainedModel, exact: TrainedModel) -> float:
     """The difference between two ends, relative to the way from the start."""
     start = _params(_problem()[0])
     apart = sum(

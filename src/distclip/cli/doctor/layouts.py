@@ -41,7 +41,7 @@ class LayoutCase:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class DoctorLayout:
     name: str
     line: str
     sends: str  # by torch's wrapper, in `build`
@@ -234,19 +234,19 @@ def experts_case(context: CheckContext) -> LayoutCase:
 
 
 LAYOUTS = (
-    Layout(
+    DoctorLayout(
         "copies",
         "the same gradients on every rank, without a wrapper",
         "nothing",
         copies_case,
         ranks=1,
     ),
-    Layout("ddp", "DistributedDataParallel", "broadcast, all_reduce", ddp_case),
-    Layout(
+    DoctorLayout("ddp", "DistributedDataParallel", "broadcast, all_reduce", ddp_case),
+    DoctorLayout(
         "fsdp1", "FullyShardedDataParallel, nested units", "all_gather, reduce_scatter", fsdp1_case
     ),
-    Layout("fsdp2", "fully_shard, nested units", "all_gather, reduce_scatter", fsdp2_case),
-    Layout(
+    DoctorLayout("fsdp2", "fully_shard, nested units", "all_gather, reduce_scatter", fsdp2_case),
+    DoctorLayout(
         "hsdp",
         "fully_shard on a mesh of 2 × n",
         "all_gather, reduce_scatter, all_reduce",
@@ -254,10 +254,10 @@ LAYOUTS = (
         ranks=4,
         even=True,
     ),
-    Layout(
+    DoctorLayout(
         "tp", "tensor parallel, column- and row-wise", "broadcast, scatter, all_reduce", tp_case
     ),
-    Layout(
+    DoctorLayout(
         "tp+fsdp2",
         "tensor parallel over 2 and fully_shard over the rest",
         "all_gather, reduce_scatter",
@@ -265,14 +265,16 @@ LAYOUTS = (
         ranks=4,
         even=True,
     ),
-    Layout("stages", "pipeline stages: replicated_over={'*': PRIVATE}", "nothing", stages_case),
-    Layout(
+    DoctorLayout(
+        "stages", "pipeline stages: replicated_over={'*': PRIVATE}", "nothing", stages_case
+    ),
+    DoctorLayout(
         "experts",
         "experts of one rank and of a group of ranks, by replicated_over",
         "nothing",
         experts_case,
     ),
-    Layout(
+    DoctorLayout(
         "missing",
         "one rank has no gradients at all: no hang, the others' norm",
         "nothing",

@@ -10,18 +10,18 @@ from textwrap import wrap
 from typing import Any
 
 from distclip.cli.doctor.facts import format_nodes
-from distclip.cli.doctor.records import Result, name_ranks, ranks_by_value
+from distclip.cli.doctor.records import CheckResult, name_ranks, ranks_by_value
 
 COLUMNS = 100
 HIDDEN_FACTS = ("host", "device id")  # shown by `format_nodes`, or needed for the comparison alone
 
 
 @dataclass(slots=True)
-class Findings:
+class DoctorOutput:
     """The facts and results so far."""
 
     facts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # by rank
-    results: list[Result] = field(default_factory=list[Result])
+    results: list[CheckResult] = field(default_factory=list[CheckResult])
     stopped: str = ""  # why the doctor did not get to the end
     hint: str = ""  # the command line for checks that need more ranks
 
@@ -50,7 +50,7 @@ class Findings:
         }
 
 
-def as_json(findings: Findings) -> str:
+def as_json(findings: DoctorOutput) -> str:
     """One document: world, nodes, facts, checks, summary, stopped, exit_code."""
     document = {
         "world": len(findings.facts),
@@ -68,7 +68,7 @@ def as_json(findings: Findings) -> str:
     return json.dumps(document, indent=2)
 
 
-def as_table(findings: Findings) -> str:
+def as_table(findings: DoctorOutput) -> str:
     """Facts, then the checks with their remedies, then the summary."""
     lines: list[str] = []
     if findings.facts:

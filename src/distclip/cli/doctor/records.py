@@ -47,7 +47,7 @@ class CheckContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CheckResult:
     """One line of the table."""
 
     name: str
@@ -56,7 +56,7 @@ class Result:
     remedy: str = ""  # only where it failed
 
 
-class Check(Protocol):
+class DoctorCheck(Protocol):
     """`run` on every rank, `judge` on rank 0."""
 
     @property
@@ -73,7 +73,7 @@ class Check(Protocol):
 
     def run(self, context: CheckContext) -> Observation: ...
 
-    def judge(self, observations: Sequence[Observation]) -> Result:
+    def judge(self, observations: Sequence[Observation]) -> CheckResult:
         """`observations` by rank, of ranks that raised nothing."""
         ...
 

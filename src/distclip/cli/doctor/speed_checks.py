@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
-from distclip.cli.doctor.records import CheckContext, Observation, Result
+from distclip.cli.doctor.records import CheckContext, CheckResult, Observation
 
 SMALL_WORDS, LARGE_WORDS = 16, 1 << 19  # float64: a clip's message with one group, and 4 MiB
 LAYERS, LAYER_SIZE = 12, 1024  # 12 × (1024 × 1024 + 1024) float32: 50 MB of gradients
@@ -54,12 +54,12 @@ class LatencyCheck:
             found[str(words)] = median(times[3:])
         return found
 
-    def judge(self, observations: Sequence[Observation]) -> Result:
+    def judge(self, observations: Sequence[Observation]) -> CheckResult:
         parts = [
             f"{words} float64: {max(one[words] for one in observations) * 1e3:.2f} ms"
             for words in (str(SMALL_WORDS), str(LARGE_WORDS))
         ]
-        return Result(
+        return CheckResult(
             self.name, "measured", f"all_reduce of {', of '.join(parts)}; the slowest rank's median"
         )
 
@@ -112,7 +112,7 @@ class SpeedCheck:
             found[case] = {who: median(spent[1:]) for who, spent in times.items()}
         return found
 
-    def judge(self, observations: Sequence[Observation]) -> Result:
+    def judge(self, observations: Sequence[Observation]) -> CheckResult:
         def worst(case: str, who: str) -> float:
             return max(one[case][who] for one in observations) * 1e3
 
@@ -128,4 +128,4 @@ class SpeedCheck:
                 ". This is the work on one rank: torch's function sends nothing here. With the "
                 f"all_reduce of a clip {whole}"
             )
-        return Result(self.name, "measured", seconds)
+        return CheckResult(self.name, "measured", seconds)

@@ -22,7 +22,7 @@ _SAMPLED = 20_000  # steps by which a bound is sought
 
 
 @dataclass(frozen=True)
-class Candidate:
+class NormCandidate:
     """A max_norm, and what it would have done to this run."""
 
     percentile: float
@@ -34,7 +34,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Recommendation:
+class NormAdvice:
     max_norm: float | None  # None where the run gives no ground for one
     reason: str
 
@@ -68,7 +68,7 @@ def growth(run: RunLog, bound: float) -> tuple[float, float]:
     return (len(longer) / len(ratio), float(np.median(longer))) if len(longer) else (0.0, 1.0)
 
 
-def find_candidates(run: RunLog, recommended: float | None) -> list[Candidate]:
+def find_candidates(run: RunLog, recommended: float | None) -> list[NormCandidate]:
     """Percentiles of the finite norms before clipping, interpolated linearly, and the recommended
     value among them. Empty where no norm is finite."""
     norms = run.norm[run.finite]
@@ -82,14 +82,14 @@ def find_candidates(run: RunLog, recommended: float | None) -> list[Candidate]:
         rows.append((round(100 * float((norms <= recommended).mean()), 1), recommended))
     marked = recommended if recommended is not None else math.nan
     return [
-        Candidate(
+        NormCandidate(
             percentile, bound, float((norms > bound).mean()), *growth(run, bound), bound == marked
         )
         for percentile, bound in sorted(rows, key=lambda row: (row[1], row[0]))
     ]
 
 
-def recommend_max_norm(history: NormHistory) -> Recommendation:
+def recommend_max_norm(history: NormHistory) -> NormAdvice:
     """One max_norm: the 95th percentile of the ordinary steps, or less where that would change the
     learning rate.
 
@@ -101,7 +101,7 @@ def recommend_max_norm(history: NormHistory) -> Recommendation:
     run = history.run
     refusal = _no_ground(history)
     if refusal:
-        return Recommendation(None, refusal)
+        return NormAdvice(None, refusal)
     used, where = _ordinary_steps(history)
     norms = run.norm[used]
     usual = float(np.percentile(norms, _USUAL_PERCENTILE))
@@ -121,7 +121,7 @@ def recommend_max_norm(history: NormHistory) -> Recommendation:
         reason = "what it had" + _what_higher_does(run, usual, where)
     else:
         reason = "about as long steps as this run took" + _what_higher_does(run, usual, where)
-    return Recommendation(bound, reason)
+    return NormAdvice(bound, reason)
 
 
 def percent(share: float) -> str:

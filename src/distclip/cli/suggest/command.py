@@ -11,7 +11,7 @@ from typing import Any
 from distclip.cli.norm_history import NormHistory
 from distclip.cli.run_log import RunError, RunLog, read_runs
 from distclip.cli.suggest.advice import (
-    Candidate,
+    NormCandidate,
     find_candidates,
     percent,
     recommend_max_norm,
@@ -89,7 +89,7 @@ def _plain_text(one: RunLog) -> str:
     return "\n".join(lines)
 
 
-def _candidate_row(candidate: Candidate) -> str:
+def _candidate_row(candidate: NormCandidate) -> str:
     name = "max" if candidate.percentile == 100 else f"{candidate.percentile:g}"
     longer = (
         f"{percent(candidate.longer_share)}, by {times(candidate.longer_factor)} times"

@@ -21,36 +21,36 @@ _BENT_COSINE = 0.9  # cosine between raw and clipped gradient
 
 
 @dataclass(frozen=True)
-class Finding:
+class LogFinding:
     # "skipped", "few", "diverged", "trend", "period", "spikes", "rank", "rate", "groups" or "bent"
     kind: str
     text: str
 
 
-def find_findings(history: NormHistory) -> list[Finding]:
+def find_findings(history: NormHistory) -> list[LogFinding]:
     """The most important first: many skipped steps, then what makes the norms useless, then the
     rest."""
     run = history.run
     many = float(run.skipped.mean()) >= _WORTH_FIRST
     skipped = list(_about_skips(run))
-    found = [Finding("skipped", text) for text in skipped] if many else []
-    found += [Finding("few", text) for text in _about_length(run)]
-    found += [Finding("diverged", text) for text in _about_divergence(history)]
-    found += [Finding("trend", text) for text in _about_trend(history)]
-    found += [Finding("period", text) for text in _about_period(history)]
-    found += [Finding("spikes", text) for text in _about_spikes(history)]
-    found += [Finding("rank", text) for text in _about_ranks(history)]
-    found += [Finding("rate", text) for text in _about_rate(run)]
+    found = [LogFinding("skipped", text) for text in skipped] if many else []
+    found += [LogFinding("few", text) for text in _about_length(run)]
+    found += [LogFinding("diverged", text) for text in _about_divergence(history)]
+    found += [LogFinding("trend", text) for text in _about_trend(history)]
+    found += [LogFinding("period", text) for text in _about_period(history)]
+    found += [LogFinding("spikes", text) for text in _about_spikes(history)]
+    found += [LogFinding("rank", text) for text in _about_ranks(history)]
+    found += [LogFinding("rate", text) for text in _about_rate(run)]
     if len(run.groups) > 1:
         found.append(
-            Finding(
+            LogFinding(
                 "groups",
                 f"this run clipped {len(run.groups)} groups by norms of their own; what is said "
                 f"here is of the norm over all of them",
             )
         )
-    found += [Finding("bent", text) for text in _about_cosine(run)]
-    return found + ([] if many else [Finding("skipped", text) for text in skipped])
+    found += [LogFinding("bent", text) for text in _about_cosine(run)]
+    return found + ([] if many else [LogFinding("skipped", text) for text in skipped])
 
 
 def _about_skips(run: RunLog) -> Iterator[str]:
