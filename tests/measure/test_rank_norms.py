@@ -213,6 +213,60 @@ def test_chance_is_no_outlier():
     assert told_of <= 2
 
 
+def two_norms():
+    model = DDP(Pair())
+    rank_norms = distclip.RankNorms(model)
+    model(factor()).backward()  # before there is a clipper
+    clippers = [distclip.GradClipper(model, INF, rank_norms=rank_norms)]
+    before = clippers[0].measure().rank_norms.tolist()
+    clippers.append(distclip.GradClipper(model, INF, norm_type=INF, rank_norms=rank_norms))
+    model.zero_grad()
+    model(factor()).backward()
+    own = [g.double() * factor().item() for g in pair_grads()]
+    after = [clipper.measure().rank_norms.tolist() for clipper in clippers]
+    return [before, *after], [total_norm(own, p) for p in (2.0, 2.0, INF)]
+
+
+def test_two_clippers_of_one_model_have_each_its_norm(ranks):
+    answers = ranks.run(two_norms)
+    for norms, _ in answers:
+        for i, seen in enumerate(norms):
+            assert seen == pytest.approx([want[i] for _, want in answers], rel=1e-6)
+        assert norms[1] != norms[2], "vacuous"
+
+
+class Silent(nn.Module):
+    """Without parameters, beside one that has some."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.ReLU(), nn.Linear(4, 2)])
+
+    def forward(self, x):
+        return self.parts[1](self.parts[0](x)).sum()
+
+
+def a_unit_with_a_module_without_parameters():
+    torch.manual_seed(0)
+    model = Silent()
+    want = 4 * factor().double().item() * math.sqrt(4 * 2 + 2)
+    fully_shard(list(model.parts), mesh=mesh(4))
+    fully_shard(model, mesh=mesh(4))
+    rank_norms = distclip.RankNorms(model)
+    clipper = distclip.GradClipper(model, INF, rank_norms=rank_norms)
+    model(torch.ones(4, 4)).mul(factor()).backward()
+    return clipper.clip_().rank_norms.tolist(), want
+
+
+@needs_fsdp2
+def test_a_module_without_parameters_may_be_in_a_unit(ranks):
+    answers = ranks.run(a_unit_with_a_module_without_parameters)
+    want = [own for _, own in answers]
+    assert len(set(want)) == 4, "vacuous"
+    for norms, _ in answers:
+        assert norms == pytest.approx(want, rel=1e-6)
+
+
 def slips(what):
     model = Pair()
     try:

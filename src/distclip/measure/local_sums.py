@@ -142,7 +142,7 @@ class LocalMeasurer:
         nothing = self._zeros.new_zeros(self.layout.num_rank_norms)
         if request.target == "param":
             return nothing
-        norm = self.rank_norms.take(self.device, request.factor())
+        norm = self.rank_norms.take(self.layout.norm, self.device, request.factor())
         return torch.where(self._here, norm, nothing)
 
     def _collect(self, request: Request) -> tuple[CollectedGrads | None, list[str]]:

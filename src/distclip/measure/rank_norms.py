@@ -29,7 +29,7 @@ class RankNorms:
     not divided by the number of ranks; unscaled, and times `grad_scale`. What was accumulated
     without synchronisation (`no_sync()`, `set_requires_gradient_sync(False)`) is in it, as one
     gradient. A second reduction before the clip is an error: the norm of a sum is not known from
-    its parts.
+    its parts. After a call, `measure()` too, it is of what was reduced since.
 
     Reads the gradients once more, right before each reduction. One word of the step's message for
     each rank carries them; no other message, no host read.
@@ -57,8 +57,8 @@ class RankNorms:
                 f"RankNorms: comm_hook={comm_hook!r}; pass a pair (state, hook), as to "
                 f"DistributedDataParallel.register_comm_hook(state, hook)"
             )
-        self.norm: PNorm = p_norm(2.0)
-        self._sums: dict[Hashable, Tensor] = {}  # by reduction
+        self._norms: tuple[PNorm, ...] = ()  # of the clippers that ask
+        self._sums: dict[Hashable, dict[PNorm, Tensor]] = {}  # by reduction
         self._is_old = False  # a step has taken them; the next reduction begins anew
         self._twice = False
         self.ranks = see_reductions(params, self._see, comm_hook)
@@ -69,10 +69,11 @@ class RankNorms:
             )
 
     def use_norm(self, norm: PNorm) -> None:
-        """The clipper's."""
-        if norm is not self.norm:
-            self.norm = norm
-            self.forget()
+        """A clipper's: of several, each may have another."""
+        if norm not in self._norms:
+            self._norms = (*self._norms, norm)
+            if any(norm not in sums for sums in self._sums.values()):
+                self.forget()
 
     def forget(self) -> None:
         """What was reduced since the last call: after a backward pass whose gradients were thrown
@@ -84,17 +85,20 @@ class RankNorms:
         if self._is_old:
             self.forget()
         self._twice = self._twice or reduction in self._sums
-        sums = TensorList.of([grad.detach()]).power_sums(self.norm.p)
-        self._sums[reduction] = sums if divided == 1 else sums * self.norm.power_of(divided)
+        grads = TensorList.of([grad.detach()])
+        own = {norm: grads.power_sums(norm.p) for norm in self._norms or (p_norm(2.0),)}
+        if divided != 1:
+            own = {norm: sums * norm.power_of(divided) for norm, sums in own.items()}
+        self._sums[reduction] = own
 
-    def take(self, device: torch.device, factor: Any) -> Tensor:
+    def take(self, norm: PNorm, device: torch.device, factor: Any) -> Tensor:
         """[] float64 on `device`: this rank's norm, times a factor; 0 where nothing was reduced.
         It stays for further calls; the next reduction begins anew."""
         self._is_old = True
         if not self._sums:
             return torch.zeros((), dtype=torch.float64, device=device)
-        sums = torch.cat([each.to(device) for each in self._sums.values()])
-        return self.norm.finish(self.norm.combine(sums)) * factor
+        sums = torch.cat([each[norm].to(device) for each in self._sums.values()])
+        return norm.finish(norm.combine(sums)) * factor
 
     def errors(self, any_grads: bool) -> list[str]:
         """What is wrong with what was seen since the last call."""

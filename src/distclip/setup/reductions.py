@@ -48,7 +48,11 @@ def see_reductions(params: Params, see: See, comm_hook: CommHook | None) -> tupl
     sharded: list[tuple[str, Any]] = [
         (name, module)
         for name, module in found
-        if fsdp2 is not None and isinstance(module, fsdp2) and reduce_scatters_of(module)
+        if fsdp2 is not None
+        and isinstance(module, fsdp2)
+        and reduce_scatters_of(module)
+        # of several modules that are one unit some may have no parameters
+        and any(map(is_dtensor, _own_parameters(module, fsdp2)))
     ]
     if not ddp and not sharded:
         raise ConfigError(
