@@ -142,6 +142,23 @@ def test_the_last_three_steps_are_kept():
     assert alone("a", None, None, None) == []
 
 
+def test_notes_of_steps_that_are_taken_back_are_not_sent():
+    """Steps 3 to 6 will be others once the checkpoint of step 2 is loaded."""
+    p = nn.Parameter(torch.zeros(1))
+    clipper = distclip.GradClipper([("w", p)], 1.0)
+    for step in range(1, 7):
+        p.grad = torch.tensor([1.0])
+        clipper.clip_(note=step)
+        if step == 2:
+            saved = clipper.state_dict()
+    clipper.load_state_dict(saved)
+    p.grad = torch.tensor([NAN])
+    with skips.told():
+        report = clipper.clip_(note="another")
+    assert (report.step, report.matters) == (3, "skipped")
+    assert report.notes == (distclip.Note(0, 3, "another", False),)
+
+
 def test_what_is_too_long_is_cut_and_says_so():
     (row,) = alone("x" * 10_000)
     assert row == (0, 1, '"' + "x" * 4095, True)

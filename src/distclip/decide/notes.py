@@ -27,9 +27,10 @@ class NoteBook:
         self._kept.append((step, text[: MOST_BYTES + 1]))
 
     def has_some(self, step: int) -> bool:
-        """Whether there are notes of the last steps; older ones go."""
+        """Whether there are notes of the last steps. Older ones go, and so do those of steps to
+        come: a checkpoint was loaded, and they will be other steps."""
         kept = self._kept
-        while kept and kept[0][0] <= step - KEPT:
+        while kept and not step - KEPT < kept[0][0] <= step:
             kept.popleft()
         return bool(kept)
 
