@@ -79,12 +79,19 @@ def test_classes_of_one_name_are_told_apart():
 
 
 ONE = nn.Parameter(torch.zeros(1))
+TWINS = [type("Twin", (Muon,), {"__module__": "mine"}) for _ in range(2)]
+REST = type("rest", (Muon,), {})
 REFUSED = {
     "nothing": (lambda: distclip.by_optimizer({}, Muon([ONE], 0.1)), "the table is empty"),
     "a list": (lambda: distclip.by_optimizer([Muon], 1.0), "the table is a list"),
     "a name": (lambda: distclip.by_optimizer({"Muon": 1.0}), "'Muon' is no class"),
     "no optimizer": (lambda: distclip.by_optimizer({Muon: 1.0}), "no optimizer was given"),
     "a class": (lambda: distclip.by_optimizer({Muon: 1.0}, Muon), "is no optimizer; pass the"),
+    "one name": (
+        lambda: distclip.by_optimizer(dict.fromkeys(TWINS, 1.0), *(t([ONE], 0.1) for t in TWINS)),
+        "mine.Twin is the name of another group",
+    ),
+    "the rest": (lambda: distclip.by_optimizer({REST: 1.0}, REST([ONE], 0.1)), "rest is the name"),
     "a module": (lambda: distclip.by_optimizer({Muon: 1.0}, nn.Linear(1, 1)), "is no optimizer"),
 }
 

@@ -289,9 +289,9 @@ def by_optimizer(table: Mapping[type, Rule], *optimizers: Any) -> Grouping:
             class that the table names counts.
 
     Raises:
-        ConfigError: the table is empty or has a key that is no class; no optimizer was given, or
-            something else was. When the clipper is built, on all ranks: a class steps none of its
-            parameters on any rank.
+        ConfigError: the table is empty, has a key that is no class, or two classes of one module
+            and name; no optimizer was given, or something else was. When the clipper is built, on
+            all ranks: a class steps none of its parameters on any rank.
     """
     given: object = table
     wrong = (
@@ -317,7 +317,16 @@ def by_optimizer(table: Mapping[type, Rule], *optimizers: Any) -> Grouping:
             f"by_optimizer: {seen}; pass the optimizers themselves after the table: "
             f"by_optimizer({{torch.optim.Muon: distclip.Exempt()}}, muon, adamw)"
         )
-    return _ByOptimizer(dict(table), optimizers)
+    grouping = _ByOptimizer(dict(table), optimizers)
+    again = [
+        name for name, n in Counter(grouping.names.values()).items() if n > 1 or name == "rest"
+    ]
+    if again:
+        raise ConfigError(
+            f"by_optimizer: groups bear the names of classes, and {again[0]} is the name of "
+            f"another group too; give one of the classes another __qualname__"
+        )
+    return grouping
 
 
 def per_expert(pattern: str, others: Grouping | None = None) -> Grouping:
