@@ -115,6 +115,17 @@ def test_a_loop_may_only_measure():
 
 @pytest.mark.parametrize("late", [False, True])
 @skips.told()
+def test_what_is_taken_is_not_said_to_be_skipped(late):
+    """With "propagate" a bad step counts, and is taken; a spike is left out."""
+    run = Run(ladder(1, 3, 4), late, on_nonfinite="propagate")
+    run.steps(*[CALM] * 8)
+    assert run.steps(SPIKE, NAN, NAN, NAN) == ["skip", "none", "lower_lr", "roll_back"]
+    assert run.skipped[-4:] == [True, False, False, False]
+    assert run.p.isnan().all()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@skips.told()
 def test_counts_are_in_the_checkpoint(late):
     one, other = Run(ladder(1, 3, 4), late), Run(ladder(1, 3, 4), late)
     one.steps(*[CALM] * 8, SPIKE, NAN)

@@ -42,7 +42,8 @@ class Escalate:
 
     The highest rung that is reached is the step's action. The ladder steps down by itself: what
     lies more than `window` steps back does not count. Where `roll_back` loads the clipper's state
-    too, counts are those of the checkpoint.
+    too, counts are those of the checkpoint. With `on_nonfinite="propagate"` a step that is not
+    finite counts and is taken; its action is never "skip".
 
     Tracks raw norms and what `policy` tracks, and sends what `policy` sends. Its counts change at
     every step; the statistics of `policy` at steps that are taken. It stands outermost:

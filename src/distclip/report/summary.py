@@ -14,9 +14,11 @@ from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
 from distclip.p_norm import norm_of_norms, p_norm, rounded
-from distclip.records import ClipReport, StepFindings
+from distclip.records import ACTIONS, ClipReport, StepFindings
 from distclip.setup.plan import Plan
 from distclip.values import Number, each, select, select_column
+
+_SKIP = ACTIONS.index("skip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,11 @@ class ReportMaker:
             "rank_norms": norms.rank_norms,
         }
         # 0 there, without sending one: nonfinite is a count
-        rung = norms.nonfinite * 0 if action is None else action
+        none = norms.nonfinite * 0
+        rung = none
+        if action is not None:
+            # with "propagate" a step that is not finite is taken, whatever a policy says
+            rung = select(flags.skipped | (action != _SKIP), action, none)
         counts = {"nonfinite": norms.nonfinite, "skips": num_skips, "rung": rung}
         flag = {"clipped": flags.clipped, "skipped": flags.skipped}
         return {
