@@ -129,7 +129,11 @@ class GradClipper:
         self._params = _reusable(params)
         self._grad_of = grad_of
         self._writer = ReportWriter()
+        self._last_flush: Any = None
         self._decided: StepOutcome | None = None
+        # whether all optimizers of the last step folded: a rank that passes none by mistake judges
+        # that step at the call at which the others do
+        self._all_fold = False
         # of clip_, step or decide: for those who do not make these calls themselves
         self.last_report: ClipReport | None = None
         self.rebuild()
@@ -157,7 +161,10 @@ class GradClipper:
             self._writer = ReportWriter(self._sinks, header)
         else:
             self._writer = ReportWriter()
-        weakref.finalize(self, self._writer.flush)  # at the latest when the program ends
+        if self._last_flush is not None:
+            self._last_flush.detach()  # it would keep the writer before
+        # at the latest when the program ends
+        self._last_flush = weakref.finalize(self, self._writer.flush)
         self._adopt(inputs)
         self._params = params
 
@@ -287,8 +294,9 @@ class GradClipper:
             "step", optimizers, scaler, grad_scale, note=note, update_scaler=update_scaler
         )
         fused_groups = self._fused_groups(request)
-        all_fused = len(fused_groups) == len(request.optimizers)
-        outcome = self._run(request, allow_late=all_fused or self._stages.always_steps)
+        if request.optimizers:
+            self._all_fold = len(fused_groups) == len(request.optimizers)
+        outcome = self._run(request, allow_late=self._all_fold or self._stages.always_steps)
         if request.error is None and not outcome.is_skipped:
             self._step_optimizers(outcome, fused_groups)
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)

@@ -1,6 +1,7 @@
 """Slips that would train wrongly without a word: each is told, or cannot happen."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -213,3 +214,49 @@ def test_ranks_that_judge_a_step_at_different_calls(ranks):
         ), text
     for call, _, now in ranks.run(fused_on_odd_ranks, "never"):
         assert call == 0 and now == pytest.approx([-1.8, -2.4])
+
+
+def nothing_to_step_on_rank_1(fused):
+    """At the second call rank 1 has no optimizer; a collective of its own follows each."""
+    p = nn.Parameter(torch.zeros(2))
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    optimizer = torch.optim.SGD([p], 1.0, fused=fused)
+    for call in (1, 2, 3):
+        p.grad = torch.tensor([3.0, 4.0])
+        try:
+            clipper.step(*((None,) if call == 2 and dist.get_rank() == 1 else (optimizer,)))
+        except distclip.AgreementError as error:
+            return call, str(error), p.tolist()
+        dist.all_reduce(torch.zeros(1000))
+    return 0, "", p.tolist()
+
+
+@pytest.mark.parametrize("fused, at", [(True, 3), (None, 2)])
+def test_a_rank_without_an_optimizer_judges_the_step_with_the_others(ranks, fused, at):
+    for call, text, now in ranks.run(nothing_to_step_on_rank_1, fused):
+        assert call == at and "rank 1: at step 2: step [step() was given None" in text, text
+        assert now == pytest.approx([-0.6, -0.8]), "the first alone was taken"
+
+
+def test_a_missing_optimizer_is_told_at_once():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    with pytest.raises(distclip.ConfigError, match="was given no optimizer"):
+        clipper.step()
+
+
+def more_on_rank_1():
+    """Warnings are errors here."""
+    p, more = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([p, *([more] if dist.get_rank() == 1 else [])], 1.0)
+    p.grad, more.grad = torch.ones(2), torch.ones(2)
+    clipper = distclip.GradClipper([("w", p)], math.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clipper.step(optimizer)
+    return p.tolist(), more.tolist()
+
+
+def test_what_one_rank_alone_is_told_does_not_end_it_where_warnings_are_errors(ranks):
+    assert ranks.run(more_on_rank_1) == [([0, 0], [r != 1] * 2) for r in range(4)]

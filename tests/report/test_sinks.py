@@ -1,10 +1,12 @@
 """What each sink writes, and that one that fails is told once. TensorBoard's files are read back by
 its own reader."""
 
+import gc
 import json
 import math
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
 import distclip
+from late import judged_late
 
 
 def clipper_of(*sinks, **options):
@@ -359,3 +362,38 @@ def test_what_is_no_sink_is_refused_at_set_up(make, text):
     with pytest.raises(distclip.ConfigError) as error:
         distclip.GradClipper([("p", nn.Parameter(torch.zeros(2)))], max_norm=1.0, sinks=make())
     assert text in str(error.value)
+
+
+def test_rebuilding_keeps_one_writer():
+    """With it one header, which has the name of each layer."""
+    p = nn.Parameter(torch.zeros(1))
+    clipper, writers = distclip.GradClipper([("w", p)], 1.0, sinks=[print]), []
+    for _ in range(3):
+        writers.append(weakref.ref(clipper._writer))
+        clipper.rebuild()
+    gc.collect()
+    assert [writer() for writer in writers] == [None] * 3 and clipper._writer.num_sinks == 1
+
+
+def test_a_step_that_is_taken_back_leaves_nothing_to_the_next_of_its_number():
+    """The last step of a run is written before it is judged; the one before had its number."""
+    seen = []
+    p = nn.Parameter(torch.zeros(1))
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0, sinks=[seen.append]))
+    optimizer = torch.optim.SGD([p], 1.0, fused=True)
+
+    def step(value):
+        p.grad = torch.tensor([value])
+        clipper.step(optimizer)
+
+    step(1.0)
+    saved = clipper.state_dict()
+    step(math.nan)
+    clipper.load_state_dict(saved)
+    step(1.0)
+    clipper._writer.flush()
+    assert [(r.step, r.matters, len(r.culprits)) for r in seen] == [
+        (1, None, 0),
+        (2, "skipped", 1),
+        (2, None, 0),
+    ]

@@ -124,7 +124,8 @@ class StepChecker:
         if request.optimizers and not self.warnings.was_given("more"):
             more = unmanaged_params(request.optimizers)
             if more:
-                self.warnings.warn_once("more", "; ".join(more))
+                all_alike = self.channel.size == 1  # this rank's optimizers
+                self.warnings.warn_once("more", "; ".join(more), all_alike)
 
     def _count_finite_step(self, step: int, numbers: HostNumbers) -> None:
         self.warnings.check_habits(numbers.clip_rate, numbers.num_steps, numbers.cosine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,10 +34,11 @@ class StepWarnings:
     def warn(self, text: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=user_stacklevel())
 
-    def warn_once(self, kind: str, text: str) -> None:
+    def warn_once(self, kind: str, text: str, all_alike: bool = True) -> None:
+        """`all_alike`: all ranks are told the same."""
         if kind not in self._given:
             self._given.add(kind)
-            self.warn(text)
+            (self.warn if all_alike else warn_or_log)(text)
 
     def was_given(self, kind: str) -> bool:
         return kind in self._given
@@ -65,6 +67,15 @@ class StepWarnings:
                 f"value clipping turned the gradient: its cosine with the raw one is {cosine:.2f}. "
                 "Raise clip_value, or clip the norm (max_norm=...), which keeps the direction",
             )
+
+
+def warn_or_log(text: str) -> None:
+    """A warning; in the log where warnings are errors, since one on this rank alone would leave the
+    others waiting."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=user_stacklevel())
+    except RuntimeWarning:
+        logging.getLogger("distclip").warning(text)
 
 
 def user_stacklevel() -> int:

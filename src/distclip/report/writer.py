@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 import torch
 
 from distclip.decide.matters import NormWindow
+from distclip.decide.warn import warn_or_log
 from distclip.exchange.readback import Readback
 from distclip.records import ClipReport, StepFindings
 from distclip.setup.options import why_unwritable
@@ -97,6 +96,7 @@ class ReportWriter:
 
     def _found_of(self, report: ClipReport) -> StepFindings:
         step, found = self._found or (0, StepFindings())
+        self._found = None  # a step after a checkpoint was loaded may bear this number again
         if step != report.step:
             # The last step before the end of the program, which no call comes to judge, or one that
             # was judged by an error. A copy of the window says what it can: the window itself must
@@ -123,7 +123,7 @@ class ReportWriter:
                 cast("Callable[[ClipReport], object]", write)(report)
             except Exception as error:
                 self._sinks.remove(sink)
-                _warn_or_log(
+                warn_or_log(
                     f"{_name_of(sink)} failed at step {report.step} and is off from now on, "
                     f"training goes on: "
                     f"{type(error).__name__}: {error}"
@@ -133,12 +133,3 @@ class ReportWriter:
 def _name_of(sink: SinkLike) -> str:
     """Of its class; of a function its own."""
     return getattr(sink, "__name__", type(sink).__name__)
-
-
-def _warn_or_log(text: str) -> None:
-    """A warning; in the log where warnings are errors, since one on this rank alone would leave the
-    others waiting."""
-    try:
-        warnings.warn(text, RuntimeWarning, stacklevel=6)
-    except RuntimeWarning:
-        logging.getLogger("distclip").warning(text)
