@@ -151,9 +151,17 @@ class GradClipper:
         Args:
             params: in place of those that were passed before. A module knows what it holds now; a
                 list of pairs or parameters does not.
+
+        Raises:
+            As when a clipper is built; and on CUDA what the last step's own call would have raised,
+            where steps are judged at the next one.
         """
         params = self._params if params is None else _reusable(params)
-        self._channel = Channel.from_group(self._process_group)
+        channel = Channel.from_group(self._process_group)
+        runner: StepRunner | None = getattr(self, "_runner", None)
+        if runner is not None:
+            runner.finish(channel)
+        self._channel = channel
         self._writer.flush()
         inputs = build_plan(params, self._passed, self._channel, self._sinks)
         if self._channel.rank == 0:

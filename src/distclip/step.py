@@ -47,6 +47,13 @@ class StepRunner:
         timing = HostNow if stages.on_host else DeviceLate
         self._timing: HostNow | DeviceLate = timing(stages, state, writer)
 
+    def finish(self, channel: Channel) -> None:
+        """Judge a step that is left to be judged, unless the channel to go on with is of other
+        ranks: those could not be asked about it. Raises as `run`; a collective where something was
+        wrong."""
+        if channel.is_same(self._channel):
+            self._timing.check_previous()
+
     @property
     def reads_late(self) -> bool:
         """Whether the host may know of a step one call later."""

@@ -260,3 +260,25 @@ def more_on_rank_1():
 
 def test_what_one_rank_alone_is_told_does_not_end_it_where_warnings_are_errors(ranks):
     assert ranks.run(more_on_rank_1) == [([0, 0], [r != 1] * 2) for r in range(4)]
+
+
+def rebuilt_after_copies_differed():
+    p = nn.Parameter(torch.ones(2))
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    optimizer = torch.optim.SGD([p], 1.0, fused=True)
+    p.grad = torch.full((2,), 2.0 if dist.get_rank() == 1 else 1.0)
+    clipper.step(optimizer)
+    try:
+        clipper.rebuild()
+    except distclip.AgreementError as error:
+        text = str(error)
+    clipper.rebuild()
+    p.grad = torch.full((2,), 0.5)
+    clipper.step(optimizer)
+    return text, p.tolist()
+
+
+def test_a_step_that_was_not_judged_yet_is_judged_when_the_clipper_is_rebuilt(ranks):
+    for text, now in ranks.run(rebuilt_after_copies_differed):
+        assert text.startswith("step 1: ") and "w" in text and "rank 1" in text, text
+        assert now == [0.5, 0.5], "the first step was not taken"

@@ -72,6 +72,10 @@ class Channel:
             )
         return cls(process_group, dist.get_process_group_ranks(process_group), process_group.rank())
 
+    def is_same(self, other: Channel) -> bool:
+        """Whether it is of the same group and ranks."""
+        return self.group is other.group and self.ranks == other.ranks
+
     def comm_device(self, compute: torch.device) -> torch.device:
         """The device on which a message from `compute` is reduced: the same, if the group has a
         backend for it, else one that has."""
