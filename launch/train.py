@@ -80,7 +80,7 @@ def train(config: Config, device: str) -> None:
         return
 
     bits = torch.zeros((), dtype=torch.int64, device=device)
-    ladder, step, taken = Ladder(config, job, speaks=rank == 0), start, 0
+    ladder, step, taken = Ladder(config, job, rank == 0, start), start, 0
     with tqdm(
         total=training.steps, initial=start, disable=rank != 0, mininterval=0.5, ncols=80
     ) as bar:

@@ -457,6 +457,28 @@ def test_a_run_that_is_rolled_back_goes_on_as_if_it_had_never_seen_the_data(tmp_
     assert set(actions(tmp_path / "spared.jsonl")) == {"none"}
 
 
+def test_a_resumed_run_goes_on_at_the_lowered_rate(tmp_path):
+
+    def run(name, steps, every):
+        rungs = ("--clip.escalate.lower_lr", "2", "--clip.escalate.lower_for", "3")
+        log, folder = tmp_path / f"{name}.jsonl", tmp_path / name
+        return train_here(
+            *LADDER, "--inject.kind", "nan", "--inject.batches", "2", *rungs,
+            "--training.steps", steps, "--output.every", every,
+            "--training.warmup", "100", "--training.lr", "0.05",  # with no decay, which ends with the steps
+            "--output.log", str(log), "--output.checkpoint", str(folder),
+        )  # fmt: skip
+
+    assert "step 39: the learning rate is multiplied by 0.5 until step 43" in run(
+        "whole", "44", "99"
+    )
+    run("parts", "41", "99")
+    run("parts", "44", "99")
+    whole, parts = norms(tmp_path / "whole.jsonl"), norms(tmp_path / "parts.jsonl")
+    assert len(whole) == 44 and whole == parts
+    assert json.loads((tmp_path / "whole" / "lowered.json").read_text()) == [[40, 43, 0.5]]
+
+
 def test_a_rate_is_lowered_for_a_while(tmp_path):
     """And where there is no end to it, the run ends."""
     rungs = ("--clip.escalate.lower_lr", "2", "--clip.escalate.lower_for", "3")
