@@ -223,8 +223,8 @@ def _from_the_start(run: RunLog, used: Any, bound: float) -> str:
         return ""
     whole = round_significant(float(np.percentile(norms, _USUAL_PERCENTILE)), up=True)
     return (
-        f". Of the whole run it would have clipped {percent(share)}: where this run goes on take it, "
-        f"for one that begins anew {whole:g} or a policy that adapts"
+        f". Of the whole run it would have clipped {percent(share)}: where this run goes on take "
+        f"it, for one that begins anew {whole:g} or a policy that adapts"
     )
 
 
