@@ -59,6 +59,7 @@ DISTRIBUTED = {
     "testing",
     "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
+    "integrations.joined_ranks",
     "integrations.megatron",
 }
 DISTRIBUTED |= {

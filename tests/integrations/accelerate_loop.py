@@ -26,12 +26,12 @@ from accelerate import (
 )
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
 from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distclip
 import distclip.testing
+from accelerate_setting import as_on_gpus
 from distclip.integrations.accelerate import prepare, release
 from problem import HUGE, TINY, data, loss_of, net, off, oracle, whole
 
@@ -43,14 +43,6 @@ if STRATEGY == "deepspeed":
 
     # its C++ build takes minutes, and gloo does
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def as_on_gpus():
-    """Accelerate shards on accelerators only."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._reset_state()
-    PartialState(backend="gloo")
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def make_accelerator(steps=1, fp16=False):
