@@ -234,6 +234,16 @@ def test_deepspeed_refuses_what_it_cannot_do(rows):
         )
 
 
+def test_a_compiled_model_is_clipped_as_the_eager_one():
+    (row,) = rows_of("single")
+    seen = row["compiled"]
+    if seen is None:
+        pytest.skip("inductor needs a C++ compiler: g++, or its path in CXX")
+    assert seen["kind"] == "OptimizedModule" and seen["graphs"] >= 2, "vacuous: nothing compiled"
+    assert min(seen["no"]) > 1 and len(set(seen["no"])) == 3, "vacuous"
+    assert seen["inductor"] == pytest.approx(seen["no"], rel=2e-6)
+
+
 @pytest.fixture(scope="module")
 def mesh_rows():
     return launched("accelerate_mesh_loop.py", ranks=4)
