@@ -66,8 +66,8 @@ class Integration(NamedTuple):
 INTEGRATIONS = {
     "accelerate": Integration(
         "`prepare(accelerator, model, max_norm=…)`",
-        "one process, DDP, FSDP1, FSDP2, DeepSpeed; accumulation; several models, optimizers and one scaler; parts of a model; by value; "
-        "`save_state`",
+        "one process, DDP, FSDP1, FSDP2, DeepSpeed; `ParallelismConfig`: HSDP, tensor parallelism with FSDP2; compiled models; accumulation; "
+        "several models, optimizers and one scaler; parts of a model; by value; `save_state`",
         "a second threshold for one model; `join_uneven_inputs`; under DeepSpeed parts and values after `backward()`; `grad_of`",
         "test_accelerate.py",
     ),
@@ -80,7 +80,7 @@ INTEGRATIONS = {
     ),
     "lightning": Integration(
         "`GradientClipping(max_norm=…)`; Fabric: `prepare(fabric, model, …)`",
-        "automatic and manual optimization; DDP, FSDP2; unfreezing; searches; checkpoints; AMP",
+        "automatic and manual optimization; DDP, FSDP2, tensor parallelism with FSDP2; unfreezing; searches; checkpoints; AMP",
         "`gradient_clip_val` beside it; DeepSpeed's strategy; a second clip in a step",
         "test_lightning.py",
     ),

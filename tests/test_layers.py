@@ -59,11 +59,20 @@ DISTRIBUTED = {
     "testing",
     "integrations.deepspeed_internals.engine",
     "integrations.deepspeed_internals.sharded",
+    "integrations.joined_ranks",
     "integrations.megatron",
 }
 DISTRIBUTED |= {
     f"cli.doctor.{part}"
-    for part in ("command", "store", "watchdog", "facts", "layouts", "speed_checks")
+    for part in (
+        "command",
+        "store",
+        "watchdog",
+        "facts",
+        "layouts",
+        "speed_checks",
+        "framework_jobs",
+    )
 }  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.
 TYPES_ONLY = {

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-RUN = ("2.9.1", "2.11.0", "2.13.0", "2.15.0")
+RUN = ("2.8.0", "2.9.1", "2.11.0", "2.13.0", "2.14.1", "2.15.0")
 
 
 def untested_release_note(release: str) -> str:

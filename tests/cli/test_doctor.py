@@ -526,7 +526,7 @@ def checked(name):
     document = json.loads(out.getvalue())
     return [code, {check["name"]: check["result"] for check in document["checks"]}, document["stopped"]]
 
-seen = {name: checked(name) for name in ("accelerate", "lightning", "transformers")}
+seen = {name: checked(name) for name in ("accelerate", "deepspeed", "lightning", "transformers")}
 prepare = distclip.integrations.accelerate.prepare
 def loose(accelerator, model, max_norm):
     clipper = prepare(accelerator, model, max_norm=2 * max_norm)
@@ -539,7 +539,7 @@ print("SEEN", json.dumps(seen))
 
 
 def test_a_frameworks_smallest_training_is_compared():
-    for name in ("accelerate", "lightning", "transformers"):
+    for name in ("accelerate", "deepspeed", "lightning", "transformers"):
         if find_spec(name) is None:  # importing it would change the environment
             pytest.skip(f"{name} is not installed")
     environment = os.environ | {"PYTHONPATH": str(Path(distclip.__file__).parents[1])}
@@ -554,10 +554,24 @@ def test_a_frameworks_smallest_training_is_compared():
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.split("SEEN ")[1])
     passed = {"norm": "pass", "weights": "pass", "own": "pass"}
-    for name in ("accelerate", "lightning", "transformers"):
+    for name in ("accelerate", "deepspeed", "lightning", "transformers"):
         assert seen[name] == [0, passed, ""]
     code, results, _ = seen["loose"]
     assert code == 1 and results["weights"] == "fail" and results["own"] == "pass"
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("megatron", "a CUDA device and its own model: run a few steps of your job with clip_grad"),
+        ("torchtitan", "on GPUs under torchrun: run a few steps of your job with --override"),
+    ],
+)
+def test_what_to_do_for_a_framework_that_does_not_run_in_one_process(capsys, name, what):
+    assert main(["doctor", "--framework", name, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert what in document["stopped"] and "must agree" in document["stopped"]
+    assert document["checks"] == [] and document["exit_code"] == 2
 
 
 def test_a_framework_that_is_not_known_or_under_torchrun(capsys, monkeypatch):

@@ -141,8 +141,17 @@ TRUTHS = {
         ["step 1,500 had 1.7e+09 times the running median and nothing clipped it", "the median norm was 1 before and 0.0041 after it: the model may be dead since"],
         (0.95 * P95, 1.05 * P95), "the 95th percentile of the steps before it was lost",
     ),
+    # of a model that learns quickly: large norms at the start are no spikes, and a threshold of the end would throttle a new run
+    "a steep fall from the start": Truth(
+        noisy(0.01 + np.exp(-T[:200] / 12), 200), ["trend"], ["the median norm falls from "], (0.012, 0.016),
+        "where this run goes on take it, for one that begins anew 0.4",
+    ),
+    "short, and thrown out at a quarter": Truth(
+        at(noisy(np.where(T[:200] < 49, 0.3, 9.0), 200), s50=400.0), ["diverged", "spikes"], ["the run diverged at step 50: the median norm was 0.31", "one spike"],
+        None, "49 steps with a finite norm, before the run was lost, are too few",
+    ),
     "a blow-up at the start": Truth(
-        at(noisy(np.where(T < 2, 9.0, 0.1)), s2=1e13), ["diverged", "spikes"], ["step 2 had 9.8e+13 times", "there are next to no steps before it"],
+        at(noisy(np.where(T < 2, 9.0, 0.1)), s2=1e13), ["diverged", "spikes"], ["step 2 had 8.8e+13 times", "there are next to no steps before it"],
         None, "1 step with a finite norm, before the run was lost, are too few",
     ),
 }  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_steps(ranks, tmp_path, capsys):
     assert len(lines) == 200 and lines[49]["clipped"] and lines[49]["total_norm"] > 100
     assert max(line["total_norm"] for line in lines[10:49]) < 1
     assert main(["suggest", str(tmp_path / "measure" / "run.jsonl")]) == 0
-    assert "one fixed threshold does not fit" in capsys.readouterr().out
+    assert "the run diverged at step 50" in capsys.readouterr().out
     assert main(["suggest", str(tmp_path / "clip" / "run.jsonl")]) == 0
     assert "50, 100, 150" in capsys.readouterr().out
 

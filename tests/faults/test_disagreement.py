@@ -13,15 +13,15 @@ from parity.layouts import given
 from precision.jobs import Job, local, mlp
 
 ADVICE = (
-    "\nIf these are different parameters under one name (pipeline stages, experts), declare "
-    "replicated_over={pattern: process group | "
-    "distclip.PRIVATE}. If gradients were not reduced yet (no_sync, accumulation), clip after the "
-    "reduction. Parameters that were added or "
+    "\nIf gradients were not reduced (no DistributedDataParallel or fully_shard around the model; "
+    "no_sync, accumulation), wrap it, or clip after the reduction. Parameters that were added or "
     "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, "
     "and call clipper.rebuild(). An optimizer "
-    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they "
-    "should be equal, one replica has "
-    "diverged: restore it from a checkpoint or another rank"
+    "that reduces gradients inside its step() comes too late: reduce them before the clip. "
+    "If these are different parameters under one name (pipeline stages, experts), declare "
+    "replicated_over={pattern: process group | distclip.PRIVATE}. "
+    "Else one replica has diverged: restore it from a checkpoint or another rank; with "
+    "a GradScaler, every clip must be given it: clip_(optimizer, scaler)"
 )
 SAME_CALLS = (
     "ranks did not do the same; every rank must make the same calls of the clipper in "

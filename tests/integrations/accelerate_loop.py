@@ -8,6 +8,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -26,12 +27,12 @@ from accelerate import (
 )
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
 from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distclip
 import distclip.testing
+from accelerate_setting import as_on_gpus
 from distclip.integrations.accelerate import prepare, release
 from problem import HUGE, TINY, data, loss_of, net, off, oracle, whole
 
@@ -43,14 +44,6 @@ if STRATEGY == "deepspeed":
 
     # its C++ build takes minutes, and gloo does
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def as_on_gpus():
-    """Accelerate shards on accelerators only."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._reset_state()
-    PartialState(backend="gloo")
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def make_accelerator(steps=1, fp16=False):
@@ -483,6 +476,35 @@ def overflow():
     return {"moved": moved, "scale": accelerator.scaler.get_scale()}
 
 
+def compiled():
+    """Norms of three steps, of the model as it is and compiled by inductor; None without a
+    compiler."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        return None
+    from torch._inductor import config
+
+    # for a short compilation: no trials of the machine's vector instructions, no precompiled
+    # headers, no pool of processes
+    config.cpp.simdlen, config.cpp_cache_precompile_headers, config.compile_threads = 1, False, 1
+    out = {}
+    for backend in ("no", "inductor"):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        accelerator = Accelerator(cpu=True, dynamo_backend=backend)
+        plain = net(0)
+        model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 0.5))
+        prepare(accelerator, model, max_norm=0.1)
+        out[backend] = []
+        for seed in range(3):
+            accelerator.backward(loss_of(model, *data(seed)))
+            out[backend].append(float(accelerator.clip_grad_norm_(model.parameters(), 0.1)))
+            optimizer.step()
+            optimizer.zero_grad()
+    stats = torch._dynamo.utils.counters
+    graphs = stats["inductor"]["fxgraph_cache_miss"] + stats["inductor"]["fxgraph_cache_hit"]
+    return out | {"kind": type(model).__name__, "graphs": graphs}
+
+
 def refusals():
     accelerator = make_accelerator()
     plain = net(0)
@@ -595,6 +617,8 @@ def main():
             "part_fp16": a_part_in_fp16,
             "again": prepared_again,
         }
+    if STRATEGY == "single":
+        cases["compiled"] = compiled
     if STRATEGY == "ddp" and find_spec("distclip.torch_internals.join"):
         cases |= {"joined": joined}
     if STRATEGY not in ("deepspeed", "tp"):

@@ -232,3 +232,45 @@ def test_deepspeed_refuses_what_it_cannot_do(rows):
             "no step was taken yet; under DeepSpeed accelerator.backward() clips and "
             "steps: call it first"
         )
+
+
+def test_a_compiled_model_is_clipped_as_the_eager_one():
+    (row,) = rows_of("single")
+    seen = row["compiled"]
+    if seen is None:
+        pytest.skip("inductor needs a C++ compiler: g++, or its path in CXX")
+    assert seen["kind"] == "OptimizedModule" and seen["graphs"] >= 2, "vacuous: nothing compiled"
+    assert min(seen["no"]) > 1 and len(set(seen["no"])) == 3, "vacuous"
+    assert seen["inductor"] == pytest.approx(seen["no"], rel=2e-6)
+
+
+@pytest.fixture(scope="module")
+def mesh_rows():
+    return launched("accelerate_mesh_loop.py", ranks=4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "tp and fsdp2",
+        "on a flattened mesh",
+        "a layer outside the plan",
+        "nothing in the plan",
+        "hsdp by the plugin",
+        "not split, by the plugin",
+    ],
+)
+def test_the_update_under_a_parallelism_config_is_the_oracles(mesh_rows, case):
+    for row in mesh_rows:
+        seen = row[case]
+        assert seen["norm"] > 0.1, "vacuous"
+        assert seen["told"] == pytest.approx(seen["norm"], rel=1e-6)
+        assert seen["off"] <= 1e-6
+        assert len(seen["sent"]) == 1
+        # torch's norm in float32
+        assert seen["own"] == pytest.approx(seen["norm"], rel=1e-5)
+    assert len({row[case]["bits"] for row in mesh_rows}) == 1
+
+
+def test_elements_under_a_parallelism_config_are_bounded(mesh_rows):
+    assert all(row["value"]["off"] <= 1e-6 for row in mesh_rows)

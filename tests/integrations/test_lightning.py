@@ -197,3 +197,37 @@ def test_refusals_read_well(rows):
             "prepare(fabric, module, max_norm=...) needs the module that fabric.setup returned",
             "the norm of the gradients is nan; nothing was stepped (error_if_nonfinite=True)",
         ]
+
+
+@pytest.fixture(scope="module")
+def mesh_rows():
+    return launched("lightning_mesh_loop.py", ranks=4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "the whole in the plan",
+        "a layer outside the plan",
+        "nothing in the plan",
+        "fabric, a layer outside the plan",
+        "fabric, nothing in the plan",
+    ],
+)
+def test_the_update_beside_tensor_parallelism_is_the_oracles(mesh_rows, case):
+    for row in mesh_rows:
+        seen = row[case]
+        assert seen["norm"] > 0.1, "vacuous"
+        assert seen["told"] == pytest.approx(seen["norm"], rel=1e-6)
+        assert seen["off"] <= 1e-6
+        assert len(seen["sent"]) == 1
+        assert seen.get("bounded", 1) > 0, "vacuous"
+    assert len({row[case]["bits"] for row in mesh_rows}) == 1
+
+
+def test_lightnings_own_clip_takes_one_mesh(mesh_rows):
+    for row in mesh_rows:
+        for case in ("the whole in the plan", "nothing in the plan"):
+            assert row[case]["own"] <= 1e-5  # its coefficient is c / (n + 1e-6)
+        own = row["a layer outside the plan"]["own"]
+        assert "same mesh" in own if isinstance(own, str) else own <= 1e-5

@@ -345,7 +345,7 @@ NO_SINKS = {
         "which writes; pass a list",
     ),
     "one sink": (distclip.LoggingSink, "which writes; pass a list"),
-    "a path": (lambda: "run.jsonl", "sinks[0], 'r': it has no write(report)"),
+    "a path": (lambda: "run.jsonl", "sinks='run.jsonl' on rank 0, which writes; pass a list"),
     "a class": (
         lambda: [distclip.LoggingSink],
         "sinks[0], <class 'distclip.report.sinks.LoggingSink'>: it has no write(report)",

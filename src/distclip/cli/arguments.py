@@ -7,7 +7,8 @@ import argparse
 import math
 from importlib import import_module
 
-FRAMEWORKS = ("accelerate", "lightning", "transformers")  # those of cli/doctor/frameworks.py
+# those of cli/doctor/framework_jobs.py
+FRAMEWORKS = ("accelerate", "deepspeed", "lightning", "megatron", "torchtitan", "transformers")
 _EPILOG_DOCTOR = """\
 exit codes:  0  all checks passed    1  a check failed    2  it could not run to the end
              torchrun answers 1 for both 1 and 2, and prints each rank's own code.
@@ -46,7 +47,8 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FRAMEWORKS,
         metavar="NAME",
         help="instead of the checks the smallest training of a framework, with its own clipping "
-        f"and with distclip's, in one process: {', '.join(FRAMEWORKS)}",
+        f"and with distclip's, in one process: {', '.join(FRAMEWORKS)} (megatron and torchtitan "
+        "need a GPU and their own launcher: it says what to do)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document instead of the table"

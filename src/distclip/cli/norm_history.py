@@ -13,6 +13,8 @@ import numpy as np
 from distclip.cli.run_log import RunLog
 
 MEDIAN_WINDOW = 101  # steps of the running median, centred
+_NARROWEST = 25  # the running median of a short run
+_NEAREST = 5  # steps on either side, at least, of the median at the beginning
 _BLOCK = 4096  # windows whose medians are worked out at once
 _SPIKE_RATIO = 5.0  # times the running median, and
 _SPIKE_SIGMAS = 6.0  # robust deviations of the log-norm from it
@@ -33,10 +35,10 @@ _SETTLED_SHARE = 0.17  # of the run: a trend that is over by then is its beginni
 _FEWEST_PERIODS = 5
 
 
-def running_median(norms: Any) -> Any:
-    """[steps]: median of the finite norms among the 101 nearest; at both ends those of the first
-    and last 101. Of an even number the lower one."""
-    width = min(MEDIAN_WINDOW, len(norms))
+def running_median(norms: Any, width: int = MEDIAN_WINDOW) -> Any:
+    """[steps]: median of the finite norms among the `width` nearest; at both ends those of the
+    first and last `width`. Of an even number the lower one."""
+    width = min(width, len(norms))
     windows = np.lib.stride_tricks.sliding_window_view(norms, width)
     inside = np.empty(len(windows))
     middle = (width - 1) // 2
@@ -109,8 +111,13 @@ class NormHistory:
 
     @cached_property
     def ratio(self) -> Any:
-        """[steps]: norm over running median; NaN where one of them is 0 or not finite."""
-        norm, median = self.run.norm, self.median
+        """[steps]: norm over running median; NaN where one of them is 0 or not finite. At the
+        beginning, where the running median is that of later steps, over the median of as many
+        steps before as after, if that is larger: norms that fall from the start are no spikes."""
+        norm, median = self.run.norm, self.median.copy()
+        for i in range(min(MEDIAN_WINDOW // 2, len(norm))):
+            reach = max(i, _NEAREST)
+            median[i] = np.fmax(median[i], _median(norm[max(0, i - reach) : i + reach + 1]))
         good = (norm > 0) & (median > 0)
         return np.divide(norm, median, out=np.full(len(norm), np.nan), where=good)
 
@@ -203,10 +210,12 @@ class NormHistory:
 
     def _last_jump(self, end: int) -> RunDivergence | None:
         """The steepest rise of the running median, where the rest of the run stays up."""
-        half = MEDIAN_WINDOW // 2
-        median = self.median[:end]
-        if end < 2 * MEDIAN_WINDOW:
+        width = min(MEDIAN_WINDOW, end // 4 | 1)  # two levels of a short run must have room
+        if width < _NARROWEST:
             return None
+        half = width // 2
+        whole = self.median if width == MEDIAN_WINDOW else running_median(self.run.norm, width)
+        median = whole[:end]
         low, high = median[: -2 * half], median[2 * half :]  # around the positions from `half` on
         good = (low > 0) & (high > 0)
         rise = np.divide(high, low, out=np.ones(len(low)), where=good)

@@ -20,13 +20,13 @@ from distclip.setup.plan import Plan
 NAMED = 10  # parameters or culprits that a report names
 
 _REMEDY = (
-    f"{DECLARE}. If gradients were not reduced yet (no_sync, accumulation), clip after the "
-    f"reduction. Parameters that were added or "
+    "If gradients were not reduced (no DistributedDataParallel or fully_shard around the model; "
+    "no_sync, accumulation), wrap it, or clip after the reduction. Parameters that were added or "
     "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, "
     "and call clipper.rebuild(). An optimizer "
-    "that reduces gradients inside its step() comes too late: reduce them before the clip. If they "
-    "should be equal, one replica has "
-    "diverged: restore it from a checkpoint or another rank"
+    "that reduces gradients inside its step() comes too late: reduce them before the clip. "
+    f"{DECLARE}. Else one replica has diverged: restore it from a checkpoint or another rank; with "
+    "a GradScaler, every clip must be given it: clip_(optimizer, scaler)"
 )
 
 

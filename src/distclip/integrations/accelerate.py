@@ -26,6 +26,7 @@ from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import raise_missing_extra
 from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
 from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate, unscale_once
+from distclip.integrations.joined_ranks import join_all_ranks
 from distclip.integrations.set_aside import params_of, stepped_by
 
 try:
@@ -80,6 +81,8 @@ def prepare(
     * On a micro-step of gradient accumulation nothing is done or sent, and the result is NaN.
     * A step that is not finite is skipped on all ranks: the gradients of the optimizers concerned
       are set to None, and `optimizer.step()` changes nothing.
+    * With `tp_size` in a `ParallelismConfig` all ranks work on the same modules, whether or not
+      any parameter is split by it; pass `replicated_over` where that is not so.
     * Inside `accelerator.join_uneven_inputs` a clip is refused: a rank that ran out of batches does
       not take part in it.
 
@@ -117,6 +120,9 @@ def prepare(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         clipper = _attach_engine(models, max_norm, policy, options)
     else:
+        parallelism = getattr(accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.tp_enabled:
+            options = join_all_ranks(options)
         clipper = GradClipper(list(models), max_norm, policy=policy, **options)
     scope = _AcceleratorScope.scope_of(accelerator) or _AcceleratorScope(accelerator)
     scope.add_prepared(

@@ -25,6 +25,7 @@ from distclip import ClipReport, ConfigError, FixedValue, GradClipper, Policy
 from distclip.integrations import raise_missing_extra
 from distclip.integrations.clipping_scope import ClippingScope, PreparedModels
 from distclip.integrations.deferred_scaler_update import DeferredScalerUpdate
+from distclip.integrations.joined_ranks import join_all_ranks
 from distclip.integrations.set_aside import params_of, set_aside, stepped_by
 
 try:
@@ -148,6 +149,7 @@ class GradientClipping(Callback):
     ) -> list[GradClipper]:
         """A clipper of the whole model for each optimizer."""
         model = trainer.strategy.model or pl_module
+        options = _options_on(trainer.strategy, options)
         return [
             GradClipper(model, self.max_norm, policy=self.policy, **options)
             for _ in trainer.optimizers
@@ -306,6 +308,7 @@ def prepare(
         )
     _refuse_grad_of(options)
     _refuse_deepspeed(fabric.strategy, "module")
+    options = _options_on(fabric.strategy, options)
     clipper = GradClipper(list(modules), max_norm, policy=policy, **options)
     scope = _FabricScope.behind(fabric.clip_gradients) or _FabricScope(fabric)
     scope.add_prepared(
@@ -447,6 +450,11 @@ def _refuse_grad_of(options: dict[str, Any]) -> None:
             "grad_of=: Lightning steps what is in .grad; use GradClipper itself for "
             "gradients that are elsewhere"
         )
+
+
+def _options_on(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and that the ranks of a `ModelParallelStrategy` work on the same modules."""
+    return join_all_ranks(options) if "ModelParallel" in type(strategy).__name__ else options
 
 
 def _refuse_deepspeed(strategy: Any, engine: str) -> None:

@@ -215,7 +215,7 @@ def check_sinks(sinks: Any, rank: int) -> None:
     """
     if sinks is None and rank:
         return
-    if not isinstance(sinks, Sequence):
+    if not isinstance(sinks, Sequence) or isinstance(sinks, str):
         raise ConfigError(
             f"sinks={sinks!r} on rank {rank}, which writes; pass a list, such as "
             f"sinks=[distclip.JSONLSink('run.jsonl')]"

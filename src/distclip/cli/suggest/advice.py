@@ -16,6 +16,7 @@ FEW_STEPS = 100  # with fewer steps percentiles mean little
 MANY_SKIPPED = 0.2  # share of the steps: what is left is no picture of the run
 _USUAL_PERCENTILE = 95.0
 _MOST_LENGTHENED = math.log(1.1)  # mean growth of the steps' lengths that changes no learning rate
+_MANY_CLIPPED = 0.2  # share of a whole run's steps: more than spikes
 _AS_IT_WAS = 1.15  # a bound within this factor of the threshold that it had: that one
 _LONGER = 1.001
 _SAMPLED = 20_000  # steps by which a bound is sought
@@ -110,12 +111,13 @@ def recommend_max_norm(history: NormHistory) -> NormAdvice:
     if had is not None and bound < usual and had <= bound <= _AS_IT_WAS * had:
         bound = had
     else:
-        bound = round_significant(bound)
+        # up, where nothing forbids: just below the percentile it would clip many more
+        bound = round_significant(bound, up=bound >= usual)
     clipped = float((norms > bound).mean())
     if bound >= round_significant(usual):
         reason = (
             f"the 95th percentile{where}: ordinary steps pass, {percent(clipped)} would have been "
-            f"clipped there"
+            f"clipped there" + _from_the_start(run, used, bound)
         )
     elif bound == had:
         reason = "what it had" + _what_higher_does(run, usual, where)
@@ -211,6 +213,19 @@ def _longest_bound(run: RunLog, used: Any, usual: float) -> float:
             (middle, high) if mean_growth(math.exp(middle)) <= _MOST_LENGTHENED else (low, middle)
         )
     return math.exp(low)
+
+
+def _from_the_start(run: RunLog, used: Any, bound: float) -> str:
+    """What a bound of late steps does to a run that begins anew."""
+    norms = run.norm[run.finite]
+    share = float((norms > bound).mean())
+    if used.sum() == len(norms) or share < _MANY_CLIPPED:
+        return ""
+    whole = round_significant(float(np.percentile(norms, _USUAL_PERCENTILE)), up=True)
+    return (
+        f". Of the whole run it would have clipped {percent(share)}: where this run goes on take "
+        f"it, for one that begins anew {whole:g} or a policy that adapts"
+    )
 
 
 def _what_higher_does(run: RunLog, usual: float, where: str) -> str:
