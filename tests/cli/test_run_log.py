@@ -23,7 +23,7 @@ from cli.logs import (
 from distclip.cli import main, progress
 from distclip.cli.log_header import PlanRow
 from distclip.cli.part_shares import power_shares
-from distclip.cli.run_log import ACTIONS, Culprit, RankNote, RunError, read_runs
+from distclip.cli.run_log import ACTIONS, LoggedCulprit, RankNote, RunError, read_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -87,7 +87,7 @@ def test_what_schema_2_adds(tmp_path):
     details = run.details_of(0)
     assert details.notes == (RankNote(2, 1, {"ids": [7]}, True),)
     np.testing.assert_array_equal(details.rank_norms, [1.0, np.nan, 9.0])
-    assert run.details_of(1).culprits == (Culprit("a.w", 1, "inf", None, "b.w"),)
+    assert run.details_of(1).culprits == (LoggedCulprit("a.w", 1, "inf", None, "b.w"),)
     assert str(run.details_of(1).culprits[0]) == "a.w on rank 1: inf (finite: b.w after)"
     (parts,) = run.parts
     assert parts.kind == "layer" and parts.names == ("a", "b") and parts.first.tolist() == [1, 2]

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import distclip
 import distclip.testing
+from ended_groups import ended_groups
 
 WIDTH, INNER, MAX_NORM = 6, 8, 0.05
 
@@ -54,15 +55,12 @@ def megatron(gloo=False, **sizes):
         warnings.simplefilter("ignore")  # of the import: neither Apex nor Transformer Engine
         from megatron.core import parallel_state
 
-        before = set(dist.distributed_c10d._world.pg_map)
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=gloo, **sizes)
-        try:
-            yield parallel_state
-        finally:
-            parallel_state.destroy_model_parallel()
-            # that forgets its groups only: some thirty a time, each with three threads that poll
-            for group in set(dist.distributed_c10d._world.pg_map) - before:
-                dist.destroy_process_group(group)
+        with ended_groups():  # destroy_model_parallel() forgets them only
+            parallel_state.initialize_model_parallel(create_gloo_process_groups=gloo, **sizes)
+            try:
+                yield parallel_state
+            finally:
+                parallel_state.destroy_model_parallel()
 
 
 def drawn(name, shape):
