@@ -153,8 +153,8 @@ class GradClipper:
                 list of pairs or parameters does not.
 
         Raises:
-            As when a clipper is built; and on CUDA what the last step's own call would have raised,
-            where steps are judged at the next one.
+            ConfigError, PlacementError, AgreementError: as when a clipper is built. On CUDA also
+                what the last step's own call would have raised, where steps are judged at the next.
         """
         params = self._params if params is None else _reusable(params)
         channel = Channel.from_group(self._process_group)
