@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
 
@@ -34,3 +36,14 @@ def launched(script, *args, ranks=2, timeout=900):
     rows = [json.JSONDecoder().raw_decode(part)[0] for part in done.stdout.split("RESULT ")[1:]]
     assert len(rows) == max(1, ranks), done.stdout[-3000:]
     return rows
+
+
+def assert_as_the_oracle(rows, case):
+    """Every rank's norm and update are those of float64 in one process, by one all-reduce."""
+    for row in rows:
+        seen = row[case]
+        assert seen["norm"] > 0.1, "vacuous"
+        assert seen["told"] == pytest.approx(seen["norm"], rel=1e-6)
+        assert seen["off"] <= 1e-6
+        assert len(seen["sent"]) == 1
+    assert len({row[case]["bits"] for row in rows}) == 1

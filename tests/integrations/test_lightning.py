@@ -2,7 +2,7 @@
 
 import pytest
 
-from integrations.launched import launched
+from integrations.launched import assert_as_the_oracle, launched
 
 pytest.importorskip("lightning")
 
@@ -215,14 +215,8 @@ def mesh_rows():
     ],
 )
 def test_the_update_beside_tensor_parallelism_is_the_oracles(mesh_rows, case):
-    for row in mesh_rows:
-        seen = row[case]
-        assert seen["norm"] > 0.1, "vacuous"
-        assert seen["told"] == pytest.approx(seen["norm"], rel=1e-6)
-        assert seen["off"] <= 1e-6
-        assert len(seen["sent"]) == 1
-        assert seen.get("bounded", 1) > 0, "vacuous"
-    assert len({row[case]["bits"] for row in mesh_rows}) == 1
+    assert_as_the_oracle(mesh_rows, case)
+    assert all(row[case].get("bounded", 1) > 0 for row in mesh_rows), "vacuous"
 
 
 def test_lightnings_own_clip_takes_one_mesh(mesh_rows):

@@ -137,6 +137,8 @@ class StepChecker:
             self.warnings.warn(self.streak.spike_notice(step))
 
     def _count_bad_step(self, measurement: LocalMeasurement, nonfinite: int) -> tuple[Culprit, ...]:
+        """At the first of a streak and at the last that is allowed it reads this rank's sums on the
+        host, and is a collective."""
         request, step = measurement.request, measurement.step
         backs_off = request.scaler.enabled or request.tolerate_backoff
         must_raise = self.streak.count_nonfinite(backs_off)
@@ -163,8 +165,8 @@ class StepChecker:
         grads: CollectedGrads | None,
         measurement: LocalMeasurement | None = None,
     ) -> None:
-        """A collective: AgreementError if copies differ, by fingerprints of the gradients, or by
-        their norms where the gradients are gone already.
+        """A collective, which reads on the host: AgreementError if copies differ, by fingerprints
+        of the gradients, or by their norms where the gradients are gone already.
 
         Args:
             measurement: for the norms; not needed with `grads`.
