@@ -134,7 +134,8 @@ class GradClipper:
         # whether all optimizers of the last step folded: a rank that passes none by mistake judges
         # that step at the call at which the others do
         self._all_fold = False
-        # of clip_, step or decide: for those who do not make these calls themselves
+        # of clip_, step or decide, of one that raised too: for those who do not make these calls
+        # themselves
         self.last_report: ClipReport | None = None
         self.rebuild()
         if self._channel.rank == 0:
@@ -454,7 +455,8 @@ class GradClipper:
         if self._writer.num_sinks and not self._runner.is_capturing:
             self._writer.write(
                 outcome.report,
-                late=self._runner.reads_late,
+                # after an error no call may follow
+                late=self._runner.reads_late and outcome.error is None,
                 judged=outcome.judged,
                 layers_due=self._state.num_steps % self._layers_every == 0,
             )
@@ -482,6 +484,12 @@ class GradClipper:
         outcome = self._runner.run(request, allow_late)
         if not request.read_only:
             self.last_report = outcome.report
+        if outcome.error is not None:
+            self._write(outcome)
+            try:
+                raise outcome.error
+            finally:
+                del outcome  # the error's traceback would hold it, and it the error
         return outcome
 
     # State
