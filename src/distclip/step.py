@@ -106,6 +106,9 @@ class StepRunner:
             # each other
             request = replace(request, judged_late=True)
 
+        if stages.measurer.lacks_rank_norms(request):
+            request = replace(request, reduced_nothing=True)
+
         # This rank's sums, and what is wrong here
         state.step += 1
         last_hash, notes = state.last_decision_hash, stages.checker.notes
@@ -132,6 +135,7 @@ class StepRunner:
         decision, policies = decide(stages.assignments, norms, state.copies())
         if request.target == "param":
             decision = no_decision(norms)
+        if request.target == "param" or request.reduced_nothing:
             norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
