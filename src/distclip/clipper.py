@@ -25,6 +25,7 @@ from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.passed import as_list
 from distclip.policies import Policy
+from distclip.policies.policy import describe
 from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
@@ -34,7 +35,7 @@ from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
 from distclip.setup.parameters import Params
 from distclip.setup.placement import ReplicatedOver, Shared
-from distclip.stages import build_stages
+from distclip.stages import Stages, build_stages
 from distclip.step import StepRunner
 from distclip.torch_internals.compile import outside_compile
 
@@ -213,6 +214,29 @@ class GradClipper:
             self._partials = PartialReducer(
                 self._channel, inputs.members, stages.plan.pieces, stages.device
             )
+
+    def __repr__(self) -> str:
+        """One line: what the norm is held to, p, and what of the model is on this rank. Neither
+        communicates nor reads on the host; answers where set-up failed, too."""
+        passed: PassedOptions | None = getattr(self, "_passed", None)
+        stages: Stages | None = getattr(self, "_stages", None)
+        facts: list[str] = []
+        if passed is not None:
+            limit = f"max_norm={passed.max_norm!r}"
+            if passed.policy is not None:
+                limit = f"policy={' '.join(describe(passed.policy).split())}"
+            facts += [limit, f"norm_type={passed.norm_type!r}"]
+        if stages is None:
+            facts.append("not set up")
+        else:
+            pieces = stages.plan.pieces
+            facts += [
+                f"parameters={len(pieces)}",
+                f"elements={sum(piece.local_numel for piece in pieces)}",
+                f"ranks={len(stages.plan.ranks)}",
+                f"kernels={stages.kernels}",
+            ]
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     # Each step
 
