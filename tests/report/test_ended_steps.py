@@ -12,7 +12,7 @@ from torch import nn
 
 import distclip
 from distclip.cli import main
-from distclip.cli.run_log import read_runs
+from distclip.cli.log_reader import read_runs
 from distclip.testing import count_collectives
 from late import judged_late
 from parity.layouts import given
