@@ -277,7 +277,7 @@ class GradClipper:
         request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note=note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
-            drop_step_grads(request, self._params_to_drop(request))
+            drop_step_grads(request, self._params_to_drop(outcome))
         elif request.error is None:
             self._stages.applier.apply_(outcome)
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
@@ -450,15 +450,16 @@ class GradClipper:
         outcome = self._run(request, allow_late=False)
         self._stages.checker.compare_replicas(request, self._state.step, outcome.grads)
 
-    def _params_to_drop(self, request: Request) -> list[Tensor]:
-        """Parameters whose `.grad` can be set to None. GradientError, on all ranks alike, where
-        that does not skip a step.
+    def _params_to_drop(self, outcome: StepOutcome) -> list[Tensor]:
+        """Parameters whose `.grad` can be set to None. GradientError, on all ranks alike and once
+        the report is written, where that does not skip a step.
 
         With `grad_of` this is a collective: a rank may have no gradients.
         """
         members, grad_of = self._stages.inputs.members, self._grad_of
         if grad_of is None:
             return members
+        request = outcome.request
         gone = [param for param in members if grad_of(param) is not None]
         out_of_reach = not request.scaler.enabled and any(p.grad is not grad_of(p) for p in gone)
         told = self._channel.gather_ints(
@@ -467,6 +468,7 @@ class GradClipper:
             "the question who can skip a step",
         )
         if told.any():
+            self._write(outcome)
             text = (
                 f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
                 "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "

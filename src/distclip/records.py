@@ -177,6 +177,7 @@ class StepFindings(NamedTuple):
     deviation: float | None = None
     culprits: tuple[Culprit, ...] = ()
     notes: tuple[Note, ...] = ()
+    ended_in: str | None = None
 
 
 class _TensorField:
@@ -224,7 +225,7 @@ class ClipReport:
     norm_after: Tensor  # []: after it
     clipped: Tensor  # [] bool: some group was scaled or clamped
     # [] bool: the step is not taken: gradients were not finite, or (with nonfinite 0) the policy
-    # left it out
+    # left it out, or `ended_in` says why
     skipped: Tensor
     nonfinite: Tensor  # [] int64
     coefs: Tensor  # [groups]
@@ -257,6 +258,9 @@ class ClipReport:
     # of a step that matters: all ranks' notes of it and of the two steps before, as far as they
     # were not sent before
     notes: tuple[Note, ...] = ()
+    # of a step that ended in an error: its class, "NonFiniteError", "AgreementError" (copies
+    # differ) or "GradientError" (too many steps in a row were left out); else None
+    ended_in: str | None = None
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
@@ -362,6 +366,7 @@ class ClipReport:
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]
         out["notes"] = [note._asdict() for note in self.notes]
+        out["ended_in"] = self.ended_in
         return out
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ from distclip.setup.build_plan import SetupInputs
 from distclip.setup.late_parameters import LateParameters
 from distclip.setup.options import ClipOptions
 from distclip.setup.plan import Plan
+from distclip.setup.steps_in_backward import told_of_steps
+from distclip.torch_internals.hooks import optimizers_in_backward
 
 # Where reading a number makes the host wait: there a step is judged one call late if it may be.
 ASYNC_DEVICES = frozenset({"cuda"})
@@ -105,13 +109,16 @@ def build_stages(
     options, device, members = inputs.options, inputs.device, inputs.members
     plan, rules = inputs.plan, options.grouping.rules()
     on_host = device.type not in ASYNC_DEVICES
-    is_double, has_sinks, is_trained = _agree_on_facts(members, num_sinks, grad_of, channel, device)
-    bits = DOUBLE_BITS if is_double else SINGLE_BITS
+    facts = _agree_on_facts(inputs, num_sinks, grad_of, channel)
+    bits = DOUBLE_BITS if facts.is_double else SINGLE_BITS
+    said = told_of_steps(inputs.out_of_reach, facts.reaches_some or not facts.steps_early)
+    if said:
+        logging.getLogger("distclip").warning("GradClipper: %s", said)
 
     # Policies, and what they add to the message
     assignments = assign_policies(plan.groups, rules, options.policy, device)
-    warnings = StepWarnings(assignments, has_sinks)
-    if not is_trained:
+    warnings = StepWarnings(assignments, facts.has_sinks)
+    if not facts.is_trained:
         warnings.warn_untrained(sum(row.parameters for row in plan.rows))
     units = _build_units(channel, inputs, assignments, bits)
     num_policy_stats = sum(each.num_stats * len(each.groups) for each in assignments)
@@ -184,7 +191,7 @@ def build_stages(
             in_total=in_total,
             in_total_mask=mask,
             bits=bits,
-            dtype=torch.float64 if is_double else torch.float32,
+            dtype=torch.float64 if facts.is_double else torch.float32,
         ),
         param_ids=_ids_by_group(members, plan),
         clamped=clamped,
@@ -248,21 +255,30 @@ def _ids_by_group(members: Sequence[Tensor], plan: Plan) -> list[frozenset[int]]
     return list(map(frozenset, ids))
 
 
+class _Facts(NamedTuple):
+    """Of all ranks."""
+
+    is_double: bool  # some rank has float64 parameters
+    has_sinks: bool  # the first rank has some
+    is_trained: bool  # some rank has a parameter to train
+    steps_early: bool  # some rank has one that is stepped inside backward()
+    reaches_some: bool  # some rank has one to train that is not
+
+
 def _agree_on_facts(
-    members: Sequence[Tensor],
-    num_sinks: int,
-    grad_of: GradOf | None,
-    channel: Channel,
-    device: torch.device,
-) -> tuple[bool, bool, bool]:
-    """Whether some rank has float64 parameters, whether the first rank has sinks, and whether any
-    rank has a parameter to train. Set-up's last message."""
+    inputs: SetupInputs, num_sinks: int, grad_of: GradOf | None, channel: Channel
+) -> _Facts:
+    """Set-up's last message."""
+    members, device = inputs.members, inputs.device
     doubles = (torch.float64, torch.complex128)
     is_double = any(param.dtype in doubles for param in members)
     # a gradient may be given to a tensor, or lie elsewhere, that requires none
     is_trained = grad_of is not None or any(p.requires_grad or p.grad is not None for p in members)
+    reaches_some = any(p.requires_grad and not optimizers_in_backward(p) for p in members)
+    steps_early = bool(inputs.out_of_reach)
+    own = _Facts(is_double, num_sinks > 0, is_trained, steps_early, reaches_some)
     if channel.size == 1:
-        return is_double, bool(num_sinks), is_trained
-    own = torch.tensor([int(is_double), int(num_sinks > 0), int(is_trained)], device="cpu")
-    told = channel.gather_ints(own, device, "the set-up's last message")
-    return bool(told[:, 0].any()), bool(told[0, 1]), bool(told[:, 2].any())
+        return own
+    words = torch.tensor(own, dtype=torch.int64, device="cpu")
+    told = channel.gather_ints(words, device, "the set-up's last message")
+    return _Facts(*map(bool, told.any(0)))._replace(has_sinks=bool(told[0, 1]))

@@ -142,12 +142,13 @@ class StepRunner:
         checked = timing.check(
             _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
         )
-        goes_on = checked.error is None
-        if not request.read_only and goes_on:
+        if checked.error is not None:
+            state.history.record_end()
+        elif not request.read_only:
             state.update(decision, policies, checked.flags)
         found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms, decision, checked.flags, state, found, request.read_only, goes_on
+            norms, decision, checked.flags, state, found, request.read_only
         )
         return StepOutcome(
             request=checked.request,
@@ -249,7 +250,10 @@ class DeviceLate:
             self._writer.add_findings(late.what.step, findings)
         if error is not None:
             self._writer.flush()  # no call may follow that would
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback would hold this frame, and it the error
 
     def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import math
 import weakref
 
@@ -92,6 +93,7 @@ def test_the_step_that_ends_the_run_is_in_the_log(ranks, tmp_path, how, late):
         assert names[:SOUND] == [["allreduce_"]] * SOUND
         assert [line["step"] for line in lines] == list(range(1, end + 1))
     last = lines[-1]
+    assert [line["ended_in"] for line in lines] == [None] * (end - 1) + [error]
     assert last["skipped"] and last["matters"] == "skipped" and not last["clipped"]
     assert last["layers"] == ["first", "second"] and last["coefs"] == [0.0]
     said = [note["note"] for note in last["notes"] if note["step"] == end]
@@ -111,7 +113,10 @@ def test_the_step_that_ends_the_run_is_in_the_log(ranks, tmp_path, how, late):
     if not late:
         page = tmp_path / "page.html"
         assert main(["report", str(path), "--output", str(page)]) == 0
-        assert f"step {end}" in page.read_text()
+        text = page.read_text()
+        assert f"step {end}" in text
+        assert ("copies of gradients differed" in text) == (error == "AgreementError")
+        assert ("by the policy" in text) == (how == "spikes")
 
 
 def test_an_error_of_which_nothing_was_measured_writes_no_line():
@@ -138,6 +143,99 @@ def test_a_sink_that_fails_does_not_hide_the_error(caplog):
     with pytest.raises(distclip.NonFiniteError, match="step 1: 1 gradient tensor is not finite"):
         clipper.clip_()
     assert "broken failed at step 1" in caplog.text
+
+
+def differing_copies():
+    """Of each rank another gradient: what LoggingSink says of the step."""
+    p = nn.Parameter(torch.zeros(4))
+    said = []
+    logger = logging.Logger("apart")
+    logger.addFilter(lambda record: said.append(record.getMessage()))
+    clipper = distclip.GradClipper([("w", p)], 1.0, sinks=[distclip.LoggingSink(logger)])
+    p.grad = torch.full((4,), 1.0 + dist.get_rank())
+    with pytest.raises(distclip.AgreementError):
+        clipper.clip_()
+    return said
+
+
+def test_no_policy_is_blamed_for_copies_that_differ(ranks):
+    norm = 2 * math.sqrt((1 + 4 + 9 + 16) / 4)
+    text = f"step 1 skipped: copies of gradients differ, which is an error: norm {norm:.6g}"
+    assert ranks.run(differing_copies) == [[text], [], [], []]
+
+
+def after_caught_errors(late):
+    """Three bad steps that raise and are caught, then a good one: skips as reports, log and
+    checkpoint have them."""
+    p = nn.Parameter(torch.zeros(4))
+    reports = []
+    clipper = distclip.GradClipper([("w", p)], 1.0, on_nonfinite="raise", sinks=[reports.append])
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD([p], 0.1, fused=True)
+    caught = 0
+    for value in (1.0, NAN, NAN, NAN, 1.0, 1.0, 1.0):
+        p.grad = torch.full((4,), value)
+        try:
+            report = clipper.step(optimizer)
+        except distclip.NonFiniteError:
+            caught += 1
+    saved = clipper.state_dict()
+    clipper.load_state_dict(saved)
+    p.grad = torch.ones(4)
+    after = clipper.step(optimizer)
+    clipper._writer.flush()
+    skips = [int(each.skips) for each in reports]
+    return caught, skips, int(report.skips), int(saved["history.skips"]), int(after.skips)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_skips_that_raised_are_counted_when_training_goes_on(ranks, late):
+    answers = ranks.run(after_caught_errors, late)
+    # judged late, the call that raises does nothing of its own: the third NaN never came
+    num = 2 if late else 3
+    for caught, _, *skips in answers:
+        assert caught == num and skips == [num] * 3
+    written = answers[0][1]
+    assert written == sorted(written) and written[-1] == num
+
+
+def test_a_skip_that_cannot_be_carried_out_is_in_the_log():
+    """`grad_of` finds gradients that `clip_` cannot take away."""
+    p, elsewhere, reports = nn.Parameter(torch.zeros(2)), torch.full((2,), NAN), []
+    clipper = distclip.GradClipper(
+        [("w", p)], 1.0, grad_of=lambda _: elsewhere, sinks=[reports.append]
+    )
+    with pytest.raises(distclip.GradientError, match="step 1 is to be skipped"):
+        clipper.clip_()
+    (report,) = reports
+    assert report is clipper.last_report and report.skipped and report.culprits[0].kind == "NaN"
+
+
+def fate_of(what, late):
+    """Whether the error lives on once it is caught, with what its frames hold."""
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 1.0 + dist.get_rank())
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0), late)
+    optimizer = torch.optim.SGD([p], 0.1, fused=True)
+    call = {"step": lambda: clipper.step(optimizer)}.get(what) or getattr(clipper, what)
+    fate = None
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            call()
+            call()
+        except distclip.AgreementError as error:
+            fate = weakref.ref(error)
+        return fate is not None and fate() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("what", ["step", "clip_", "measure", "audit"])
+def test_a_caught_error_goes_at_once(ranks, what, late):
+    assert ranks.run(fate_of, what, late) == [True] * 4
 
 
 def test_nothing_of_the_step_lives_on_in_the_error():

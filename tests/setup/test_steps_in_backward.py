@@ -7,7 +7,10 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.optimizer_overlap_hooks import _hook_then_optimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distclip
@@ -54,6 +57,12 @@ def communication_hook():
     return refusal(lambda: distclip.GradClipper(model, 0.1))
 
 
+def communication_hook_of_rank_norms():
+    """Under that of RankNorms it would not be seen."""
+    hook = _hook_then_optimizer(allreduce_hook, object())
+    return refusal(lambda: distclip.RankNorms(DDP(mlp()), comm_hook=(None, hook)))
+
+
 def overlapped(operation):
     model = DDP(mlp())
     clipper = distclip.GradClipper(model, 0.1)
@@ -90,6 +99,14 @@ def overlapped(operation):
             "global norm is known: its steps would not be clipped. Register a hook that only "
             "reduces, and step after the clip",
         ),
+        (
+            communication_hook_of_rank_norms,
+            (),
+            "ConfigError: the communication hook _hook_then_optimizer.<locals>."
+            "hook_then_optimizer_wrapper of RankNorms steps an optimizer inside backward(), before "
+            "the global norm is known: its steps would not be clipped. Register a hook that only "
+            "reduces, and step after the clip",
+        ),
         *(
             (
                 overlapped,
@@ -104,6 +121,49 @@ def overlapped(operation):
 )
 def test_what_no_clip_can_reach_is_refused(ranks, job, args, wanted):
     assert ranks.run(job, *args) == [wanted] * 4
+
+
+def stages(num_early):
+    """Of each rank another stage; those of the first ranks are stepped in backward."""
+    rank = dist.get_rank()
+    stage = nn.ModuleDict({f"stage{rank}": nn.Linear(3, 2, bias=False)})
+    if rank < num_early:
+        step_inside(stage.parameters())
+    clipper = None
+    try:
+        clipper = distclip.GradClipper(stage, 0.1)
+    except distclip.ConfigError as error:
+        return str(error)
+    stage[f"stage{rank}"](torch.ones(3)).sum().backward()
+    return clipper.clip_().total_norm.item()
+
+
+def test_a_stage_that_no_clip_can_reach_does_not_end_the_others(ranks):
+    assert ranks.run(stages, 1) == pytest.approx([math.sqrt(3 * 6)] * 4)
+    for rank, text in enumerate(ranks.run(stages, 4)):
+        assert text.startswith(
+            f"1 of 1 trainable parameters are stepped inside backward() (stage{rank}.weight, by SGD"
+            "), which leaves no gradient of theirs: there is nothing to clip; give"
+        )
+
+
+def after_a_forward_pass():
+    """DDP has registered a hook of its own then, which steps those parameters alone."""
+    model = mlp()
+    step_inside(model[0].parameters())
+    model = DDP(model)
+    clipper = distclip.GradClipper(model, 0.1)
+    model(batch()[0])
+    assert model._comm_hooks, "vacuous"
+    clipper.rebuild()
+    for p in model.module[2].parameters():
+        p.grad = torch.ones_like(p)
+    return clipper.clip_().total_norm.item(), sum(p.numel() for p in model.module[2].parameters())
+
+
+def test_the_hook_that_ddp_registers_for_some_parameters_is_no_refusal(ranks):
+    for norm, num in ranks.run(after_a_forward_pass):
+        assert norm == pytest.approx(math.sqrt(num), rel=1e-6)
 
 
 class Heard(logging.Handler):

@@ -39,6 +39,7 @@ class LogLine(msgspec.Struct, gc=False):
     rank_deviation: float | None = None
     deviation: float | None = None
     action: str | None = None
+    ended_in: str | None = None
 
 
 _strict = msgspec.json.Decoder(LogLine)

@@ -69,6 +69,12 @@ class StepDetails:
     culprits: tuple[LoggedCulprit, ...] = ()
     notes: tuple[RankNote, ...] = ()
     rank_norms: tuple[float, ...] = ()  # NaN where not finite
+    ended_in: str | None = None  # the class of an error
+
+    @property
+    def differs(self) -> bool:
+        """Whether the step was not taken since copies of gradients were not equal."""
+        return self.ended_in == "AgreementError"
 
 
 _NO_DETAILS = StepDetails()
@@ -179,7 +185,8 @@ class StepColumns:
             self._norm_type = math.inf if line.norm_type is None else line.norm_type
             if bytes(line.groups) not in (b"", self._raw_groups):
                 self._raw_groups = bytes(line.groups)
-            if not (is_empty(line.culprits) and is_empty(line.notes) and is_empty(line.rank_norms)):
+            lists = is_empty(line.culprits) and is_empty(line.notes) and is_empty(line.rank_norms)
+            if not lists or line.ended_in is not None:
                 self._add_details(row, line)
 
         return add
@@ -191,6 +198,7 @@ class StepColumns:
             tuple(map(_culprit, filter(_is_dict, decode_list(line.culprits)))),
             tuple(map(_note, filter(_is_dict, decode_list(line.notes)))),
             () if ordinary or is_empty(line.rank_norms) else tuple(decode_norms(line.rank_norms)),
+            line.ended_in,
         )
         if details == _NO_DETAILS:
             return

@@ -100,9 +100,9 @@ class StepChecker:
         culprits: tuple[Culprit, ...] = ()
         norm, error = numbers.total_norm, None
         if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
-            error = self._difference(measurement, checks)
             if request.read_only:
-                raise error
+                raise self._difference(measurement, checks)
+            error = self._difference(measurement, checks)
         elif request.read_only:
             return JudgedStep(NOTHING_FOUND)
         else:
@@ -117,7 +117,8 @@ class StepChecker:
         notes: tuple[Note, ...] = ()
         if matters is not None and checks.notes:
             notes = self.notes.gather(self.channel, self.device)
-        return JudgedStep(StepFindings(matters, deviation, culprits, notes), error)
+        ended_in = None if error is None else type(error).__name__
+        return JudgedStep(StepFindings(matters, deviation, culprits, notes, ended_in), error)
 
     def _difference(self, measurement: LocalMeasurement, checks: CheckWords) -> AgreementError:
         """A collective: the error that names the copies that differ."""
@@ -125,7 +126,7 @@ class StepChecker:
         try:
             self.compare_replicas(request, step, measurement.grads, measurement)
         except AgreementError as error:
-            return error
+            return error.with_traceback(None)  # its frames would hold the gradients, and it itself
         text = (
             f"step {step}: copies of {_things(request)} differ (drift "
             f"{float(checks.drift):.3g} of {float(checks.power_sum):.3g}), none alone by much"

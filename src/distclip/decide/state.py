@@ -75,6 +75,10 @@ class StepHistory:
         self.num_skips += skipped
         self._set_rate()
 
+    def record_end(self) -> None:
+        """A step that ends in an error: not taken, and no call that counts."""
+        self.num_skips += 1
+
     def _set_rate(self) -> None:
         calls: Any = self.num_calls
         if isinstance(calls, Tensor):

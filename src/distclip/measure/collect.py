@@ -162,6 +162,8 @@ class GradientCollector:
         self._tables = [entry.table for entry in entries]
         self._keys = [entry.key for entry in entries]
         self._held = [entry.value for entry in entries]
+        # what an optimizer stepped inside backward() at set-up already, which was told there
+        self._told = [bool(optimizers_in_backward(member)) for member in members]
         # by which gradients are there
         self._caches: dict[bytes, tuple[GradientSet, GradientCache]] = {}
         self._latest: GradientSet | None = None
@@ -249,7 +251,7 @@ class GradientCollector:
             errors.append(
                 texts[0] + redistribute_advice(wrong, elsewhere=self.grad_of is not own_grad)
             )
-        if not every and (hooks := _hooks(self.members, self.pieces)):
+        if not every and (hooks := _hooks(self.members, self.pieces, self._told)):
             errors.append(
                 f"no parameter has a gradient, and {hooks} runs as soon as a gradient is "
                 f"accumulated: an optimizer that steps inside "
@@ -303,13 +305,13 @@ def _storage_key(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.data_ptr(), tensor.numel())
 
 
-def _hooks(params: Sequence[Tensor], pieces: Sequence[ParamPiece]) -> str:
+def _hooks(params: Sequence[Tensor], pieces: Sequence[ParamPiece], told: Sequence[bool]) -> str:
     """The first hook of `register_post_accumulate_grad_hook`, or optimizer that steps in such a
-    place, and of how many parameters."""
+    place and was not told of, and of how many parameters."""
     hooked = [
         (piece.name, found)
-        for param, piece in zip(params, pieces, strict=True)
-        if (found := accumulate_hooks(param) or optimizers_in_backward(param))
+        for param, piece, is_told in zip(params, pieces, told, strict=True)
+        if (found := accumulate_hooks(param) or ([] if is_told else optimizers_in_backward(param)))
     ]
     if not hooked:
         return ""

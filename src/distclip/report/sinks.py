@@ -125,6 +125,8 @@ class LoggingSink:
             who = "; ".join(f"{c.parameter} on rank {c.rank}: {c.kind}" for c in report.culprits)
             what = "1 gradient is" if bad == 1 else f"{bad} gradients are" if bad else "the norm is"
             return f"{what} not finite" + (f": {who}" if who else "")
+        if report.ended_in == "AgreementError":
+            return f"copies of gradients differ, which is an error: norm {norm:.6g}"
         # not the threshold: a policy that skips steps may clip at another norm than it skips at
         before = (
             f", the {len(self._taken)} steps taken before had at most {max(self._taken):.6g}"

@@ -48,6 +48,7 @@ class SetupInputs:
     device: torch.device  # the compute device
     join: JoinGuard = field(default_factory=lambda: JoinGuard(()))
     wrappers: tuple[ReducingWrapper, ...] = ()  # modules that may leave gradients unfinished
+    out_of_reach: str = ""  # about parameters that no clip can reach, on this rank
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ class _LocalSetup:
     cuts: list[RowRange | None] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
     beside: list[ParamHolding] = field(default_factory=lambda: [])  # of parameters without a piece
-    out_of_reach: str = ""  # about parameters that no clip can reach
+    out_of_reach: str = ""  # about parameters that no clip can reach, on this rank
 
 
 def build_plan(
@@ -124,8 +125,6 @@ def build_plan(
         logging.getLogger("distclip").warning(
             "GradClipper of parameters without their modules: %s", plan.apart_text()
         )
-    if local.out_of_reach:
-        logging.getLogger("distclip").warning("GradClipper: %s", local.out_of_reach)
     config = str(sorted(local.config.items()))
     return SetupInputs(
         options=options,
@@ -137,6 +136,7 @@ def build_plan(
         device=device,
         join=join,
         wrappers=local.wrappers,
+        out_of_reach=local.out_of_reach,
     )
 
 

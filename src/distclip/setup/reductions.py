@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import ConfigError
 from distclip.setup.parameters import Params, modules_in, strip_wrappers
+from distclip.setup.steps_in_backward import check_comm_hook
 from distclip.torch_internals.dtensor import imported_class, is_dtensor, mesh_of
 from distclip.torch_internals.reductions import (
     comm_hooks_of,
@@ -67,6 +68,8 @@ def see_reductions(params: Params, see: See, comm_hook: CommHook | None) -> tupl
         )
     if comm_hook is not None and not ddp:
         raise ConfigError("RankNorms: comm_hook= is DDP's, and there is no such module")
+    if comm_hook is not None:  # under RankNorms' own it would not be seen later
+        check_comm_hook("RankNorms", comm_hook[1])
     over = [(name, _ranks_of(module.process_group)) for name, module in ddp]
     if fsdp2 is not None:
         over += [(name, _ranks_of_shards(name, module, fsdp2)) for name, module in sharded]

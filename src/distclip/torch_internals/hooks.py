@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-# DDP's communication hooks that step an optimizer
+# DDP's communication hooks that step an optimizer. Not `apply_optim_in_backward_hook`, which DDP
+# registers at its first forward pass: it steps those of `optimizers_in_backward` alone.
 _STEPPING_HOOKS = {
     "hook_with_zero_fn",
     "hook_with_zero_interleaved_fn",
     "hook_then_optimizer_wrapper",
-    "apply_optim_in_backward_hook",
 }
 
 

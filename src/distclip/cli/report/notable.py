@@ -126,6 +126,8 @@ def _what_was_done(run: RunLog, at: int) -> str:
             what = "1 gradient was" if bad == 1 else f"{bad:,} gradients were"
             return f"skipped: {what} not finite{asked}"
         why = "by the policy" if run.finite[at] else "its norm was not finite"
+        if run.details_of(at).differs:
+            why = "copies of gradients differed, an error"
         return f"skipped: {why}{asked}"
     if not run.clipped[at]:
         return f"taken as it was{asked}"

@@ -64,9 +64,12 @@ def _about_skips(run: RunLog) -> Iterator[str]:
             )
         return
     overflowed = int((run.skipped & (~run.finite | (run.nonfinite > 0))).sum())
-    causes = [f"{overflowed:,} with gradients that were not finite"] * bool(overflowed)
-    causes += [f"{num - overflowed:,} by the policy"] * (num > overflowed)
     at = np.flatnonzero(run.skipped)
+    differed = sum(run.details_of(int(i)).differs for i in at)
+    left_out = num - overflowed - differed
+    causes = [f"{overflowed:,} with gradients that were not finite"] * bool(overflowed)
+    causes += [f"{differed:,} with copies of gradients that differed"] * bool(differed)
+    causes += [f"{left_out:,} by the policy"] * bool(left_out)
     text = f"{num:,} of {steps:,} steps ({percent(num / steps)}) were skipped: {', '.join(causes)}"
     if overflowed == num and at[-1] < _START_STEPS * steps:
         yield (
