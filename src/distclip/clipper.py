@@ -25,6 +25,7 @@ from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.passed import as_list
 from distclip.policies import Policy
+from distclip.policies.policy import describe
 from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
@@ -34,7 +35,7 @@ from distclip.setup.build_plan import SetupInputs, build_plan
 from distclip.setup.options import OnNonfinite, PassedOptions
 from distclip.setup.parameters import Params
 from distclip.setup.placement import ReplicatedOver, Shared
-from distclip.stages import build_stages
+from distclip.stages import Stages, build_stages
 from distclip.step import StepRunner
 from distclip.torch_internals.compile import outside_compile
 
@@ -134,7 +135,8 @@ class GradClipper:
         # whether all optimizers of the last step folded: a rank that passes none by mistake judges
         # that step at the call at which the others do
         self._all_fold = False
-        # of clip_, step or decide: for those who do not make these calls themselves
+        # of clip_, step or decide, of one that raised too: for those who do not make these calls
+        # themselves
         self.last_report: ClipReport | None = None
         self.rebuild()
         if self._channel.rank == 0:
@@ -212,6 +214,29 @@ class GradClipper:
             self._partials = PartialReducer(
                 self._channel, inputs.members, stages.plan.pieces, stages.device
             )
+
+    def __repr__(self) -> str:
+        """One line: what the norm is held to, p, and what of the model is on this rank. Neither
+        communicates nor reads on the host; answers where set-up failed, too."""
+        passed: PassedOptions | None = getattr(self, "_passed", None)
+        stages: Stages | None = getattr(self, "_stages", None)
+        facts: list[str] = []
+        if passed is not None:
+            limit = f"max_norm={passed.max_norm!r}"
+            if passed.policy is not None:
+                limit = f"policy={' '.join(describe(passed.policy).split())}"
+            facts += [limit, f"norm_type={passed.norm_type!r}"]
+        if stages is None:
+            facts.append("not set up")
+        else:
+            pieces = stages.plan.pieces
+            facts += [
+                f"parameters={len(pieces)}",
+                f"elements={sum(piece.local_numel for piece in pieces)}",
+                f"ranks={len(stages.plan.ranks)}",
+                f"kernels={stages.kernels}",
+            ]
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     # Each step
 
@@ -454,7 +479,8 @@ class GradClipper:
         if self._writer.num_sinks and not self._runner.is_capturing:
             self._writer.write(
                 outcome.report,
-                late=self._runner.reads_late,
+                # after an error no call may follow
+                late=self._runner.reads_late and outcome.error is None,
                 judged=outcome.judged,
                 layers_due=self._state.num_steps % self._layers_every == 0,
             )
@@ -482,6 +508,12 @@ class GradClipper:
         outcome = self._runner.run(request, allow_late)
         if not request.read_only:
             self.last_report = outcome.report
+        if outcome.error is not None:
+            self._write(outcome)
+            try:
+                raise outcome.error
+            finally:
+                del outcome  # the error's traceback would hold it, and it the error
         return outcome
 
     # State

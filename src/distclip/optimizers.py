@@ -266,6 +266,12 @@ def check_optimizers(operation: str, optimizers: Sequence[Any]) -> None:
     for thing in optimizers:
         if not is_optimizer(thing):
             raise ConfigError(f"{operation}() was given {_describe_mistake(thing)}")
+        if getattr(thing, "_overlap_with_ddp", False):  # torch's ZeroRedundancyOptimizer
+            raise ConfigError(
+                f"{operation}() was given a {type(thing).__name__} with overlap_with_ddp=True: it "
+                "steps inside backward(), before the global norm is known, and would not be "
+                "clipped; build it without overlap_with_ddp"
+            )
     if len(optimizers) > 1:
         steps = [unwrap_optimizer(optimizer)[-1] for optimizer in optimizers]
         every = [id(o) for optimizer in steps for o in (optimizer, *inner_optimizers(optimizer))]

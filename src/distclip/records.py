@@ -239,8 +239,8 @@ class ClipReport:
     # [layers]: of the layers that `watch` asked for; in what sinks get, only at its interval and at
     # steps that matter
     layer_norms: Tensor
-    # [ranks]: each rank's own, before its gradients were reduced, where RankNorms is asked for;
-    # else empty
+    # [ranks]: each rank's own, before its gradients were reduced, where RankNorms is asked for and
+    # some were reduced since the last step; else empty
     rank_norms: Tensor
     groups: tuple[str, ...]
     layers: tuple[str, ...]  # names of `layer_norms`

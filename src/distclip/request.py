@@ -47,6 +47,8 @@ class Request:
     guards_unmanaged: bool = True
     # the host learns of a bad step at the next call, since every optimizer of this one folds
     judged_late: bool = False
+    # RankNorms has seen no reduction since the last step: there are no norms of ranks
+    reduced_nothing: bool = False
 
     @property
     def read_only(self) -> bool:
@@ -70,6 +72,8 @@ class Request:
         if self.grad_scale != 1:
             details.append(f"grad_scale {self.grad_scale!r}")
         text = f"{what} with {', '.join(details)}" if details else what
+        if self.reduced_nothing:
+            text += ", no gradient reduced before it (RankNorms)"
         return f"{text} [{self.error}]" if self.error else text
 
     def _unscaled_pieces(self) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,10 @@ from distclip.decide.enforce import StepChecker
 from distclip.decide.global_norms import idle_norms
 from distclip.decide.guard import SkipStreak
 from distclip.decide.warn import StepWarnings
+from distclip.errors import ConfigError
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import MessageLayout
+from distclip.kernels import kernels_for
 from distclip.measure.collect import GradientCollector, GradOf
 from distclip.measure.local_sums import LocalMeasurer
 from distclip.measure.rank_norms import RankNorms
@@ -71,6 +74,14 @@ class Stages:
         return self.inputs.device
 
     @property
+    def kernels(self) -> str:
+        """Which compute on this rank's gradients, if these have their parameters' dtypes:
+        "triton", "native" or "torch". No host sync."""
+        with suppress(ConfigError):  # the environment asks for some that are missing
+            return kernels_for({param.dtype for param in self.inputs.members}, self.device)
+        return "missing"
+
+    @property
     def on_host(self) -> bool:
         """Numbers are read at once and are Python's from then on."""
         return self.layout.on_host
@@ -94,11 +105,14 @@ def build_stages(
     options, device, members = inputs.options, inputs.device, inputs.members
     plan, rules = inputs.plan, options.grouping.rules()
     on_host = device.type not in ASYNC_DEVICES
-    is_double, has_sinks = _agree_on_reports(members, num_sinks, channel, device)
+    is_double, has_sinks, is_trained = _agree_on_facts(members, num_sinks, grad_of, channel, device)
     bits = DOUBLE_BITS if is_double else SINGLE_BITS
 
     # Policies, and what they add to the message
     assignments = assign_policies(plan.groups, rules, options.policy, device)
+    warnings = StepWarnings(assignments, has_sinks)
+    if not is_trained:
+        warnings.warn_untrained(sum(row.parameters for row in plan.rows))
     units = _build_units(channel, inputs, assignments, bits)
     num_policy_stats = sum(each.num_stats * len(each.groups) for each in assignments)
     num_stats = num_policy_stats + 2 * (units.num_split if units else 0)
@@ -162,7 +176,7 @@ def build_stages(
             tolerance=tolerance,
             device=device,
             config=inputs.config,
-            warnings=StepWarnings(assignments, has_sinks),
+            warnings=warnings,
         ),
         applier=GradientApplier(plan, units, device),
         reports=ReportMaker(
@@ -234,15 +248,21 @@ def _ids_by_group(members: Sequence[Tensor], plan: Plan) -> list[frozenset[int]]
     return list(map(frozenset, ids))
 
 
-def _agree_on_reports(
-    members: Sequence[Tensor], num_sinks: int, channel: Channel, device: torch.device
-) -> tuple[bool, bool]:
-    """Whether some rank has float64 parameters, and whether the first rank has sinks. Set-up's last
-    message."""
+def _agree_on_facts(
+    members: Sequence[Tensor],
+    num_sinks: int,
+    grad_of: GradOf | None,
+    channel: Channel,
+    device: torch.device,
+) -> tuple[bool, bool, bool]:
+    """Whether some rank has float64 parameters, whether the first rank has sinks, and whether any
+    rank has a parameter to train. Set-up's last message."""
     doubles = (torch.float64, torch.complex128)
     is_double = any(param.dtype in doubles for param in members)
+    # a gradient may be given to a tensor, or lie elsewhere, that requires none
+    is_trained = grad_of is not None or any(p.requires_grad or p.grad is not None for p in members)
     if channel.size == 1:
-        return is_double, bool(num_sinks)
-    own = torch.tensor([int(is_double), int(num_sinks > 0)], device="cpu")
-    told = channel.gather_ints(own, device, "the set-up's choice of the report's dtype")
-    return bool(told[:, 0].any()), bool(told[0, 1])
+        return is_double, bool(num_sinks), is_trained
+    own = torch.tensor([int(is_double), int(num_sinks > 0), int(is_trained)], device="cpu")
+    told = channel.gather_ints(own, device, "the set-up's last message")
+    return bool(told[:, 0].any()), bool(told[0, 1]), bool(told[:, 2].any())

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from distclip.apply.gradients import StepOutcome
-from distclip.decide.decision import ClipDecision, StepFlags, decide, no_decision, resolve
+from distclip.decide.decision import (
+    ClipDecision,
+    StepFlags,
+    decide,
+    ended,
+    no_decision,
+    resolve,
+)
 from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
-from distclip.errors import ConfigError, GradientError
+from distclip.errors import ConfigError, DistclipError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import Readback
@@ -72,8 +79,13 @@ class StepRunner:
             allow_late: what the message says may be judged at the next call, since no optimizer
                 moves on a bad step anyway.
 
+        Returns:
+            What to do, or the error to raise, on all ranks alike, once its report is written.
+
         Raises:
-            NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike.
+            AgreementError, GradientError, ConfigError: on all ranks alike, where this step has no
+                report (`StepChecker.check`); NonFiniteError too, of the previous one, which is
+                written.
         """
         stages, state, timing = self._stages, self._state, self._timing
         capturing = self.is_capturing
@@ -93,6 +105,9 @@ class StepRunner:
             # travels in the description: ranks that judge a step at different calls would wait for
             # each other
             request = replace(request, judged_late=True)
+
+        if stages.measurer.lacks_rank_norms(request):
+            request = replace(request, reduced_nothing=True)
 
         # This rank's sums, and what is wrong here
         state.step += 1
@@ -120,17 +135,19 @@ class StepRunner:
         decision, policies = decide(stages.assignments, norms, state.copies())
         if request.target == "param":
             decision = no_decision(norms)
+        if request.target == "param" or request.reduced_nothing:
             norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
         checked = timing.check(
             _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
         )
-        if not request.read_only:
+        goes_on = checked.error is None
+        if not request.read_only and goes_on:
             state.update(decision, policies, checked.flags)
         found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms, decision, checked.flags, state, found, request.read_only
+            norms, decision, checked.flags, state, found, request.read_only, goes_on
         )
         return StepOutcome(
             request=checked.request,
@@ -143,6 +160,7 @@ class StepRunner:
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
             judged=checked.findings is not None,
+            error=checked.error,
         )
 
     def _reduce(self, message: Message, request: Request) -> Message:
@@ -170,8 +188,8 @@ class _UncheckedStep(NamedTuple):
 
 
 class _CheckedStep(NamedTuple):
-    """A step that may go on. `request`, `decision`, `finite` and `host_flags` are Python's numbers
-    where `on_host`; `flags` are what the state and the report take."""
+    """A step that may go on, or ends in an error. `request`, `decision`, `finite` and `host_flags`
+    are Python's numbers where `on_host`; `flags` are what the state and the report take."""
 
     request: Request
     decision: ClipDecision
@@ -181,6 +199,7 @@ class _CheckedStep(NamedTuple):
     on_host: bool
     grads: Any
     findings: StepFindings | None  # None where it is judged at the next call
+    error: DistclipError | None = None
 
 
 class HostNow:
@@ -204,9 +223,11 @@ class HostNow:
             *(left_out, skipped, total, rate, float(cosine), state.num_steps),
             rank_norms=[float(own) for own in norms.rank_norms],
         )
-        findings = self._stages.checker.check(measurement, norms.checks, numbers)
+        findings, error = self._stages.checker.check(measurement, norms.checks, numbers)
+        if error is not None:
+            flags = ended(flags)
         grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings)
+        return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings, error)
 
 
 class DeviceLate:
@@ -223,9 +244,12 @@ class DeviceLate:
         if late is None:
             return
         checks, numbers, _ = self._unpack(late.numbers)
-        findings = self._stages.checker.check(late.what, checks, numbers)
+        findings, error = self._stages.checker.check(late.what, checks, numbers, late=True)
         if not late.what.request.read_only:
             self._writer.add_findings(late.what.step, findings)
+        if error is not None:
+            self._writer.flush()  # no call may follow that would
+            raise error
 
     def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
@@ -244,15 +268,19 @@ class DeviceLate:
         """One read, of everything that the host wants to know."""
         request, measurement, _, decision = step
         checks, numbers, rest = self._unpack(Readback.read_now(self._pack(step, flags)))
-        findings = self._stages.checker.check(measurement, checks, numbers)
+        findings, error = self._stages.checker.check(measurement, checks, numbers)
         *coefs, clipped, skipped, inv_scale = rest
         finite = bool(checks.finite)
         if request.scaler.inv_scale is not None:
             request = replace(request, scaler=request.scaler.with_inv_scale(inv_scale))
         decision = replace(decision, coef=coefs)
         host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
+        if error is not None:
+            flags, host_flags = ended(flags), ended(host_flags)
         grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, host_flags, True, grads, findings)
+        return _CheckedStep(
+            request, decision, finite, flags, host_flags, True, grads, findings, error
+        )
 
     def _pack(self, step: _UncheckedStep, flags: StepFlags) -> Tensor:
         """float64: the check words, what warnings look at, and the decision."""

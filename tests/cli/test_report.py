@@ -1,5 +1,5 @@
 """The page: whole, alone, small, and what it says; its PNGs; outputs that are refused. What a reader
-does with it: test_browser.py. How logs are read: test_run_log.py."""
+does with it: test_browser.py. How logs are read: test_log_reader.py."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ import distclip
 from cli.logs import made_line, rows_of, spiky_norms, write_lines, write_log
 from distclip.cli import main
 from distclip.cli.glyphs import families_for, shorten_name
+from distclip.cli.log_reader import read_runs
 from distclip.cli.norm_history import NormHistory
 from distclip.cli.report.page_data import merged_columns, short_labels
 from distclip.cli.report.pictures import _RC_PARAMS, _SIZE_INCHES, _TITLE_COLUMNS, _add_legend
 from distclip.cli.report.thinning import extreme_positions, kept_positions
-from distclip.cli.run_log import read_runs
 
 EMPTY = {"meta", "br", "img", "link", "input", "hr"}
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -214,6 +214,29 @@ def alone(block):
 
 
 @fixture
+def on_local_sgd(block):
+    """Two ranks reduce together: their norm is that of the mean of their gradients."""
+    groups = [dist.new_group(members) for members in ((0, 1), (2, 3))]
+    subgroup = groups[dist.get_rank() // 2]
+    model = DistributedDataParallel(net())
+    params = list(model.parameters())
+    before = whole(params)
+    names = {"model": model, "subgroup": subgroup, "loss_of": loss_of}
+    names |= {"optimizer": torch.optim.SGD(params, 1.0)}
+    block.run(names)
+    alone = net()
+    loss_of(alone).backward()
+    mean = [p.grad.double() for p in alone.parameters()]
+    for grad in mean:
+        dist.all_reduce(grad, group=subgroup)
+        grad /= 2
+    assert total_norm(mean) > 1, "vacuous"
+    near(names["report"].total_norm, total_norm(mean))
+    near(length(before, whole(params)), 1.0)
+    return ""
+
+
+@fixture
 def on_fsdp1(block):
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
     with FullyShardedDataParallel.summon_full_params(model):

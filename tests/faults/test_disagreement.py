@@ -20,8 +20,10 @@ ADVICE = (
     "that reduces gradients inside its step() comes too late: reduce them before the clip. "
     "If these are different parameters under one name (pipeline stages, experts), declare "
     "replicated_over={pattern: process group | distclip.PRIVATE}. "
-    "Else one replica has diverged: restore it from a checkpoint or another rank; with "
-    "a GradScaler, every clip must be given it: clip_(optimizer, scaler)"
+    "If ranks train apart on purpose (local SGD, DiLoCo), give "
+    "process_group=: the ranks that reduce their gradients together, or distclip.LOCAL. Else one "
+    "replica has diverged: restore it from a checkpoint or another rank; with a GradScaler, "
+    "every clip must be given it: clip_(optimizer, scaler)"
 )
 SAME_CALLS = (
     "ranks did not do the same; every rank must make the same calls of the clipper in "

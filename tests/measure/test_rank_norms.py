@@ -3,6 +3,7 @@ that it gives away."""
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -267,6 +268,61 @@ def test_a_module_without_parameters_may_be_in_a_unit(ranks):
         assert norms == pytest.approx(want, rel=1e-6)
 
 
+def steps_without_a_reduction(p, late):
+    """Gradients that are equal on all ranks already, and DDP's hook runs at some steps alone."""
+    model = DDP(Pair())
+    rank_norms = distclip.RankNorms(model)
+    clipper = distclip.GradClipper(model, INF, norm_type=p, rank_norms=rank_norms)
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, fused=True)
+    norms, names, judged = [], [], []
+    for reduces in (True, False, False, True, False):
+        optimizer.zero_grad()
+        with nullcontext() if reduces else model.no_sync():
+            model(factor() if reduces else torch.tensor(2.0)).backward()
+        before = clipper.measure().rank_norms
+        with count_collectives() as seen:
+            report = clipper.step(optimizer)
+        assert report.rank_norms.equal(before), "measure() leaves them to the step"
+        norms.append(report.rank_norms.tolist())
+        judged.append((report.outlier_rank, report.rank_deviation is None, report.total_norm))
+        names.append(seen.names)
+    clipper.rebuild()
+    norms.append(clipper.clip_().rank_norms.tolist())
+    return norms, names, judged, total_norm([g.double() * factor().item() for g in pair_grads()], p)
+
+
+@pytest.mark.parametrize("p, late", [(2.0, False), (2.0, True), (INF, False)])
+def test_a_step_that_reduced_nothing_has_no_norms_of_ranks(ranks, p, late):
+    answers = ranks.run(steps_without_a_reduction, p, late)
+    want = [own for *_, own in answers]
+    for norms, names, judged, _ in answers:
+        assert norms[0] == norms[3] == pytest.approx(want, rel=1e-6)
+        assert norms[1] == norms[2] == norms[4] == norms[5] == []
+        assert names == [["allreduce_"]] * 5
+        assert judged[1][:2] == (None, True)
+        assert judged[1][2] == pytest.approx(2 * total_norm(pair_grads(), p), rel=1e-6)
+
+
+def one_rank_forgets():
+    model = DDP(Pair())
+    rank_norms = distclip.RankNorms(model)
+    clipper = distclip.GradClipper(model, INF, rank_norms=rank_norms)
+    model(factor()).backward()
+    if dist.get_rank() == 1:
+        rank_norms.forget()
+    try:
+        clipper.clip_()
+    except distclip.AgreementError as error:
+        return str(error)
+
+
+def test_ranks_that_differ_in_it_are_named(ranks):
+    for text in ranks.run(one_rank_forgets):
+        assert "rank 0,2-3: at step 1: clip_, after" in text
+        assert "rank 1: at step 1: clip_, no gradient reduced before it (RankNorms), after" in text
+
+
 def slips(what):
     model = Pair()
     try:
@@ -285,6 +341,11 @@ def slips(what):
         elif what == "own hook":
             model = DDP(model)
             model.register_comm_hook(None, allreduce_hook)
+            distclip.RankNorms(model)
+        elif what == "delayed":
+            named = list(model.named_parameters())[:2]
+            last = named[0][1]
+            model = DDP(model, delay_all_reduce_named_params=named, param_to_hook_all_reduce=last)
             distclip.RankNorms(model)
         elif what == "fsdp1":
             distclip.RankNorms(FSDP1(model, device_id=torch.device("cpu")))
@@ -318,6 +379,8 @@ REFUSED = {
     "twice": "gradients were reduced more than once since the last call",
     "late": "there are gradients, and RankNorms saw no reduction",
     "own hook": "the model has the communication hook allreduce_hook already, and DDP takes one",
+    "delayed": "RankNorms: the model reduces first.a and 1 more past its communication hook "
+    "(delay_all_reduce_named_params), where no rank's own gradient is seen; build",
     "fsdp1": "the model is wrapped by FSDP1",
     "plain": "nothing here reduces gradients where they can be seen",
     "hook without ddp": "comm_hook= is DDP's",

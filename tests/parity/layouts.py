@@ -418,11 +418,10 @@ class LocalPull(Pull):
         )
 
 
-@layout
-def expert_parallel_beside_fsdp2():
+def expert_parallel_beside_fsdp2(num_experts):
     """Experts sharded over their first dimension, each part over the ranks of its data mesh; all
     else over the four ranks."""
-    grid, shapes = mesh(2, 2), {"router": (4, 6), "experts": (4, 6, 3), "out": (5,)}
+    grid, shapes = mesh(2, 2), {"router": (4, 6), "experts": (num_experts, 6, 3), "out": (5,)}
     parts = {
         name: (LocalPull if name == "experts" else Pull)(f"{name}.", {"w": shape})
         for name, shape in shapes.items()
@@ -437,9 +436,20 @@ def expert_parallel_beside_fsdp2():
     for name, part in parts.items():
         fully_shard(part, mesh=grid["outer"] if name == "experts" else mesh(4))
         part(torch.tensor(1.0)).backward()
+    outer, inner = grid.get_coordinate()
+    there = torch.arange(num_experts).chunk(2)[inner].chunk(2)
+    held = len(there[outer]) if outer < len(there) else 0
+    assert len(parts["experts"].w.to_local()) == held, "not the shards that are meant"
     return Case(
         nn.ModuleDict(parts), [drawn(f"{name}.w", *shape) for name, shape in shapes.items()]
     )
+
+
+layout(partial(expert_parallel_beside_fsdp2, 4), "expert_parallel_beside_fsdp2")
+# three on each expert rank, so two and one on the ranks of its data mesh
+layout(partial(expert_parallel_beside_fsdp2, 6), "experts_uneven_over_data_ranks")
+# two and one; one rank holds none
+layout(partial(expert_parallel_beside_fsdp2, 3), "experts_uneven_over_expert_ranks")
 
 
 @layout

@@ -107,7 +107,7 @@ def test_a_streak_ends_one_call_late(ranks, tmp_path):
         )
     _, *lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], []], (
+    assert [line["culprits"] for line in lines] == [[], culprit(), [], culprit(), [], culprit()], (
         "found when judged, in the line of their step"
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.errors import DistclipError
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientSet
 from distclip.measure.units import UnitClipper, UnitMeasurement
@@ -34,6 +35,7 @@ class StepOutcome:
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
     judged: bool  # the report says what was found; else that is known at the next call, or never
+    error: DistclipError | None = None  # raised once the report is written; nothing is applied
 
     @property
     def coefs(self) -> Column:

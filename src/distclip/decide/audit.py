@@ -25,8 +25,10 @@ _REMEDY = (
     "unfrozen after DistributedDataParallel was built are not reduced by it: wrap the model anew, "
     "and call clipper.rebuild(). An optimizer "
     "that reduces gradients inside its step() comes too late: reduce them before the clip. "
-    f"{DECLARE}. Else one replica has diverged: restore it from a checkpoint or another rank; with "
-    "a GradScaler, every clip must be given it: clip_(optimizer, scaler)"
+    f"{DECLARE}. If ranks train apart on purpose (local SGD, DiLoCo), give "
+    "process_group=: the ranks that reduce their gradients together, or distclip.LOCAL. Else one "
+    "replica has diverged: restore it from a checkpoint or another rank; with a GradScaler, "
+    "every clip must be given it: clip_(optimizer, scaler)"
 )
 
 

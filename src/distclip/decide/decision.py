@@ -205,6 +205,12 @@ def resolve(
     return StepFlags(ok, found_inf, skipped, clipped & negate(decision.skip))
 
 
+def ended(flags: StepFlags) -> StepFlags:
+    """Of a step that ends in an error: whatever its norm, it is not taken."""
+    nothing = flags.ok & negate(flags.ok)
+    return StepFlags(nothing, flags.found_inf, negate(nothing), nothing)
+
+
 def ever_skips(assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State) -> bool:
     """Whether some policy leaves steps out, from an answer to any norms."""
     return decide(assignments, norms, states)[0].skip is not None

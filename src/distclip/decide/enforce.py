@@ -15,7 +15,7 @@ from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
 from distclip.decide.matters import NormWindow
 from distclip.decide.notes import NoteBook
 from distclip.decide.warn import StepWarnings
-from distclip.errors import AgreementError
+from distclip.errors import AgreementError, DistclipError
 from distclip.exchange.channel import Channel, hash64
 from distclip.exchange.message import CheckWords
 from distclip.measure.collect import CollectedGrads
@@ -41,6 +41,14 @@ class HostNumbers(NamedTuple):
     rank_norms: Sequence[float] = ()  # each rank's own, before the reduction
 
 
+class JudgedStep(NamedTuple):
+    """What the host found of a step."""
+
+    findings: StepFindings
+    # which all ranks raise once the step's report is written; None where the step may go on
+    error: DistclipError | None = None
+
+
 @dataclass(slots=True)
 class StepChecker:
     """Prepared at set-up.
@@ -61,13 +69,23 @@ class StepChecker:
     notes: NoteBook = field(default_factory=NoteBook)
 
     def check(
-        self, measurement: LocalMeasurement, checks: CheckWords, numbers: HostNumbers
-    ) -> StepFindings:
-        """Raises on all ranks alike, or returns what was found: whether the step matters, then all
-        ranks' notes if some have any, and the culprits of a streak's first bad one.
+        self,
+        measurement: LocalMeasurement,
+        checks: CheckWords,
+        numbers: HostNumbers,
+        late: bool = False,
+    ) -> JudgedStep:
+        """What was found, alike on all ranks: whether the step matters, then all ranks' notes if
+        some have any, the culprits of a streak's first bad one, and the error that ends it.
+
+        Raises by itself where there is no report to write: ranks made different calls, or some
+        could not measure, so that the reduced sums are not the gradients'; `measure` and `audit`,
+        whose reports go to no sink.
 
         Args:
             checks: Python's numbers.
+            late: whether it was taken is told already, by `numbers.skipped`; else it is not if an
+                error ends it.
         """
         request, step = measurement.request, measurement.step
         is_audit = request.operation == "audit"
@@ -79,29 +97,40 @@ class StepChecker:
         if verdict is StepVerdict.ERROR:
             errors, cause = measurement.errors, measurement.cause
             raise audit.gradient_error(self.channel, step, errors, self.device) from cause
-        if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
-            self.compare_replicas(request, step, measurement.grads, measurement)
-            text = (
-                f"step {step}: copies of {_things(request)} differ (drift "
-                f"{float(checks.drift):.3g} of {float(checks.power_sum):.3g}), none alone by much"
-            )
-            raise self.channel.tell_once(AgreementError(text))
-        if request.read_only:
-            return NOTHING_FOUND
-        self._warn_of_request(request, checks)
         culprits: tuple[Culprit, ...] = ()
-        norm = numbers.total_norm
-        if verdict is StepVerdict.NONFINITE:
-            culprits, norm = self._count_bad_step(measurement, int(checks.nonfinite)), math.nan
+        norm, error = numbers.total_norm, None
+        if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
+            error = self._difference(measurement, checks)
+            if request.read_only:
+                raise error
+        elif request.read_only:
+            return JudgedStep(NOTHING_FOUND)
         else:
-            self._count_finite_step(step, numbers)
-        matters, deviation = self.window.judge(
-            norm, numbers.skipped, farthest_rank(numbers.rank_norms)[0]
-        )
+            self._warn_of_request(request, checks)
+            if verdict is StepVerdict.NONFINITE:
+                culprits, error = self._count_bad_step(measurement, int(checks.nonfinite))
+                norm = math.nan
+            else:
+                error = self._count_finite_step(step, numbers)
+        skipped = numbers.skipped or (error is not None and not late)
+        matters, deviation = self.window.judge(norm, skipped, farthest_rank(numbers.rank_norms)[0])
         notes: tuple[Note, ...] = ()
         if matters is not None and checks.notes:
             notes = self.notes.gather(self.channel, self.device)
-        return StepFindings(matters, deviation, culprits, notes)
+        return JudgedStep(StepFindings(matters, deviation, culprits, notes), error)
+
+    def _difference(self, measurement: LocalMeasurement, checks: CheckWords) -> AgreementError:
+        """A collective: the error that names the copies that differ."""
+        request, step = measurement.request, measurement.step
+        try:
+            self.compare_replicas(request, step, measurement.grads, measurement)
+        except AgreementError as error:
+            return error
+        text = (
+            f"step {step}: copies of {_things(request)} differ (drift "
+            f"{float(checks.drift):.3g} of {float(checks.power_sum):.3g}), none alone by much"
+        )
+        return self.channel.tell_once(AgreementError(text))
 
     def _doing(self, measurement: LocalMeasurement) -> str:
         """What this rank did, for ranks that did not do the same."""
@@ -127,16 +156,19 @@ class StepChecker:
                 all_alike = self.channel.size == 1  # this rank's optimizers
                 self.warnings.warn_once("more", "; ".join(more), all_alike)
 
-    def _count_finite_step(self, step: int, numbers: HostNumbers) -> None:
+    def _count_finite_step(self, step: int, numbers: HostNumbers) -> DistclipError | None:
         self.warnings.check_habits(numbers.clip_rate, numbers.num_steps, numbers.cosine)
         if not numbers.left_out:
             self.streak.reset()
         elif self.streak.count_spike():
-            raise self.channel.tell_once(self.streak.spike_error(step))
+            return self.channel.tell_once(self.streak.spike_error(step))
         elif self.streak.length == 1 and not self.warnings.has_sinks:
             self.warnings.warn(self.streak.spike_notice(step))
+        return None
 
-    def _count_bad_step(self, measurement: LocalMeasurement, nonfinite: int) -> tuple[Culprit, ...]:
+    def _count_bad_step(
+        self, measurement: LocalMeasurement, nonfinite: int
+    ) -> tuple[tuple[Culprit, ...], DistclipError | None]:
         """At the first of a streak and at the last that is allowed it reads this rank's sums on the
         host, and is a collective."""
         request, step = measurement.request, measurement.step
@@ -147,7 +179,7 @@ class StepChecker:
             sums, present = measurement.power_sums.tolist(), measurement.mask.tolist()
             culprits = audit.gather_culprits(self.channel, self.plan, sums, present, self.device)
         if must_raise:
-            raise self.channel.tell_once(self.streak.error(step, nonfinite, culprits))
+            return culprits, self.channel.tell_once(self.streak.error(step, nonfinite, culprits))
         propagates = self.streak.mode == "propagate"
         if self.streak.length == 1 and not propagates and not self.warnings.has_sinks:
             notice = self.streak.notice(step, nonfinite, culprits, backs_off)
@@ -156,7 +188,7 @@ class StepChecker:
                 self.warnings.warn_once("overflow", notice)
             else:
                 self.warnings.warn(notice)
-        return culprits
+        return culprits, None
 
     def compare_replicas(
         self,

@@ -43,6 +43,15 @@ class StepWarnings:
     def was_given(self, kind: str) -> bool:
         return kind in self._given
 
+    def warn_untrained(self, num_params: int) -> None:
+        """At set-up, where no rank has anything to train. `num_params`: over all ranks."""
+        count = f"{num_params:,} parameter{'' if num_params == 1 else 's'}"
+        self.warn(
+            f"GradClipper: of its {count} none is trainable on any rank (requires_grad is False), "
+            "so there is nothing to clip. If that is a mistake, unfreeze what is to be trained; if "
+            "it will be unfrozen later there is nothing to do, it is clipped from then on"
+        )
+
     def check_habits(self, clip_rate: float, num_steps: int, cosine: float) -> None:
         """Of a step that is finite.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -59,6 +59,21 @@ def active() -> str:
     return f"torch ({found})"
 
 
+def kernels_for(dtypes: Iterable[torch.dtype], device: torch.device) -> str:
+    """Which kernels serve a list of tensors of these dtypes on `device`: "triton", "native", or
+    "torch" where torch's operations are used.
+
+    Raises:
+        ConfigError: as `active` does.
+    """
+    present = set(dtypes)
+    if device.type == "cuda":
+        serves = TRITON_CODES.keys() >= present and has_triton()
+        return "triton" if serves and os.environ.get(CHOICE, "") != "torch" else "torch"
+    serves = device.type == "cpu" and CODES.keys() >= present
+    return "native" if serves and active() == "native" else "torch"
+
+
 def plan_for(
     counts: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> KernelPlan | None:
@@ -68,13 +83,7 @@ def plan_for(
     Raises:
         ConfigError: as `active` does.
     """
-    if device.type == "cuda":
-        serves = (
-            TRITON_CODES.keys() >= set(dtypes)
-            and has_triton()
-            and os.environ.get(CHOICE, "") != "torch"
-        )
-        return triton_plan(counts, tuple(dtypes), device) if serves else None
-    if device.type != "cpu" or not CODES.keys() >= set(dtypes) or active() != "native":
-        return None
-    return native_plan(counts, tuple(dtypes))
+    kernels = kernels_for(dtypes, device)
+    if kernels == "triton":
+        return triton_plan(counts, tuple(dtypes), device)
+    return native_plan(counts, tuple(dtypes)) if kernels == "native" else None

@@ -29,7 +29,7 @@ from distclip.setup.parameters import ModuleEntry
 from distclip.setup.placement import DEVICES
 from distclip.setup.plan import Plan
 from distclip.torch_internals.dtensor import local_tensor
-from distclip.torch_internals.hooks import accumulate_hooks
+from distclip.torch_internals.hooks import accumulate_hooks, optimizers_in_backward
 
 GradOf = Callable[[Tensor], "Tensor | None"]
 own_grad: GradOf = attrgetter("grad")
@@ -304,11 +304,12 @@ def _storage_key(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _hooks(params: Sequence[Tensor], pieces: Sequence[ParamPiece]) -> str:
-    """The first hook of `register_post_accumulate_grad_hook`, and of how many parameters."""
+    """The first hook of `register_post_accumulate_grad_hook`, or optimizer that steps in such a
+    place, and of how many parameters."""
     hooked = [
         (piece.name, found)
         for param, piece in zip(params, pieces, strict=True)
-        if (found := accumulate_hooks(param))
+        if (found := accumulate_hooks(param) or optimizers_in_backward(param))
     ]
     if not hooked:
         return ""

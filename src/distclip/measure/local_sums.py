@@ -82,6 +82,7 @@ class LocalMeasurer:
     _zeros: Tensor = field(init=False)  # [pieces]
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _here: Tensor = field(init=False)  # [ranks] bool: this one, where ranks' norms are asked for
+    _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
     _all_parameters: GradientSet = field(init=False)
     _description_tokens: dict[str, float] = field(init=False, default_factory=lambda: {})
 
@@ -91,6 +92,15 @@ class LocalMeasurer:
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
         self._all_parameters = self.collector.all_parameters()
+        if self.rank_norms is not None:
+            self._stepped = self.rank_norms.last_stepped
+
+    def lacks_rank_norms(self, request: Request) -> bool:
+        """Whether norms of ranks are asked for, and none is there: what was reduced belongs to a
+        step before. Ranks must agree on it, since it changes what their reports hold."""
+        if self.rank_norms is None or request.target == "param":
+            return False
+        return not self.rank_norms.has_since(self._stepped)
 
     def measure(
         self, step: int, request: Request, last_hash: Number, has_notes: bool
@@ -136,13 +146,15 @@ class LocalMeasurer:
         return out, message
 
     def _own_norm(self, request: Request) -> Tensor | None:
-        """[ranks]: of this rank before the reduction, in its place."""
+        """[ranks]: of this rank before the reduction, in its place. A step uses it up."""
         if self.rank_norms is None:
             return None
         nothing = self._zeros.new_zeros(self.layout.num_rank_norms)
-        if request.target == "param":
+        if request.target == "param" or request.reduced_nothing:
             return nothing
         norm = self.rank_norms.take(self.layout.norm, self.device, request.factor())
+        if not request.read_only:
+            self._stepped = self.rank_norms.last_stepped = self.rank_norms.round
         return torch.where(self._here, norm, nothing)
 
     def _collect(self, request: Request) -> tuple[CollectedGrads | None, list[str]]:
@@ -158,16 +170,17 @@ class LocalMeasurer:
             grads.errors
             or self.late_parameters.late_errors(of_params=of_params)
             or params_added_later(request.optimizers)
-            or self._errors_of_ranks(grads, of_params)
+            or self._errors_of_ranks(grads, request)
             or params_without_plan(request.optimizers, self.plan.pieces)
             + request.still_scaled(grads.grad_set.indices, self.plan.pieces)
         )
         return grads, errors
 
-    def _errors_of_ranks(self, grads: CollectedGrads, of_params: bool) -> list[str]:
-        if self.rank_norms is None or of_params:
+    def _errors_of_ranks(self, grads: CollectedGrads, request: Request) -> list[str]:
+        if self.rank_norms is None or request.target == "param":
             return []
-        return self.rank_norms.errors(any_grads=bool(grads.grad_set.indices))
+        any_grads, has_some = bool(grads.grad_set.indices), not request.reduced_nothing
+        return self.rank_norms.errors(any_grads, has_some)
 
     def _parameters(self) -> CollectedGrads:
         """All parameters, as if they were gradients."""

@@ -29,7 +29,8 @@ class RankNorms:
     not divided by the number of ranks; unscaled, and times `grad_scale`. What was accumulated
     without synchronisation (`no_sync()`, `set_requires_gradient_sync(False)`) is in it, as one
     gradient. A second reduction before the clip is an error: the norm of a sum is not known from
-    its parts. After a call, `measure()` too, it is of what was reduced since.
+    its parts. After a call, `measure()` too, it is of what was reduced since; `measure()` leaves it
+    to the step. A step before which nothing was reduced anew has no norms of ranks.
 
     Reads the gradients once more, right before each reduction. One word of the step's message for
     each rank carries them; no other message, no host read.
@@ -59,7 +60,9 @@ class RankNorms:
             )
         self._norms: tuple[PNorm, ...] = ()  # of the clippers that ask
         self._sums: dict[Hashable, dict[PNorm, Tensor]] = {}  # by reduction
-        self._is_old = False  # a step has taken them; the next reduction begins anew
+        self._is_old = False  # a call has taken them; the next reduction begins anew
+        self.round = 0  # of reductions, from 1: what was reduced between two calls
+        self.last_stepped = 0  # the round of the last step, of whichever clipper
         self._twice = False
         self.ranks = see_reductions(params, self._see, comm_hook)
         if len(self.ranks) > MOST_RANKS:
@@ -84,6 +87,7 @@ class RankNorms:
     def _see(self, reduction: Hashable, grad: Tensor, divided: float) -> None:
         if self._is_old:
             self.forget()
+        self.round += not self._sums
         self._twice = self._twice or reduction in self._sums
         grads = TensorList.of([grad.detach()])
         own = {norm: grads.power_sums(norm.p) for norm in self._norms or (p_norm(2.0),)}
@@ -91,25 +95,31 @@ class RankNorms:
             own = {norm: sums * norm.power_of(divided) for norm, sums in own.items()}
         self._sums[reduction] = own
 
+    def has_since(self, stepped: int) -> bool:
+        """Whether something was reduced after the round of a clipper's last step."""
+        return bool(self._sums) and self.round > stepped
+
     def take(self, norm: PNorm, device: torch.device, factor: Any) -> Tensor:
-        """[] float64 on `device`: this rank's norm, times a factor; 0 where nothing was reduced.
-        It stays for further calls; the next reduction begins anew."""
+        """[] float64 on `device`: this rank's norm of what was reduced, times a factor. It stays
+        for further calls and clippers; the next reduction begins anew."""
         self._is_old = True
-        if not self._sums:
-            return torch.zeros((), dtype=torch.float64, device=device)
         sums = torch.cat([each[norm].to(device) for each in self._sums.values()])
         return norm.finish(norm.combine(sums)) * factor
 
-    def errors(self, any_grads: bool) -> list[str]:
-        """What is wrong with what was seen since the last call."""
-        if self._twice:
+    def errors(self, any_grads: bool, has_some: bool) -> list[str]:
+        """What is wrong with what was seen since the last call.
+
+        Args:
+            has_some: this call takes norms of it.
+        """
+        if has_some and self._twice:
             return [
                 "rank_norms: gradients were reduced more than once since the last call, and the "
                 "norm of their sum is not known: reduce at the last micro-step alone (no_sync(), "
                 "set_requires_gradient_sync(False)); after a backward pass whose gradients were "
                 "thrown away call rank_norms.forget()"
             ]
-        if any_grads and not self._sums:
+        if any_grads and not self.round:
             return [
                 "rank_norms: there are gradients, and RankNorms saw no reduction: it was built of "
                 "another model, or after the backward pass"

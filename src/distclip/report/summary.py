@@ -46,13 +46,17 @@ class ReportMaker:
         state: ClipperState,
         findings: StepFindings,
         read_only: bool,
+        is_recorded: bool = True,
     ) -> ClipReport:
         """Nothing is read on the host; on the CPU nothing is worked out before it is read.
 
         Args:
             state: after the step was recorded in it.
+            is_recorded: False for a step that ends in an error, which is not: it is a skip more.
         """
         rate, skips = state.history.clip_rate, state.history.num_skips
+        if not is_recorded:
+            skips = skips + 1
         action = None if read_only else decision.action
         numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
         others: dict[str, Any] = {

@@ -29,6 +29,7 @@ from distclip.setup.parameters import (
 from distclip.setup.placement import ReplicaDeclarations, declare_replicas, local_pieces
 from distclip.setup.plan import Plan, agree_on_call, make_plan
 from distclip.setup.rows import RowRange, cut_name, row_range
+from distclip.setup.steps_in_backward import stepped_in_backward
 from distclip.setup.unfinished_backward import ReducingWrapper, reducing_wrappers
 from distclip.setup.units import UnitRange, unit_range
 from distclip.torch_internals.join import JoinGuard
@@ -66,6 +67,7 @@ class _LocalSetup:
     cuts: list[RowRange | None] = field(default_factory=lambda: [])
     ranges: list[UnitRange | None] = field(default_factory=lambda: [])
     beside: list[ParamHolding] = field(default_factory=lambda: [])  # of parameters without a piece
+    out_of_reach: str = ""  # about parameters that no clip can reach
 
 
 def build_plan(
@@ -122,6 +124,8 @@ def build_plan(
         logging.getLogger("distclip").warning(
             "GradClipper of parameters without their modules: %s", plan.apart_text()
         )
+    if local.out_of_reach:
+        logging.getLogger("distclip").warning("GradClipper: %s", local.out_of_reach)
     config = str(sorted(local.config.items()))
     return SetupInputs(
         options=options,
@@ -152,6 +156,7 @@ def _read_locally(
     local.declared = declared = declare_replicas(passed.replicated_over, passed.shared)
     local.scan = scan = named_parameters(params)
     local.wrappers = reducing_wrappers(params)
+    local.out_of_reach = stepped_in_backward(scan)
     if channel.size > 1 and any(
         n.positional and not hasattr(n.param, "placements") for n in scan.named
     ):

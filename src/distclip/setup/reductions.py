@@ -12,7 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from distclip.errors import ConfigError
 from distclip.setup.parameters import Params, modules_in, strip_wrappers
 from distclip.torch_internals.dtensor import imported_class, is_dtensor, mesh_of
-from distclip.torch_internals.reductions import comm_hooks_of, predivided_by, reduce_scatters_of
+from distclip.torch_internals.reductions import (
+    comm_hooks_of,
+    delayed_names,
+    predivided_by,
+    reduce_scatters_of,
+)
 
 # (which reduction, this rank's gradients, by what they were divided)
 See: TypeAlias = Callable[[Hashable, Tensor, float], None]
@@ -118,6 +123,15 @@ def _ranks_of_shards(name: str, module: Any, kind: type) -> tuple[int, ...]:
 
 
 def _check_hooks(name: str, module: DistributedDataParallel) -> None:
+    delayed = delayed_names(module)
+    if delayed:
+        more = f" and {len(delayed) - 1} more" if len(delayed) > 1 else ""
+        raise ConfigError(
+            f"RankNorms: {name} reduces {strip_wrappers(delayed[0])}{more} past its communication "
+            f"hook (delay_all_reduce_named_params), where no rank's own gradient is seen; build "
+            f"DistributedDataParallel without delay_all_reduce_named_params, or leave rank_norms "
+            f"out"
+        )
     hooks = comm_hooks_of(module)
     if hooks:
         hook = getattr(hooks[0], "__qualname__", type(hooks[0]).__qualname__)

@@ -15,6 +15,13 @@ def comm_hooks_of(ddp: Any) -> list[Callable[..., object]]:
     return [hook for hook, _ in ddp._comm_hooks]
 
 
+def delayed_names(ddp: Any) -> list[str]:
+    """Parameters that a DDP module reduces by itself, without any communication hook, because of
+    `delay_all_reduce_named_params`."""
+    delayed = set(map(id, getattr(ddp, "_delay_all_reduce_params", ())))
+    return [name for name, param in ddp.module.named_parameters() if id(param) in delayed]
+
+
 def reduce_scatters_of(fsdp: Any) -> list[Any]:
     """Of one FSDP2 unit (or none, where it has no parameters of its own), torch's reduce-scatter or
     the one that the user has set.

@@ -7,10 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from distclip.cli.log_reader import RunError, log_files, read_runs
 from distclip.cli.norm_history import NormHistory
 from distclip.cli.outputs import OutputError, check_not_read, check_page, check_pictures, write_all
 from distclip.cli.report.page import build_page
-from distclip.cli.run_log import RunError, log_files, read_runs
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ import math
 import sys
 from typing import Any
 
+from distclip.cli.log_reader import RunError, read_runs
 from distclip.cli.norm_history import NormHistory
-from distclip.cli.run_log import RunError, RunLog, read_runs
+from distclip.cli.run_log import RunLog
 from distclip.cli.suggest.advice import (
     NormCandidate,
     find_candidates,
