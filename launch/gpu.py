@@ -52,7 +52,8 @@ def parts(folder: Path, ranks: int, dry: bool) -> list[Part]:
     """In the order in which they run; their limits add up to less than 8 minutes."""
     python, measured = sys.executable, str(folder / "benchmark.json")
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
-    tests.append("tests/integrations/test_megatron.py")  # says so where megatron-core is not there
+    # which say so where their frameworks are not there
+    tests += [f"tests/integrations/test_{name}.py" for name in ("megatron", "torchtitan")]
     start = [
         python,
         "-m",

@@ -72,6 +72,7 @@ DISTRIBUTED |= {
         "layouts",
         "speed_checks",
         "framework_jobs",
+        "torchtitan_job",
     )
 }  # it runs the layouts
 # These name a type of it, in a signature or an isinstance, and call nothing.

@@ -21,7 +21,7 @@ def launched(script, *args, ranks=2, timeout=900):
         else []
     )
     environment = os.environ | {
-        "PYTHONPATH": str(SOURCE),
+        "PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE.parent}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
@@ -36,6 +36,13 @@ def launched(script, *args, ranks=2, timeout=900):
     rows = [json.JSONDecoder().raw_decode(part)[0] for part in done.stdout.split("RESULT ")[1:]]
     assert len(rows) == max(1, ranks), done.stdout[-3000:]
     return rows
+
+
+def assert_passed(seen, results):
+    """What doctor_jobs.py saw of a framework's job: these results, and nothing is left of it."""
+    assert seen["right"]["results"] == results, seen
+    assert (seen["right"]["code"], seen["right"]["stopped"]) == (0, "")
+    assert not seen["left"] and not seen["group"]
 
 
 def assert_as_the_oracle(rows, case):

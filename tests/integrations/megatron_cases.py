@@ -34,7 +34,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 @contextmanager
-def _on_cpu():
+def on_cpu():
     with (
         _CudaIsCpu(),
         patch.object(torch.cuda, "current_device", lambda: "cpu"),
@@ -51,7 +51,7 @@ def device():
 def megatron(gloo=False, **sizes):
     """Within this context Megatron's process groups have these sizes; where the ranks meet over
     gloo it runs on the CPU. `gloo`: with Megatron's further groups over gloo."""
-    with warnings.catch_warnings(), _on_cpu() if device() == "cpu" else nullcontext():
+    with warnings.catch_warnings(), on_cpu() if device() == "cpu" else nullcontext():
         warnings.simplefilter("ignore")  # of the import: neither Apex nor Transformer Engine
         from megatron.core import parallel_state
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from integrations import megatron_cases as cases
+from integrations.launched import assert_passed, launched
 
 pytestmark = pytest.mark.skipif(
     find_spec("megatron") is None or find_spec("megatron.core") is None,
@@ -134,6 +135,17 @@ def test_refusals_and_detach(ranks):
             for name, text in row["features"]
         )
         assert row["detached"] and row["clip_grad"] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_the_doctor_compares_its_smallest_training(device):
+    if device == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    [seen] = launched("doctor_jobs.py", device, "megatron", ranks=0)
+    assert_passed(seen["megatron"], {"norm": "pass", "weights": "pass", "own": "pass"})
+    loose = seen["megatron"]["loose"]
+    assert loose["code"] == 1
+    assert loose["results"]["weights"] == "fail" and loose["results"]["own"] == "pass"
 
 
 @pytest.mark.gpu

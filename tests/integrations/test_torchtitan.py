@@ -4,8 +4,9 @@ beside the norm of whole gradients in float64."""
 import math
 
 import pytest
+import torch
 
-from integrations.launched import launched
+from integrations.launched import assert_passed, launched
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed: launch/programs.sh does")
 
@@ -90,6 +91,17 @@ def test_the_override_needs_no_line_of_code():
         assert seen["attached"]
         assert seen["ours"]["losses"] == row["steps"]["ours"]["losses"]
         assert seen["ours"]["norms"] == row["steps"]["ours"]["norms"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_the_doctor_compares_its_smallest_training(device):
+    if device == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    [seen] = launched("doctor_jobs.py", device, "torchtitan", ranks=0)
+    assert_passed(seen["torchtitan"], {"norm": "pass", "own": "pass"})
+    assert "5 steps, 5 clipped" in seen["torchtitan"]["right"]["seen"]["norm"]
+    loose = seen["torchtitan"]["loose"]
+    assert loose["code"] == 1 and loose["results"] == {"norm": "pass", "own": "fail"}
 
 
 def test_refusals_read_well():

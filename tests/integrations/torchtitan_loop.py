@@ -19,6 +19,7 @@ from torchtitan.config.override import OverrideConfig
 from torchtitan.trainer import Trainer
 
 import distclip
+from distclip.cli.doctor.torchtitan_job import StepRecorder
 from distclip.integrations.torchtitan import clip_with_distclip, release
 
 LAYOUT = sys.argv[1]
@@ -30,40 +31,39 @@ def config(folder, **more):
     return torchtitan_cpu.debug_config(LAYOUT, folder, STEPS, MAX_NORM, **more)
 
 
+class Recorder(StepRecorder):
+    """Also what distclip adds to the log, the experts' biases, and the norm over all ranks."""
+
+    def __init__(self, trainer, after_backward):
+        super().__init__(trainer)
+        self.after_backward = after_backward
+        self.extra, self.exact, self.biases = [], [], []
+
+    def see_gradients(self):
+        if self.after_backward is not None:
+            self.after_backward(self.trainer)
+        super().see_gradients()
+        self.exact.append(exact_norm(self.squares[-1]))
+        self.biases.append(biases(self.trainer))
+
+    def log(self, metrics, step):
+        super().log(metrics, step)
+        self.extra.append({k: v for k, v in metrics.items() if k.startswith("distclip/")})
+
+
 def trained(attach=None, folder="", after_backward=None, **more):
     """What each step logged, how it ended, the trainer, and what `attach` gave."""
     trainer = config(folder, **more).build()
     given = None if attach is None else attach(trainer)
-    names = ("losses", "norms", "extra", "exact", "biases")
-    seen = {name: [] for name in names} | {"ended": None}
-
-    class Logger:
-        def log(self, metrics, step):
-            seen["losses"].append(metrics["loss_metrics/global_avg_loss"])
-            seen["norms"].append(metrics["grad_norm"])
-            seen["extra"].append({k: v for k, v in metrics.items() if k.startswith("distclip/")})
-
-        def close(self):
-            pass
-
-    trainer.metrics_processor.logger = Logger()
-    own = trainer.forward_backward_step
-
-    def forward_backward_step(**arguments):
-        loss = own(**arguments)
-        if after_backward is not None:
-            after_backward(trainer)
-        seen["exact"].append(exact_norm(trainer))
-        seen["biases"].append(biases(trainer))
-        return loss
-
-    trainer.forward_backward_step = forward_backward_step
+    recorder, ended = Recorder(trainer, after_backward), None
     try:
         trainer.train()
     except RuntimeError as error:
-        seen["ended"] = f"step {trainer.step}: {error}"
+        ended = f"step {trainer.step}: {error}"
     trainer.close()
-    seen["biases"].append(biases(trainer))
+    recorder.biases.append(biases(trainer))
+    names = ("losses", "norms", "extra", "exact", "biases")
+    seen = {name: getattr(recorder, name) for name in names} | {"ended": ended}
     return seen, trainer, given
 
 
@@ -77,14 +77,8 @@ def biases(trainer):
     ]
 
 
-def exact_norm(trainer):
-    """Of whole gradients, each name once, in float64."""
-    squares = {}
-    for part in trainer.model_parts:
-        for name, param in part.named_parameters():
-            if param.grad is not None:
-                grad = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
-                squares[name] = float(grad.double().square().sum())
+def exact_norm(squares):
+    """Of whole gradients, each name once, over all ranks."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, squares)
     merged = {name: square for each in everyone for name, square in each.items()}

@@ -7,7 +7,7 @@ import argparse
 import math
 from importlib import import_module
 
-# those of cli/doctor/framework_jobs.py
+# those of JOBS in cli/doctor/frameworks.py
 FRAMEWORKS = ("accelerate", "deepspeed", "lightning", "megatron", "torchtitan", "transformers")
 _EPILOG_DOCTOR = """\
 exit codes:  0  all checks passed    1  a check failed    2  it could not run to the end
@@ -48,7 +48,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="instead of the checks the smallest training of a framework, with its own clipping "
         f"and with distclip's, in one process: {', '.join(FRAMEWORKS)} (megatron and torchtitan "
-        "need a GPU and their own launcher: it says what to do)",
+        "need a GPU)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document instead of the table"

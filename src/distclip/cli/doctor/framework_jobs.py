@@ -1,13 +1,13 @@
-"""The smallest training of each framework, with its own clipping and with distclip's, and the same
-steps in float64 without it."""
+"""The smallest training of each framework whose model one brings oneself, with its own clipping and
+with distclip's, and the same steps in float64 without it."""
 
 from __future__ import annotations
 
 import math
 import os
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def params_of(model: nn.Module) -> list[Tensor]:
     return [param.detach().cpu().double() for param in model.parameters()]
 
 
-def _accelerate(max_norm: float, with_distclip: bool) -> TrainedModel:
+def train_with_accelerate(max_norm: float, with_distclip: bool) -> TrainedModel:
     from accelerate import Accelerator
 
     accelerator = Accelerator()
@@ -91,7 +91,7 @@ def _accelerate(max_norm: float, with_distclip: bool) -> TrainedModel:
     return TrainedModel(norms, params_of(model))
 
 
-def _transformers(max_norm: float, with_distclip: bool) -> TrainedModel:
+def train_with_transformers(max_norm: float, with_distclip: bool) -> TrainedModel:
     from transformers import Trainer, TrainingArguments
 
     model, x, y = problem()
@@ -113,7 +113,7 @@ def _transformers(max_norm: float, with_distclip: bool) -> TrainedModel:
     )
 
 
-def _lightning(max_norm: float, with_distclip: bool) -> TrainedModel:
+def train_with_lightning(max_norm: float, with_distclip: bool) -> TrainedModel:
     from lightning import LightningModule
     from lightning import Trainer as LightningTrainer
 
@@ -157,29 +157,47 @@ class _NormRecorder:
 
 
 @contextmanager
-def _in_a_group_alone() -> Generator[None]:
-    """A process group of this process alone, and what a launcher sets, which DeepSpeed asks
-    for."""
+def launched_alone(**more: str) -> Generator[None]:
+    """What a launcher sets for a process alone, and `more`. Afterwards the environment is what it
+    was, whatever the framework wrote into it, and no process group is left."""
+    before = dict(os.environ)
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | more)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def around_torchtitan() -> AbstractContextManager[None]:
+    """It makes the process group itself, at any free port (0)."""
+    return launched_alone(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+@contextmanager
+def in_a_group_alone() -> Generator[None]:
+    """A process group of this process alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    with launched_alone():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        yield
+
+
+@contextmanager
+def around_deepspeed() -> Generator[None]:
     import deepspeed
 
     if not torch.cuda.is_available():
         # its C++ build takes minutes, and gloo does
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "0"
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with in_a_group_alone():
         yield
-    finally:
-        dist.destroy_process_group()
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
 
 
-def _deepspeed(max_norm: float, with_distclip: bool) -> TrainedModel:
+def train_with_deepspeed(max_norm: float, with_distclip: bool) -> TrainedModel:
     import deepspeed
 
     model, x, y = problem()
@@ -204,31 +222,3 @@ def _deepspeed(max_norm: float, with_distclip: bool) -> TrainedModel:
     params = params_of(engine.module)
     engine.destroy()
     return TrainedModel(norms, params)
-
-
-class FrameworkJob(NamedTuple):
-    """`train(max_norm, with_distclip)`, which runs inside of `surroundings()`."""
-
-    train: Callable[[float, bool], TrainedModel]
-    surroundings: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-JOBS = {
-    "accelerate": FrameworkJob(_accelerate),
-    "deepspeed": FrameworkJob(_deepspeed, _in_a_group_alone),
-    "lightning": FrameworkJob(_lightning),
-    "transformers": FrameworkJob(_transformers),
-}
-# frameworks that no single process without a launcher can run, and what to do instead
-ELSEWHERE = {
-    "megatron": (
-        "Megatron-Core's optimizers need a CUDA device and its own model: run a few steps of "
-        "your job with clip_grad=0.0 and distclip.integrations.megatron.attach(...), and without; "
-        "the norms that optimizer.step() returns must agree to about 1e-4"
-    ),
-    "torchtitan": (
-        "torchtitan trains its own models, on GPUs under torchrun: run a few steps of your job "
-        "with --override.imports distclip.integrations.torchtitan.clip, and without; loss and "
-        "grad_norm in its log must agree to about 1e-4"
-    ),
-}
