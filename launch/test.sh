@@ -11,6 +11,6 @@ run() { echo "== $*"; "$@" || failed=1; }
 run ruff format --check .
 run ruff check .
 run pyright
-# three files at a time: each has ranks of its own, which mostly wait for one another; -n0 turns it off
-run pytest -q -n 3 --dist loadfile "$@"
+# two files at a time: each has ranks of its own, which mostly wait for one another; -n0 turns it off
+run pytest -q -n 2 --dist loadfile "$@"
 exit $failed
