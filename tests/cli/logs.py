@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import distclip
+from distclip.cli.log_reader import read_runs
 
 SPIKES, BAD = {90: 20.0, 91: 45.0, 250: 30.0}, (40, 41, 180)  # positions count from 0, steps from 1
 
@@ -93,3 +94,10 @@ def _null_for_nonfinite(value):
     if isinstance(value, list):
         return [_null_for_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path):
+    """Of the one log there."""
+    (run,), left_out = read_runs([str(path)])
+    assert left_out == []
+    return run

@@ -8,7 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from cli.logs import HEADER, made_line, rewritten, rows_of, spiky_norms, write_lines, write_log
+from cli.logs import (
+    HEADER,
+    made_line,
+    read,
+    rewritten,
+    rows_of,
+    spiky_norms,
+    write_lines,
+    write_log,
+)
 from distclip.cli import main, progress
 from distclip.cli.log_reader import read_runs
 
@@ -18,12 +27,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def spiky(tmp_path_factory):
     return write_log(tmp_path_factory.mktemp("logs") / "spiky.jsonl", spiky_norms())
-
-
-def read(path):
-    (run,), left_out = read_runs([str(path)])
-    assert left_out == []
-    return run
 
 
 def test_a_resumed_run_has_two_headers_and_a_later_schema_is_told(tmp_path):

@@ -11,6 +11,7 @@ from cli.logs import (
     HEADER,
     SPIKES,
     made_line,
+    read,
     rewritten,
     rows_of,
     spiky_norms,
@@ -26,12 +27,6 @@ from distclip.cli.run_log import ACTIONS, LoggedCulprit, RankNote
 @pytest.fixture(scope="module")
 def spiky(tmp_path_factory):
     return write_log(tmp_path_factory.mktemp("logs") / "spiky.jsonl", spiky_norms())
-
-
-def read(path):
-    (run,), left_out = read_runs([str(path)])
-    assert left_out == []
-    return run
 
 
 def test_columns_are_those_that_a_clipper_wrote(spiky):
