@@ -37,7 +37,7 @@ from distclip.setup.parameters import Params
 from distclip.setup.placement import ReplicatedOver, Shared
 from distclip.stages import Stages, build_stages
 from distclip.step import StepRunner
-from distclip.torch_internals.compile import outside_compile
+from distclip.torch_internals.compile import outside_graphs
 
 
 class GradClipper:
@@ -240,8 +240,7 @@ class GradClipper:
 
     # Each step
 
-    @outside_compile
-    @torch.no_grad()
+    @outside_graphs
     def clip_(
         self,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -273,19 +272,19 @@ class GradClipper:
             NonFiniteError, AgreementError, GradientError, ConfigError: on all ranks alike, before
                 any gradient was touched.
         """
-        optimizers = as_optimizers(optimizer)
+        optimizers = () if optimizer is None else as_optimizers(optimizer)
         request = self._stages.requests.make("clip_", optimizers, scaler, grad_scale, note=note)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         if outcome.is_skipped:
             drop_step_grads(request, self._params_to_drop(outcome))
         elif request.error is None:
             self._stages.applier.apply_(outcome)
-        request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
+        if request.scaler.enabled:
+            request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
         self._write(outcome)
         return outcome.report
 
-    @outside_compile
-    @torch.no_grad()
+    @outside_graphs
     def step(
         self,
         *optimizers: Optimizer,
@@ -332,9 +331,10 @@ class GradClipper:
         outcome = self._run(request, allow_late=self._all_fold or self._stages.always_steps)
         if request.error is None and not outcome.is_skipped:
             self._step_optimizers(outcome, fused_groups)
-        request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
-        if request.scaler.enabled and update_scaler:
-            scaler.update()
+        if request.scaler.enabled:
+            request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
+            if update_scaler:
+                scaler.update()
         self._write(outcome)
         return outcome.report
 
@@ -354,8 +354,7 @@ class GradClipper:
             else:
                 step()
 
-    @outside_compile
-    @torch.no_grad()
+    @outside_graphs
     def decide(
         self, grad_scale: float = 1.0, dynamic_loss_scale: bool = False, note: Any = None
     ) -> ClipReport:
@@ -381,13 +380,12 @@ class GradClipper:
         request = replace(request, tolerate_backoff=dynamic_loss_scale)
         outcome = self._run(request, allow_late=self._stages.always_steps)
         # not to keep gradients alive until the next step
-        self._decided = replace(outcome, grads=None)
+        self._decided = outcome._replace(grads=None)
         self._applied = set[int]()
         self._write(outcome)
         return outcome.report
 
-    @outside_compile
-    @torch.no_grad()
+    @outside_graphs
     def apply_(self, params: Iterable[Tensor]) -> None:
         """What the last `decide` decided, on the gradients that these parameters have now; in
         place, sends nothing.
@@ -421,10 +419,9 @@ class GradClipper:
             )
         self._applied.update(mine)
         grads = self._stages.measurer.collector.collect_subset(mine)
-        self._stages.applier.apply_(replace(self._decided, grads=grads))
+        self._stages.applier.apply_(self._decided._replace(grads=grads))
 
-    @outside_compile
-    @torch.no_grad()
+    @outside_graphs
     def measure(self, of: Literal["grad", "param"] = "grad") -> ClipReport:
         """Norms only: nothing is touched, nothing skipped or counted, inf and NaN are reported. One
         all-reduce.
@@ -441,8 +438,7 @@ class GradClipper:
         request = self._stages.requests.make("measure", of=of)
         return self._run(request, allow_late=request.error is None).report
 
-    @outside_compile
-    @torch.no_grad()
+    @outside_graphs
     def audit(self) -> None:
         """A collective: AgreementError, naming parameters and ranks, if gradients that should be
         copies are not equal."""

@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ SINGLE_BITS, DOUBLE_BITS = 24, 48
 _FLOAT, _INT = struct.Struct("<d"), struct.Struct("<q")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PNorm:
     """A norm of order `p`: what is added up for it, and what it is of that.
 
@@ -32,11 +32,11 @@ class PNorm:
 
     p: float
 
-    @property
+    @cached_property
     def is_max(self) -> bool:
         return self.p == math.inf
 
-    @property
+    @cached_property
     def reduce_op(self) -> Literal["sum", "max"]:
         """By which ranks' power sums become one."""
         return "max" if self.is_max else "sum"

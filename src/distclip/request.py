@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from distclip.torch_internals.grad_scaler import NO_SCALER, ScalerState
 from distclip.values import Column, Number
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what follows from it is worked out once
 class Request:
     """Equal on every rank but for the note, or the call is refused: `description` travels as a hash
     in the message."""
@@ -50,12 +51,12 @@ class Request:
     # RankNorms has seen no reduction since the last step: there are no norms of ranks
     reduced_nothing: bool = False
 
-    @property
+    @cached_property
     def read_only(self) -> bool:
         """Nothing is touched, skipped or counted."""
         return self.operation in ("measure", "audit")
 
-    @property
+    @cached_property
     def description(self) -> str:
         """What this rank called, in words."""
         what = self.operation if self.target == "grad" else f"{self.operation} of parameters"
@@ -76,6 +77,7 @@ class Request:
             text += ", no gradient reduced before it (RankNorms)"
         return f"{text} [{self.error}]" if self.error else text
 
+    @cached_property
     def _unscaled_pieces(self) -> frozenset[int]:
         """Whose gradients the user's own `unscale_` has dealt with."""
         if not self.scaler.enabled or all(self.scaler.is_scaled):
@@ -89,13 +91,14 @@ class Request:
         inv_scale = self.scaler.inv_scale
         return self.grad_scale if inv_scale is None or not scaled else inv_scale * self.grad_scale
 
+    @cached_property
     def common_factor(self) -> Number | None:
         """The factor of all gradients; None where they differ."""
-        return None if self._unscaled_pieces() else self.factor()
+        return None if self._unscaled_pieces else self.factor()
 
     def grad_factors(self, pieces: Sequence[int]) -> Column:
         """[pieces]: of each gradient."""
-        factor, unscaled = self.factor(), self._unscaled_pieces()
+        factor, unscaled = self.factor(), self._unscaled_pieces
         if isinstance(factor, Tensor):
             if not unscaled:
                 return factor.expand(len(pieces))
@@ -106,7 +109,7 @@ class Request:
 
     def power_factors(self, pieces: Sequence[int], norm: PNorm) -> Number | Column | None:
         """What power sums are multiplied by: all, or each; None where that is 1."""
-        common = self.common_factor()
+        common = self.common_factor
         if common is None:
             factors = self.grad_factors(pieces)
             if isinstance(factors, Tensor):
@@ -159,7 +162,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestMaker:
-    """Checks a call's arguments. Prepared at set-up.
+    """Checks a call's arguments. Prepared at set-up. A call without any is the same request each
+    time.
 
     Args:
         index: which optimizer steps which pieces.
@@ -171,6 +175,9 @@ class RequestMaker:
     device: torch.device
     propagates: bool
     on_host: bool
+    _plain: dict[tuple[str, str], Request] = field(
+        init=False, repr=False, default_factory=dict[tuple[str, str], Request]
+    )
 
     def make(
         self,
@@ -184,16 +191,30 @@ class RequestMaker:
     ) -> Request:
         """What is wrong with the arguments is told once all ranks have met: it may be wrong on one
         of them alone."""
+        plain = (
+            not (optimizers or flags or scaler is not None or note is not None)
+            and type(grad_scale) is float
+            and grad_scale == 1
+            and type(of) is str
+        )
+        if plain and (operation, of) in self._plain:
+            return self._plain[operation, of]
+        request = self._make_checked(operation, optimizers, scaler, grad_scale, of, note, flags)
+        if plain and request.error is None:
+            self._plain[operation, of] = request
+        return request
+
+    def _make_checked(
+        self,
+        operation: str,
+        optimizers: Sequence[Any],
+        scaler: Any,
+        grad_scale: float,
+        of: Any,
+        note: Any,
+        flags: Mapping[str, Any],
+    ) -> Request:
         guards = not self.propagates
-        plain = not optimizers and scaler is None and as_number(grad_scale) == 1.0
-        if (
-            plain
-            and note is None
-            and operation != "step"
-            and is_text(of, "grad", "param")
-            and all(isinstance(flag, bool) for flag in flags.values())
-        ):
-            return Request(operation, target=of, guards_unmanaged=guards)
         owned: tuple[OptimizerParams, ...] = ()
         try:
             if operation == "step" and not optimizers:
@@ -229,6 +250,7 @@ class RequestMaker:
                 owned,
                 state,
                 float(grad_scale),
+                target=of,
                 note=None if note is None else _note_text(operation, note),
                 guards_unmanaged=guards,
             )

@@ -53,6 +53,10 @@ class StepRunner:
         self._channel, self._stages, self._state = channel, stages, state
         timing = HostNow if stages.on_host else DeviceLate
         self._timing: HostNow | DeviceLate = timing(stages, state, writer)
+        # the host may know of a step one call later
+        self.reads_late = timing is DeviceLate
+        self._device, self._on_cuda = stages.device, stages.device.type == "cuda"
+        self._has_rank_norms = stages.measurer.rank_norms is not None
 
     def finish(self, channel: Channel) -> None:
         """Judge a step that is left to be judged, unless the channel to go on with is of other
@@ -62,15 +66,10 @@ class StepRunner:
             self._timing.check_previous()
 
     @property
-    def reads_late(self) -> bool:
-        """Whether the host may know of a step one call later."""
-        return isinstance(self._timing, DeviceLate)
-
-    @property
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is captured: then nothing is read on the host, at this call or
         later."""
-        return self._stages.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._on_cuda and torch.cuda.is_current_stream_capturing()
 
     def run(self, request: Request, allow_late: bool) -> StepOutcome:
         """A collective: one all-reduce.
@@ -88,7 +87,7 @@ class StepRunner:
                 written.
         """
         stages, state, timing = self._stages, self._state, self._timing
-        capturing = self.is_capturing
+        capturing = self._on_cuda and self.is_capturing
         if capturing and not allow_late:
             raise ConfigError(
                 f"{request.operation}() reads a number on the host, which a CUDA graph cannot "
@@ -99,14 +98,14 @@ class StepRunner:
                 f"{request.operation}(note=...) inside a CUDA graph: a replay takes no note of its "
                 "own; leave it out there"
             )
-        if not capturing:
+        if self.reads_late and not capturing:
             timing.check_previous()
         if self.reads_late and allow_late and request.optimizers and not stages.always_steps:
             # travels in the description: ranks that judge a step at different calls would wait for
             # each other
             request = replace(request, judged_late=True)
 
-        if stages.measurer.lacks_rank_norms(request):
+        if self._has_rank_norms and stages.measurer.lacks_rank_norms(request):
             request = replace(request, reduced_nothing=True)
 
         # This rank's sums, and what is wrong here
@@ -168,11 +167,10 @@ class StepRunner:
         channel = self._channel
         if channel.group is None:
             return message
-        device = self._stages.device
+        device, there = self._device, channel.comm_device(self._device)
         if isinstance(message, Tensor):
-            vector = message.to(channel.comm_device(device))
+            vector = message.to(there)
         else:
-            there = channel.comm_device(device)
             vector = torch.tensor(message, dtype=torch.float64, device=there)
         what = f"{request.operation} at step {self._state.step}"
         vector = channel.all_reduce_(vector, self._stages.layout.norm.reduce_op, what)
@@ -222,7 +220,7 @@ class HostNow:
         left_out, skipped = bool(decision.skip), bool(flags.skipped)
         numbers = HostNumbers(
             *(left_out, skipped, total, rate, float(cosine), state.num_steps),
-            rank_norms=[float(own) for own in norms.rank_norms],
+            rank_norms=list(map(float, norms.rank_norms)),
         )
         findings, error = self._stages.checker.check(measurement, norms.checks, numbers)
         if error is not None:
@@ -277,7 +275,7 @@ class DeviceLate:
         finite = bool(checks.finite)
         if request.scaler.inv_scale is not None:
             request = replace(request, scaler=request.scaler.with_inv_scale(inv_scale))
-        decision = replace(decision, coef=coefs)
+        decision = decision._replace(coef=coefs)
         host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
         if error is not None:
             flags, host_flags = ended(flags), ended(host_flags)
@@ -313,12 +311,12 @@ class DeviceLate:
         """The coefficients, and whether the step is clipped and skipped and the scale's inverse,
         stand last."""
         count = len(CheckWords._fields)
-        *words, agreed = numbers[:count]
+        *words, agreed, finite = numbers[:count]
         left_out, total, rate, cosine, clipped, skipped, inv_scale, ranks = numbers[
             count : count + 8
         ]
         end = count + 8 + int(ranks)
-        checks = CheckWords(*words, agreed=bool(agreed))
+        checks = CheckWords(*words, agreed=bool(agreed), finite=bool(finite))
         seen = HostNumbers(
             left_out=bool(left_out),
             skipped=bool(skipped),

@@ -2,13 +2,15 @@
 
 On the CPU a step's handful of numbers is read once and then is plain arithmetic (`HostNow` in
 `step`); on CUDA everything stays on the device (`DeviceLate`). A rule is written once, with
-Python's operators where these mean the same for both, and with the functions below where they do
-not. A column holds one number for each group: a list of floats, or a tensor.
+Python's operators where these mean the same for both (`flag ^ True` is "not": `~` of Python's bool
+is a number), and with the functions below where they do not. A column holds one number for each
+group: a list of floats, or a tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import eq, mul
 from typing import Any, TypeAlias
 
 import torch
@@ -18,11 +20,6 @@ Number: TypeAlias = "float | Tensor"  # [] float64
 Flag: TypeAlias = "bool | Tensor"  # [] bool
 Column: TypeAlias = "list[float] | Tensor"  # [groups] float64
 FlagColumn: TypeAlias = "list[bool] | Tensor"  # [groups] bool
-
-
-def negate(flag: Flag) -> Flag:
-    """Not `flag`: `~` of Python's bool is a number."""
-    return ~flag if isinstance(flag, Tensor) else not flag
 
 
 def select(flag: Flag, one: Number, other: Number) -> Number:
@@ -51,7 +48,7 @@ def multiply(column: Column, other: Column | float) -> Column:
     if isinstance(column, Tensor):
         return column * _operand(other)
     others: Any = other if isinstance(other, (list, Tensor)) else [other] * len(column)
-    return [a * b for a, b in zip(column, others)]
+    return list(map(mul, column, others))
 
 
 def each(function: Callable[[Any], Any], column: Column) -> Column:
@@ -68,7 +65,7 @@ def all_equal(one: Column, other: Column) -> Flag:
     """Whether two columns are the same, entry by entry. NaN equals nothing."""
     if isinstance(one, Tensor):
         return one.eq(_operand(other)).all()
-    return all(a == b for a, b in zip(one, other))
+    return all(map(eq, one, other))
 
 
 def sum_of(column: Column) -> Number:

@@ -243,9 +243,9 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
                 message[i] = value if i < len(good) - 6 else good[i] + 1
             if i == 0 and (value < 0 or (math.isnan(value) and math.isinf(p))):
                 continue  # sums are not negative, and NaN is sent as inf
-            verdict = verdict_of(layout(True).checks(message), 1e-5)
+            verdict = verdict_of(layout(True).read_checks(message), 1e-5)
             verdicts.add(verdict)
             told = torch.tensor(message, dtype=torch.float64)
-            fine = is_fine(layout(False).checks(told), 1e-5)
+            fine = is_fine(layout(False).read_checks(told), 1e-5)
             assert bool(fine) == (verdict is StepVerdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from distclip.setup.plan import Plan
 from distclip.values import Column, Flag, Number, as_tensor, fill, multiply, select_column
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
+class StepOutcome(NamedTuple):
     """What a call is to do to the gradients."""
 
     request: Request
@@ -73,8 +72,10 @@ class GradientApplier:
     def apply_(self, outcome: StepOutcome, fused_pieces: frozenset[int] = frozenset()) -> None:
         """In place. `fused_pieces` are left to their optimizers."""
         request, decision, grads = outcome.request, outcome.decision, outcome.grads
+        acts = not outcome.on_host or bool(outcome.flags.clipped)
+        if not acts and request.common_factor == 1:
+            return  # all factors are 1
         if grads is not None and not fused_pieces.issuperset(grads.grad_set.unique):
-            acts = not outcome.on_host or bool(outcome.flags.clipped)
             factors = self._factors(outcome, grads.grad_set, fused_pieces)
             # each unit by its own coefficient: then these gradients are done
             if decision.unitwise and acts:
@@ -95,10 +96,10 @@ class GradientApplier:
     ) -> Any:
         """A number for all gradients, or [unique] numbers, or float64 [unique] on the device."""
         request, coefs, groups = outcome.request, outcome.coefs, grad_set.groups
-        common = request.common_factor()
+        common = request.common_factor
         if isinstance(coefs, list) and common is not None and not fused_pieces:
             first = coefs[0]
-            if all(coef == first for coef in coefs):
+            if coefs.count(first) == len(coefs):
                 return first * common
         per_grad: Column
         if isinstance(coefs, Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +22,11 @@ from distclip.values import (
     as_column,
     fill,
     multiply,
-    negate,
     select,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ClipDecision:
+class ClipDecision(NamedTuple):
     """What happens to the gradients, one entry a group."""
 
     coef: Column  # 1 where the group is clamped or scaled by units
@@ -97,10 +94,15 @@ def decide(
 
 def _constant_answer(norms: list[float], threshold: float) -> _PolicyAnswer:
     """A fixed threshold's, in Python's numbers."""
-    coef = [clip_coefficient(norm, threshold) for norm in norms]
-    after = [norm * c for norm, c in zip(norms, coef)]
-    clipped = [c != 1 for c in coef]
-    return _PolicyAnswer(coef, [threshold] * len(norms), clipped, after, [1.0] * len(norms))
+    coefs: list[float] = []
+    after: list[float] = []
+    clipped: list[bool] = []
+    for norm in norms:
+        coef = clip_coefficient(norm, threshold)
+        coefs.append(coef)
+        after.append(norm * coef)
+        clipped.append(coef != 1)
+    return _PolicyAnswer(coefs, [threshold] * len(norms), clipped, after, [1.0] * len(norms))
 
 
 def _columns_of(answer: Scale | Clamp | UnitScale, norms: Norms, on_host: bool) -> _PolicyAnswer:
@@ -178,7 +180,7 @@ class StepFlags(NamedTuple):
     @property
     def taken(self) -> Flag:
         """Policies learn from this step."""
-        return self.ok & negate(self.skipped)
+        return self.ok & (self.skipped ^ True)
 
 
 def resolve(
@@ -191,10 +193,10 @@ def resolve(
         read_only: nothing is touched.
         propagates: whatever is wrong, the step is taken unless a policy leaves it out.
     """
-    nothing = ok & negate(ok)
+    nothing = ok & False
     if read_only:
         return StepFlags(ok, nothing, nothing, nothing)
-    found_inf, acts = (nothing, finite) if propagates else (negate(ok), ok)
+    found_inf, acts = (nothing, finite) if propagates else (ok ^ True, ok)
     some_clipped = any_of(decision.clipped)
     if not isinstance(acts, Tensor):  # many groups stand in a tensor on the host too
         some_clipped = bool(some_clipped)
@@ -202,13 +204,13 @@ def resolve(
     if decision.skip is None:
         return StepFlags(ok, found_inf, found_inf, clipped)
     skipped = found_inf | (decision.skip & finite)
-    return StepFlags(ok, found_inf, skipped, clipped & negate(decision.skip))
+    return StepFlags(ok, found_inf, skipped, clipped & (decision.skip ^ True))
 
 
 def ended(flags: StepFlags) -> StepFlags:
     """Of a step that ends in an error: whatever its norm, it is not taken."""
-    nothing = flags.ok & negate(flags.ok)
-    return StepFlags(nothing, flags.found_inf, negate(nothing), nothing)
+    nothing = flags.ok & False
+    return StepFlags(nothing, flags.found_inf, nothing ^ True, nothing)
 
 
 def ever_skips(assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State) -> bool:

@@ -106,14 +106,17 @@ class StepChecker:
         elif request.read_only:
             return JudgedStep(NOTHING_FOUND)
         else:
-            self._warn_of_request(request, checks)
+            if request.optimizers or not checks.num_grads:
+                self._warn_of_request(request, checks)
             if verdict is StepVerdict.NONFINITE:
                 culprits, error = self._count_bad_step(measurement, int(checks.nonfinite))
                 norm = math.nan
             else:
                 error = self._count_finite_step(step, numbers)
         skipped = numbers.skipped or (error is not None and not late)
-        matters, deviation = self.window.judge(norm, skipped, farthest_rank(numbers.rank_norms)[0])
+        ranks = numbers.rank_norms
+        outlier_rank = farthest_rank(ranks)[0] if ranks else None
+        matters, deviation = self.window.judge(norm, skipped, outlier_rank)
         notes: tuple[Note, ...] = ()
         if matters is not None and checks.notes:
             notes = self.notes.gather(self.channel, self.device)
@@ -160,7 +163,8 @@ class StepChecker:
     def _count_finite_step(self, step: int, numbers: HostNumbers) -> DistclipError | None:
         self.warnings.check_habits(numbers.clip_rate, numbers.num_steps, numbers.cosine)
         if not numbers.left_out:
-            self.streak.reset()
+            if self.streak.length:
+                self.streak.reset()
         elif self.streak.count_spike():
             return self.channel.tell_once(self.streak.spike_error(step))
         elif self.streak.length == 1 and not self.warnings.has_sinks:

@@ -66,7 +66,8 @@ def read_norms(
         bits: how many a norm keeps.
     """
     norm = layout.norm
-    sums, checks = layout.group_sums(message), layout.checks(message)
+    checks = layout.read_checks(message)
+    sums: Column = message[layout.groups]
     if layout.on_host and len(sums) > FEW:
         sums = torch.tensor(sums, dtype=torch.float64, device="cpu")
 
@@ -81,7 +82,7 @@ def read_norms(
         total = finished(norm.combine(counted))
         if layout.on_host:
             total = float(total)
-    stats, split_unit_coefs = layout.stats_of(message), None
+    stats, split_unit_coefs = message[layout.stats], None
     if units is not None:
         stats, split_unit_coefs = _with_split_units(stats, units, assignments)
         stats = as_column(stats, layout.on_host)
@@ -93,11 +94,11 @@ def read_norms(
         finite=checks.finite,
         nonfinite=checks.nonfinite,
         stats=stats,
-        layer_sums=layout.layer_sums(message),
+        layer_sums=message[layout.layers],
         split_unit_coefs=split_unit_coefs,
         checks=checks,
         norm_type=layout.norm_type,
-        rank_norms=layout.rank_norms_of(message),
+        rank_norms=message[layout.rank_norms],
     )
 
 
@@ -145,7 +146,7 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         finite = zero == 0
     elif len(groups) > FEW:
         groups = torch.zeros(layout.num_groups, dtype=torch.float64, device=device)
-    checks = CheckWords(zero, zero, zero, zero, zero, zero, zero, agreed=finite)
+    checks = CheckWords(zero, zero, zero, zero, zero, zero, zero, agreed=finite, finite=finite)
     return GlobalNorms(
         per_group=groups,
         total=zero,

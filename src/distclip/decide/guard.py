@@ -9,7 +9,7 @@ from distclip.errors import GradientError, NonFiniteError
 from distclip.exchange.message import PRESENCE_TOLERANCE, CheckWords
 from distclip.records import Culprit
 from distclip.setup.options import OnNonfinite
-from distclip.values import Flag, negate
+from distclip.values import Flag
 
 WINDOW = 500  # steps: what the clip rate counts, and how long a threshold may always clip
 
@@ -25,36 +25,38 @@ class StepVerdict(Enum):
     FINE = "go on"
 
 
-def _violations(checks: CheckWords, tolerance: float | None) -> list[tuple[StepVerdict, Flag]]:
-    """Which rules the reduced words break: the one list of them, for the host and the device.
+_VERDICTS = tuple(StepVerdict)
+
+
+def _violations(checks: CheckWords, tolerance: float | None) -> list[Flag]:
+    """Which rules the reduced words break, in the order of `StepVerdict`: the one list of them, for
+    the host and the device.
 
     Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
     """
     broken = [
-        (StepVerdict.DISAGREE, negate(checks.agreed)),
-        (StepVerdict.ERROR, negate(checks.errors == 0)),
-        (StepVerdict.NONFINITE, negate(checks.finite)),
-        (StepVerdict.PARTIAL_GRADS, negate(abs(checks.presence) <= PRESENCE_TOLERANCE)),
+        checks.agreed ^ True,
+        checks.errors != 0,
+        checks.finite ^ True,
+        (abs(checks.presence) <= PRESENCE_TOLERANCE) ^ True,  # so that NaN breaks it
     ]
     if tolerance is not None:
-        within = abs(checks.drift) <= tolerance * checks.power_sum
-        broken.append((StepVerdict.DRIFT, negate(within)))
+        broken.append((abs(checks.drift) <= tolerance * checks.power_sum) ^ True)
     return broken
 
 
 def verdict_of(checks: CheckWords, tolerance: float | None) -> StepVerdict:
     """The first rule that is broken, from Python's numbers that are equal on every rank."""
-    return next(
-        (verdict for verdict, broken in _violations(checks, tolerance) if broken), StepVerdict.FINE
-    )
+    broken = _violations(checks, tolerance)
+    return _VERDICTS[broken.index(True)] if True in broken else StepVerdict.FINE
 
 
 def is_fine(checks: CheckWords, tolerance: float | None) -> Flag:
     """Whether no rule is broken: on the device, without a host sync."""
-    (_, any_broken), *others = _violations(checks, tolerance)
-    for _, broken in others:
+    any_broken, *others = _violations(checks, tolerance)
+    for broken in others:
         any_broken = any_broken | broken
-    return negate(any_broken)
+    return any_broken ^ True
 
 
 @dataclass(slots=True)

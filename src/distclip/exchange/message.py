@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from itertools import accumulate
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from distclip.p_norm import PNorm, p_norm
-from distclip.values import Column, Flag, Number, all_equal, multiply, negate, select
+from distclip.values import Flag, Number, all_equal, multiply, select
 
 Message: TypeAlias = "list[float] | Tensor"  # [words] float64
 
@@ -37,7 +38,7 @@ PRESENCE_TOLERANCE = 1e-6
 
 
 class CheckWords(NamedTuple):
-    """What tells whether a step may be taken: floats and a bool, or 0-dim tensors."""
+    """What tells whether a step may be taken: floats and bools, or 0-dim tensors."""
 
     power_sum: Number  # of all groups: what drift is compared with
     drift: Number
@@ -47,12 +48,7 @@ class CheckWords(NamedTuple):
     errors: Number
     notes: Number
     agreed: Flag  # all ranks sent the same tokens
-
-    @property
-    def finite(self) -> Flag:
-        """Of every gradient, and of their power sum."""
-        # x - x is 0 but for inf and NaN
-        return (self.power_sum - self.power_sum == 0) & (self.nonfinite == 0)
+    finite: Flag  # every gradient, and their power sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +76,34 @@ class MessageLayout:
     on_host: bool
     num_rank_norms: int = 0
     norm: PNorm = field(init=False)
+    # where these stand in a message
+    groups: slice = field(init=False)
+    layers: slice = field(init=False)
+    stats: slice = field(init=False)
+    rank_norms: slice = field(init=False)
+    checks: slice = field(init=False)
+    tokens: slice = field(init=False)
+    beside_tokens: slice = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
     _bits: tuple[Tensor, Tensor] = field(init=False)  # 0 and 1, on the compute device
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", p_norm(self.norm_type))
-        object.__setattr__(self, "_share_and_weight", torch.stack([self.share, self.drift_weight]))
+        sizes = (self.num_groups, self.num_layers, self.num_stats, self.num_rank_norms)
+        ends = list(accumulate(sizes))
         bits = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.share.device)
-        object.__setattr__(self, "_bits", tuple(bits.unbind()))
+        for name, value in {
+            "norm": p_norm(self.norm_type),
+            "groups": slice(0, ends[0]),
+            "layers": slice(ends[0], ends[1]),
+            "stats": slice(ends[1], ends[2]),
+            "rank_norms": slice(ends[2], ends[3]),
+            "checks": slice(ends[3], -2 * NUM_TOKENS),
+            "tokens": slice(-2 * NUM_TOKENS, -NUM_TOKENS),
+            "beside_tokens": slice(-NUM_TOKENS, None),
+            "_share_and_weight": torch.stack([self.share, self.drift_weight]),
+            "_bits": tuple(bits.unbind()),
+        }.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_words(self) -> int:
@@ -134,7 +150,7 @@ class MessageLayout:
             tokens: whole numbers below 65536; the device's are 0-dim.
         """
         pieces = self._spread(power_sums, part_sums)
-        start = self.num_groups + self.num_layers
+        start = self.layers.stop
         if rank_norms is not None:
             if self.norm.is_max:  # a maximum over ranks may lose a NaN
                 rank_norms = rank_norms.nan_to_num(nan=math.inf, posinf=math.inf)
@@ -145,8 +161,8 @@ class MessageLayout:
             further = [] if stats is None else stats.tolist()
             found = max(found, float(found_inf or 0))
             checks = [*presence, found, float(has_error), float(has_notes)]
-            seconds = map(self._beside, tokens)
-            numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *seconds]
+            beside = [-t if self.norm.is_max else t * t for t in tokens]
+            numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *beside]
             return list(map(float, numbers))
         found = _count_nonfinite(power_sums)
         if found_inf is not None:
@@ -155,13 +171,12 @@ class MessageLayout:
         new = pieces.new_full
         there = [t if isinstance(t, Tensor) else new((), float(t)) for t in tokens]
         last = torch.stack([found, self._bits[has_error], self._bits[has_notes], *there])
+        tokens_here = last[-NUM_TOKENS:]
+        # what tells, once it is reduced, whether all tokens are the same
+        beside_here = -tokens_here if self.norm.is_max else tokens_here * tokens_here
         parts = [pieces[:start], *([] if stats is None else [stats]), pieces[start:]]
         assert isinstance(presence, Tensor)
-        return torch.cat([*parts, presence, last, self._beside(last[-NUM_TOKENS:])])
-
-    def _beside(self, token: Any) -> Any:
-        """What travels beside a token, so that the reduced words tell whether all are the same."""
-        return -token if self.norm.is_max else token * token
+        return torch.cat([*parts, presence, last, beside_here])
 
     def _spread(self, power_sums: Tensor, part_sums: Tensor | None) -> Tensor:
         """[groups + layers, and drift where they are sums]: what pieces add up to.
@@ -195,46 +210,27 @@ class MessageLayout:
 
     # Unpacking
 
-    def group_sums(self, message: Message) -> Column:
-        """[groups]."""
-        return message[: self.num_groups]
-
-    def layer_sums(self, message: Message) -> Column:
-        """[layers]."""
-        return message[self.num_groups : self.num_groups + self.num_layers]
-
-    def stats_of(self, message: Message) -> Column:
-        """[stats]."""
-        start = self.num_groups + self.num_layers
-        return message[start : start + self.num_stats]
-
-    def rank_norms_of(self, message: Message) -> Column:
-        """[ranks], or nothing where they are not asked for."""
-        start = self.num_groups + self.num_layers + self.num_stats
-        return message[start : start + self.num_rank_norms]
-
-    def checks(self, message: Message) -> CheckWords:
+    def read_checks(self, message: Message) -> CheckWords:
         """Of a reduced message."""
-        start = self.num_groups + self.num_layers + self.num_stats + self.num_rank_norms
-        words = message[start:]
         leading = [0.0, 0.0] if self.norm.is_max else []
-        checks = [*leading, *words[: -2 * NUM_TOKENS]]
-        tokens, beside = words[-2 * NUM_TOKENS : -NUM_TOKENS], words[-NUM_TOKENS:]
+        tokens, beside = message[self.tokens], message[self.beside_tokens]
         if self.num_ranks == 1:
             agreed = True
         elif self.norm.is_max:
             agreed = all_equal(tokens, multiply(beside, -1.0))
         else:  # all are equal iff W Σv² = (Σv)²: whole numbers, exact
             agreed = all_equal(multiply(beside, float(self.num_ranks)), multiply(tokens, tokens))
-        return CheckWords(self.power_sum(message), *checks, agreed=agreed)
-
-    def power_sum(self, message: Message) -> Number:
-        """Of all groups; inf where it is finite and the norm, its p-th root, is not (p below 1)."""
-        total = self.norm.combine(self.group_sums(message))
-        if self.norm_type < 1:
-            root = self.norm.finish(total)
-            total = select(negate(root - root == 0), math.inf, total)
-        return total
+        sums = message[self.groups]
+        power_sum = sums[0] if self.num_groups == 1 else self.norm.combine(sums)
+        if self.norm_type < 1:  # it may be finite where the norm, its p-th root, is not
+            root = self.norm.finish(power_sum)
+            power_sum = select(root - root == 0, power_sum, math.inf)
+        drift, presence, num_grads, nonfinite, errors, notes = (*leading, *message[self.checks])
+        # x - x is 0 but for inf and NaN
+        finite = (power_sum - power_sum == 0) & (nonfinite == 0)
+        return CheckWords(
+            power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
+        )
 
 
 def num_further_words(norm_type: float, num_stats: int) -> int:

@@ -176,7 +176,14 @@ class KernelPlan:
             raise ValueError(
                 f"{len(pointers)} addresses came for a layout of {self.tensors} tensors"
             )
-        data = None if values is None else self._as_float64(values)
+        value_address: int | None = None
+        is_many = False
+        if isinstance(values, Tensor):
+            held = self._as_float64(values)
+            value_address, is_many = held.data_ptr(), held.ndim > 0
+        elif values is not None:
+            held = ctypes.c_double(values)
+            value_address = ctypes.addressof(held)
         try:
             job = self._jobs.pop()
         except IndexError:
@@ -186,8 +193,8 @@ class KernelPlan:
             operation,
             p,
             pointers.buffer_info()[0],
-            None if data is None else data.data_ptr(),
-            int(data is not None and data.ndim > 0),
+            value_address,
+            int(is_many),
             None if out is None else out.data_ptr(),
         )
         helpers = 0 if size <= ALONE else min(torch.get_num_threads(), self.chunks) - 1
@@ -199,9 +206,7 @@ class KernelPlan:
             self._lib.distclip_close(job.address)
         self._jobs.append(job)
 
-    def _as_float64(self, values: Tensor | float) -> Tensor:
-        if isinstance(values, (int, float)):
-            return torch.tensor(values, dtype=torch.float64, device="cpu")
+    def _as_float64(self, values: Tensor) -> Tensor:
         given = values.detach().to("cpu", torch.float64)
         if given.ndim and given.shape != (self.tensors,):
             raise ValueError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from itertools import repeat
+from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +136,7 @@ class CollectedGrads:
 
     grad_set: GradientSet
     tensors: TensorList  # of the set's `unique` pieces
-    errors: list[str] = field(default_factory=lambda: [])
+    errors: list[str] = field(default_factory=list[str])
 
 
 class GradientCollector:
@@ -171,7 +172,7 @@ class GradientCollector:
     def collect(self) -> CollectedGrads:
         """A gradient that two parameters share is taken once."""
         grads = list(map(self.grad_of, self.members))
-        has = bytes([grad is not None for grad in grads])
+        has = bytes(map(is_not, grads, repeat(None)))
         known = self._caches.get(has)
         stay = map(is_, map(dict.get, self._tables, self._keys), self._held)
         if known is not None and all(stay):

@@ -97,7 +97,7 @@ class GradientCache:
         last = self.last
         if last is None or not last.all or not all(map(is_, map(_Ref.__call__, last.all), given)):
             return None
-        grads = self._local_parts(given)
+        grads = self._local_parts(given) if self.specs else given
         if list(map(_POINTER, grads)) != last.addresses or list(map(_BYTES, grads)) != last.sizes:
             return None
         return TensorList(grads, self.kernel_plan, last.pointers, self.fallback)
@@ -112,7 +112,7 @@ class GradientCache:
                 dtensor_spec(grad) for grad, kind in zip(given, self.types) if kind is dtensor
             ] != self.specs:
                 return None
-        grads = self._local_parts(given)
+        grads = self._local_parts(given) if self.specs else given
         # a collective still fills one, or it has no memory of its own
         if not PLAIN.issuperset(map(type, grads)):
             return None
@@ -137,8 +137,6 @@ class GradientCache:
 
     def _local_parts(self, given: list[Any]) -> list[Any]:
         """DTensors as this rank's part of them."""
-        if not self.specs:
-            return given
         if len(self.specs) == len(given):
             return list(map(dtensor_local, given))
         dtensor = dtensor_class()

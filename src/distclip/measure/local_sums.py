@@ -49,7 +49,7 @@ class LocalMeasurement:
     power_sums: Tensor  # [pieces] float64
     mask: Tensor  # [pieces] float64: 1 where there is a gradient
     grads: CollectedGrads | None = None  # None once they may have changed
-    errors: list[str] = field(default_factory=lambda: [])  # what this rank found wrong
+    errors: list[str] = field(default_factory=list[str])  # what this rank found wrong
     cause: Exception | None = None  # the exception among them
     units: UnitMeasurement | None = None
     # [parts] float64: power sums of what watched layers cut; None where nothing is cut here
@@ -124,10 +124,14 @@ class LocalMeasurer:
                 out.grads, grad_set = grads, grads.grad_set
             if grads is not None and not out.errors and request.error is None:
                 own, out.part_sums = self._power_sums(grads, request)
-                found_inf = request.found_inf(self.device, self.layout.on_host)
+                if request.optimizers:  # a scaler comes with some
+                    found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
                     out.units = self._add_stats(stats, grads, request)
-                out.power_sums, out.mask = self._in_places(grad_set, own), grad_set.mask
+                # each in its piece's place, 0 elsewhere
+                index = grad_set.index
+                out.power_sums = own if index is None else self._zeros.index_copy(0, index, own)
+                out.mask = grad_set.mask
         except Exception as error:
             out.errors = [*out.errors, f"{type(error).__name__}: {error}"]
             out.cause = error
@@ -141,20 +145,18 @@ class LocalMeasurer:
             has_notes,
             self._tokens(step, request, last_hash),
             out.part_sums,
-            self._own_norm(request),
+            None if self.rank_norms is None else self._own_norm(self.rank_norms, request),
         )
         return out, message
 
-    def _own_norm(self, request: Request) -> Tensor | None:
+    def _own_norm(self, rank_norms: RankNorms, request: Request) -> Tensor:
         """[ranks]: of this rank before the reduction, in its place. A step uses it up."""
-        if self.rank_norms is None:
-            return None
         nothing = self._zeros.new_zeros(self.layout.num_rank_norms)
         if request.target == "param" or request.reduced_nothing:
             return nothing
-        norm = self.rank_norms.take(self.layout.norm, self.device, request.factor())
+        norm = rank_norms.take(self.layout.norm, self.device, request.factor())
         if not request.read_only:
-            self._stepped = self.rank_norms.last_stepped = self.rank_norms.round
+            self._stepped = rank_norms.last_stepped = rank_norms.round
         return torch.where(self._here, norm, nothing)
 
     def _collect(self, request: Request) -> tuple[CollectedGrads | None, list[str]]:
@@ -166,21 +168,16 @@ class LocalMeasurer:
                 return None, errors
         grads = self._parameters() if of_params else self.collector.collect()
         # what stands first names the parameter; what follows from it is not reported
-        errors = (
-            grads.errors
-            or self.late_parameters.late_errors(of_params=of_params)
-            or params_added_later(request.optimizers)
-            or self._errors_of_ranks(grads, request)
-            or params_without_plan(request.optimizers, self.plan.pieces)
-            + request.still_scaled(grads.grad_set.indices, self.plan.pieces)
-        )
+        errors = grads.errors or self.late_parameters.late_errors(of_params=of_params)
+        if request.optimizers and not errors:
+            errors = params_added_later(request.optimizers)
+        if self.rank_norms is not None and not of_params and not errors:
+            any_grads, has_some = bool(grads.grad_set.indices), not request.reduced_nothing
+            errors = self.rank_norms.errors(any_grads, has_some)
+        if request.optimizers and not errors:
+            errors = params_without_plan(request.optimizers, self.plan.pieces)
+            errors += request.still_scaled(grads.grad_set.indices, self.plan.pieces)
         return grads, errors
-
-    def _errors_of_ranks(self, grads: CollectedGrads, request: Request) -> list[str]:
-        if self.rank_norms is None or request.target == "param":
-            return []
-        any_grads, has_some = bool(grads.grad_set.indices), not request.reduced_nothing
-        return self.rank_norms.errors(any_grads, has_some)
 
     def _parameters(self) -> CollectedGrads:
         """All parameters, as if they were gradients."""
@@ -201,7 +198,9 @@ class LocalMeasurer:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
         tensors = grads.tensors if rows is None else rows.split(grads)
-        own = tensors.power_sums(norm.p).to(self.device)
+        own = tensors.power_sums(norm.p)
+        if own.device != self.device:
+            own = own.to(self.device)
         owner = None if rows is None else rows.owner_of(unique)
         portion = grads.grad_set.portion
         if portion is not None and not norm.is_max:
@@ -216,10 +215,6 @@ class LocalMeasurer:
             return own, None
         return rows.of_grads(own, unique), rows.in_places(own, unique)
 
-    def _in_places(self, grad_set: GradientSet, own: Tensor) -> Tensor:
-        """[pieces]: each in its piece's place, 0 elsewhere."""
-        return own if grad_set.index is None else self._zeros.index_copy(0, grad_set.index, own)
-
     def _no_presence(self) -> Message:
         """Of a rank that could not look."""
         return multiply(self._all_parameters.presence, 0.0)
@@ -228,7 +223,7 @@ class LocalMeasurer:
         self, stats: Tensor, grads: CollectedGrads, request: Request
     ) -> UnitMeasurement | None:
         """What policies want to know besides the norm, put into `stats`."""
-        pieces, common = grads.grad_set.unique, request.common_factor()
+        pieces, common = grads.grad_set.unique, request.common_factor
         if common is None or isinstance(common, Tensor):
             factors = as_tensor(request.grad_factors(pieces), torch.float64, self.device)
         else:  # made on the device: what is made from a list would have to be sent

@@ -84,6 +84,8 @@ class LateParameters:
             self._lists and sum(map(len, self._lists)) != self._listed
         ):
             self._compare_modules()
+        if not self._waiting:
+            return []
         if self._late_paths(of_params):
             self._compare_modules()  # it may have been removed again
         new = self._late_paths(of_params)
