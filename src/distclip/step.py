@@ -87,7 +87,7 @@ class StepRunner:
                 written.
         """
         stages, state, timing = self._stages, self._state, self._timing
-        capturing = self._on_cuda and self.is_capturing
+        capturing = self.is_capturing
         if capturing and not allow_late:
             raise ConfigError(
                 f"{request.operation}() reads a number on the host, which a CUDA graph cannot "
@@ -98,7 +98,7 @@ class StepRunner:
                 f"{request.operation}(note=...) inside a CUDA graph: a replay takes no note of its "
                 "own; leave it out there"
             )
-        if self.reads_late and not capturing:
+        if not capturing:
             timing.check_previous()
         if self.reads_late and allow_late and request.optimizers and not stages.always_steps:
             # travels in the description: ranks that judge a step at different calls would wait for
