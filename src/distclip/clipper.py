@@ -16,7 +16,7 @@ from distclip import versions
 from distclip.apply import fused
 from distclip.apply.gradients import StepOutcome, drop_step_grads
 from distclip.decide.state import ClipperState
-from distclip.errors import ConfigError, GradientError
+from distclip.errors import ConfigError, DistclipError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
@@ -468,13 +468,20 @@ class GradClipper:
             "the question who can skip a step",
         )
         if told.any():
-            self._write(outcome)
             text = (
                 f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
                 "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "
                 "optimizer out"
             )
-            raise self._channel.tell_once(GradientError(text))
+            error = self._channel.tell_once(GradientError(text))
+            self.last_report = replace(outcome.report, ended_in=type(error).__name__)
+            try:
+                raise error
+            except GradientError:
+                self._write(replace(outcome, report=self.last_report, error=error))
+                raise
+            finally:
+                del error  # its traceback holds this frame
         return gone
 
     def _write(self, outcome: StepOutcome) -> None:
@@ -511,9 +518,11 @@ class GradClipper:
         if not request.read_only:
             self.last_report = outcome.report
         if outcome.error is not None:
-            self._write(outcome)
             try:
                 raise outcome.error
+            except DistclipError:
+                self._write(outcome)  # an interrupt here has the step's error as its context
+                raise
             finally:
                 del outcome  # the error's traceback would hold it, and it the error
         return outcome

@@ -249,9 +249,11 @@ class DeviceLate:
         if not late.what.request.read_only:
             self._writer.add_findings(late.what.step, findings)
         if error is not None:
-            self._writer.flush()  # no call may follow that would
             try:
                 raise error
+            except DistclipError:
+                self._writer.flush()  # no call may follow that would
+                raise
             finally:
                 del error  # its traceback would hold this frame, and it the error
 

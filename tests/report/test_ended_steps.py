@@ -142,7 +142,68 @@ def test_a_sink_that_fails_does_not_hide_the_error(caplog):
     model(torch.full((3,), NAN)).sum().backward()
     with pytest.raises(distclip.NonFiniteError, match="step 1: 1 gradient tensor is not finite"):
         clipper.clip_()
-    assert "broken failed at step 1" in caplog.text
+    text = "broken failed at step 1, which ends in NonFiniteError, and is off from now on: OSError"
+    assert text in caplog.text
+
+
+class Leaves:
+    """A sink that ends the program, or is interrupted, at a step that was not taken."""
+
+    def __init__(self, kind, when="write"):
+        self.kind, self.when = kind, when
+
+    def begin(self, header):
+        if self.when == "begin":
+            raise self.kind
+
+    def write(self, report):
+        if report.skipped:
+            raise self.kind("a sink's")
+
+
+def when_a_sink_leaves(kind, when, late):
+    """Two steps with a NaN; what each rank raises, by what context, and what a second sink got."""
+    p = nn.Parameter(torch.zeros(4))
+    written = []
+    clipper = distclip.GradClipper(
+        [("w", p)],
+        1.0,
+        on_nonfinite="raise",
+        sinks=[Leaves(kind, when), lambda report: written.append(report.ended_in)],
+    )
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD([p], 0.1, fused=True)
+    try:
+        for _ in range(2):
+            p.grad = torch.full((4,), NAN)
+            clipper.step(optimizer)
+    except BaseException as error:
+        return type(error).__name__, type(error.__context__).__name__, written
+    return None
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("when", ["write", "begin"])
+def test_a_sink_that_exits_does_not_hide_the_error_on_one_rank(ranks, when, late):
+    answers = ranks.run(when_a_sink_leaves, SystemExit, when, late)
+    assert [kind for kind, *_ in answers] == ["NonFiniteError"] * 4
+    assert [written for *_, written in answers] == [["NonFiniteError"], [], [], []]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_in_a_sink_is_raised_and_shows_the_error(ranks, late):
+    first, *others = ranks.run(when_a_sink_leaves, KeyboardInterrupt, "write", late)
+    assert first == ("KeyboardInterrupt", "NonFiniteError", [])
+    assert [kind for kind, *_ in others] == ["NonFiniteError"] * 3
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_sink_may_exit_at_a_step_that_goes_on(kind):
+    p = nn.Parameter(torch.zeros(4))
+    clipper = distclip.GradClipper([("w", p)], 1.0, sinks=[Leaves(kind)])
+    p.grad = torch.full((4,), NAN)
+    with pytest.raises(kind, match="a sink's"):
+        clipper.clip_()
 
 
 def differing_copies():
@@ -202,13 +263,13 @@ def test_skips_that_raised_are_counted_when_training_goes_on(ranks, late):
 def test_a_skip_that_cannot_be_carried_out_is_in_the_log():
     """`grad_of` finds gradients that `clip_` cannot take away."""
     p, elsewhere, reports = nn.Parameter(torch.zeros(2)), torch.full((2,), NAN), []
-    clipper = distclip.GradClipper(
-        [("w", p)], 1.0, grad_of=lambda _: elsewhere, sinks=[reports.append]
-    )
+    sinks = [reports.append, Leaves(SystemExit)]
+    clipper = distclip.GradClipper([("w", p)], 1.0, grad_of=lambda _: elsewhere, sinks=sinks)
     with pytest.raises(distclip.GradientError, match="step 1 is to be skipped"):
         clipper.clip_()
     (report,) = reports
     assert report is clipper.last_report and report.skipped and report.culprits[0].kind == "NaN"
+    assert report.ended_in == "GradientError"
 
 
 def fate_of(what, late):
