@@ -25,7 +25,7 @@ from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.passed import as_list
 from distclip.policies import Policy
-from distclip.policies.policy import describe
+from distclip.policies.policy import shown
 from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
@@ -222,10 +222,10 @@ class GradClipper:
         stages: Stages | None = getattr(self, "_stages", None)
         facts: list[str] = []
         if passed is not None:
-            limit = f"max_norm={passed.max_norm!r}"
+            limit = f"max_norm={shown(passed.max_norm)}"
             if passed.policy is not None:
-                limit = f"policy={' '.join(describe(passed.policy).split())}"
-            facts += [limit, f"norm_type={passed.norm_type!r}"]
+                limit = f"policy={shown(passed.policy)}"
+            facts += [" ".join(limit.split()), f"norm_type={shown(passed.norm_type)}"]
         if stages is None:
             facts.append("not set up")
         else:
