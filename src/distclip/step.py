@@ -260,6 +260,8 @@ class DeviceLate:
     def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
         finite: Any = norms.finite
+        if request.error is not None and bool(norms.checks.agreed):
+            allow_late = False  # all ranks made this mistake; others than its may judge it later
         tolerance = self._stages.checker.tolerance
         ok = is_fine(norms.checks, tolerance) if allow_late else finite
         flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
