@@ -139,12 +139,15 @@ class StepRunner:
             norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
-        checked = timing.check(
-            _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
-        )
-        if checked.error is not None:
-            state.history.record_end()
-        elif not request.read_only:
+        unchecked = _UncheckedStep(request, measurement, norms, decision)
+        try:
+            checked = timing.check(unchecked, allow_late, capturing)
+        except DistclipError:
+            if not request.read_only:  # as one that is judged late, which was counted before
+                flags = resolve(decision, norms.finite, norms.finite, False, False)
+                state.update(decision, policies, ended(flags))
+            raise
+        if not request.read_only:
             state.update(decision, policies, checked.flags)
         found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(

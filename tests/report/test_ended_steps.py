@@ -66,7 +66,7 @@ def until_it_ends(how, late, path):
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         last = clipper.last_report
-        assert (last is report) == late and clipper._state.num_steps == step - 1
+        assert (last is report) == late and clipper._state.num_steps == step - late
         numbers = last.packed().tolist(), last.step, last.skipped.item(), int(last.skips)
         return type(error).__name__, stood, lines[1:], numbers, names, len(gone(clipper))
     raise AssertionError("no error")
@@ -258,6 +258,73 @@ def test_skips_that_raised_are_counted_when_training_goes_on(ranks, late):
         assert caught == num and skips == [num] * 3
     written = answers[0][1]
     assert written == sorted(written) and written[-1] == num
+
+
+KINDS = {
+    "good": None,
+    "clipped": None,
+    "spike": None,
+    "NaN": "NonFiniteError",
+    "copies differ": "AgreementError",
+    "joined": "GradientError",
+    "a parameter for a note": "ConfigError",
+}
+
+
+def what_a_clipper_remembers(late):
+    """Steps of all kinds, each error caught. A call that tells of the one before does nothing of
+    its own, and is made again."""
+    model = nn.Linear(3, 2)
+    given = [torch.ones_like(p) for p in model.parameters()]
+    sinks = [lambda _: None] if dist.get_rank() == 0 else [None]
+    policy = distclip.Escalate(distclip.FixedNorm(4.0), history=4, warmup=2, lower_lr=5, window=9)
+    clipper = distclip.GradClipper(model, policy=policy, on_nonfinite="raise", sinks=sinks)
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, fused=True)
+    odd = dist.get_rank() == 2
+    caught = []
+
+    def call(kind):
+        by = {"clipped": 1.8, "spike": 400.0, "NaN": NAN}.get(kind, 1.0)
+        by = 3.0 if kind == "copies differ" and odd else by
+        for p, whole in zip(model.parameters(), given, strict=True):
+            p.grad = whole * by
+        if kind == "joined" and odd:
+            model.more = nn.Parameter(torch.ones(1))
+            model.more.grad = torch.ones(1)
+        try:
+            clipper.step(optimizer, note=model.bias if kind == "a parameter for a note" else None)
+        finally:
+            if hasattr(model, "more"):
+                del model.more
+
+    good = ["good"] * 3
+    for kind in [*good, *KINDS, *good, "NaN", "joined", "clipped", "copies differ", "good"]:
+        while True:
+            try:
+                call(kind)
+            except distclip.DistclipError as error:
+                caught.append(type(error).__name__)
+                if late and not isinstance(error, distclip.ConfigError):
+                    continue
+            break
+    clipper.measure()  # the last step is judged
+    return caught, clipper.state_dict(), clipper._state.num_steps
+
+
+def test_both_timings_remember_the_same_of_steps_that_ended(ranks):
+    now, late = (ranks.run(what_a_clipper_remembers, late) for late in (False, True))
+    wanted = [error for error in KINDS.values() if error]
+    wanted += ["NonFiniteError", "GradientError", "AgreementError"]
+    for caught, state, num_steps in now + late:
+        assert caught == wanted
+        assert state.keys() == now[0][1].keys() and num_steps == now[0][2] == 18
+        for name, value in now[0][1].items():
+            same = torch.equal if isinstance(value, torch.Tensor) else str.__eq__
+            assert same(state[name], value), name
+    state = now[0][1]
+    assert int(state["history.calls"]) == 18 and state["history.clipped"].sum() == 2
+    assert int(state["history.skips"]) == len(wanted) + 1, "and the spike"
 
 
 def test_a_skip_that_cannot_be_carried_out_is_in_the_log():
