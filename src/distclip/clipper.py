@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from distclip import versions
 from distclip.apply import fused
 from distclip.apply.gradients import StepOutcome, drop_step_grads
+from distclip.apply.second_step import SecondStepWatch
 from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, DistclipError, GradientError
 from distclip.exchange.channel import Channel
@@ -135,6 +136,8 @@ class GradClipper:
         # whether all optimizers of the last step folded: a rank that passes none by mistake judges
         # that step at the call at which the others do
         self._all_fold = False
+        # None where gradients are elsewhere, and once enough was seen
+        self._second_step = SecondStepWatch() if grad_of is None else None
         # of clip_, step or decide, of one that raised too: for those who do not make these calls
         # themselves
         self.last_report: ClipReport | None = None
@@ -326,6 +329,8 @@ class GradClipper:
         request = self._stages.requests.make(
             "step", optimizers, scaler, grad_scale, note=note, update_scaler=update_scaler
         )
+        if self._second_step is not None:
+            self._second_step = self._second_step.end()
         fused_groups = self._fused_groups(request)
         if request.optimizers:
             self._all_fold = len(fused_groups) == len(request.optimizers)
@@ -335,6 +340,8 @@ class GradClipper:
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
         if request.scaler.enabled and update_scaler:
             scaler.update()
+        if self._second_step is not None:
+            self._second_step.begin(self._stages.inputs.members, request, outcome.is_skipped)
         self._write(outcome)
         return outcome.report
 

@@ -1,0 +1,108 @@
+"""An `optimizer.step()` that was left in behind `clipper.step(optimizer)` moves parameters twice by
+the same gradients. Looked for at a clipper's first steps: a loop has it at each."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distclip.decide.warn import warn_or_log
+from distclip.request import Request
+from distclip.torch_internals.dtensor import dtensor_local, is_dtensor
+
+
+class SecondStepWatch:
+    """From one `clipper.step` to the next, a hook on each optimizer that was stepped.
+
+    It warns if the optimizer is stepped with a gradient that is the same tensor as at
+    `clipper.step`, unwritten since (but by a scaler's `unscale_`). `zero_grad()` takes it away or
+    writes to it, and `backward()` does so too: a step after either is one of its own.
+
+    Hooks go at the next `clipper.step`, or with this object.
+
+    Args:
+        steps: how many are watched, so that some are taken where a loss scale is looked for.
+    """
+
+    def __init__(self, steps: int = 10) -> None:
+        self._left = steps
+        self._handles: list[Any] = []
+        self._told: list[str] = []  # the hooks': they do not hold this object
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    def begin(self, members: Sequence[Tensor], request: Request, was_skipped: bool) -> None:
+        """After a step.
+
+        Args:
+            members: [pieces] the parameters.
+            was_skipped: it was left out.
+        """
+        self._left -= 1
+        for owned in request.optimizers:
+            params = (members[i] for i in owned.pieces)
+            param = next((p for p in params if p.grad is not None), None)
+            if param is None or _grad_of(param).is_inference():  # these count no writes
+                continue
+            hook = _WarningHook(param, request.scaler.enabled, was_skipped, self._told)
+            try:
+                self._handles.append(owned.optimizer.register_step_pre_hook(hook))
+            except AttributeError:  # a wrapper that has no such hooks, or never set them up
+                continue
+
+    def end(self) -> SecondStepWatch | None:
+        """Before the next step: what watches that, or None where enough was seen."""
+        _remove(self._handles)
+        return self if self._left and not self._told else None
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+class _WarningHook:
+    """A pre-hook of an optimizer's step.
+
+    Args:
+        param: one that it steps, with a gradient.
+        has_scaler: which may have written to the gradient once, to unscale it.
+        told: gets the warning's text.
+    """
+
+    def __init__(self, param: Tensor, has_scaler: bool, was_skipped: bool, told: list[str]) -> None:
+        assert param.grad is not None
+        self._param: Callable[[], Tensor | None] = weakref.ref(param)
+        self._grad: Callable[[], Tensor | None] = weakref.ref(param.grad)
+        version = _grad_of(param)._version
+        self._versions = (version, version + 1) if has_scaler else (version,)
+        self._was_skipped, self._told = was_skipped, told
+
+    def __call__(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        param, grad = self._param(), self._grad()
+        # a closure makes gradients of its own
+        has_closure = any(arg is not None for arg in (*args[1:], *kwargs.values()))
+        if self._told or has_closure or param is None or grad is None or param.grad is not grad:
+            return
+        if _grad_of(param)._version not in self._versions:
+            return
+        what = (
+            "clipper.step() has left this step out"
+            if self._was_skipped
+            else "clipper.step() has taken this step, so that parameters move twice"
+        )
+        self._told.append(
+            f"{type(optimizer).__name__}.step() comes behind clipper.step(optimizer), with the "
+            f"same gradients: {what}. Remove optimizer.step(), or scaler.step() and "
+            "scaler.update(), from your loop, or keep it and call clipper.clip_() in place of "
+            "clipper.step()"
+        )
+        warn_or_log(self._told[0])
+
+
+def _grad_of(param: Tensor) -> Tensor:
+    """Its gradient's own memory."""
+    grad: Any = param.grad
+    return dtensor_local(grad) if is_dtensor(grad) else grad
