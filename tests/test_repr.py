@@ -132,6 +132,25 @@ def test_what_ranks_cannot_compare_is_refused_on_all(ranks, what):
     assert others == [text] * 3
 
 
+class Nothing:
+    def __repr__(self):
+        raise OSError("no name here")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": Nothing()},
+        {"max_norm": 1.0, "groups": distclip.by_name({"*": Nothing()})},
+    ],
+)
+def test_what_is_no_policy_is_refused_even_if_it_cannot_be_printed(options):
+    with pytest.raises(distclip.ConfigError, match=r"Nothing\(repr fails\)"):
+        distclip.GradClipper(nn.Linear(4, 3), **options)
+    with pytest.raises(distclip.ConfigError, match=r"Nothing\(repr fails\)"):
+        distclip.SkipSpikes(Nothing())
+
+
 def of_a_shard():
     model = Pair()
     whole = sum(p.numel() for p in model.parameters())

@@ -20,7 +20,10 @@ from parity.layouts import mesh
 TEXT = (
     "{}.step() comes behind clipper.step(optimizer), with the same gradients: clipper.step() has "
     "{}. Remove optimizer.step(), or scaler.step() and scaler.update(), from your loop, or keep it "
-    "and call clipper.clip_() in place of clipper.step()"
+    "and call clipper.clip_() before it in place of clipper.step()"
+)
+BEFORE = TEXT.replace("behind", "before").replace(
+    "clipper.step() has {}", "parameters move twice, the first time unclipped"
 )
 TAKEN = "taken this step, so that parameters move twice"
 
@@ -109,6 +112,30 @@ def test_a_scaler_step_that_was_left_in_is_told(plain, late, fused):
     at_once = not late if fused else plain
     did = "left this step out" if at_once else TAKEN
     assert said(loop) == [f"RuntimeWarning: {TEXT.format('AdamW', did)}"]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_that_was_left_in_before_the_clippers_is_told(fused, scaled):
+    """At the second: before the first there is no hook yet."""
+
+    def loop():
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+        clipper = distclip.GradClipper(model, 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+        for step in range(4):
+            backward(model, step, scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            clipper.step(optimizer, scaler=scaler)
+            optimizer.zero_grad()
+            assert hooks(optimizer) == (step == 0)
+
+    assert said(loop) == [f"RuntimeWarning: {BEFORE.format('AdamW')}"]
 
 
 def test_a_step_that_was_left_out_and_is_taken_is_told():
