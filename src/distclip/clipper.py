@@ -340,9 +340,9 @@ class GradClipper:
         request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
         if request.scaler.enabled and update_scaler:
             scaler.update()
+        self._write(outcome)
         if self._second_step is not None:
             self._second_step.begin(self._stages.inputs.members, request, outcome.is_skipped)
-        self._write(outcome)
         return outcome.report
 
     def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
