@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from distclip import versions
 from distclip.apply import fused
 from distclip.apply.gradients import StepOutcome, drop_step_grads
+from distclip.apply.second_step import SecondStepWatch
 from distclip.decide.state import ClipperState
-from distclip.errors import ConfigError, GradientError
+from distclip.errors import ConfigError, DistclipError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.groups import Grouping, Watch
 from distclip.measure.collect import GradOf
@@ -25,7 +26,7 @@ from distclip.measure.rank_norms import RankNorms
 from distclip.optimizers import as_optimizers
 from distclip.passed import as_list
 from distclip.policies import Policy
-from distclip.policies.policy import describe
+from distclip.policies.policy import shown
 from distclip.policies.wrapping import num_observed
 from distclip.records import ClipReport
 from distclip.report.header import make_header
@@ -135,6 +136,8 @@ class GradClipper:
         # whether all optimizers of the last step folded: a rank that passes none by mistake judges
         # that step at the call at which the others do
         self._all_fold = False
+        # None where gradients are elsewhere, and once enough was seen
+        self._second_step = SecondStepWatch() if grad_of is None else None
         # of clip_, step or decide, of one that raised too: for those who do not make these calls
         # themselves
         self.last_report: ClipReport | None = None
@@ -222,10 +225,10 @@ class GradClipper:
         stages: Stages | None = getattr(self, "_stages", None)
         facts: list[str] = []
         if passed is not None:
-            limit = f"max_norm={passed.max_norm!r}"
+            limit = f"max_norm={shown(passed.max_norm)}"
             if passed.policy is not None:
-                limit = f"policy={' '.join(describe(passed.policy).split())}"
-            facts += [limit, f"norm_type={passed.norm_type!r}"]
+                limit = f"policy={shown(passed.policy)}"
+            facts += [" ".join(limit.split()), f"norm_type={shown(passed.norm_type)}"]
         if stages is None:
             facts.append("not set up")
         else:
@@ -325,6 +328,8 @@ class GradClipper:
         request = self._stages.requests.make(
             "step", optimizers, scaler, grad_scale, note=note, update_scaler=update_scaler
         )
+        if self._second_step is not None:
+            self._second_step = self._second_step.end()
         fused_groups = self._fused_groups(request)
         if request.optimizers:
             self._all_fold = len(fused_groups) == len(request.optimizers)
@@ -336,6 +341,8 @@ class GradClipper:
             if update_scaler:
                 scaler.update()
         self._write(outcome)
+        if self._second_step is not None:
+            self._second_step.begin(self._stages.inputs.members, request, outcome.is_skipped)
         return outcome.report
 
     def _step_optimizers(self, outcome: StepOutcome, fused_groups: dict[int, int]) -> None:
@@ -436,7 +443,7 @@ class GradClipper:
             AgreementError: copies are not equal; GradientError: what was found wrong on a rank.
         """
         request = self._stages.requests.make("measure", of=of)
-        return self._run(request, allow_late=request.error is None).report
+        return self._run(request, allow_late=True).report
 
     @outside_graphs
     def audit(self) -> None:
@@ -464,13 +471,20 @@ class GradClipper:
             "the question who can skip a step",
         )
         if told.any():
-            self._write(outcome)
             text = (
                 f"step {self._state.step} is to be skipped, and clip_ cannot take away gradients "
                 "that grad_of finds elsewhere; use clipper.step(optimizer), which leaves the "
                 "optimizer out"
             )
-            raise self._channel.tell_once(GradientError(text))
+            error = self._channel.tell_once(GradientError(text))
+            self.last_report = replace(outcome.report, ended_in=type(error).__name__)
+            try:
+                raise error
+            except GradientError:
+                self._write(replace(outcome, report=self.last_report, error=error))
+                raise
+            finally:
+                del error  # its traceback holds this frame
         return gone
 
     def _write(self, outcome: StepOutcome) -> None:
@@ -507,9 +521,11 @@ class GradClipper:
         if not request.read_only:
             self.last_report = outcome.report
         if outcome.error is not None:
-            self._write(outcome)
             try:
                 raise outcome.error
+            except DistclipError:
+                self._write(outcome)  # an interrupt here has the step's error as its context
+                raise
             finally:
                 del outcome  # the error's traceback would hold it, and it the error
         return outcome

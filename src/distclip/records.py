@@ -259,7 +259,8 @@ class ClipReport:
     # were not sent before
     notes: tuple[Note, ...] = ()
     # of a step that ended in an error: its class, "NonFiniteError", "AgreementError" (copies
-    # differ) or "GradientError" (too many steps in a row were left out); else None
+    # differ) or "GradientError" (too many steps in a row were left out, or clip_ could not leave
+    # this one out); else None
     ended_in: str | None = None
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 

@@ -136,9 +136,10 @@ def build_stages(
     clamped = decide(assignments, idle, initial)[0].clamped
 
     # Gradients, from parameters to sums
-    collector = GradientCollector(members, plan, inputs.scan.entries, grad_of, layout)
-    late = LateParameters(inputs.scan.modules, inputs.scan.entries, collector.grad_of)
-    by_tensor = not inputs.scan.modules
+    modules, entries = inputs.scan.modules, inputs.scan.entries
+    collector = GradientCollector(members, plan, entries, grad_of, layout, modules)
+    late = LateParameters(modules, entries, collector.grad_of)
+    by_tensor = not modules
     index = OptimizerIndex(members, plan.group_of, by_tensor, grad_of)
     propagates = options.on_nonfinite == "propagate"
 

@@ -138,12 +138,15 @@ class StepRunner:
             norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
-        checked = timing.check(
-            _UncheckedStep(request, measurement, norms, decision), allow_late, capturing
-        )
-        if checked.error is not None:
-            state.history.record_end()
-        elif not request.read_only:
+        unchecked = _UncheckedStep(request, measurement, norms, decision)
+        try:
+            checked = timing.check(unchecked, allow_late, capturing)
+        except DistclipError:
+            if not request.read_only:  # as one that is judged late, which was counted before
+                flags = resolve(decision, norms.finite, norms.finite, False, False)
+                state.update(decision, policies, ended(flags))
+            raise
+        if not request.read_only:
             state.update(decision, policies, checked.flags)
         found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
@@ -247,15 +250,19 @@ class DeviceLate:
         if not late.what.request.read_only:
             self._writer.add_findings(late.what.step, findings)
         if error is not None:
-            self._writer.flush()  # no call may follow that would
             try:
                 raise error
+            except DistclipError:
+                self._writer.flush()  # no call may follow that would
+                raise
             finally:
                 del error  # its traceback would hold this frame, and it the error
 
     def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
         request, measurement, norms, decision = step
         finite: Any = norms.finite
+        if request.error is not None and bool(norms.checks.agreed):
+            allow_late = False  # all ranks made this mistake; others than its may judge it later
         tolerance = self._stages.checker.tolerance
         ok = is_fine(norms.checks, tolerance) if allow_late else finite
         flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)

@@ -246,6 +246,53 @@ def test_a_missing_optimizer_is_told_at_once():
         clipper.step()
 
 
+def test_what_every_rank_got_wrong_is_told_at_once_after_a_step_that_is_judged_late():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    clipper.step(torch.optim.SGD([p], 1.0, fused=True))
+    with pytest.raises(distclip.ConfigError, match="was given no optimizer"):
+        clipper.step()
+
+
+def measured(late, wrong, then):
+    """A word that `measure` does not know, on some ranks, and a collective of the training's own
+    before the next call: at which call each learns of it."""
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0), late)
+    call = 1
+    try:
+        clipper.measure(of="bogus" if dist.get_rank() in wrong else "grad")
+        total = torch.ones(1000)
+        dist.all_reduce(total)
+        assert total.eq(4).all()
+        call = 2
+        getattr(clipper, then)()
+    except distclip.DistclipError as error:
+        return call, f"{type(error).__name__}: {error}", p.grad.tolist()
+    return 0, "", p.grad.tolist()
+
+
+@pytest.mark.parametrize("then", ["measure", "clip_", "audit", "rebuild"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_wrong_measure_on_one_rank_is_an_error_on_all(ranks, late, then):
+    found = ranks.run(measured, late, [3], then)
+    for call, text, grad in found:
+        assert call == 1 + late and grad == [3.0, 4.0]
+        assert text == found[0][1] and text.startswith("AgreementError: ranks did not do the same")
+        assert "rank 0-2: at step 1: measure, after" in text
+        assert (
+            "rank 3: at step 1: measure [measure(of='bogus'): it is 'grad' or 'param'], a" in text
+        )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_wrong_measure_on_all_ranks_is_told_at_once(ranks, late):
+    wanted = (1, "ConfigError: measure(of='bogus'): it is 'grad' or 'param'", [3.0, 4.0])
+    assert ranks.run(measured, late, range(4), "measure") == [wanted] * 4
+
+
 def more_on_rank_1():
     """Warnings are errors here."""
     p, more = (nn.Parameter(torch.ones(2)) for _ in range(2))

@@ -66,7 +66,7 @@ def until_it_ends(how, late, path):
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         last = clipper.last_report
-        assert (last is report) == late and clipper._state.num_steps == step - 1
+        assert (last is report) == late and clipper._state.num_steps == step - late
         numbers = last.packed().tolist(), last.step, last.skipped.item(), int(last.skips)
         return type(error).__name__, stood, lines[1:], numbers, names, len(gone(clipper))
     raise AssertionError("no error")
@@ -142,7 +142,68 @@ def test_a_sink_that_fails_does_not_hide_the_error(caplog):
     model(torch.full((3,), NAN)).sum().backward()
     with pytest.raises(distclip.NonFiniteError, match="step 1: 1 gradient tensor is not finite"):
         clipper.clip_()
-    assert "broken failed at step 1" in caplog.text
+    text = "broken failed at step 1, which ends in NonFiniteError, and is off from now on: OSError"
+    assert text in caplog.text
+
+
+class Leaves:
+    """A sink that ends the program, or is interrupted, at a step that was not taken."""
+
+    def __init__(self, kind, when="write"):
+        self.kind, self.when = kind, when
+
+    def begin(self, header):
+        if self.when == "begin":
+            raise self.kind
+
+    def write(self, report):
+        if report.skipped:
+            raise self.kind("a sink's")
+
+
+def when_a_sink_leaves(kind, when, late):
+    """Two steps with a NaN; what each rank raises, by what context, and what a second sink got."""
+    p = nn.Parameter(torch.zeros(4))
+    written = []
+    clipper = distclip.GradClipper(
+        [("w", p)],
+        1.0,
+        on_nonfinite="raise",
+        sinks=[Leaves(kind, when), lambda report: written.append(report.ended_in)],
+    )
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD([p], 0.1, fused=True)
+    try:
+        for _ in range(2):
+            p.grad = torch.full((4,), NAN)
+            clipper.step(optimizer)
+    except BaseException as error:
+        return type(error).__name__, type(error.__context__).__name__, written
+    return None
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("when", ["write", "begin"])
+def test_a_sink_that_exits_does_not_hide_the_error_on_one_rank(ranks, when, late):
+    answers = ranks.run(when_a_sink_leaves, SystemExit, when, late)
+    assert [kind for kind, *_ in answers] == ["NonFiniteError"] * 4
+    assert [written for *_, written in answers] == [["NonFiniteError"], [], [], []]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_in_a_sink_is_raised_and_shows_the_error(ranks, late):
+    first, *others = ranks.run(when_a_sink_leaves, KeyboardInterrupt, "write", late)
+    assert first == ("KeyboardInterrupt", "NonFiniteError", [])
+    assert [kind for kind, *_ in others] == ["NonFiniteError"] * 3
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_sink_may_exit_at_a_step_that_goes_on(kind):
+    p = nn.Parameter(torch.zeros(4))
+    clipper = distclip.GradClipper([("w", p)], 1.0, sinks=[Leaves(kind)])
+    p.grad = torch.full((4,), NAN)
+    with pytest.raises(kind, match="a sink's"):
+        clipper.clip_()
 
 
 def differing_copies():
@@ -199,16 +260,83 @@ def test_skips_that_raised_are_counted_when_training_goes_on(ranks, late):
     assert written == sorted(written) and written[-1] == num
 
 
+KINDS = {
+    "good": None,
+    "clipped": None,
+    "spike": None,
+    "NaN": "NonFiniteError",
+    "copies differ": "AgreementError",
+    "joined": "GradientError",
+    "a parameter for a note": "ConfigError",
+}
+
+
+def what_a_clipper_remembers(late):
+    """Steps of all kinds, each error caught. A call that tells of the one before does nothing of
+    its own, and is made again."""
+    model = nn.Linear(3, 2)
+    given = [torch.ones_like(p) for p in model.parameters()]
+    sinks = [lambda _: None] if dist.get_rank() == 0 else [None]
+    policy = distclip.Escalate(distclip.FixedNorm(4.0), history=4, warmup=2, lower_lr=5, window=9)
+    clipper = distclip.GradClipper(model, policy=policy, on_nonfinite="raise", sinks=sinks)
+    judged_late(clipper, late)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, fused=True)
+    odd = dist.get_rank() == 2
+    caught = []
+
+    def call(kind):
+        by = {"clipped": 1.8, "spike": 400.0, "NaN": NAN}.get(kind, 1.0)
+        by = 3.0 if kind == "copies differ" and odd else by
+        for p, whole in zip(model.parameters(), given, strict=True):
+            p.grad = whole * by
+        if kind == "joined" and odd:
+            model.more = nn.Parameter(torch.ones(1))
+            model.more.grad = torch.ones(1)
+        try:
+            clipper.step(optimizer, note=model.bias if kind == "a parameter for a note" else None)
+        finally:
+            if hasattr(model, "more"):
+                del model.more
+
+    good = ["good"] * 3
+    for kind in [*good, *KINDS, *good, "NaN", "joined", "clipped", "copies differ", "good"]:
+        while True:
+            try:
+                call(kind)
+            except distclip.DistclipError as error:
+                caught.append(type(error).__name__)
+                if late and not isinstance(error, distclip.ConfigError):
+                    continue
+            break
+    clipper.measure()  # the last step is judged
+    return caught, clipper.state_dict(), clipper._state.num_steps
+
+
+def test_both_timings_remember_the_same_of_steps_that_ended(ranks):
+    now, late = (ranks.run(what_a_clipper_remembers, late) for late in (False, True))
+    wanted = [error for error in KINDS.values() if error]
+    wanted += ["NonFiniteError", "GradientError", "AgreementError"]
+    for caught, state, num_steps in now + late:
+        assert caught == wanted
+        assert state.keys() == now[0][1].keys() and num_steps == now[0][2] == 18
+        for name, value in now[0][1].items():
+            same = torch.equal if isinstance(value, torch.Tensor) else str.__eq__
+            assert same(state[name], value), name
+    state = now[0][1]
+    assert int(state["history.calls"]) == 18 and state["history.clipped"].sum() == 2
+    assert int(state["history.skips"]) == len(wanted) + 1, "and the spike"
+
+
 def test_a_skip_that_cannot_be_carried_out_is_in_the_log():
     """`grad_of` finds gradients that `clip_` cannot take away."""
     p, elsewhere, reports = nn.Parameter(torch.zeros(2)), torch.full((2,), NAN), []
-    clipper = distclip.GradClipper(
-        [("w", p)], 1.0, grad_of=lambda _: elsewhere, sinks=[reports.append]
-    )
+    sinks = [reports.append, Leaves(SystemExit)]
+    clipper = distclip.GradClipper([("w", p)], 1.0, grad_of=lambda _: elsewhere, sinks=sinks)
     with pytest.raises(distclip.GradientError, match="step 1 is to be skipped"):
         clipper.clip_()
     (report,) = reports
     assert report is clipper.last_report and report.skipped and report.culprits[0].kind == "NaN"
+    assert report.ended_in == "GradientError"
 
 
 def fate_of(what, late):

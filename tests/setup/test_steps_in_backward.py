@@ -4,6 +4,7 @@ said where it reaches others."""
 import logging
 import math
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def communication_hook_of_rank_norms():
     return refusal(lambda: distclip.RankNorms(DDP(mlp()), comm_hook=(None, hook)))
 
 
+def communication_hook_later():
+    """The clipper was there before; DDP takes such a hook until its first backward()."""
+    model = nn.Sequential(DDP(mlp()))
+    clipper = distclip.GradClipper(model, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model[0]._register_fused_optim(torch.optim.SGD, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(batch()[0]).square().mean().backward()
+    assert not all(map(torch.equal, before, model.parameters())), "vacuous"
+    assert all(p.grad is not None for p in model.parameters()), "vacuous"
+    return refusal(clipper.clip_)
+
+
 def overlapped(operation):
     model = DDP(mlp())
     clipper = distclip.GradClipper(model, 0.1)
@@ -95,6 +110,14 @@ def overlapped(operation):
             communication_hook,
             (),
             "ConfigError: the communication hook _hook_then_optimizer.<locals>."
+            "hook_then_optimizer_wrapper of 0 steps an optimizer inside backward(), before the "
+            "global norm is known: its steps would not be clipped. Register a hook that only "
+            "reduces, and step after the clip",
+        ),
+        (
+            communication_hook_later,
+            (),
+            "GradientError: step 1: rank 0-3: the communication hook _hook_then_optimizer.<locals>."
             "hook_then_optimizer_wrapper of 0 steps an optimizer inside backward(), before the "
             "global norm is known: its steps would not be clipped. Register a hook that only "
             "reduces, and step after the clip",
@@ -175,20 +198,105 @@ class Heard(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+@contextmanager
+def heard():
+    """What distclip logs meanwhile."""
+    handler, log = Heard(), logging.getLogger("distclip")
+    log.addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        log.removeHandler(handler)
+
+
 def some():
     """Of a model of which each rank holds the same."""
-    model, heard, log = mlp(), Heard(), logging.getLogger("distclip")
+    model = mlp()
     step_inside(model[0].parameters())
-    log.addHandler(heard)
-    try:
+    with heard() as lines:
         clipper = distclip.GradClipper(model, 0.1)
-    finally:
-        log.removeHandler(heard)
     backward(model)
     with count_collectives() as seen:
         report = clipper.clip_()
     after = [p.grad.norm().item() for p in model[2].parameters()]
-    return heard.lines, report.total_norm.item(), report.clipped, after, seen.names
+    return lines, report.total_norm.item(), report.clipped, after, seen.names
+
+
+def some_later(how):
+    """Between the second and the third of six steps; lines of each, norms, messages."""
+    model, lines, norms, names = mlp(), [], [], []
+    clipper = distclip.GradClipper(model, 0.1)
+    for step in range(6):
+        if step == 2:
+            how(list(model[0].parameters()))
+        model.zero_grad()
+        backward(model)
+        with heard() as new, count_collectives() as seen:
+            norms.append(clipper.clip_().total_norm.item())
+        lines.append(new)
+        names.append(seen.names)
+    return lines, norms, names
+
+
+def step_in_hooks(params):
+    """As torch's tutorial does."""
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in params}
+
+    def optimizer_hook(param):
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(optimizer_hook)
+
+
+@pytest.mark.parametrize(
+    "how, text",
+    [
+        (
+            step_inside,
+            "GradClipper: 2 of 4 trainable parameters are stepped inside backward() since the "
+            "clipper was built (0.weight, by SGD): they are neither in the norm nor clipped. ",
+        ),
+        (
+            step_in_hooks,
+            "GradClipper: 2 of 4 trainable parameters have no gradient and a hook that runs as "
+            "soon as one is accumulated (0.weight, by step_in_hooks.<locals>.optimizer_hook): if "
+            "it steps an optimizer, they are neither in the norm nor clipped. ",
+        ),
+    ],
+)
+def test_some_that_come_later_are_said_once(ranks, how, text):
+    advice = (
+        "If that is not meant, give them to an optimizer that is stepped after backward() and the "
+        "clip; if it is, pass the other parameters alone"
+    )
+    for lines, norms, names in ranks.run(some_later, how):
+        assert lines == [[], [], [text + advice], [], [], []]
+        assert norms[2] < norms[1] * 0.99, "vacuous: some of the norm is gone"
+        assert names == [["allreduce_"]] * 6
+
+
+def unused(kind):
+    """Parameters without a gradient, as they are every day: nothing is said."""
+    model = mlp()
+    clipper = distclip.GradClipper(model, 0.1)
+    if kind == "hooked":  # and with one at each step
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda _: None)
+    with heard() as lines:
+        for step in range(4):
+            model.zero_grad()
+            backward(model)
+            if kind == "some" and step % 2:
+                model[0].weight.grad = None
+            clipper.clip_()
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["some", "hooked"])
+def test_gradients_that_are_not_there_are_no_steps_in_backward(ranks, kind):
+    assert ranks.run(unused, kind) == [[]] * 4
 
 
 def test_some_are_said_and_the_others_clipped(ranks):

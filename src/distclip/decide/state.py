@@ -55,7 +55,8 @@ class StepHistory:
     """How often the last steps were clipped, and how many were skipped.
 
     Attributes:
-        num_calls, num_skips: int, or [] int64: calls that count here, steps that were not taken.
+        num_calls, num_skips: int, or [] int64: calls that were to take a step, those that took
+            none: one that ends in an error counts among both, whenever it is judged.
         clip_rate: float, or [] float64: share of the last steps, up to WINDOW, that were clipped;
             0 before the first.
     """
@@ -74,10 +75,6 @@ class StepHistory:
         self.num_calls += 1
         self.num_skips += skipped
         self._set_rate()
-
-    def record_end(self) -> None:
-        """A step that ends in an error: not taken, and no call that counts."""
-        self.num_skips += 1
 
     def _set_rate(self) -> None:
         calls: Any = self.num_calls
@@ -134,7 +131,7 @@ class ClipperState:
     ) -> None:
         self.groups, self.policies, self.step, self.streak = groups, initial, step, streak
         self._is_alone, self._observed = is_alone, tuple(observed)
-        self.num_steps = 0  # calls that `history` counts: neither read-only nor an error
+        self.num_steps = 0  # calls that `history` counts: all that are not read-only
         self.history = StepHistory(hash_weights.device, on_host)
         self._weights = hash_weights
         self._host_weights: list[list[int]] = hash_weights.tolist() if on_host else []

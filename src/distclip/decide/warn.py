@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from distclip.decide.guard import WINDOW
 from distclip.policies.assignment import PolicyAssignment
-from distclip.policies.policy import describe
+from distclip.policies.policy import shown
 
 ALWAYS_CLIPPED = 0.95  # of the last WINDOW steps: a threshold that sets the length of steps
 BENT_COSINE = 0.9  # below which value clipping changes the direction
@@ -64,7 +64,7 @@ class StepWarnings:
             self.warn_once(
                 "always",
                 f"{100 * clip_rate:.0f} % of the last {WINDOW} steps were clipped by "
-                f"{describe(policy)}: a threshold below nearly every "
+                f"{shown(policy)}: a threshold below nearly every "
                 "norm does not catch outliers but sets the length of every step, like a smaller "
                 "learning rate, and may starve learning. "
                 "Raise it (`distclip suggest RUN.jsonl` shows what others would do), or use "

@@ -14,7 +14,7 @@ from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distclip.exchange.message import MessageLayout
 from distclip.kernels.tensor_list import PLAIN, TensorList
@@ -29,6 +29,7 @@ from distclip.records import ParamPiece
 from distclip.setup.parameters import ModuleEntry
 from distclip.setup.placement import DEVICES
 from distclip.setup.plan import Plan
+from distclip.setup.steps_in_backward import StepsSinceSetup
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.torch_internals.hooks import accumulate_hooks, optimizers_in_backward
 
@@ -146,6 +147,7 @@ class GradientCollector:
         members: [pieces] the parameters.
         grad_of: where a parameter's gradient is; None for `.grad`.
         layout: of the message, on the compute device.
+        modules: that were passed; none where pairs or parameters were.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class GradientCollector:
         entries: Sequence[ModuleEntry],
         grad_of: GradOf | None,
         layout: MessageLayout,
+        modules: Sequence[nn.Module],
     ) -> None:
         self.members, self.pieces, self.entries = members, plan.pieces, entries
         self.grad_of = grad_of or own_grad
@@ -165,6 +168,7 @@ class GradientCollector:
         self._held = [entry.value for entry in entries]
         # what an optimizer stepped inside backward() at set-up already, which was told there
         self._told = [bool(optimizers_in_backward(member)) for member in members]
+        self._steps = StepsSinceSetup(modules, members, plan.pieces)
         # by which gradients are there
         self._caches: dict[bytes, tuple[GradientSet, GradientCache]] = {}
         self._latest: GradientSet | None = None
@@ -261,6 +265,7 @@ class GradientCollector:
             )
         if self.grad_of is not own_grad and local and (error := self._returns_new_tensor(every[0])):
             errors.append(error)
+        errors += self._steps.errors(has)
         replaced = [entry.path for entry in self.entries if entry.is_replaced()]
         if replaced:
             errors.append(

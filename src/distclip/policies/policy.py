@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from distclip.errors import ConfigError
 from distclip.kernels.tensor_list import TensorList
 from distclip.records import Clamp, Norms, Scale, UnitScale
 
@@ -82,5 +83,29 @@ def is_policy(thing: Any) -> bool:
 
 
 def describe(policy: Any) -> str:
-    """A text that is equal on all ranks for equal policies."""
-    return type(policy).__qualname__ if type(policy).__repr__ is object.__repr__ else repr(policy)
+    """A text that is equal on all ranks for equal policies.
+
+    Raises:
+        ConfigError: its `__repr__` fails.
+    """
+    kind = type(policy)
+    if kind.__repr__ is object.__repr__:
+        return kind.__qualname__
+    try:
+        return repr(policy)
+    except ConfigError:  # of a policy inside it
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the repr() of a {kind.__qualname__} fails ({type(error).__name__}: {error}); ranks "
+            "compare policies and groupings by it, and checkpoints name them so. Mend its "
+            "__repr__, or leave it out: then its class counts"
+        ) from error
+
+
+def shown(policy: Any) -> str:
+    """The same where nothing is compared: the class's name where `__repr__` fails."""
+    try:
+        return describe(policy)
+    except ConfigError:
+        return f"{type(policy).__qualname__}(repr fails)"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.policies.policy import Policy, describe, is_policy
+from distclip.policies.policy import Policy, describe, is_policy, shown
 
 
 class _WrappedState(tuple[Tensor, ...]):
@@ -47,7 +47,8 @@ def check_policy(who: str, policy: Any) -> None:
     """ConfigError if it is no policy."""
     if not is_policy(policy):
         raise ConfigError(
-            f"{who}: policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)"
+            f"{who}: policy={shown(policy)} has no init and decide; pass e.g. "
+            "distclip.FixedNorm(1.0)"
         )
     if num_observed(policy):
         raise ConfigError(

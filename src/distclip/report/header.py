@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distclip.policies.policy import describe
+from distclip.policies.policy import shown
 from distclip.setup.options import ClipOptions
 from distclip.setup.plan import Plan
 
@@ -33,7 +33,7 @@ def make_header(plan: Plan, options: ClipOptions, device: torch.device) -> dict[
         "distclip_log": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": None,
-        "policy": describe(options.policy),
+        "policy": shown(options.policy),
         "groups": list(plan.groups),
         "norm_type": plan.norm_type,
         "world_size": len(plan.ranks),

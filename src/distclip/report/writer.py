@@ -20,6 +20,10 @@ from distclip.setup.options import why_unwritable
 class Sink(Protocol):
     """Takes each report, on the first rank of the clipper's group alone.
 
+    What it raises is told by a warning, and it is off from then on. KeyboardInterrupt ends this
+    rank, and SystemExit too unless the step ends in an error, which is raised then: the other ranks
+    wait for this one until they time out, so a sink is no place to end a training.
+
     Two things more it may have. An attribute `lacks` that is not empty: it cannot write for that
     reason, which the world's first rank raises at set-up. A method `begin(header)`: it is called
     before the first report, and anew after `rebuild()`, with what a log says of its run (a
@@ -107,7 +111,9 @@ class ReportWriter:
         return found
 
     def _write_to_sinks(self, queued: _QueuedReport) -> None:
-        """A failing sink warns once and is disabled: training is worth more than its log."""
+        """A failing sink warns once and is disabled: training is worth more than its log. One that
+        exits the program does, except from a step that ends in an error: this rank raises that as
+        all others do."""
         report = queued.report
         if report.layers and report.matters is None and not queued.layers_due:
             none = torch.zeros(0, dtype=report.dtype, device="cpu")
@@ -121,12 +127,15 @@ class ReportWriter:
                         begin(self._header)
                 write = getattr(sink, "write", sink)
                 cast("Callable[[ClipReport], object]", write)(report)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
+                ends = report.ended_in
+                if isinstance(error, SystemExit) and ends is None:
+                    raise  # the user's own end of the program
                 self._sinks.remove(sink)
+                ending = f", which ends in {ends}," if ends else ""
                 warn_or_log(
-                    f"{_name_of(sink)} failed at step {report.step} and is off from now on, "
-                    f"training goes on: "
-                    f"{type(error).__name__}: {error}"
+                    f"{_name_of(sink)} failed at step {report.step}{ending} and is off from now on"
+                    f"{'' if ends else ', training goes on'}: {type(error).__name__}: {error}"
                 )
 
 

@@ -14,7 +14,7 @@ from distclip.groups import WHOLE_MODEL, Exempt, Grouping, Watch
 from distclip.passed import as_number, is_text
 from distclip.policies import FixedNorm, Policy
 from distclip.policies.assignment import describe_rules
-from distclip.policies.policy import UnitPolicy, describe, is_policy
+from distclip.policies.policy import UnitPolicy, describe, is_policy, shown
 
 OnNonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
 MODES = ("skip", "raise", "propagate")
@@ -99,7 +99,7 @@ def check_options(passed: PassedOptions) -> ClipOptions:
         policy = FixedNorm(passed.max_norm if math.isnan(number) else number)
     if policy is None or not is_policy(policy):
         raise ConfigError(
-            f"policy={policy!r} has no init and decide; pass e.g. distclip.FixedNorm(1.0)"
+            f"policy={shown(policy)} has no init and decide; pass e.g. distclip.FixedNorm(1.0)"
         )
     p = as_number(passed.norm_type)
     if not (0 < p <= 8 or p == math.inf):
@@ -197,8 +197,8 @@ def _check_kinds(passed: PassedOptions) -> None:
             )
         if not (isinstance(rule, Exempt) or is_policy(rule) or as_number(rule) >= 0):
             raise ConfigError(
-                f"groups: the rule of {key!r} is {rule!r}, which is no threshold; give a number, "
-                "a policy or distclip.Exempt()"
+                f"groups: the rule of {key!r} is {shown(rule)}, which is no threshold; give a "
+                "number, a policy or distclip.Exempt()"
             )
 
 
