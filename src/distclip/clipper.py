@@ -481,7 +481,7 @@ class GradClipper:
             try:
                 raise error
             except GradientError:
-                self._write(replace(outcome, report=self.last_report, error=error))
+                self._write(outcome._replace(report=self.last_report, error=error))
                 raise
             finally:
                 del error  # its traceback holds this frame

@@ -162,8 +162,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestMaker:
-    """Checks a call's arguments. Prepared at set-up. A call without any is the same request each
-    time.
+    """Checks a call's arguments. Prepared at set-up. A call that leaves all at their defaults is
+    the same request each time.
 
     Args:
         index: which optimizer steps which pieces.
@@ -176,7 +176,7 @@ class RequestMaker:
     propagates: bool
     on_host: bool
     _plain: dict[tuple[str, str], Request] = field(
-        init=False, repr=False, default_factory=dict[tuple[str, str], Request]
+        init=False, repr=False, compare=False, default_factory=dict[tuple[str, str], Request]
     )
 
     def make(

@@ -199,7 +199,8 @@ def test_steps_that_ended_in_an_error_do_not_count_as_clipped():
             with pytest.raises(distclip.NonFiniteError):
                 clipper.clip_()
         else:
-            assert clipper.clip_().clip_rate.item() == 1  # a warning would be an error
+            rate = clipper.clip_().clip_rate.item()  # a warning would be an error
+            assert rate == pytest.approx((i - 499) / 500)
 
 
 def test_which_group_dominates():

@@ -71,6 +71,25 @@ def test_two_optimizers_of_which_one_was_unscaled_before():
     assert moved(params) == pytest.approx([1.5, -2.0, 6.0], rel=1e-6)
 
 
+@pytest.mark.parametrize("how", ["step", "clip_"])
+@pytest.mark.parametrize("max_norm", [1e6, 1e3])
+def test_a_grad_scale_that_undoes_the_loss_scale_is_for_what_is_clipped_alone(how, max_norm):
+    """All factors are 1 in the first case, but of a parameter that the clipper does not know."""
+    params, scaler = scaled([3.0, -4.0], [12.0]), scaler_of()
+    optimizer, clipper = sgd(*params), distclip.GradClipper(params[:1], max_norm)
+    with pytest.warns(RuntimeWarning, match="steps 1 parameter that this clipper does not know"):
+        if how == "step":
+            report = clipper.step(optimizer, scaler=scaler, grad_scale=SCALE)
+        else:
+            report = clipper.clip_(optimizer, scaler, grad_scale=SCALE)
+            scaler.step(optimizer)
+            scaler.update()
+    norm = 5 * SCALE
+    assert report.total_norm.item() == norm and report.clipped == (max_norm < norm)
+    factor = SCALE * min(1, max_norm / norm)
+    assert moved(params) == pytest.approx([3 * factor, -4 * factor, 12.0], rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:value clipping turned the gradient")
 def test_value_clipping_is_of_unscaled_gradients():
     params, scaler = scaled([3.0, -4.0], [12.0]), scaler_of()
@@ -244,6 +263,10 @@ REFUSED = {
                                              "twice"),
     "grad_scale": (lambda c, o: c.clip_(grad_scale=0.0), "grad_scale=0.0 must be positive and "
                                                          "finite"),
+    "a tensor as grad_scale": (
+        lambda c, o: c.clip_(grad_scale=torch.tensor(1.0)),
+        "grad_scale=tensor(1.) must be positive and finite, a number of Python's",
+    ),
 }  # fmt: skip
 
 

@@ -73,9 +73,9 @@ class GradientApplier:
         """In place. `fused_pieces` are left to their optimizers."""
         request, decision, grads = outcome.request, outcome.decision, outcome.grads
         acts = not outcome.on_host or bool(outcome.flags.clipped)
-        if not acts and request.common_factor == 1:
-            return  # all factors are 1
-        if grads is not None and not fused_pieces.issuperset(grads.grad_set.unique):
+        # nothing is clipped, and `grad_scale` may undo the loss scale: they stay as they are
+        stay = not acts and request.common_factor == 1
+        if not (stay or grads is None or fused_pieces.issuperset(grads.grad_set.unique)):
             factors = self._factors(outcome, grads.grad_set, fused_pieces)
             # each unit by its own coefficient: then these gradients are done
             if decision.unitwise and acts:

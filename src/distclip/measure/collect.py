@@ -137,7 +137,7 @@ class CollectedGrads:
 
     grad_set: GradientSet
     tensors: TensorList  # of the set's `unique` pieces
-    errors: list[str] = field(default_factory=list[str])
+    errors: list[str] = field(default_factory=list)
 
 
 class GradientCollector:

@@ -49,7 +49,7 @@ class LocalMeasurement:
     power_sums: Tensor  # [pieces] float64
     mask: Tensor  # [pieces] float64: 1 where there is a gradient
     grads: CollectedGrads | None = None  # None once they may have changed
-    errors: list[str] = field(default_factory=list[str])  # what this rank found wrong
+    errors: list[str] = field(default_factory=list)  # what this rank found wrong
     cause: Exception | None = None  # the exception among them
     units: UnitMeasurement | None = None
     # [parts] float64: power sums of what watched layers cut; None where nothing is cut here
