@@ -3,6 +3,7 @@ behind."""
 
 import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,6 +11,31 @@ import pytest
 import torch.distributed as dist
 
 from distclip.testing import World
+
+# more than half a minute each, the longest first: one that began last would leave a core idle
+LONG = (
+    "launch/test_configs.py",
+    "launch/test_launchers.py",
+    "integrations/test_deepspeed.py",
+    "integrations/test_torchft.py",
+    "examples/test_examples.py",
+    "cli/test_doctor.py",
+    "launch/test_train.py",
+    "integrations/test_accelerate.py",
+    "integrations/test_transformers.py",
+    "integrations/test_lightning.py",
+)
+
+
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of the most tests, which are not the long ones
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    assert all(path.exists() for path in places), "a file of LONG was renamed"
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish():
