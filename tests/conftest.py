@@ -14,6 +14,7 @@ from distclip.testing import World
 
 # more than half a minute each, the longest first: one that began last would leave a core idle
 LONG = (
+    "precision/test_strategies.py",
     "launch/test_configs.py",
     "launch/test_launchers.py",
     "integrations/test_deepspeed.py",
@@ -21,9 +22,11 @@ LONG = (
     "examples/test_examples.py",
     "cli/test_doctor.py",
     "launch/test_train.py",
+    "launch/test_matrix.py",
     "integrations/test_accelerate.py",
     "integrations/test_transformers.py",
     "integrations/test_lightning.py",
+    "kernels/test_triton.py",
 )
 
 
