@@ -4,6 +4,7 @@ users'."""
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -179,6 +180,8 @@ def _as_here(
             for text in (message, module)
         ]
         warnings.filterwarnings(action, patterns[0] or "", category, patterns[1] or "", line)
+    # what was imported stays: no garbage collection goes through it, and no search for objects
+    gc.freeze()
     target(*args)
 
 

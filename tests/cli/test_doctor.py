@@ -78,14 +78,18 @@ class Job:
                 self.processes[rank].join(timeout)
             return [self.processes[rank].exitcode for rank in ranks]
         finally:
-            for process in self.processes.values():
-                process.kill()
-                process.join()
+            self.end()
+
+    def end(self):
+        for process in self.processes.values():
+            process.kill()
+            process.join()
 
     def said(self, rank, where="out"):
         return (self.folder / f"{rank}.{where}").read_text()
 
 
+@pytest.mark.usefixtures("waiting_jobs")
 def test_under_torchrun_all_layouts_pass():
     command = [
         sys.executable,
@@ -249,8 +253,9 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def lost(tmp_path_factory):
-    """All jobs that wait for a rank, at once: name → (job, exit codes)."""
+def waiting_jobs(tmp_path_factory):
+    """All jobs that wait for a rank, at once, by name. They do so while other tests run: the first
+    test of this file starts them, the last ones ask what became of them."""
 
     def job(name, *arguments, **options):
         return Job(
@@ -278,80 +283,24 @@ def lost(tmp_path_factory):
         f"without {rank}": job(f"without{rank}", "--only", "copies", size=3, absent=[rank])
         for rank in (0, 2)
     }
+    yield jobs
+    for started in jobs.values():
+        started.end()
+
+
+@pytest.fixture(scope="module")
+def lost(waiting_jobs):
+    """Name → (job, exit codes)."""
     survivors = {
         "waiting": [0, 1],
         "holder stopped": [1, 2],
         "without 0": [1, 2],
         "without 2": [0, 1],
     }
-    return {name: (job, job.codes(*survivors.get(name, (0, 1, 3)))) for name, job in jobs.items()}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_lost_rank_is_named_with_the_collective(lost, fault):
-    job, codes = lost[fault]
-    assert codes == [2, 2, 2], job.said(0, "err")
-    texts = [job.said(rank, "err") for rank in (0, 1, 3)]
-    named = [
-        text
-        for text in texts
-        if f"Did not answer: rank {LOST} on {socket.gethostname()} ({FAULTS[fault][1]}" in text
-    ]
-    assert texts[0] in named and len(named) >= 2, texts
-    assert "copies: clip_ with p = 2 (all_reduce of" in texts[0]
-    document = json.loads(job.said(0))
-    assert document["exit_code"] == 2 and f"rank {LOST}" in document["stopped"]
-    assert [(c["name"], c["result"]) for c in document["checks"]] == [
-        ("alike", "pass"),
-        ("copies", "not run"),
-        ("fsdp2", "not run"),
-    ]
-
-
-def test_a_collective_without_a_timeout_is_ended_by_the_watch(lost):
-    """As with NCCL: the main thread waits for a device for ever."""
-    job, codes = lost["waiting"]
-    assert codes == [2, 2]
-    for rank in (0, 1):
-        said = job.said(rank, "err")
-        assert "'copies: clip_ with p = 2 (all_reduce of" in said
-        assert (
-            f"did not end within {TIMEOUT_S} s. Did not answer: rank 2 on {socket.gethostname()} "
-            f"(no sign of life; last in" in said
-        )
-        assert said.count("no sign of life") == 1, "the other survivor is alive, also while it asks"
-    assert "stopped: rank 0 on" in job.said(0)
-
-
-def test_a_rank_that_never_starts_is_named(lost):
-    job, codes = lost["without 2"]
-    assert codes == [2, 2]
-    assert "Did not answer: rank 2 (it never started, or cannot reach 127.0.0.1:" in job.said(
-        0, "err"
-    )
-
-
-def test_a_stopped_rank_that_holds_the_store_is_named(lost):
-    """The store answers nothing then, and has no time-out of its own."""
-    job, codes = lost["holder stopped"]
-    assert codes == [2, 2]
-    for rank in (1, 2):
-        said = job.said(rank, "err")
-        assert (
-            "does not answer, and rank 0 holds it: did not answer: rank 0" in said
-            and "copies: clip_ with p = 2 (all_reduce of" in said
-        )
-
-
-def test_without_the_rank_that_holds_the_store(lost):
-    job, codes = lost["without 0"]
-    assert codes == [2, 2]
-    said = job.said(1, "err")
-    assert (
-        said.startswith("distclip doctor: rank 1 on")
-        and "did not reach the store at 127.0.0.1:" in said
-        and "rank 0 opens it" in said
-    )
+    return {
+        name: (job, job.codes(*survivors.get(name, (0, 1, 3))))
+        for name, job in waiting_jobs.items()
+    }
 
 
 def test_a_rank_killed_under_torchrun_is_named(tmp_path):
@@ -555,3 +504,70 @@ def test_a_framework_that_is_not_known_or_under_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor", "--framework", "accelerate"]) == 2
     assert "run it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_rank_is_named_with_the_collective(lost, fault):
+    job, codes = lost[fault]
+    assert codes == [2, 2, 2], job.said(0, "err")
+    texts = [job.said(rank, "err") for rank in (0, 1, 3)]
+    named = [
+        text
+        for text in texts
+        if f"Did not answer: rank {LOST} on {socket.gethostname()} ({FAULTS[fault][1]}" in text
+    ]
+    assert texts[0] in named and len(named) >= 2, texts
+    assert "copies: clip_ with p = 2 (all_reduce of" in texts[0]
+    document = json.loads(job.said(0))
+    assert document["exit_code"] == 2 and f"rank {LOST}" in document["stopped"]
+    assert [(c["name"], c["result"]) for c in document["checks"]] == [
+        ("alike", "pass"),
+        ("copies", "not run"),
+        ("fsdp2", "not run"),
+    ]
+
+
+def test_a_collective_without_a_timeout_is_ended_by_the_watch(lost):
+    """As with NCCL: the main thread waits for a device for ever."""
+    job, codes = lost["waiting"]
+    assert codes == [2, 2]
+    for rank in (0, 1):
+        said = job.said(rank, "err")
+        assert "'copies: clip_ with p = 2 (all_reduce of" in said
+        assert (
+            f"did not end within {TIMEOUT_S} s. Did not answer: rank 2 on {socket.gethostname()} "
+            f"(no sign of life; last in" in said
+        )
+        assert said.count("no sign of life") == 1, "the other survivor is alive, also while it asks"
+    assert "stopped: rank 0 on" in job.said(0)
+
+
+def test_a_rank_that_never_starts_is_named(lost):
+    job, codes = lost["without 2"]
+    assert codes == [2, 2]
+    assert "Did not answer: rank 2 (it never started, or cannot reach 127.0.0.1:" in job.said(
+        0, "err"
+    )
+
+
+def test_a_stopped_rank_that_holds_the_store_is_named(lost):
+    """The store answers nothing then, and has no time-out of its own."""
+    job, codes = lost["holder stopped"]
+    assert codes == [2, 2]
+    for rank in (1, 2):
+        said = job.said(rank, "err")
+        assert (
+            "does not answer, and rank 0 holds it: did not answer: rank 0" in said
+            and "copies: clip_ with p = 2 (all_reduce of" in said
+        )
+
+
+def test_without_the_rank_that_holds_the_store(lost):
+    job, codes = lost["without 0"]
+    assert codes == [2, 2]
+    said = job.said(1, "err")
+    assert (
+        said.startswith("distclip doctor: rank 1 on")
+        and "did not reach the store at 127.0.0.1:" in said
+        and "rank 0 opens it" in said
+    )

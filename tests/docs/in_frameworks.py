@@ -149,6 +149,7 @@ def diffs_of_the_readme():
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # no collection, and no search for objects, goes through what was imported
     warnings.simplefilter("ignore")
     # its C++ build takes minutes, and gloo does
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

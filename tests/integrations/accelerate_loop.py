@@ -587,6 +587,7 @@ def deepspeed_refusals():
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # no collection, and no search for objects, goes through what was imported
     if len(sys.argv) > 2:
         print("RESULT " + json.dumps({"checkpoints": checkpoints()}), flush=True)
         return

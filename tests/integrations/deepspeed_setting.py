@@ -1,10 +1,15 @@
 """DeepSpeed on the CPU, as the scripts beside it set it up."""
 
+import gc
+
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
+# DeepSpeed collects garbage around each of its reports of memory, a quarter of a second each time
+# that all imported modules are gone through
+gc.freeze()
 # its C++ build takes minutes, and gloo does
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed offers fp16 on GPUs only; gloo and the CPU can

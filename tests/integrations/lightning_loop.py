@@ -579,6 +579,7 @@ def fabric_steps():
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # no collection, and no search for objects, goes through what was imported
     warnings.simplefilter("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     cases = {

@@ -141,6 +141,7 @@ def fabric_step(plan):
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # no collection, and no search for objects, goes through what was imported
     warnings.simplefilter("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     cases = {plan: one_step(plan) for plan in PLANS}

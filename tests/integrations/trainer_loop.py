@@ -316,6 +316,7 @@ def refused(folder):
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # no collection, and no search for objects, goes through what was imported
     warnings.simplefilter("ignore")
     folder = [tempfile.mkdtemp() if RANK == 0 else None]
     reset()

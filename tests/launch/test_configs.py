@@ -3,6 +3,7 @@ error."""
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,19 @@ def engines(tmp_path_factory):
     return {log.stem: lines(log) for log in folder.glob("*.jsonl")}
 
 
+@pytest.fixture(scope="module")
+def rows_by_accelerate(tmp_path_factory):
+    """What a configuration of Accelerate's logs; each is started once."""
+    folder = tmp_path_factory.mktemp("accelerate")
+
+    @cache
+    def rows_of(path):
+        log = folder / f"{path.stem}.jsonl"
+        return by_accelerate(path, "--output.log", str(log), "--output.checkpoint", "")
+
+    return rows_of
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_it_trains(path, ranks, tmp_path, request):
     log = tmp_path / "log.jsonl"
@@ -90,7 +104,7 @@ def test_it_trains(path, ranks, tmp_path, request):
         assert rows
         return
     if path.parts[0] == "accelerate":
-        rows = by_accelerate(path, *to)
+        rows = request.getfixturevalue("rows_by_accelerate")(path)
     elif read(path)["strategy"] == "accelerate":
         assert any(other.parts[0] == "accelerate" for other in FILES), (
             "it is started with each of those"
@@ -134,9 +148,9 @@ def by_accelerate(path, *arguments):
     return rows
 
 
-def test_a_run_by_accelerate_is_resumed(tmp_path):
+def test_a_run_by_accelerate_is_resumed(rows_by_accelerate, tmp_path):
     path = Path("accelerate/fsdp2.yaml")
-    whole = by_accelerate(path, "--output.log", str(tmp_path / "whole.jsonl"))
+    whole = rows_by_accelerate(path)
     halves = (
         "--output.log",
         str(tmp_path / "halves.jsonl"),

@@ -25,11 +25,9 @@ class JoinGuard:
     def __init__(self, modules: Iterable[nn.Module], params: Iterable[Tensor] = ()) -> None:
         every = {id(m): m for module in modules for m in module.modules()}
         mine = {id(param) for param in params}
-        around = [
-            thing
-            for thing in (gc.get_objects() if mine else ())
-            if issubclass(type(thing), Joinable) and isinstance(thing, nn.Module)
-        ]
+        around: list[Any] = (
+            [thing for thing in _every(Joinable) if isinstance(thing, nn.Module)] if mine else []
+        )
         every |= {id(m): m for m in around if any(id(param) in mine for param in m.parameters())}
         self._joinables = [m for m in every.values() if isinstance(m, Joinable)]
         # each one's latest context, where that is known to be over
@@ -51,10 +49,18 @@ class JoinGuard:
 def _is_open(joinable: Joinable) -> bool:
     """Whether the context is still open: torch leaves its config on the module afterwards. Looks at
     every object, once for each context."""
-    contexts = [thing for thing in gc.get_objects() if issubclass(type(thing), Join)]
     return any(
-        context._enable and any(j is joinable for j in context._joinables) for context in contexts
+        context._enable and any(j is joinable for j in context._joinables)
+        for context in _every(Join)
     )
+
+
+def _every(kind: type) -> list[Any]:
+    """The objects of this kind and of what is derived from it. Types are asked first: a process has
+    hundreds of thousands of objects, of few types."""
+    things = gc.get_objects()
+    kinds = {of for of in set(map(type, things)) if issubclass(of, kind)}
+    return [thing for thing in things if type(thing) in kinds] if kinds else []
 
 
 _REFUSAL = (
