@@ -15,10 +15,11 @@ from benchmarks.floors import ceiling
 from benchmarks.on_ranks import in_turns
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Contender, Effort, interleaved
+from distclip.groups import Grouping
 from distclip.testing import World
 
 
-class Blocks:
+class Blocks(Grouping):
     """A grouping of `count` groups of neighbouring parameters."""
 
     def __init__(self, count: int) -> None:
@@ -29,12 +30,6 @@ class Blocks:
 
     def assign(self, names: Any, params: Any) -> list[str]:
         return [f"g{i * self.count // len(names)}" for i in range(len(names))]
-
-    def rules(self) -> dict[str, Any]:
-        return {}
-
-    def patterns(self) -> tuple[str, ...]:
-        return ()
 
 
 def split_gpt2(pieces: int, quick: bool) -> problems.Shapes:

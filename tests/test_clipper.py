@@ -10,6 +10,7 @@ from torch import nn
 
 import distclip
 import skips
+from distclip.groups import Grouping
 
 INF, NAN = math.inf, math.nan
 
@@ -106,14 +107,25 @@ def test_groups_have_norms_of_their_own():
         _ = report.clip_coef
 
 
+class ByNumber(Grouping):
+    """A user's own, with what each must have."""
+
+    def assign(self, names, params):
+        return [f"number {name[5]}" for name in names]
+
+    def __repr__(self):
+        return "by number"
+
+
 @pytest.mark.parametrize(
     "groups, names",
     [
         (distclip.per_parameter(), ("layer0.weight", "layer1.weight")),
         (distclip.per_layer(), ("layer0", "layer1")),
+        (ByNumber(), ("number 0", "number 1")),
     ],
 )
-def test_per_parameter_and_per_layer(groups, names):
+def test_groups_have_coefficients_of_their_own(groups, names):
     report = distclip.GradClipper(named([3.0, 4.0], [6.0, 8.0]), 5.0, groups=groups).clip_()
     assert report.groups == names and report.coefs.tolist() == [1, 0.5]
 

@@ -581,6 +581,13 @@ def test_schedulers_and_patched_steps_are_no_reason_to_refuse():
     assert calls == [1]
 
 
+class Assigns:
+    """A grouping that is not derived from `Grouping`."""
+
+    def assign(self, names, params):
+        return ["all"] * len(names)
+
+
 ON_BUILDING = {
     "optimizer": (
         lambda: distclip.GradClipper(torch.optim.SGD(nn.Linear(2, 2).parameters(), 1.0), max_norm=1.0),
@@ -628,6 +635,16 @@ ON_BUILDING = {
         "groups is a dict; pass distclip.by_name({pattern: threshold or policy}), per_parameter(), "
         "per_layer() or "
         "per_param_group(optimizer)",
+    ),
+    "a grouping that lacks something": (
+        lambda: distclip.GradClipper(nn.Linear(2, 2), 1.0, groups=Assigns()),
+        "groups is a Assigns without rules, patterns, needs, cuts; derive it from "
+        "distclip.groups.Grouping, which has them",
+    ),
+    "the same, watched": (
+        lambda: distclip.Watch(Assigns()),
+        "Watch: groups is a Assigns without rules, patterns, needs, cuts; derive it from "
+        "distclip.groups.Grouping, which has them",
     ),
 }  # fmt: skip
 

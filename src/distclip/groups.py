@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,55 +35,62 @@ Rule: TypeAlias = "float | Exempt | Any"  # a threshold, no clipping, or a polic
 
 
 class Grouping(Protocol):
-    """Gives each parameter the name of its group."""
+    """Gives each parameter the name of its group. One of your own derives from this class and has
+    an `assign`, and a `__repr__` that is equal on all ranks for equal groupings."""
 
-    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]: ...
+    @abstractmethod
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        """[parameters]: the groups' names.
+
+        Args:
+            names: equal on all ranks that hold a part of a parameter.
+        """
 
     def rules(self) -> Mapping[str, Rule]:
         """Group name → its own rule; groups without one follow the clipper's policy."""
-        ...
+        return {}
 
     def patterns(self) -> Sequence[str]:
         """Patterns that must each match a parameter on some rank."""
-        ...
+        return ()
 
     def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
         """What else must be there: the text of the error, equal on all ranks, that is raised where
         there is none on any → how many there are here."""
-        ...
+        return {}
 
     def cuts(self, names: Sequence[str]) -> Sequence[bool]:
         """Which parameters are cut along their first dimension: each index has a norm of its
         own."""
-        ...
-
-
-@dataclass(frozen=True)
-class _WholeModel:
-    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
-        return ["all"] * len(names)
-
-    def rules(self) -> Mapping[str, Rule]:
-        return {}
-
-    def patterns(self) -> Sequence[str]:
-        return ()
-
-    def needs(self, params: Sequence[Tensor]) -> Mapping[str, int]:
-        return {}
-
-    def cuts(self, names: Sequence[str]) -> Sequence[bool]:
         return [False] * len(names)
 
 
+def check_grouping(what: str, grouping: Any) -> None:
+    """ConfigError for one of the user's own that is not derived from `Grouping` and lacks what that
+    class gives. `what` was passed."""
+    asked = [name for name in vars(Grouping) if not name.startswith("_")]
+    lacks = [name for name in asked if not callable(getattr(grouping, name, None))]
+    if lacks:
+        raise ConfigError(
+            f"{what} is a {type(grouping).__name__} without {', '.join(lacks)}; derive it from "
+            "distclip.groups.Grouping, which has them"
+        )
+
+
 @dataclass(frozen=True)
-class _PerParameter(_WholeModel):
+class _WholeModel(Grouping):
+    def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
+        return ["all"] * len(names)
+
+
+@dataclass(frozen=True)
+class _PerParameter(Grouping):
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
         return list(names)
 
 
 @dataclass(frozen=True)
-class _PerLayer(_WholeModel):
+class _PerLayer(Grouping):
     depth: int = 1
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
@@ -90,7 +98,7 @@ class _PerLayer(_WholeModel):
 
 
 @dataclass(frozen=True, eq=False)
-class _PerParamGroup(_WholeModel):
+class _PerParamGroup(Grouping):
     optimizer: Optimizer
 
     def __repr__(self) -> str:
@@ -106,7 +114,7 @@ class _PerParamGroup(_WholeModel):
 
 
 @dataclass(frozen=True)
-class _ByName(_WholeModel):
+class _ByName(Grouping):
     table: Mapping[str, Rule]
 
     def assign(self, names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
@@ -173,7 +181,7 @@ def _params_of(optimizer: Any) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class _PerExpert(_WholeModel):
+class _PerExpert(Grouping):
     pattern: str
     others: Grouping | None
 
@@ -218,6 +226,7 @@ class Watch:
                 f"Watch: groups is a {type(self.groups).__name__}; pass distclip.per_layer(), "
                 "per_parameter() or by_name({...})"
             )
+        check_grouping("Watch: groups", self.groups)
         if not isinstance(self.every, int) or self.every < 1:
             raise ConfigError(f"Watch: every={self.every!r} counts steps, from 1")
 

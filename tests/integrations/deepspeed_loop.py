@@ -332,7 +332,8 @@ def refusals():
         model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0), config=config(clipping=1.0)
     )
     texts = []
-    for options in ({}, {"take_over": True, "fold": "never"}, {"take_over": True}, {}):
+    table = {"take_over": True, "groups": {"weight": 1.0}}
+    for options in ({}, {"take_over": True, "fold": "never"}, table, {"take_over": True}, {}):
         try:
             attach(engine, 0.1, **options)
             texts.append(str(engine.gradient_clipping()))

@@ -173,6 +173,8 @@ def test_refusals_read_well(engine):
             "attach(engine, ..., fold=): DeepSpeed decides that; the options are norm_type, "
             "groups, on_nonfinite, drift_tolerance, "
             "skip_limit, sinks",
+            "groups is a dict; pass distclip.by_name({pattern: threshold or policy}), "
+            "per_parameter(), per_layer() or per_param_group(optimizer)",
             "0.0",
             "this engine has a clipper already; attach one only",
         ]

@@ -98,12 +98,14 @@ def attach(
             "overflow must be skipped; use 'skip'"
         )
     grouping = options.pop("groups", None)
+    if _is_grouping(grouping):  # what is none the clipper refuses
+        grouping = _OriginalGrouping(grouping, adapter)
     clipper = GradClipper(
         [(part.name, part.master) for part in adapter.parts],
         max_norm,
         policy=policy,
         grad_of=adapter.grad_of,
-        groups=None if grouping is None else _OriginalGrouping(grouping, adapter),
+        groups=grouping,
         replicated_over={"*": PRIVATE} if kind.sharded else None,
         **options,
     )
@@ -191,3 +193,8 @@ class _OriginalGrouping:
 
     def __repr__(self) -> str:
         return repr(self.grouping)
+
+
+def _is_grouping(thing: Any) -> bool:
+    asked = [name for name in vars(_OriginalGrouping) if not name.startswith("_")]
+    return all(callable(getattr(thing, name, None)) for name in asked)

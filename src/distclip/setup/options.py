@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.groups import WHOLE_MODEL, Exempt, Grouping, Watch
+from distclip.groups import WHOLE_MODEL, Exempt, Grouping, Watch, check_grouping
 from distclip.passed import as_number, is_text
 from distclip.policies import FixedNorm, Policy
 from distclip.policies.assignment import describe_rules
@@ -189,6 +189,8 @@ def _check_kinds(passed: PassedOptions) -> None:
             f"policy}}), per_parameter(), per_layer() "
             "or per_param_group(optimizer)"
         )
+    if grouping is not None:
+        check_grouping("groups", grouping)
     for key, rule in (passed.groups or WHOLE_MODEL).rules().items():
         if isinstance(rule, type):
             raise ConfigError(
