@@ -133,10 +133,10 @@ def tiny(effort: Effort, kernels: str) -> list[Row]:
                     name: [min(one(Contender(name, named[name], restore)) for _ in range(calls))]
                     for name in (TORCH, CLIP, DROP_IN)
                 }
-            case = f"{count} of 8 x 8"
+            what = f"{count:,} of 8 x 8, {state}"
             pairs = [(TORCH, CLIP), (TORCH, DROP_IN)]
             note = f"the least of {calls} calls in a row"
-            rows += rows_of(case, state, times, pairs, kernels, f"tiny {count} {state}", note=note)
+            rows += rows_of("tiny", what, times, pairs, kernels, f"tiny {count} {state}", note=note)
             restore()
     return rows
 

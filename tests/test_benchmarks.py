@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # each way of building a clipper that the cases have; with the others it takes minutes
-QUICK = ("overhead", "fsdp2", "groups", "setup")
+QUICK = ("overhead", "fsdp2", "groups", "setup", "tiny")
 
 
 def benchmarks(*arguments, check=True):

@@ -184,10 +184,14 @@ def _read_locally(
     if options.watch is not None:
         _read_layers(local, options.watch.groups, names)
     rules = options.grouping.rules()
-    local.ranges = [
-        unit_range(param, piece)
+    # asked once a group: it is slow
+    unitwise = {
+        group
+        for group in set(local.groups)
         if isinstance(policy_of(rules.get(group), options.policy), UnitPolicy)
-        else None
+    }
+    local.ranges = [
+        unit_range(param, piece) if group in unitwise else None
         for group, param, piece in zip(local.groups, local.members, local.pieces, strict=True)
     ]
     told = {"replicated_over": ", ".join(declared.replicated_over), "shared": repr(declared.shared)}
