@@ -87,7 +87,8 @@ def test_quick_cases_end_in_a_table_json_a_picture_and_markdown(tmp_path):
         "torchtitan's recipe",
     }
     for r in rows:
-        assert r.value.n >= 3 and r.value.q1 <= r.value.median <= r.value.q3
+        rounds = 3 if r.case in ("overhead", "fsdp2") else 1  # of first calls, or the least of many
+        assert r.value.n >= rounds and r.value.q1 <= r.value.median <= r.value.q3
         assert not r.peer or (
             r.peer_s.median > 0
             and r.ours_s.median > 0
