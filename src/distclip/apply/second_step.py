@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from distclip.decide.warn import warn_or_log
+from distclip.measure.gradient_cache import TensorRef
 from distclip.request import Request
 from distclip.torch_internals.dtensor import dtensor_local, is_dtensor
 
@@ -78,8 +79,8 @@ class _SeenGradient:
 
     def __init__(self, param: Tensor, writes: int = 0) -> None:
         assert param.grad is not None
-        self._param: Callable[[], Tensor | None] = weakref.ref(param)
-        self._grad: Callable[[], Tensor | None] = weakref.ref(param.grad)
+        self._param: Callable[[], Tensor | None] = TensorRef(param)
+        self._grad: Callable[[], Tensor | None] = TensorRef(param.grad)
         self._version, self._writes = _grad_of(param)._version, writes
 
     def is_still_there(self) -> bool:
@@ -99,7 +100,7 @@ class _StepHook:
     """
 
     def __init__(self, param: Tensor, has_scaler: bool, was_skipped: bool, told: list[str]) -> None:
-        self._param: Callable[[], Tensor | None] = weakref.ref(param)
+        self._param: Callable[[], Tensor | None] = TensorRef(param)
         self._clipped = _SeenGradient(param, int(has_scaler))
         self._stepped: tuple[str, _SeenGradient] | None = None  # by whom, with what
         self._was_skipped, self._told = was_skipped, told

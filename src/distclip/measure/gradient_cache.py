@@ -27,7 +27,7 @@ _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 _ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
 # before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which
 # torch warns of
-_Ref: Any = TensorWeakRef if versions.is_before(2, 10) else ref
+TensorRef: Any = TensorWeakRef if versions.is_before(2, 10) else ref
 
 
 @dataclass(slots=True)
@@ -95,7 +95,11 @@ class GradientCache:
     def _match_identity(self, given: list[Any]) -> TensorList | None:
         """None where a gradient is another tensor than at the step before, or lies elsewhere."""
         last = self.last
-        if last is None or not last.all or not all(map(is_, map(_Ref.__call__, last.all), given)):
+        if (
+            last is None
+            or not last.all
+            or not all(map(is_, map(TensorRef.__call__, last.all), given))
+        ):
             return None
         grads = self._local_parts(given) if self.specs else given
         if list(map(_POINTER, grads)) != last.addresses or list(map(_BYTES, grads)) != last.sizes:
@@ -131,7 +135,11 @@ class GradientCache:
             stay = self.last is not None and self.last.first() is given[0]
             sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
             self.last = _LastStep(
-                _Ref(given[0]), list(map(_Ref, given)) if stay else [], sizes, addresses, pointers
+                TensorRef(given[0]),
+                list(map(TensorRef, given)) if stay else [],
+                sizes,
+                addresses,
+                pointers,
             )
         return TensorList(grads, self.kernel_plan, pointers, self.fallback)
 
