@@ -340,7 +340,8 @@ def on_a_page_that_nobody_may_touch(act, value):
     tensor.fill_(3.0)
     layout, pointers = listed([tensor])
     function, number = getattr(layout, act), torch.tensor(value, dtype=torch.float64)
-    function([torch.ones(tensor.numel()).data_ptr()], number)  # all else has been done once
+    other = torch.ones(tensor.numel())
+    function([other.data_ptr()], number)  # all else has been done once
     assert libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     function(pointers, number)
     assert (

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distclip
+from distclip import versions
 from distclip.testing import World, count_collectives, fully_shard
 from parity.oracle import total_norm
 from setup.test_refusals import refusal
@@ -68,6 +69,10 @@ def clipped(p, factor):
         torch.equal(a, q.grad.to_local()) for a, q in zip(before, model.parameters(), strict=True)
     )
     whole = {name: q.grad.full_tensor() for name, q in model.named_parameters()}
+    true = dict(net().named_parameters())
+    in_order = {
+        name: torch.equal(q.full_tensor(), true[name]) for name, q in model.named_parameters()
+    }
     local = [tuple(q.to_local().shape) for q in model.parameters()]
     return {
         "norms": [report.total_norm.item(), report.norm_after.item()],
@@ -76,6 +81,7 @@ def clipped(p, factor):
         "seen": seen.names,
         "untouched": same,
         "whole": whole,
+        "in_order": in_order,
         "local": local,
         "plan": str(clipper.plan),
     }
@@ -101,8 +107,11 @@ def test_tensor_parallel_under_hsdp_is_clipped_as_one_process(eight, p, factor):
         wanted = {name: total_norm([grad], p) for name, grad in clean.items()}
         assert row["each"] == pytest.approx(wanted, rel=1e-4)
         for name, grad in clean.items():
-            got = row["whole"][name].double()
-            assert torch.allclose(got, grad * coef, rtol=1e-4, atol=1e-5 * coef), name
+            got, wanted = row["whole"][name].double(), grad * coef
+            if not row["in_order"][name]:  # torch before 2.13 may mix up the rows of uneven shards
+                assert versions.is_before(2, 13), name
+                got, wanted = got.flatten().sort().values, wanted.flatten().sort().values
+            assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5 * coef), name
             assert torch.equal(row["whole"][name], found[0]["whole"][name]), name
         assert row["norms"] == found[0]["norms"] and row["coef"] == found[0]["coef"]
     assert len({str(row["local"]) for row in found}) > 1, "vacuous: shards are uneven"
