@@ -219,11 +219,12 @@ class GradientCollector:
                 continue
             every.append(i)
             error = kind_error(grad, self.members[i], piece)
-            portion = portion_of(grad, piece) if error is None else 1.0
+            elsewhere = placed_otherwise(grad, piece)
+            portion = portion_of(grad, piece) if elsewhere and error is None else 1.0
             if isinstance(portion, str):
                 unfit.append((portion, grad))
                 continue
-            if placed_otherwise(grad, piece):
+            if elsewhere:
                 misplaced.add(i)
             tensor = local_tensor(grad)
             memory = _storage_key(tensor)

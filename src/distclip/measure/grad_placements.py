@@ -42,14 +42,12 @@ def placed_otherwise(grad: Tensor, piece: ParamPiece) -> bool:
 
 
 def portion_of(grad: Tensor, piece: ParamPiece) -> float | str:
-    """How much of this rank's part of the gradient counts, for each copy of its parameter; a text
-    where no part of it does.
+    """How much counts of this rank's part of a gradient that is placed otherwise than its
+    parameter, for each copy of that; a text where no part of it does.
 
     A gradient that is replicated over n ranks where the parameter is sharded over them is whole on
     each: 1/n. Where both are sharded, over whichever dimensions, the parts add up: 1.
     """
-    if not placed_otherwise(grad, piece):
-        return 1.0
     assert is_dtensor(grad) and piece.placements is not None
     seen = (
         f"the gradient of {piece.name} has placements {grad.placements}, its parameter "

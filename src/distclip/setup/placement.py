@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from distclip.errors import ConfigError, PlacementError
 from distclip.records import ParamHolding, ParamPiece
 from distclip.setup.parameters import NamedParam
-from distclip.torch_internals.dtensor import dtensor_local, is_dtensor, mesh_of, spec_of
+from distclip.torch_internals.dtensor import dtensor_local, is_dtensor, spec_of
 from distclip.torch_internals.fsdp1 import FlatShard, is_flattened
 
 if TYPE_CHECKING:
@@ -205,18 +205,16 @@ class _DTensorPart(NamedTuple):
 def _dtensor_part(spec: Any) -> _DTensorPart:
     """The mesh must have this rank. A frozen parameter may be Partial: its unreduced sums count as
     copies."""
-    mesh = mesh_of(spec)
+    mesh, placements = spec.mesh, tuple(spec.placements)
     sizes, token = _mesh_facts(mesh)
     # Shard, _StridedShard, and whatever else splits: all that is not a copy gives this rank a part
     # of its own
     split = [
         f"{p}:{c}/{n}"
-        for p, c, n in zip(spec.placements, mesh.get_coordinate(), sizes, strict=True)
+        for p, c, n in zip(placements, mesh.get_coordinate(), sizes, strict=True)
         if not is_copy(p)
     ]
-    return _DTensorPart(
-        _describe_placements(tuple(spec.placements), sizes), " ".join(split) or "whole", token
-    )
+    return _DTensorPart(_describe_placements(placements, sizes), " ".join(split) or "whole", token)
 
 
 def is_copy(placement: Placement) -> bool:
@@ -227,7 +225,7 @@ def _dtensor_piece(
     named: NamedParam, key: str, spec: Any, rank_sets: _RankSets
 ) -> ParamPiece | None:
     placements: tuple[Placement, ...] = tuple(spec.placements)
-    if mesh_of(spec).get_coordinate() is None:
+    if spec.mesh.get_coordinate() is None:
         return None
     if named.param.requires_grad and any(map(_IS_PARTIAL, placements)):
         raise PlacementError(
@@ -236,7 +234,8 @@ def _dtensor_piece(
         )
     placed = _dtensor_part(spec)
     param, shape = named.param, tuple(spec.shape)
-    local = dtensor_local(param) if is_dtensor(param) else param
+    made_local = not is_dtensor(param)  # by DDP
+    local = param if made_local else dtensor_local(param)
     holding = rank_sets.make_holding(placed.description, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return ParamPiece(
@@ -246,7 +245,7 @@ def _dtensor_piece(
         shape,
         numel,
         tuple(local.shape),
-        placements if is_dtensor(param) else None,
+        None if made_local else placements,
     )
 
 

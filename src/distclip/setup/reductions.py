@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distclip.errors import ConfigError
 from distclip.setup.parameters import Params, modules_in, strip_wrappers
 from distclip.setup.steps_in_backward import check_comm_hook
-from distclip.torch_internals.dtensor import imported_class, is_dtensor, mesh_of
+from distclip.torch_internals.dtensor import imported_class, is_dtensor
 from distclip.torch_internals.reductions import (
     comm_hooks_of,
     delayed_names,
@@ -114,15 +114,16 @@ def _ranks_of_shards(name: str, module: Any, kind: type) -> tuple[int, ...]:
     own = [p for p in _own_parameters(module, kind) if is_dtensor(p)]
     for param in own:
         split = [p for p in param.placements if not p.is_replicate()]
-        if len(split) > 1 or mesh_of(param).ndim > 2:
+        if len(split) > 1 or param.device_mesh.ndim > 2:
             raise ConfigError(
                 f"RankNorms: parameters of {name} are divided by tensor or expert parallelism "
                 f"under fully_shard ({param.placements}); ranks that hold different parts cannot "
                 f"be compared"
             )
-    if mesh_of(own[0]).shape[-1] == 1:
+    mesh = own[0].device_mesh
+    if mesh.shape[-1] == 1:
         raise ConfigError(f"RankNorms: {name} is sharded over one rank, which reduces nothing")
-    return tuple(sorted(mesh_of(own[0]).mesh.flatten().tolist()))
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
 def _check_hooks(name: str, module: DistributedDataParallel) -> None:

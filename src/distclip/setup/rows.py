@@ -11,7 +11,7 @@ from torch import Tensor
 from distclip.errors import ConfigError, PlacementError
 from distclip.records import ParamPiece
 from distclip.setup.placement import is_copy
-from distclip.torch_internals.dtensor import is_contiguous_shard, mesh_of, offset_of, spec_of
+from distclip.torch_internals.dtensor import is_contiguous_shard, offset_of, spec_of
 
 # between a cut layer's name and its number of indices, while ranks agree on names
 _MARK = "\t"
@@ -37,7 +37,7 @@ def row_range(param: Tensor, piece: ParamPiece) -> RowRange:
     held, whole, spec = piece.local_shape[0], piece.shape[0], spec_of(param)
     if spec is None:
         return RowRange(0, held, whole)
-    sizes = mesh_of(spec).shape
+    sizes = spec.mesh.shape
     across = [
         (placement, sizes[i])
         for i, placement in enumerate(spec.placements)

@@ -49,14 +49,9 @@ def local_tensor(grad: Tensor) -> Tensor:
 
 
 def spec_of(param: Tensor) -> Any:
-    """A DTensor, or the spec that DDP keeps of a DTensor which it made local; None for any other
-    tensor."""
-    return param if is_dtensor(param) else getattr(param, "_st_info", None)
-
-
-def mesh_of(spec: Any) -> Any:
-    """Under DDP the device_mesh attribute of the kept spec is called `mesh`."""
-    return spec.device_mesh if hasattr(spec, "device_mesh") else spec.mesh
+    """The spec of a DTensor, or what DDP keeps as that of a DTensor which it made local: `mesh`,
+    `placements`, `shape`. None for any other tensor."""
+    return dtensor_spec(param) if is_dtensor(param) else getattr(param, "_st_info", None)
 
 
 def is_contiguous_shard(placement: Placement) -> bool:
@@ -67,8 +62,8 @@ def is_contiguous_shard(placement: Placement) -> bool:
 
 
 def offset_of(shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
-    """Where this rank's part of a DTensor of that shape begins, by dimension."""
+    """Where this rank's part of a DTensor of that shape and spec begins, by dimension."""
     # imported only once there is a DTensor: the import takes a second
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return tuple(compute_local_shape_and_global_offset(shape, mesh_of(spec), spec.placements)[1])
+    return tuple(compute_local_shape_and_global_offset(shape, spec.mesh, spec.placements)[1])
