@@ -19,16 +19,18 @@ RANKS = 2
 
 def accelerate(effort: Effort, kernels: str) -> list[Row]:
     return [
-        *loop("accelerate", "ddp", effort, kernels),
-        *loop("accelerate", "fsdp2", effort, kernels),
+        row
+        for strategy in ("ddp", "fsdp2")
+        for count in ((10,) if effort.quick else (10, 100))
+        for row in loop("accelerate", strategy, count, effort, kernels)
     ]
 
 
 def deepspeed(effort: Effort, kernels: str) -> list[Row]:
-    return loop("deepspeed", "zero2", effort, kernels)
+    return loop("deepspeed", "zero2", 10 if effort.quick else 100, effort, kernels)
 
 
-def loop(framework: str, strategy: str, effort: Effort, kernels: str) -> list[Row]:
+def loop(framework: str, strategy: str, count: int, effort: Effort, kernels: str) -> list[Row]:
     if find_spec(framework) is None:
         print(f"{framework} is not installed: left out", file=sys.stderr)
         return []
@@ -42,7 +44,7 @@ def loop(framework: str, strategy: str, effort: Effort, kernels: str) -> list[Ro
         "-m",
         "benchmarks.loops",
     ]
-    command += [framework, strategy, *(["--quick"] if effort.quick else [])]
+    command += [framework, strategy, str(count), *(["--quick"] if effort.quick else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -54,19 +56,29 @@ def loop(framework: str, strategy: str, effort: Effort, kernels: str) -> list[Ro
             f"{done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
     answers = json.JSONDecoder().raw_decode(done.stdout.split("RESULT ")[1])[0]
-    return [row_of(framework, strategy, state, found, kernels) for state, found in answers.items()]
+    return [
+        row
+        for state, found in answers.items()
+        for row in rows_of(framework, strategy, state, found, kernels)
+    ]
 
 
-def row_of(framework: str, strategy: str, state: str, found: dict[str, Any], kernels: str) -> Row:
+def rows_of(
+    framework: str, strategy: str, state: str, found: dict[str, Any], kernels: str
+) -> list[Row]:
     wall, message = found["wall"], Spread.of(found["message"])
-    (peer, ours), note = (
-        wall,
-        f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms",
-    )
-    floor = 1.0
-    if strategy == "ddp":
-        floor, note = None, f"{note}; the peer sends nothing here"
-    return Row(
-        framework, f"{strategy}, {found['parameters']} parameters, {state}", ratios(wall, peer, ours), "x", ours, peer,
-        Spread.of(wall[peer]), Spread.of(wall[ours]), floor, kernels=kernels, ranks=RANKS, main=True, note=note,
-    )  # fmt: skip
+    peer, *all_ours = wall
+    sent = f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms"
+    what = f"{strategy}, {found['parameters']} parameters, {state}"
+    rows: list[Row] = []
+    for ours in all_ours:
+        floor, note = 1.0, sent
+        if strategy == "ddp" and ours is all_ours[0]:
+            floor, note = None, f"{sent}; the peer sends nothing here"
+        rows.append(
+            Row(
+                framework, what, ratios(wall, peer, ours), "x", ours, peer, Spread.of(wall[peer]), Spread.of(wall[ours]),
+                floor, kernels=kernels, ranks=RANKS, main=ours is all_ours[0], note=note,
+            )
+        )  # fmt: skip
+    return rows

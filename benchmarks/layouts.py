@@ -44,6 +44,8 @@ class Layout:
     compared: tuple[tuple[str, str], ...]  # (peer, distclip)
     variants: tuple[str, ...] = ("",)
     peer_sends_nothing: bool = False
+    # both sides send by `all_reduce` alone: their local parts are compared too
+    has_local_parts: bool = False
 
     def pairs(self, times: dict[str, Any]) -> list[tuple[str, str]]:
         return [(peer, ours) for peer, ours in self.compared if peer in times and ours in times]
@@ -178,7 +180,12 @@ LAYOUTS = {
     "ddp": Layout(
         build_ddp, ((TORCH, LOCAL), (TORCH, DROP_IN), (TORCH, CLIP)), peer_sends_nothing=True
     ),
-    "fsdp1": Layout(build_fsdp1, ((METHOD, CLIP),), ("use_orig_params", "flat parameters")),
+    "fsdp1": Layout(
+        build_fsdp1,
+        ((METHOD, CLIP),),
+        ("use_orig_params", "flat parameters"),
+        has_local_parts=True,
+    ),
     "fsdp2": Layout(
         build_fsdp2, ((TORCH, CLIP), (FOREACH, CLIP), (RECIPE, CLIP), (TORCH, DROP_IN))
     ),

@@ -1,5 +1,5 @@
-"""What each rank runs under torchrun: `-m benchmarks.loops FRAMEWORK STRATEGY [--quick]`; prints
-the times of rank 0's rounds."""
+"""What each rank runs under torchrun: `-m benchmarks.loops FRAMEWORK STRATEGY PARAMETERS
+[--quick]`; prints the times of rank 0's rounds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import distclip
+from benchmarks import problems
 from benchmarks.layouts import WIDTH, fill, linears
 from benchmarks.on_ranks import in_turns, message
 from benchmarks.timing import QUICK, Effort
@@ -25,7 +27,6 @@ def accelerate(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    from benchmarks import problems
     from distclip.integrations.accelerate import prepare
 
     if strategy == "fsdp2":  # which Accelerate offers on accelerators only
@@ -37,18 +38,12 @@ def accelerate(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
         )
     else:
         accelerator = Accelerator(cpu=True)
-    plain = linears(count)
-    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 0.1))
-    fill(model)
+    model = prepared(accelerator, count)
     params = list(model.parameters())
-    locals_ = [
-        g.to_local() if hasattr(g, "to_local") else g
-        for g in (p.grad for p in params)
-        if g is not None
-    ]
-    restore = problems.restorer(locals_)
+    restore = problems.restorer(local_grads(params))
     peer = accelerator.clip_grad_norm_
     norm = float(peer(params, 1e30))
+    lone = prepared(accelerator, count) if strategy == "ddp" else None
     out: dict[str, Any] = {}
     for state, limit, before in (("idle", 2 * norm, None), ("active", norm / 2, restore)):
         clipper = prepare(accelerator, model, max_norm=limit)
@@ -57,10 +52,31 @@ def accelerate(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
             "accelerator.clip_grad_norm_": lambda limit=limit: peer(params, limit),
             "the same, prepared by distclip": lambda limit=limit, ours=ours: ours(params, limit),
         }
-        times = in_turns(runs, effort, before and dict.fromkeys(runs, before))
+        befores = before and dict.fromkeys(runs, before)
+        if lone is not None:
+            prepare(accelerator, lone, max_norm=limit, process_group=distclip.LOCAL)
+            own = list(lone.parameters())
+            name = "the same, prepared by distclip, local part"
+            runs[name] = lambda limit=limit, ours=ours, own=own: ours(own, limit)
+            if befores:
+                befores[name] = problems.restorer(local_grads(own))
+        times = in_turns(runs, effort, befores)
         out[state] = times | message(clipper.plan.words, effort) | {"parameters": count}
         restore()
     return out
+
+
+def prepared(accelerator: Any, count: int) -> torch.nn.Module:
+    """A model with gradients, and an optimizer that steps it."""
+    plain = linears(count)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 0.1))
+    fill(model)
+    return model
+
+
+def local_grads(params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    grads: list[Any] = [p.grad for p in params if p.grad is not None]
+    return [g.to_local() if hasattr(g, "to_local") else g for g in grads]
 
 
 def deepspeed(strategy: str, count: int, effort: Effort) -> dict[str, Any]:
@@ -115,9 +131,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    framework, strategy, *rest = sys.argv[1:]
-    effort, count = (QUICK, 10) if rest else (Effort(), 100)
-    found = {"accelerate": accelerate, "deepspeed": deepspeed}[framework](strategy, count, effort)
+    framework, strategy, count, *rest = sys.argv[1:]
+    effort = QUICK if rest else Effort()
+    measure = {"accelerate": accelerate, "deepspeed": deepspeed}[framework]
+    found = measure(strategy, int(count), effort)
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(found), flush=True)
     gc.collect()

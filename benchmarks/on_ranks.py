@@ -1,10 +1,11 @@
 """What each rank runs: contenders in turns behind a barrier; a round lasts as long as its slowest
-rank."""
+rank. A contender's local part is the same without the time inside `torch.distributed.all_reduce`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,33 +41,61 @@ def measure_layout(name: str, variant: str, count: int, effort: Effort) -> dict[
 def in_turns(
     runs: Runs, effort: Effort, before: Runs | None = None
 ) -> dict[str, dict[str, list[float]]]:
-    """Wall seconds (of the slowest rank) and CPU seconds (of all ranks together) by contender and
-    round; `before` is not timed."""
+    """Wall seconds and those of the local part (of the slowest rank), and CPU seconds (of all ranks
+    together), by contender and round; `before` is not timed."""
     names, before = list(runs), before or {}
-    with quiet():
+    with quiet(), time_all_reduces() as inside:
         for name in names:
-            once(runs[name], before.get(name))  # caches and lazily made state
-        pilot = torch.tensor(sum(once(runs[name], before.get(name))[0] for name in names))
+            once(runs[name], before.get(name), inside)  # caches and lazily made state
+        pilot = torch.tensor(sum(once(runs[name], before.get(name), inside)[0] for name in names))
         dist.all_reduce(pilot, op=dist.ReduceOp.MAX)  # all ranks make as many rounds
         # a turn also has a barrier and a restored copy
         fitting = int(effort.seconds / (2 * float(pilot)))
         rounds = max(3, min(effort.most, max(fitting, min(effort.least, 5 * fitting))))
-        found = torch.zeros(2, len(names), rounds, dtype=torch.float64)
+        found = torch.zeros(3, len(names), rounds, dtype=torch.float64)
         for i in range(rounds):
             for k in range(len(names)) if i % 2 == 0 else reversed(range(len(names))):
-                found[0, k, i], found[1, k, i] = once(runs[names[k]], before.get(names[k]))
-    dist.all_reduce(found[0], op=dist.ReduceOp.MAX)
-    dist.all_reduce(found[1], op=dist.ReduceOp.SUM)
-    return {kind: dict(zip(names, rows)) for kind, rows in zip(("wall", "cpu"), found.tolist())}
+                times = once(runs[names[k]], before.get(names[k]), inside)
+                found[:, k, i] = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(found[:2], op=dist.ReduceOp.MAX)
+    dist.all_reduce(found[2], op=dist.ReduceOp.SUM)
+    kinds = "wall", "local", "cpu"
+    return {kind: dict(zip(names, rows)) for kind, rows in zip(kinds, found.tolist())}
 
 
-def once(run: Callable[[], object], before: Callable[[], object] | None) -> tuple[float, float]:
+def once(
+    run: Callable[[], object], before: Callable[[], object] | None, inside: list[float]
+) -> tuple[float, float, float]:
+    """Seconds: on the wall, of these outside all-reduces, of the processor."""
     if before is not None:
         before()
     dist.barrier()
-    processor, wall = time.process_time(), time.perf_counter()
+    inside.clear()
+    processor, start = time.process_time(), time.perf_counter()
     run()
-    return time.perf_counter() - wall, time.process_time() - processor
+    wall = time.perf_counter() - start
+    return wall, wall - sum(inside), time.process_time() - processor
+
+
+@contextmanager
+def time_all_reduces() -> Iterator[list[float]]:
+    """The seconds inside each call of `torch.distributed.all_reduce`, waiting for other ranks
+    included; for peers and distclip alike."""
+    inside: list[float] = []
+    send = dist.all_reduce
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return send(*args, **kwargs)
+        finally:
+            inside.append(time.perf_counter() - start)
+
+    dist.all_reduce = timed
+    try:
+        yield inside
+    finally:
+        dist.all_reduce = send
 
 
 def message(words: int, effort: Effort) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.floors import floor
-from benchmarks.layouts import CLIP, LAYOUTS
+from benchmarks.layouts import CLIP, LAYOUTS, LOCAL
 from benchmarks.on_ranks import measure_layout
 from benchmarks.records import Row, Spread
 from benchmarks.timing import Effort, ratios
@@ -56,33 +56,30 @@ def rows_of(
     kernels: str,
     shown: bool,
 ) -> list[Row]:
-    """`found`: wall and CPU seconds by contender and round, and of the bare message and of one
-    number."""
-    wall, cpu, message, one = (
-        found["wall"],
-        found["cpu"],
-        Spread.of(found["message"]),
-        Spread.of(found["one"]),
-    )
+    """`found`: wall, local and CPU seconds by contender and round, and of the bare message and of
+    one number."""
+    layout, message, one = LAYOUTS[name], Spread.of(found["message"]), Spread.of(found["one"])
     what = f"{count:,} parameters{variant and f', {variant}'}, {state}"
-    note = (
+    sent = (
         f"the message of {found['words']} words alone: {1e3 * message.median:.2f} ms, of one "
         f"number: {1e3 * one.median:.2f} ms"
     )
     rows: list[Row] = []
-    for i, (peer, ours) in enumerate(LAYOUTS[name].pairs(wall)):
+    for i, (peer, ours) in enumerate(layout.pairs(found["wall"])):
         key = (
             f"{name} {count} on {ranks}{'' if name == 'fsdp1' else f', {state}'}" if i == 0 else ""
         )
         limits = floor(key, kernels)
-        if LAYOUTS[name].peer_sends_nothing and ours == CLIP:
+        if layout.peer_sends_nothing and ours == CLIP:
             limits = {}  # the peer sends nothing: only the local part is compared
-        processor = ratios(cpu, peer, ours).median
-        rows.append(
-            Row(
-                name, what, ratios(wall, peer, ours), "x", ours, peer, Spread.of(wall[peer]), Spread.of(wall[ours]),
-                kernels=kernels, ranks=ranks, main=shown and i == 0, note=f"ratio of CPU time "
-                                                                          f"{processor:.2f}; {note}", **limits,
-            )
-        )  # fmt: skip
+        note = f"ratio of CPU time {ratios(found['cpu'], peer, ours).median:.2f}; {sent}"
+        names, is_main = (ours, peer), shown and i == 0
+        for times in (found["wall"], found["local"])[: 1 + layout.has_local_parts]:
+            rows.append(
+                Row(
+                    name, what, ratios(times, peer, ours), "x", *names, Spread.of(times[peer]),
+                    Spread.of(times[ours]), kernels=kernels, ranks=ranks, main=is_main, note=note, **limits,
+                )
+            )  # fmt: skip
+            names, is_main, limits = (LOCAL, f"{peer}, local part"), False, floor("", kernels)
     return rows
