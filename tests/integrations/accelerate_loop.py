@@ -422,6 +422,60 @@ def prepared_again():
     return out | {"own again": accelerator.clip_grad_norm_ == own}
 
 
+def repeated():
+    """Clips of the same objects, and of others in between: each by its exact norm. What is counted
+    is how often modules were gone through."""
+    accelerator = make_accelerator()
+    plain = net(0)
+    model, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1.0))
+    prepare(accelerator, model, max_norm=0.1)
+    every = list(model.parameters())
+    x, y = data(1)
+    walks, own = [], torch.nn.Module.parameters
+    out = {"norms": [], "after": [], "walks": []}
+
+    def counted(module, recurse=True):
+        walks.append(module)
+        return own(module, recurse)
+
+    def clip(passed, max_norm=0.1):
+        for p in every:
+            p.grad = None
+        accelerator.backward(loss_of(model, mine(accelerator, x), mine(accelerator, y)))
+        exact = math.sqrt(sum(float(p.grad.double().square().sum()) for p in passed))
+        walks.clear()
+        torch.nn.Module.parameters = counted
+        try:
+            told = accelerator.clip_grad_norm_(passed, max_norm)
+        finally:
+            torch.nn.Module.parameters = own
+        after = math.sqrt(sum(float(p.grad.double().square().sum()) for p in passed))
+        out["norms"].append([exact, float(told)])
+        out["after"].append(after)
+        out["walks"].append(len(walks))
+
+    for _ in range(3):
+        clip(every)
+    clip(every[:2])
+    clip(every)
+    # another optimizer, of another model, which is clipped in turn with this one
+    other = net(5)
+    accelerator.prepare(torch.optim.SGD(other.parameters(), 1.0))
+    clip(every)
+    clip(every)
+    try:
+        clip(every, 0.5)
+    except ValueError as error:
+        out["refused"] = str(error)
+    if STRATEGY == "single":  # DDP does not know what joins later
+        plain.late = torch.nn.Parameter(torch.ones(3))
+        plain.late.grad = torch.ones(3)
+        out["late"] = [math.sqrt(sum(float(p.grad.double().square().sum()) for p in every))]
+        out["late"].append(float(accelerator.clip_grad_norm_(every, 0.1)))
+        out["late"].append(plain.late.grad.tolist())
+    return out
+
+
 def joined():
     """Inside torch's Join, which `join_uneven_inputs` opens on GPUs: refused, for a whole model
     before anything is sent."""
@@ -617,6 +671,7 @@ def main():
             "in_no_optimizer": in_no_optimizer,
             "part_fp16": a_part_in_fp16,
             "again": prepared_again,
+            "repeated": repeated,
         }
     if STRATEGY == "single":
         cases["compiled"] = compiled

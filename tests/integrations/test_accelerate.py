@@ -198,6 +198,23 @@ def test_prepared_again_forgotten_and_given_back(rows):
         )
 
 
+def test_clips_of_the_same_objects_go_through_no_module(rows):
+    if "repeated" not in rows[0]:
+        pytest.skip("shown under one process and DDP")
+    for row in rows:
+        seen = row["repeated"]
+        assert all(exact > 0.2 for exact, _ in seen["norms"]), "vacuous"
+        for (exact, told), after in zip(seen["norms"], seen["after"], strict=True):
+            assert told == pytest.approx(exact, rel=1e-6) and after == pytest.approx(0.1, rel=1e-6)
+        first, *again, part, whole, new_optimizer, then = seen["walks"]
+        assert again == [0, 0] and whole == then == 0
+        assert min(first, part, new_optimizer) > 0, "vacuous: nothing is counted"
+        assert seen["refused"].startswith("clip_grad_norm_ was called with max_norm=0.5")
+        if "late" in seen:  # a parameter that joined the model and was not passed
+            exact, told, grad = seen["late"]
+            assert told == pytest.approx(exact, rel=1e-6) and grad == [1.0] * 3
+
+
 def test_inside_join_a_clip_is_refused(rows):
     if "joined" not in rows[0]:
         pytest.skip("for DDP, by the core's refusal")

@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -211,6 +212,50 @@ class _OwningOptimizer(NamedTuple):
     held: dict[int, Tensor]  # by identity
 
 
+class _WholeClip:
+    """The last clip of whole models of which optimizers step every parameter: what it follows from,
+    object by object, and what that is. Going through modules by `parameters()` at each step would
+    cost as much as a small clip.
+
+    Args:
+        passed: parameters, as they were given; optimizers: all of the accelerator's.
+        owners: those that step these parameters.
+    """
+
+    def __init__(
+        self,
+        passed: Sequence[Tensor],
+        optimizers: Sequence[AcceleratedOptimizer],
+        prepared: _PreparedClipper,
+        selected: Mapping[int, Tensor],
+        owners: Sequence[_OwningOptimizer],
+    ) -> None:
+        self.prepared, self.selected, self.owners = prepared, selected, owners
+        modules = {id(m): m for model in prepared.modules for m in model.modules()}.values()
+        # the modules' parameters and children
+        self._tables = [table for m in modules for table in (m._parameters, m._modules)]
+        self._objects = self._list_objects(passed, optimizers)
+
+    def is_repeated(
+        self, passed: Sequence[Tensor], optimizers: Sequence[AcceleratedOptimizer]
+    ) -> bool:
+        """Whether the next clip is of the same objects."""
+        now = self._list_objects(passed, optimizers)
+        return len(now) == len(self._objects) and all(map(is_, now, self._objects))
+
+    def _list_objects(
+        self, passed: Sequence[Tensor], optimizers: Sequence[AcceleratedOptimizer]
+    ) -> list[Any]:
+        objects: list[Any] = [*passed, None]
+        for optimizer in optimizers:
+            objects.append(optimizer)
+            for group in optimizer.param_groups:
+                objects += group["params"]
+        for table in self._tables:
+            objects += table.values()
+        return objects
+
+
 class _AcceleratorScope(ClippingScope[_PreparedClipper]):
     """What stands behind an accelerator's clipping methods."""
 
@@ -218,6 +263,8 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         super().__init__()
         self.accelerator = accelerator
         self.parts = OrderedDict[_PartKey, GradClipper]()
+        # by the identity of the first parameter that is passed
+        self.whole_clips: dict[int, _WholeClip] = {}
         self.warned_unstepped = False  # that some of the parameters are in no optimizer
         self._accelerate_free_memory = accelerator.free_memory
         accelerator.clip_grad_norm_ = self.clip_grad_norm_
@@ -251,6 +298,7 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         objects: list[Any] = self.accelerator._custom_objects
         objects[:] = [thing for thing in objects if id(thing) not in clippers]
         self.parts.clear()
+        self.whole_clips.clear()
 
     def free_memory(self, *objects: Any) -> Any:
         """Accelerate drops its models and optimizers, and distclip its clippers."""
@@ -260,15 +308,21 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float | None, norm_type: float = 2
     ) -> Tensor:
-        selected = _params_by_id(parameters)
+        passed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
+        last = self.whole_clips.get(id(passed[0])) if passed else None
+        if last is not None and last.is_repeated(passed, self.accelerator._optimizers):
+            prepared = last.prepared
+            prepared.accepts_norm(max_norm, float(norm_type), whole=True)
+            return self._clip_grads(last.selected, last.owners, (), prepared.clipper).total_norm
+        selected = _params_by_id(passed)
         for prepared in self.prepared if selected else ():
             others = prepared.rest_of_models(selected)
             if others is not None and prepared.accepts_norm(
                 max_norm, float(norm_type), whole=not others
             ):
-                return self._clip_whole(selected, prepared, others).total_norm
+                return self._clip_whole(passed, selected, prepared, others).total_norm
         self._refuse_under_deepspeed("parts of a model")
         if max_norm is None:
             raise ConfigError(
@@ -292,7 +346,11 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
             )
 
     def _clip_whole(
-        self, selected: Mapping[int, Tensor], prepared: _PreparedClipper, others: Sequence[Tensor]
+        self,
+        passed: list[Tensor],
+        selected: dict[int, Tensor],
+        prepared: _PreparedClipper,
+        others: Sequence[Tensor],
     ) -> ClipReport:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             if prepared.clipper.last_report is None:
@@ -301,9 +359,15 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
                     "clips and steps: call it first"
                 )
             return prepared.clipper.last_report
-        return self._clip_grads(
-            selected, self._owning_optimizers(selected), prepared.modules, others, prepared.clipper
-        )
+        owners = self._owning_optimizers(selected)
+        report = self._clip_grads(selected, owners, others, prepared.clipper)
+        self._warn_unstepped(selected, owners, prepared.modules)
+        every = set[int]().union(*(owner.held for owner in owners))
+        if not others and selected.keys() <= every:
+            optimizers = self.accelerator._optimizers
+            known = _WholeClip(passed, optimizers, prepared, selected, owners)
+            self.whole_clips[id(passed[0])] = known
+        return report
 
     def _clip_part(
         self, selected: Mapping[int, Tensor], rule: str, bound: float, norm_type: float
@@ -328,7 +392,9 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
                 self.parts.popitem(last=False)
         self.parts.move_to_end(key)
         others = [param for param in params_of(models) if id(param) not in selected]
-        return self._clip_grads(selected, owners, models, others, self.parts[key])
+        report = self._clip_grads(selected, owners, others, self.parts[key])
+        self._warn_unstepped(selected, owners, models)
+        return report
 
     def _prepared_with(self, selected: Mapping[int, Tensor]) -> list[_PreparedClipper]:
         """Those whose models have parameters in `selected`. On a rank that passes none: the only
@@ -364,7 +430,6 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         self,
         selected: Mapping[int, Tensor],
         owners: Sequence[_OwningOptimizer],
-        models: Sequence[nn.Module],
         others: Sequence[Tensor],
         clipper: GradClipper,
     ) -> ClipReport:
@@ -377,8 +442,6 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         if others_had_grad and bool(report.skipped):  # a step is skipped as a whole
             for param in (p for owner in owners for p in owner.held.values()):
                 param.grad = None
-        if owners and not self.warned_unstepped:
-            self._warn_unstepped(selected, owners, models)
         return report
 
     def _unscale_rests(
@@ -406,7 +469,7 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         """Warn once: the parameters that are passed count in the norm, and a gradient that no
         optimizer steps or zeroes grows from step to step."""
         held = set[int]().union(*(owner.held for owner in owners))
-        if not selected.keys() - held:
+        if not owners or self.warned_unstepped or selected.keys() <= held:
             return
         named = (pair for model in models for pair in model.named_parameters())
         left = [
@@ -422,13 +485,11 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
                 "optimizer.zero_grad() does not clear it. Give it to an optimizer, or freeze it "
                 "and set its .grad to None, or pass the other parameters alone",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
 
 def _params_by_id(parameters: Iterable[Tensor] | Tensor) -> dict[int, Tensor]:
     """Each parameter once, by its id."""
-    return {
-        id(param): param
-        for param in ([parameters] if isinstance(parameters, Tensor) else parameters)
-    }
+    every = [parameters] if isinstance(parameters, Tensor) else parameters
+    return {id(param): param for param in every}

@@ -3,7 +3,7 @@ Accelerate and Fabric have it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -52,7 +52,7 @@ class ClippingScope(Generic[PreparedT]):
         return owner if isinstance(owner, cls) else None
 
     def clip_without(
-        self, unclipped: Iterable[Tensor], clipper: GradClipper, optimizers: Any, scaler: Any
+        self, unclipped: Sequence[Tensor], clipper: GradClipper, optimizers: Any, scaler: Any
     ) -> tuple[ClipReport, bool]:
         """Clip with the gradients of `unclipped` set aside. One all-reduce.
 
@@ -60,6 +60,8 @@ class ClippingScope(Generic[PreparedT]):
             The report, and whether any of `unclipped` had a gradient.
         """
         deferred = self.deferred_update
+        if deferred is None and not unclipped:
+            return clipper.clip_(optimizers, scaler), False
         with (
             set_aside(unclipped) as had_grad,
             nullcontext() if deferred is None else deferred.clipping(),
