@@ -1,5 +1,6 @@
 """One process: coefficient, modes, groups, policies, state, sinks, and refusals of arguments."""
 
+import copy
 import io
 import json
 import math
@@ -7,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 import distclip
 import skips
@@ -306,3 +308,26 @@ def test_sparse_gradients_that_are_not_coalesced(dtype):
     assert report.total_norm == 5 and p.grad.to_dense()[4].tolist() == [1.5, 2.0]
     distclip.GradClipper([("w", p)], policy=distclip.FixedValue(1.75)).clip_()
     assert p.grad.to_dense()[4].tolist() == [1.5, 1.75]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_deep_copy_of_model_and_clipper_clips_the_copy(steps):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    clipper = distclip.GradClipper(model, 1.0)
+    for _ in range(steps):
+        _fill(model, 5.0)
+        clipper.clip_()
+    other, its = copy.deepcopy((model, clipper))
+    for filled, value in ((model, 7.0), (other, 11.0)):
+        _fill(filled, value)
+    # 14 gradients
+    assert float(its.clip_().total_norm) == pytest.approx(11 * 14**0.5)
+    assert float(get_total_norm([p.grad for p in other.parameters()])) == pytest.approx(1.0)
+    assert all((p.grad == 7.0).all() for p in model.parameters())
+    assert float(clipper.clip_().total_norm) == pytest.approx(7 * 14**0.5)
+    assert float(get_total_norm([p.grad for p in model.parameters()])) == pytest.approx(1.0)
+
+
+def _fill(model, value):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, value)

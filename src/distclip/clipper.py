@@ -187,7 +187,7 @@ class GradClipper:
                 inputs,
                 self._channel,
                 self._grad_of,
-                self._writer.num_sinks,
+                len(self._writer.sinks),
                 self._passed.rank_norms,
             )
             is_alone = self._channel.size == 1
@@ -488,7 +488,7 @@ class GradClipper:
         return gone
 
     def _write(self, outcome: StepOutcome) -> None:
-        if self._writer.num_sinks and not self._runner.is_capturing:
+        if self._writer.sinks and not self._runner.is_capturing:
             self._writer.write(
                 outcome.report,
                 # after an error no call may follow

@@ -22,6 +22,7 @@ from distclip.kernels.tensor_list import TensorList
 from distclip.p_norm import norm_of, p_norm
 from distclip.passed import as_list
 from distclip.setup.placement import DEVICES
+from distclip.torch_internals.compile import without_grad
 from distclip.torch_internals.dtensor import dtensor_class, is_dtensor, local_tensor
 from distclip.torch_internals.fsdp1 import first_flattened
 
@@ -235,30 +236,30 @@ class _GivenTensors:
     @cached_property
     def local(self) -> TensorList:
         """This rank's parts."""
-        with torch.no_grad():
-            return TensorList.of(_local_parts(self.distinct, self._kinds))
+        return _local_list(self.distinct, self._kinds)
 
 
 def _grads_of(params: list[Tensor]) -> _GivenTensors:
     return _GivenTensors([grad for grad in map(_GRAD, params) if grad is not None])
 
 
-def _local_parts(tensors: list[Tensor], kinds: set[type]) -> list[Tensor]:
-    return tensors if kinds == {Tensor} else [local_tensor(tensor) for tensor in tensors]
+@without_grad
+def _local_list(tensors: list[Tensor], kinds: set[type]) -> TensorList:
+    return TensorList.of(tensors if kinds == {Tensor} else list(map(local_tensor, tensors)))
 
 
 def _whole(norm: Tensor) -> Tensor:
     return norm.full_tensor() if is_dtensor(norm) else norm
 
 
-@torch.no_grad()
+@without_grad
 def _norm_here(given: _GivenTensors, p: float) -> Tensor:
     """Of plain tensors: 0-dim, of the dtype in which torch would give it, float32 at least."""
     norm = norm_of(p_norm(p).combine(given.local.power_sums(p)), p)
     return norm.to(_norm_dtype(given.distinct))
 
 
-@torch.no_grad()
+@without_grad
 def _norm_over_meshes(given: list[Tensor], p: float) -> Tensor:
     """Of DTensors and, counted once, plain tensors beside them."""
     meshes: dict[Any, list[DTensor]] = {}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distclip.errors import ConfigError
@@ -77,7 +78,7 @@ class OptimizerIndex:
     def params_of(self, given: Any) -> OptimizerParams:
         """What the optimizer steps, a wrapper's inner ones too."""
         optimizer = unwrap_optimizer(given)[-1]
-        groups = _param_groups_of(optimizer)
+        groups = param_groups_of(optimizer)
         entry = self._entries.get(id(optimizer))
         if entry is not None and entry.optimizer() is not optimizer:
             entry = None
@@ -87,7 +88,7 @@ class OptimizerIndex:
             or (self._by_tensor and not _same_params(entry.params, groups))
         ):
             entry = self._entries[id(optimizer)] = self._look_at(optimizer, groups, entry)
-        found = entry.found._replace(given=given, optimizer=optimizer)
+        found = OptimizerParams(given, optimizer, *entry.found[2:])
         return found if self._grad_of is None else found._replace(hidden=self._hidden_params(found))
 
     def _hidden_params(self, found: OptimizerParams) -> tuple[Tensor, ...]:
@@ -148,14 +149,12 @@ def _weak_reference(optimizer: Any, gone: Callable[[Any], None]) -> Callable[[],
         return lambda: optimizer
 
 
-def _param_groups_of(optimizer: Any) -> list[dict[str, Any]]:
+def param_groups_of(optimizer: Any) -> list[dict[str, Any]]:
     """Its own param groups, and those of the optimizers inside it, which may have got more
     since."""
-    holders = (
-        [optimizer, *inner_optimizers(optimizer)]
-        if type(optimizer).__module__.partition(".")[0] != "torch"
-        else [optimizer]
-    )
+    if type(optimizer).__module__.partition(".")[0] == "torch":
+        return list(getattr(optimizer, "param_groups", ()))
+    holders = [optimizer, *inner_optimizers(optimizer)]
     groups = chain.from_iterable(getattr(holder, "param_groups", ()) for holder in holders)
     return list({id(group): group for group in groups}.values())
 
@@ -166,10 +165,12 @@ def _params_in(groups: Sequence[dict[str, Any]]) -> Iterable[Tensor]:
 
 def _same_lists(lists: Sequence[tuple[Any, int]], groups: Sequence[dict[str, Any]]) -> bool:
     """Whether param groups hold the same lists, of the same lengths."""
-    return len(lists) == len(groups) and all(
-        params is group["params"] and length == len(params)
-        for (params, length), group in zip(lists, groups, strict=True)
-    )
+    if len(lists) != len(groups):
+        return False
+    for (params, length), group in zip(lists, groups, strict=True):
+        if params is not group["params"] or length != len(params):
+            return False
+    return True
 
 
 def _same_params(before: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> bool:
@@ -243,7 +244,13 @@ def as_optimizers(given: Any) -> tuple[Any, ...]:
     optimizers can be listed."""
     if given is None:
         return ()
-    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str, Mapping)):
+    if type(given) in (list, tuple):
+        return tuple(given)
+    if (
+        isinstance(given, Optimizer)
+        or is_optimizer(given)
+        or isinstance(given, (Tensor, nn.Module, str, Mapping))
+    ):
         return (given,)
     items = as_list(given)
     return (given,) if items is None else tuple(items)
@@ -264,7 +271,7 @@ def is_optimizer(thing: Any) -> bool:
 def check_optimizers(operation: str, optimizers: Sequence[Any]) -> None:
     """ConfigError if something else than an optimizer was passed, or one twice."""
     for thing in optimizers:
-        if not is_optimizer(thing):
+        if not (isinstance(thing, Optimizer) or is_optimizer(thing)):
             raise ConfigError(f"{operation}() was given {_describe_mistake(thing)}")
         if getattr(thing, "_overlap_with_ddp", False):  # torch's ZeroRedundancyOptimizer
             raise ConfigError(

@@ -56,10 +56,10 @@ class PNorm:
             if p in (1, math.inf):
                 return power_sums.clone()
             return power_sums.sqrt() if p == 2 else power_sums.pow(1 / p)
-        if p in (1, math.inf):
-            return power_sums
         if p == 2:
             return math.sqrt(power_sums)
+        if p in (1, math.inf):
+            return power_sums
         try:
             return power_sums ** (1 / p)
         except OverflowError:
@@ -94,28 +94,29 @@ def rounded(norms: T, bits: int) -> T:
     chance: what is within `near` last places of one counts as one, and goes to even. Only the
     precision is bounded, not the range: inf, NaN and what would round up to inf stay as they are.
     """
+    largest, shift, odd, up, kept = _rounding(bits)
     if isinstance(norms, Tensor):
-        whole = _round_bits(norms.view(torch.int64), bits).view(torch.float64)
-        return torch.where(norms <= _largest(bits), whole, norms)
-    if not norms <= _largest(bits):
+        given: Any = norms.view(torch.int64)
+    elif norms <= largest:
+        (given,) = _INT.unpack(_FLOAT.pack(norms))
+    else:
         return norms
-    (given,) = _INT.unpack(_FLOAT.pack(norms))
-    return _FLOAT.unpack(_INT.pack(_round_bits(given, bits)))[0]
-
-
-def _round_bits(given: Any, bits: int) -> Any:
-    """On the bits of float64 numbers, as int64."""
-    drop = 53 - bits
-    place = min(9, drop - 4)
-    near = 1 << place
-    odd = given >> drop - place - 1 & 2 * near  # twice `near` where down would leave an odd number
-    return given + odd + ((1 << drop - 1) - near) & -(1 << drop)
+    whole = given + (given >> shift & odd) + up & kept
+    if isinstance(norms, Tensor):
+        return torch.where(norms <= largest, whole.view(torch.float64), norms)
+    return _FLOAT.unpack(_INT.pack(whole))[0]
 
 
 @lru_cache(maxsize=4)
-def _largest(bits: int) -> float:
-    """The largest float64 of so many bits."""
-    return math.ldexp(2 - 2.0 ** (1 - bits), 1023)
+def _rounding(bits: int) -> tuple[float, int, int, int, int]:
+    """What `rounded` works with: the largest float64 of so many bits; how far its bits are shifted
+    for the one that says whether down would leave an odd number, and that bit, twice `near`; what
+    is added to all; and which bits are kept."""
+    drop = 53 - bits
+    place = min(9, drop - 4)
+    near = 1 << place
+    largest = math.ldexp(2 - 2.0 ** (1 - bits), 1023)
+    return largest, drop - place - 1, 2 * near, (1 << drop - 1) - near, -(1 << drop)
 
 
 def bits_of(numbers: Sequence[float]) -> list[int]:

@@ -191,7 +191,8 @@ class _TensorField:
             return self
         fields = report.__dict__
         if self._name not in fields:
-            fields |= fields.pop("_numbers")()
+            for name, number in fields.pop("_numbers")().items():
+                fields.setdefault(name, number)
         value = fields[self._name]
         if callable(value):  # worked out for itself
             value = fields[self._name] = value()
@@ -270,7 +271,7 @@ class ClipReport:
 
         Args:
             numbers: gives all fields that are tensors.
-            others: all other fields.
+            others: all other fields, and any of these.
         """
         report = object.__new__(cls)
         report.__dict__.update(others, _numbers=numbers)

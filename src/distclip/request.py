@@ -48,6 +48,8 @@ class Request:
     guards_unmanaged: bool = True
     # the host learns of a bad step at the next call, since every optimizer of this one folds
     judged_late: bool = False
+    # some optimizer steps parameters that are not clipped, or none that are
+    steps_others: bool = True
     # RankNorms has seen no reduction since the last step: there are no norms of ranks
     reduced_nothing: bool = False
 
@@ -94,7 +96,14 @@ class Request:
     @cached_property
     def common_factor(self) -> Number | None:
         """The factor of all gradients; None where they differ."""
+        if not self.scaler.enabled:
+            return self.grad_scale
         return None if self._unscaled_pieces else self.factor()
+
+    @property
+    def leaves_grads(self) -> bool:
+        """All factors are 1."""
+        return not self.scaler.enabled and self.grad_scale == 1
 
     def grad_factors(self, pieces: Sequence[int]) -> Column:
         """[pieces]: of each gradient."""
@@ -110,13 +119,13 @@ class Request:
     def power_factors(self, pieces: Sequence[int], norm: PNorm) -> Number | Column | None:
         """What power sums are multiplied by: all, or each; None where that is 1."""
         common = self.common_factor
+        if self.leaves_grads:
+            return None
         if common is None:
             factors = self.grad_factors(pieces)
             if isinstance(factors, Tensor):
                 return norm.power_of(factors)
             return [norm.power_of(factor) for factor in factors]
-        if not isinstance(common, Tensor) and common == 1:
-            return None
         return norm.power_of(common)
 
     def unmanaged_grads(self) -> list[Tensor]:
@@ -137,7 +146,7 @@ class Request:
         """Above 0 where a scaler met inf or NaN here, or a gradient that is stepped and not clipped
         holds some. None where there is nothing to look at."""
         found: Any = self.scaler.found_inf(device) if self.scaler.enabled else None
-        others = self.unmanaged_grads() if self.guards_unmanaged and self.optimizers else []
+        others = self.unmanaged_grads() if self.guards_unmanaged and self.steps_others else []
         if others:
             maxima = TensorList.of(others).power_sums(math.inf).to(device)
             bad = (~maxima.isfinite()).sum().double()
@@ -240,6 +249,10 @@ class RequestMaker:
                     + (", a number of Python's" if not is_plain and is_number else "")
                 )
             state = ScalerState(scaler, optimizers, self.device, self.on_host)
+            steps_others = False
+            for o in owned:
+                if o.unmanaged or o.hidden or not o.pieces:
+                    steps_others = True
             if state.enabled and self.propagates:
                 raise ConfigError(
                     "on_nonfinite='propagate' and an enabled scaler exclude each other: steps that "
@@ -253,6 +266,7 @@ class RequestMaker:
                 target=of,
                 note=None if note is None else _note_text(operation, note),
                 guards_unmanaged=guards,
+                steps_others=steps_others,
             )
         except ConfigError as error:
             problem = error

@@ -31,7 +31,7 @@ from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, DistclipError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
-from distclip.exchange.readback import Readback
+from distclip.exchange.readback import HostVector, Readback
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.records import StepFindings
 from distclip.report.writer import ReportWriter
@@ -51,19 +51,21 @@ class StepRunner:
         self, channel: Channel, stages: Stages, state: ClipperState, writer: ReportWriter
     ) -> None:
         self._channel, self._stages, self._state = channel, stages, state
-        timing = HostNow if stages.on_host else DeviceLate
-        self._timing: HostNow | DeviceLate = timing(stages, state, writer)
+        self._late = None if stages.on_host else DeviceLate(stages, state, writer)
+        self._timing: HostNow | DeviceLate = self._late or HostNow(stages, state)
         # the host may know of a step one call later
-        self.reads_late = timing is DeviceLate
+        self.reads_late = self._late is not None
         self._device, self._on_cuda = stages.device, stages.device.type == "cuda"
+        self._host_vector = HostVector(stages.layout.num_words)
+        self._sends_from_host = channel.comm_device(stages.device).type == "cpu"
         self._has_rank_norms = stages.measurer.rank_norms is not None
 
     def finish(self, channel: Channel) -> None:
         """Judge a step that is left to be judged, unless the channel to go on with is of other
         ranks: those could not be asked about it. Raises as `run`; a collective where something was
         wrong."""
-        if channel.is_same(self._channel):
-            self._timing.check_previous()
+        if self._late is not None and channel.is_same(self._channel):
+            self._late.check_previous()
 
     @property
     def is_capturing(self) -> bool:
@@ -87,7 +89,7 @@ class StepRunner:
                 written.
         """
         stages, state, timing = self._stages, self._state, self._timing
-        capturing = self.is_capturing
+        capturing = self.reads_late and self.is_capturing
         if capturing and not allow_late:
             raise ConfigError(
                 f"{request.operation}() reads a number on the host, which a CUDA graph cannot "
@@ -98,8 +100,8 @@ class StepRunner:
                 f"{request.operation}(note=...) inside a CUDA graph: a replay takes no note of its "
                 "own; leave it out there"
             )
-        if not capturing:
-            timing.check_previous()
+        if self._late is not None and not capturing:
+            self._late.check_previous()
         if self.reads_late and allow_late and request.optimizers and not stages.always_steps:
             # travels in the description: ranks that judge a step at different calls would wait for
             # each other
@@ -110,10 +112,12 @@ class StepRunner:
 
         # This rank's sums, and what is wrong here
         state.step += 1
-        last_hash, notes = state.last_decision_hash, stages.checker.notes
+        last_hash, notes = state.last_hash, stages.checker.notes
+        if isinstance(last_hash, Tensor):  # what travels must outlast the next write
+            last_hash = last_hash.clone()
         if request.note is not None:
             notes.keep(state.step, request.note)
-        has_notes = notes.has_some(state.step)
+        has_notes = bool(notes.kept) and notes.has_some(state.step)
         measurement, message = stages.measurer.measure(state.step, request, last_hash, has_notes)
         if capturing and (measurement.errors or request.error):  # nobody would read them later
             raise request.error or GradientError("; ".join(measurement.errors))
@@ -138,9 +142,8 @@ class StepRunner:
             norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
-        unchecked = _UncheckedStep(request, measurement, norms, decision)
         try:
-            checked = timing.check(unchecked, allow_late, capturing)
+            checked = timing.check(request, measurement, norms, decision, allow_late, capturing)
         except DistclipError:
             if not request.read_only:  # as one that is judged late, which was counted before
                 flags = resolve(decision, norms.finite, norms.finite, False, False)
@@ -170,23 +173,20 @@ class StepRunner:
         channel = self._channel
         if channel.group is None:
             return message
-        device, there = self._device, channel.comm_device(self._device)
+        op, what = (
+            self._stages.layout.norm.reduce_op,
+            f"{request.operation} at step {self._state.step}",
+        )
         if isinstance(message, Tensor):
-            vector = message.to(there)
-        else:
-            vector = torch.tensor(message, dtype=torch.float64, device=there)
-        what = f"{request.operation} at step {self._state.step}"
-        vector = channel.all_reduce_(vector, self._stages.layout.norm.reduce_op, what)
-        return vector.to(device) if isinstance(message, Tensor) else Readback.read_now(vector)
-
-
-class _UncheckedStep(NamedTuple):
-    """A step that is not yet checked."""
-
-    request: Request
-    measurement: LocalMeasurement
-    norms: GlobalNorms
-    decision: ClipDecision
+            vector = message.to(channel.comm_device(self._device))
+            return channel.all_reduce_(vector, op, what).to(self._device)
+        here = self._host_vector
+        here.write(message)
+        if self._sends_from_host:
+            channel.all_reduce_(here.tensor, op, what)
+            return here.read()
+        vector = here.tensor.to(channel.comm_device(self._device))
+        return Readback.read_now(channel.all_reduce_(vector, op, what))
 
 
 class _CheckedStep(NamedTuple):
@@ -207,24 +207,26 @@ class _CheckedStep(NamedTuple):
 class HostNow:
     """Numbers are Python's: each step is checked before anything else happens."""
 
-    def __init__(self, stages: Stages, state: ClipperState, writer: ReportWriter) -> None:
+    def __init__(self, stages: Stages, state: ClipperState) -> None:
         self._stages, self._state = stages, state
 
-    def check_previous(self) -> None:
-        """Nothing was left."""
-
-    def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
-        request, measurement, norms, decision = step
+    def check(
+        self,
+        request: Request,
+        measurement: LocalMeasurement,
+        norms: GlobalNorms,
+        decision: ClipDecision,
+        allow_late: bool,
+        capturing: bool,
+    ) -> _CheckedStep:
         finite: Any = norms.finite
         flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
         state = self._state
         total, rate = float(norms.total), float(state.history.clip_rate)
         left_out, skipped = bool(decision.skip), bool(flags.skipped)
-        numbers = HostNumbers(
-            *(left_out, skipped, total, rate, float(cosine), state.num_steps),
-            rank_norms=list(map(float, norms.rank_norms)),
-        )
+        ranks = list(map(float, norms.rank_norms))
+        numbers = HostNumbers(left_out, skipped, total, rate, float(cosine), state.num_steps, ranks)
         findings, error = self._stages.checker.check(measurement, norms.checks, numbers)
         if error is not None:
             flags = ended(flags)
@@ -258,25 +260,39 @@ class DeviceLate:
             finally:
                 del error  # its traceback would hold this frame, and it the error
 
-    def check(self, step: _UncheckedStep, allow_late: bool, capturing: bool) -> _CheckedStep:
-        request, measurement, norms, decision = step
+    def check(
+        self,
+        request: Request,
+        measurement: LocalMeasurement,
+        norms: GlobalNorms,
+        decision: ClipDecision,
+        allow_late: bool,
+        capturing: bool,
+    ) -> _CheckedStep:
         finite: Any = norms.finite
         if request.error is not None and bool(norms.checks.agreed):
             allow_late = False  # all ranks made this mistake; others than its may judge it later
         tolerance = self._stages.checker.tolerance
         ok = is_fine(norms.checks, tolerance) if allow_late else finite
         flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
+        numbers = self._pack(request, norms, decision, flags)
         if not allow_late:
-            return self._check_now(step, flags)
+            return self._check_now(request, measurement, decision, flags, numbers)
         grads, measurement.grads = measurement.grads, None
         if not capturing:
-            self._late.enqueue(self._pack(step, flags), measurement)
+            self._late.enqueue(numbers, measurement)
         return _CheckedStep(request, decision, finite, flags, flags, False, grads, None)
 
-    def _check_now(self, step: _UncheckedStep, flags: StepFlags) -> _CheckedStep:
+    def _check_now(
+        self,
+        request: Request,
+        measurement: LocalMeasurement,
+        decision: ClipDecision,
+        flags: StepFlags,
+        packed: Tensor,
+    ) -> _CheckedStep:
         """One read, of everything that the host wants to know."""
-        request, measurement, _, decision = step
-        checks, numbers, rest = self._unpack(Readback.read_now(self._pack(step, flags)))
+        checks, numbers, rest = self._unpack(Readback.read_now(packed))
         findings, error = self._stages.checker.check(measurement, checks, numbers)
         *coefs, clipped, skipped, inv_scale = rest
         finite = bool(checks.finite)
@@ -291,9 +307,10 @@ class DeviceLate:
             request, decision, finite, flags, host_flags, True, grads, findings, error
         )
 
-    def _pack(self, step: _UncheckedStep, flags: StepFlags) -> Tensor:
+    def _pack(
+        self, request: Request, norms: GlobalNorms, decision: ClipDecision, flags: StepFlags
+    ) -> Tensor:
         """float64: the check words, what warnings look at, and the decision."""
-        request, _, norms, decision = step
         device, one = self._stages.device, torch.ones
         new = one((), dtype=torch.float64, device=device).new_full
         scale = request.scaler.inv_scale

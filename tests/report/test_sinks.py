@@ -372,7 +372,7 @@ def test_rebuilding_keeps_one_writer():
         writers.append(weakref.ref(clipper._writer))
         clipper.rebuild()
     gc.collect()
-    assert [writer() for writer in writers] == [None] * 3 and clipper._writer.num_sinks == 1
+    assert [writer() for writer in writers] == [None] * 3 and len(clipper._writer.sinks) == 1
 
 
 def test_a_step_that_is_taken_back_leaves_nothing_to_the_next_of_its_number():

@@ -39,7 +39,8 @@ class StepOutcome(NamedTuple):
     @property
     def coefs(self) -> Column:
         """[groups], 1 where the step is not finite."""
-        return select_column(self.finite, self.decision.coef, 1.0)
+        coef = self.decision.coef
+        return coef if self.finite is True else select_column(self.finite, coef, 1.0)
 
     @property
     def is_skipped(self) -> bool:

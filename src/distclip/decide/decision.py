@@ -51,6 +51,9 @@ class _PolicyAnswer(NamedTuple):
     cosine: Column
 
 
+_NO_GROUPS: frozenset[int] = frozenset()
+
+
 def decide(
     assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State
 ) -> tuple[ClipDecision, State]:
@@ -59,7 +62,7 @@ def decide(
     next_states: list[tuple[Tensor, ...]] = []
     skips: list[Flag] = []
     actions: list[Number] = []
-    clamped, unitwise = frozenset[int](), frozenset[int]()
+    clamped = unitwise = _NO_GROUPS
     for assignment, state in zip(assignments, states, strict=True):
         own = norms.per_group if assignment.has_all else assignment.select_groups(norms.per_group)
         if assignment.constant is not None and not isinstance(own, Tensor):
@@ -82,14 +85,8 @@ def decide(
             unitwise = unitwise.union(assignment.groups)
     columns = answers[0] if len(answers) == 1 else _side_by_side(assignments, answers, norms)
     skip = _any_flag(skips) if skips else None
-    decision = ClipDecision(
-        *columns,
-        clamped=clamped,
-        unitwise=unitwise,
-        skip=skip,
-        action=_highest(actions) if actions else None,
-    )
-    return decision, tuple(next_states)
+    action = _highest(actions) if actions else None
+    return ClipDecision(*columns, clamped, unitwise, skip, action), tuple(next_states)
 
 
 def _constant_answer(norms: list[float], threshold: float) -> _PolicyAnswer:

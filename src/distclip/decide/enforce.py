@@ -41,14 +41,6 @@ class HostNumbers(NamedTuple):
     rank_norms: Sequence[float] = ()  # each rank's own, before the reduction
 
 
-class JudgedStep(NamedTuple):
-    """What the host found of a step."""
-
-    findings: StepFindings
-    # which all ranks raise once the step's report is written; None where the step may go on
-    error: DistclipError | None = None
-
-
 @dataclass(slots=True)
 class StepChecker:
     """Prepared at set-up.
@@ -74,9 +66,10 @@ class StepChecker:
         checks: CheckWords,
         numbers: HostNumbers,
         late: bool = False,
-    ) -> JudgedStep:
+    ) -> tuple[StepFindings, DistclipError | None]:
         """What was found, alike on all ranks: whether the step matters, then all ranks' notes if
-        some have any, the culprits of a streak's first bad one, and the error that ends it.
+        some have any, and the culprits of a streak's first bad one; and the error that ends it,
+        which all ranks raise once its report is written. None where it may go on.
 
         Raises by itself where there is no report to write: ranks made different calls, or some
         could not measure, so that the reduced sums are not the gradients'; `measure` and `audit`,
@@ -104,9 +97,9 @@ class StepChecker:
                 raise self._difference(measurement, checks)
             error = self._difference(measurement, checks)
         elif request.read_only:
-            return JudgedStep(NOTHING_FOUND)
+            return NOTHING_FOUND, None
         else:
-            if request.optimizers or not checks.num_grads:
+            if request.steps_others or not checks.num_grads:
                 self._warn_of_request(request, checks)
             if verdict is StepVerdict.NONFINITE:
                 culprits, error = self._count_bad_step(measurement, int(checks.nonfinite))
@@ -121,7 +114,7 @@ class StepChecker:
         if matters is not None and checks.notes:
             notes = self.notes.gather(self.channel, self.device)
         ended_in = None if error is None else type(error).__name__
-        return JudgedStep(StepFindings(matters, deviation, culprits, notes, ended_in), error)
+        return StepFindings(matters, deviation, culprits, notes, ended_in), error
 
     def _difference(self, measurement: LocalMeasurement, checks: CheckWords) -> AgreementError:
         """A collective: the error that names the copies that differ."""
@@ -154,7 +147,7 @@ class StepChecker:
                 "no parameter has a gradient on any rank: nothing was clipped. Call it after "
                 "backward() and before zero_grad()",
             )
-        if request.optimizers and not self.warnings.was_given("more"):
+        if request.steps_others and not self.warnings.was_given("more"):
             more = unmanaged_params(request.optimizers)
             if more:
                 all_alike = self.channel.size == 1  # this rank's optimizers

@@ -21,15 +21,15 @@ class NoteBook:
     """This rank's notes of the last steps that were not sent."""
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[int, str]] = deque(maxlen=KEPT)  # step, JSON in ASCII
+        self.kept: deque[tuple[int, str]] = deque(maxlen=KEPT)  # step, JSON in ASCII
 
     def keep(self, step: int, text: str) -> None:
-        self._kept.append((step, text[: MOST_BYTES + 1]))
+        self.kept.append((step, text[: MOST_BYTES + 1]))
 
     def has_some(self, step: int) -> bool:
         """Whether there are notes of the last steps. Older ones go, and so do those of steps to
         come: a checkpoint was loaded, and they will be other steps."""
-        kept = self._kept
+        kept = self.kept
         while kept and not step - KEPT < kept[0][0] <= step:
             kept.popleft()
         return bool(kept)
@@ -43,11 +43,11 @@ class NoteBook:
         """
         lines: list[str] = []
         left = MOST_BYTES
-        for step, text in reversed(self._kept):
+        for step, text in reversed(self.kept):
             if left > 0:
                 lines.append(f"{step}\t{int(len(text) > left)}\t{text[:left]}")
                 left -= len(text)
-        self._kept.clear()
+        self.kept.clear()
         notes: list[Note] = []
         texts = channel.gather_texts("\n".join(reversed(lines)), device, "the exchange of notes")
         for rank, said in zip(channel.ranks, texts, strict=True):

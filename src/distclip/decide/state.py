@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from operator import mul
 from typing import Any
 
 import torch
@@ -116,6 +117,9 @@ class ClipperState:
         on_host: counters are Python's numbers.
         is_alone: there is no other rank whose decisions could differ.
         step: calls so far.
+
+    Attributes:
+        last_hash: 16 bits of the last decision; on a device [] float64, written in place.
     """
 
     def __init__(
@@ -134,11 +138,10 @@ class ClipperState:
         self.num_steps = 0  # calls that `history` counts: all that are not read-only
         self.history = StepHistory(hash_weights.device, on_host)
         self._weights = hash_weights
-        self._host_weights: list[list[int]] = hash_weights.tolist() if on_host else []
-        # 16 bits of the last decision; on a device [] float64
-        self._hash: Any = 0
+        self._host_weights: list[int] = hash_weights.flatten().tolist() if on_host else []
+        self.last_hash: Any = 0
         if not on_host:
-            self._hash = torch.zeros((), dtype=torch.float64, device=hash_weights.device)
+            self.last_hash = torch.zeros((), dtype=torch.float64, device=hash_weights.device)
 
     def to(
         self, hash_weights: Tensor, streak: SkipStreak, on_host: bool, is_alone: bool
@@ -160,11 +163,6 @@ class ClipperState:
         there.num_steps = self.num_steps
         return there
 
-    @property
-    def last_decision_hash(self) -> Number:
-        """A copy where it may not be read: what travels must outlast the next write."""
-        return self._hash.clone() if isinstance(self._hash, Tensor) else self._hash
-
     def copies(self) -> State:
         """For policies: an answer may hold on to its state, and is put to use after `update`."""
         return tuple(map(clone_state, self.policies)) if any(self.policies) else self.policies
@@ -179,10 +177,10 @@ class ClipperState:
         self.history.record(flags.clipped, flags.skipped)
         if not self._is_alone:
             token = self._hash_of(decision)
-            if isinstance(self._hash, Tensor):
-                self._hash.copy_(token)
+            if isinstance(self.last_hash, Tensor):
+                self.last_hash.copy_(token)
             else:
-                self._hash = token
+                self.last_hash = token
         if any(policies):
             self._keep(select_state(flags.taken, self.policies, policies, self._observed))
 
@@ -192,15 +190,10 @@ class ClipperState:
         if isinstance(coef, Tensor) and isinstance(threshold, Tensor):
             both = torch.stack([coef, threshold]).view(torch.int64)
             total: Any = (both * self._weights).sum()
-            total = total if isinstance(self._hash, Tensor) else int(total)
+            total = total if isinstance(self.last_hash, Tensor) else int(total)
         else:
             assert not isinstance(coef, Tensor) and not isinstance(threshold, Tensor)
-            bits = bits_of(coef), bits_of(threshold)
-            total = sum(
-                bit * weight
-                for row, weights in zip(bits, self._host_weights)
-                for bit, weight in zip(row, weights)
-            )
+            total = sum(map(mul, bits_of([*coef, *threshold]), self._host_weights))
         return total >> 40 & 0xFFFF  # bits that depend on all below them
 
     def _keep(self, policies: State) -> None:

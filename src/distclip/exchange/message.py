@@ -22,11 +22,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from operator import mul, neg
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from distclip.kernels import kernels_for
+from distclip.kernels.native import WeightedSums
 from distclip.p_norm import PNorm, p_norm
 from distclip.values import Flag, Number, all_equal, multiply, select
 
@@ -85,14 +88,24 @@ class MessageLayout:
     tokens: slice = field(init=False)
     beside_tokens: slice = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
+    # by these, where one group is all that pieces add up to; None elsewhere, and on a device
+    _totals: WeightedSums | None = field(init=False)
     _bits: tuple[Tensor, Tensor] = field(init=False)  # 0 and 1, on the compute device
 
     def __post_init__(self) -> None:
         sizes = (self.num_groups, self.num_layers, self.num_stats, self.num_rank_norms)
         ends = list(accumulate(sizes))
         bits = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.share.device)
+        norm, share_and_weight = (
+            p_norm(self.norm_type),
+            torch.stack([self.share, self.drift_weight]),
+        )
+        totals_alone = (
+            self.on_host and self.num_groups == 1 and not self.num_layers and not norm.is_max
+        )
+        is_native = kernels_for((torch.float64,), self.share.device) == "native"
         for name, value in {
-            "norm": p_norm(self.norm_type),
+            "norm": norm,
             "groups": slice(0, ends[0]),
             "layers": slice(ends[0], ends[1]),
             "stats": slice(ends[1], ends[2]),
@@ -100,7 +113,8 @@ class MessageLayout:
             "checks": slice(ends[3], -2 * NUM_TOKENS),
             "tokens": slice(-2 * NUM_TOKENS, -NUM_TOKENS),
             "beside_tokens": slice(-NUM_TOKENS, None),
-            "_share_and_weight": torch.stack([self.share, self.drift_weight]),
+            "_share_and_weight": share_and_weight,
+            "_totals": WeightedSums(share_and_weight, is_native) if totals_alone else None,
             "_bits": tuple(bits.unbind()),
         }.items():
             object.__setattr__(self, name, value)
@@ -149,22 +163,26 @@ class MessageLayout:
             has_error: this rank found something wrong; has_notes: it has notes that it would send.
             tokens: whole numbers below 65536; the device's are 0-dim.
         """
-        pieces = self._spread(power_sums, part_sums)
         start = self.layers.stop
         if rank_norms is not None:
             if self.norm.is_max:  # a maximum over ranks may lose a NaN
                 rank_norms = rank_norms.nan_to_num(nan=math.inf, posinf=math.inf)
             stats = rank_norms if stats is None else torch.cat([stats, rank_norms])
         if self.on_host:
-            sums: list[float] = pieces.tolist()
+            sums: list[float]
+            if self._totals is not None:
+                sums = self._totals.of(power_sums)
+            else:
+                sums = self._spread(power_sums, part_sums).tolist()
             found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))
             further = [] if stats is None else stats.tolist()
             found = max(found, float(found_inf or 0))
             checks = [*presence, found, float(has_error), float(has_notes)]
-            beside = [-t if self.norm.is_max else t * t for t in tokens]
+            own: Any = tokens
+            beside = map(neg, own) if self.norm.is_max else map(mul, own, own)
             numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *beside]
             return list(map(float, numbers))
-        found = _count_nonfinite(power_sums)
+        pieces, found = self._spread(power_sums, part_sums), _count_nonfinite(power_sums)
         if found_inf is not None:
             found = torch.maximum(found, torch.as_tensor(found_inf))
         # filled in on the device: a tensor made from a list would make the host wait for it

@@ -1,18 +1,44 @@
 """The only reader of a step's device values: now, or exactly one call late through a ring of two
-pinned copies.
+pinned copies. And numbers of the host, which are read as they are.
 
 Set-up, failure paths (`decide.audit`) and reports that a caller reads have reads of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class HostVector:
+    """Python's numbers and a tensor over the same memory, written anew at each call.
+
+    Attributes:
+        tensor: [size] float64 on the CPU.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._codec = Struct(f"{size}d")
+        self._bytes = bytearray(self._codec.size)
+        self.tensor = torch.frombuffer(self._bytes, dtype=torch.float64)
+
+    def __reduce__(self) -> tuple[type[HostVector], tuple[int]]:
+        """A copy has memory of its own."""
+        return HostVector, (self.tensor.numel(),)
+
+    def write(self, numbers: Sequence[float]) -> None:
+        """As many numbers as it holds."""
+        self._codec.pack_into(self._bytes, 0, *numbers)
+
+    def read(self) -> list[float]:
+        return list(self._codec.unpack(self._bytes))
 
 
 @dataclass(frozen=True, slots=True)

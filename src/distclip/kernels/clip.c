@@ -25,6 +25,8 @@
 #define CHUNK ((int64_t)1 << 18)    /* bytes */
 #define PER_TENSOR 256              /* bytes that could be read in the time that a tensor costs by itself */
 #define COLUMNS 6                   /* doubles of a partial */
+#define ALONE ((int64_t)1 << 19)    /* bytes that one thread reads before another has woken up */
+#define LANES 8                     /* sums side by side: fewer roundings in a row, and they fit a vector */
 
 enum { SUMS, CLAMPED_SUMS, SCALE, CLAMP };
 enum { F32, F64, BF16, F16 };
@@ -212,7 +214,11 @@ void distclip_bind(job *j, int64_t tensors, const int64_t *counts, const uint8_t
   atomic_store(&j->next, chunks); /* nothing to claim yet */
 }
 
-/* Opens a call; returns how many bytes it has to read. Before this a late helper of the previous call finds nothing to claim. */
+void distclip_help(job *j);
+void distclip_close(job *j);
+
+/* Opens a call. Before this a late helper of the previous call finds nothing to claim. Returns whether helpers are worth their
+ * while: then distclip_close ends the call, else it is done already. */
 int64_t distclip_open(job *j, int64_t operation, double p, const uint64_t *pointers, const double *values, int64_t stride, double *out) {
   j->operation = operation;
   j->p = p;
@@ -226,7 +232,9 @@ int64_t distclip_open(job *j, int64_t operation, double p, const uint64_t *point
   atomic_store(&j->done, 0);
   atomic_store(&j->next, bytes ? 0 : j->chunks);
   if (!bytes) atomic_store(&j->done, j->chunks);
-  return bytes;
+  if (bytes > ALONE) return 1;
+  distclip_close(j);
+  return 0;
 }
 
 /* A helper: claims chunks until none is left. It may come late, when the call is over. */
@@ -244,4 +252,18 @@ void distclip_close(job *j) {
   distclip_help(j);
   while (atomic_load(&j->done) < j->chunks) sched_yield();
   if (j->out) combine(j);
+}
+
+/* out[row] = Σ weights[row][i] · values[i]. */
+void distclip_weigh(int64_t rows, int64_t n, const double *weights, const double *values, double *out) {
+  for (int64_t row = 0; row < rows; row++, weights += n) {
+    double lane[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+      for (int64_t k = 0; k < LANES; k++) lane[k] += weights[i + k] * values[i + k];
+    for (; i < n; i++) lane[i % LANES] += weights[i] * values[i];
+    for (int64_t half = LANES / 2; half; half /= 2)
+      for (int64_t k = 0; k < half; k++) lane[k] += lane[k + half];
+    out[row] = lane[0];
+  }
 }

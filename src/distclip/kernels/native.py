@@ -13,6 +13,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from distclip.kernels.pool import POOL
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in clip.c
 SUMS, CLAMPED_SUMS, SCALE, CLAMP = range(4)  # as in clip.c
 COLUMNS = 6
-ALONE = 1 << 19  # bytes that one thread reads before another has woken up
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,6 +54,7 @@ def load_library() -> ctypes.CDLL | str:
         ("open", whole, (address, whole, ctypes.c_double, address, address, whole, address)),
         ("help", None, (address,)),
         ("close", None, (address,)),
+        ("weigh", None, (whole, whole, address, address, address)),
     ):
         function = getattr(lib, f"distclip_{name}")
         function.restype, function.argtypes = result, arguments
@@ -103,7 +104,7 @@ class KernelPlan:
         lib = load_library()
         if isinstance(lib, str):
             raise RuntimeError(f"the native kernels are not there: {lib}")
-        self._lib = lib
+        self._lib, self._given = lib, (tuple(counts), tuple(dtypes))
         self.tensors = len(counts)
         sizes = (ctypes.c_int64 * self.tensors)(*counts)
         codes = (ctypes.c_uint8 * self.tensors)(*[CODES[dtype] for dtype in dtypes])
@@ -118,13 +119,23 @@ class KernelPlan:
         self.tables = (sizes, codes, starts)
         self._jobs: list[_NativeCall] = []  # idle ones: append and pop are atomic
 
-    def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is prepared anew."""
+        return plan_for, self._given
+
+    def power_sums(self, pointers: Sequence[int], p: float, out: Tensor | None = None) -> Tensor:
         """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [n] on the CPU.
 
         An inf or NaN makes its sum non-finite; no elements and no gradient give 0. float64
         gradients overflow where torch's do.
+
+        Args:
+            pointers: Addresses, as above.
+            p: The order.
+            out: Contiguous float64 [n] on the CPU to write to and return, in place of a new one.
         """
-        out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
+        if out is None:
+            out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
         self._run_operation(SUMS, pointers, p, None, out)
         return out
 
@@ -188,7 +199,7 @@ class KernelPlan:
             job = self._jobs.pop()
         except IndexError:
             job = _NativeCall(self._lib, self)
-        size = self._lib.distclip_open(
+        wants_help = self._lib.distclip_open(
             job.address,
             operation,
             p,
@@ -197,13 +208,14 @@ class KernelPlan:
             int(is_many),
             None if out is None else out.data_ptr(),
         )
-        helpers = 0 if size <= ALONE else min(torch.get_num_threads(), self.chunks) - 1
-        try:
-            if helpers:
-                POOL.request_help(helpers, job)
-        # helpers may be at work in the gradients' memory: wait for them, whatever happened
-        finally:
-            self._lib.distclip_close(job.address)
+        if wants_help:
+            try:
+                helpers = min(torch.get_num_threads(), self.chunks) - 1
+                if helpers:
+                    POOL.request_help(helpers, job)
+            # helpers may be at work in the gradients' memory: wait for them, whatever happened
+            finally:
+                self._lib.distclip_close(job.address)
         self._jobs.append(job)
 
     def _as_float64(self, values: Tensor) -> Tensor:
@@ -214,6 +226,36 @@ class KernelPlan:
                 f"tensors; give one each, or one for all"
             )
         return given.contiguous()
+
+
+class WeightedSums:
+    """Rows of weights, for vectors of the host: their products as Python's floats. One call at a
+    time.
+
+    Args:
+        weights: float64 [rows, n] on the CPU.
+        is_native: the compiled library is there and multiplies; else torch does.
+    """
+
+    def __init__(self, weights: Tensor, is_native: bool) -> None:
+        self._weights = weights.contiguous()
+        rows, count = weights.shape
+        self._products = (ctypes.c_double * rows)()
+        self._weigh_args = rows, count, self._weights.data_ptr()
+        self._out_address = ctypes.addressof(self._products)
+        lib = load_library()
+        self._weigh = lib.distclip_weigh if is_native and not isinstance(lib, str) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has memory of its own."""
+        return WeightedSums, (self._weights, self._weigh is not None)
+
+    def of(self, values: Tensor) -> list[float]:
+        """[rows]: Σ weight · value, in float64. `values`: contiguous float64 [n] on the CPU."""
+        if self._weigh is None:
+            return torch.mv(self._weights, values).tolist()
+        self._weigh(*self._weigh_args, values.data_ptr(), self._out_address)
+        return self._products[:]
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,6 +22,10 @@ _DTYPE, _DEVICE, _LAYOUT, _ON_CPU = (
     attrgetter("is_cpu"),
 )
 
+# Tells autograd what a kernel wrote: a graph that saved one of these (create_graph=True) must not
+# be used any more.
+_increment_version = torch.autograd.graph.increment_version
+
 
 class TensorList:
     """Local tensors (no DTensors) and how they are computed with. All results are float64, on the
@@ -84,12 +88,16 @@ class TensorList:
         )
         return cls(tensors, kernel_plan, pointers, fallback)
 
-    def power_sums(self, p: float) -> Tensor:
+    def power_sums(self, p: float, out: Tensor | None = None) -> Tensor:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is
-        not; never communicates."""
+        not; never communicates.
+
+        Args:
+            out: contiguous float64 [n] there, which a kernel writes to and returns.
+        """
         if self.kernel_plan is None:
             return reference.power_sums(self.tensors, p)
-        sums = self.kernel_plan.power_sums(self.pointers, p)
+        sums = self.kernel_plan.power_sums(self.pointers, p, out)
         if self.fallback:
             self._put(sums, reference.power_sums(self._fallback_tensors(), p))
         return sums
@@ -116,12 +124,12 @@ class TensorList:
         if self.kernel_plan is not None:
             if isinstance(factors, (int, float, Tensor)):
                 self.kernel_plan.scale_(self.pointers, factors)
-                _written(self.tensors)
+                _increment_version(self.tensors)
             else:
                 self.kernel_plan.scale_(
                     self.pointers, torch.tensor(factors, dtype=torch.float64, device="cpu")
                 )
-                _written(
+                _increment_version(
                     [
                         tensor
                         for tensor, factor in zip(self.tensors, factors, strict=True)
@@ -143,7 +151,7 @@ class TensorList:
         """Clamp in place to [-value, value]; NaN stays. `values`: float64 [n]."""
         if self.kernel_plan is not None:
             self.kernel_plan.clamp_(self.pointers, values)
-            _written(self.tensors)
+            _increment_version(self.tensors)
         if self.fallback:
             reference.clamp_(self._fallback_tensors(), self._at(values))
 
@@ -165,12 +173,6 @@ class TensorList:
     def _put(self, sums: Tensor, fallback: Tensor) -> None:
         for i, value in zip(self.fallback, fallback.to(sums.device).unbind(), strict=True):
             sums[i] = value
-
-
-def _written(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd what a kernel wrote: a graph that saved one of these (create_graph=True) must
-    not be used any more."""
-    torch.autograd.graph.increment_version(tensors)
 
 
 def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:

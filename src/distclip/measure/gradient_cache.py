@@ -28,6 +28,7 @@ _ON_CPU, _BYTES = attrgetter("is_cpu"), attrgetter("nbytes")
 # before 2.10 a tensor that a plain weak reference gave back could lose its memory meanwhile, which
 # torch warns of
 TensorRef: Any = TensorWeakRef if versions.is_before(2, 10) else ref
+_DEREFERENCE = TensorRef.__call__
 
 
 @dataclass(slots=True)
@@ -87,24 +88,16 @@ class GradientCache:
 
     def match_grads(self, given: list[Any]) -> TensorList | None:
         """This rank's parts of the gradients; None where anything is not as expected."""
+        last = self.last
         try:
-            return self._match_identity(given) or self._match_layout(given)
+            if last is not None and last.all and all(map(is_, map(_DEREFERENCE, last.all), given)):
+                grads = self._local_parts(given) if self.specs else given
+                same_place = list(map(_POINTER, grads)) == last.addresses
+                if same_place and list(map(_BYTES, grads)) == last.sizes:
+                    return TensorList(grads, self.kernel_plan, last.pointers, self.fallback)
+            return self._match_layout(given)
         except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
             return None
-
-    def _match_identity(self, given: list[Any]) -> TensorList | None:
-        """None where a gradient is another tensor than at the step before, or lies elsewhere."""
-        last = self.last
-        if (
-            last is None
-            or not last.all
-            or not all(map(is_, map(TensorRef.__call__, last.all), given))
-        ):
-            return None
-        grads = self._local_parts(given) if self.specs else given
-        if list(map(_POINTER, grads)) != last.addresses or list(map(_BYTES, grads)) != last.sizes:
-            return None
-        return TensorList(grads, self.kernel_plan, last.pointers, self.fallback)
 
     def _match_layout(self, given: list[Any]) -> TensorList | None:
         """None where anything is not as expected."""

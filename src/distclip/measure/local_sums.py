@@ -80,6 +80,8 @@ class LocalMeasurer:
     late_parameters: LateParameters
     wrappers: Sequence[ReducingWrapper]
     _zeros: Tensor = field(init=False)  # [pieces]
+    # [pieces]: for each step's sums on the host, where it is judged before the next one
+    _sums: Tensor | None = field(init=False)
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _here: Tensor = field(init=False)  # [ranks] bool: this one, where ranks' norms are asked for
     _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
@@ -88,6 +90,7 @@ class LocalMeasurer:
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros_like(self._zeros) if self.layout.on_host else None
         self._num_replicas = [share.num_replicas for share in self.plan.shares]
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
@@ -124,7 +127,7 @@ class LocalMeasurer:
                 out.grads, grad_set = grads, grads.grad_set
             if grads is not None and not out.errors and request.error is None:
                 own, out.part_sums = self._power_sums(grads, request)
-                if request.optimizers:  # a scaler comes with some
+                if request.scaler.enabled or request.steps_others:
                     found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
                     out.units = self._add_stats(stats, grads, request)
@@ -169,14 +172,16 @@ class LocalMeasurer:
         grads = self._parameters() if of_params else self.collector.collect()
         # what stands first names the parameter; what follows from it is not reported
         errors = grads.errors or self.late_parameters.late_errors(of_params=of_params)
-        if request.optimizers and not errors:
+        if request.steps_others and not errors:
             errors = params_added_later(request.optimizers)
         if self.rank_norms is not None and not of_params and not errors:
             any_grads, has_some = bool(grads.grad_set.indices), not request.reduced_nothing
             errors = self.rank_norms.errors(any_grads, has_some)
-        if request.optimizers and not errors:
-            errors = params_without_plan(request.optimizers, self.plan.pieces)
-            errors += request.still_scaled(grads.grad_set.indices, self.plan.pieces)
+        if not errors:
+            if request.steps_others:
+                errors = params_without_plan(request.optimizers, self.plan.pieces)
+            if request.scaler.enabled:
+                errors = errors + request.still_scaled(grads.grad_set.indices, self.plan.pieces)
         return grads, errors
 
     def _parameters(self) -> CollectedGrads:
@@ -198,9 +203,12 @@ class LocalMeasurer:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
         tensors = grads.tensors if rows is None else rows.split(grads)
-        own = tensors.power_sums(norm.p)
+        out = self._sums if len(tensors.tensors) == len(self.plan.pieces) else None
+        own = tensors.power_sums(norm.p, out)
         if own.device != self.device:
             own = own.to(self.device)
+        if rows is None and grads.grad_set.portion is None and request.leaves_grads:
+            return own, None
         owner = None if rows is None else rows.owner_of(unique)
         portion = grads.grad_set.portion
         if portion is not None and not norm.is_max:

@@ -69,7 +69,8 @@ class ReportMaker:
         }
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
             return ClipReport(**numbers(), **others)
-        return ClipReport.deferred(numbers, **others)
+        # what is read most often is there without the rest
+        return ClipReport.deferred(numbers, total_norm=norms.total, skipped=flags.skipped, **others)
 
     def _numbers(
         self,

@@ -54,7 +54,7 @@ class ReportWriter:
     def __init__(
         self, sinks: Sequence[SinkLike | None] | None = (), header: Mapping[str, Any] | None = None
     ) -> None:
-        self._sinks = [
+        self.sinks = [  # those that still write
             sink for sink in sinks or () if sink is not None and not why_unwritable(sink)
         ]
         self._header = header or {}
@@ -62,11 +62,6 @@ class ReportWriter:
         self._late: Readback[_QueuedReport] = Readback()
         self._found: tuple[int, StepFindings] | None = None  # step, and what was found of it
         self.window = NormWindow()  # the clipper puts that of its steps here
-
-    @property
-    def num_sinks(self) -> int:
-        """Those that still write."""
-        return len(self._sinks)
 
     def write(self, report: ClipReport, late: bool, judged: bool, layers_due: bool) -> None:
         """Once the sinks have what was queued.
@@ -118,7 +113,7 @@ class ReportWriter:
         if report.layers and report.matters is None and not queued.layers_due:
             none = torch.zeros(0, dtype=report.dtype, device="cpu")
             report = replace(report, layers=(), layer_norms=none)
-        for sink in list(self._sinks):
+        for sink in list(self.sinks):
             try:
                 if id(sink) not in self._begun:
                     self._begun.add(id(sink))
@@ -131,7 +126,7 @@ class ReportWriter:
                 ends = report.ended_in
                 if isinstance(error, SystemExit) and ends is None:
                     raise  # the user's own end of the program
-                self._sinks.remove(sink)
+                self.sinks.remove(sink)
                 ending = f", which ends in {ends}," if ends else ""
                 warn_or_log(
                     f"{_name_of(sink)} failed at step {report.step}{ending} and is off from now on"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -40,11 +41,14 @@ def unwrap_optimizer(optimizer: Any) -> list[Any]:
     scaler keeps its records under it.
     """
     links = [optimizer]
-    while any(
-        (kind.__module__, kind.__qualname__) in _FORWARDING for kind in type(links[-1]).__mro__
-    ):
+    while _forwards(type(links[-1])):
         links.append(links[-1].optimizer)
     return links
+
+
+@lru_cache(maxsize=64)
+def _forwards(kind: type) -> bool:
+    return any((base.__module__, base.__qualname__) in _FORWARDING for base in kind.__mro__)
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
