@@ -275,23 +275,23 @@ class DeviceLate:
         tolerance = self._stages.checker.tolerance
         ok = is_fine(norms.checks, tolerance) if allow_late else finite
         flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
-        numbers = self._pack(request, norms, decision, flags)
         if not allow_late:
-            return self._check_now(request, measurement, decision, flags, numbers)
+            return self._check_now(request, measurement, norms, decision, flags)
         grads, measurement.grads = measurement.grads, None
         if not capturing:
-            self._late.enqueue(numbers, measurement)
+            self._late.enqueue(self._pack(request, norms, decision, flags), measurement)
         return _CheckedStep(request, decision, finite, flags, flags, False, grads, None)
 
     def _check_now(
         self,
         request: Request,
         measurement: LocalMeasurement,
+        norms: GlobalNorms,
         decision: ClipDecision,
         flags: StepFlags,
-        packed: Tensor,
     ) -> _CheckedStep:
         """One read, of everything that the host wants to know."""
+        packed = self._pack(request, norms, decision, flags)
         checks, numbers, rest = self._unpack(Readback.read_now(packed))
         findings, error = self._stages.checker.check(measurement, checks, numbers)
         *coefs, clipped, skipped, inv_scale = rest

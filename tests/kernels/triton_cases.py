@@ -118,7 +118,8 @@ def of_all_sizes(dtype, p):
 
 def written(dtype):
     """Sums that were written where they were wanted, and new ones."""
-    layout, pointers = listed([numbers(count, dtype, count) for count in (3, BLOCK + 1)])
+    tensors = [numbers(count, dtype, count) for count in (3, BLOCK + 1)]
+    layout, pointers = listed(tensors)
     out = torch.full((2,), -1.0, dtype=torch.float64)
     given = layout.power_sums(pointers, 2.0, out)
     assert given.data_ptr() == out.data_ptr()

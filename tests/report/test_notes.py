@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 import skips
-from distclip.step import StepRunner
+from distclip.step import DeviceLate, StepRunner
 from distclip.testing import count_collectives
 from late import judged_late
 from parity.layouts import given
@@ -261,6 +261,22 @@ def test_a_captured_step_takes_no_note():
         with pytest.raises(distclip.ConfigError, match=r"step\(note=\.\.\.\) inside a CUDA graph"):
             clipper.step(optimizer, note=1)
         clipper.step(optimizer)
+
+
+def test_what_is_captured_prepares_no_read():
+    """A replay's numbers are read by nobody at the next call: packing them would be launches at
+    each one."""
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    optimizer, pack = torch.optim.SGD([p], 1.0, fused=True), DeviceLate._pack
+    packed = []
+    with patch.object(DeviceLate, "_pack", lambda *args: packed.append(1) or pack(*args)):
+        with patch.object(StepRunner, "is_capturing", True):
+            clipper.step(optimizer)
+        assert not packed
+        clipper.step(optimizer)
+    assert packed, "vacuous"
 
 
 # What the log alone tells
