@@ -491,7 +491,7 @@ ON_STEP = {
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
-@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("waits", [False, True, "device"])
 @pytest.mark.parametrize("call, text", ON_STEP.values(), ids=ON_STEP)
 def test_refused_before_a_gradient_is_touched(call, text, waits):
     params = pairs([3.0, 4.0])

@@ -191,10 +191,15 @@ class GradClipper:
                 self._passed.rank_norms,
             )
             is_alone = self._channel.size == 1
+            on_host = stages.on_host or stages.decides_on_host
             old: ClipperState | None = getattr(self, "_state", None)
             if old is not None and old.groups == stages.plan.groups:
                 self._state = old.to(
-                    stages.hash_weights, stages.checker.streak, stages.on_host, is_alone
+                    stages.hash_weights,
+                    stages.checker.streak,
+                    stages.device,
+                    on_host,
+                    is_alone,
                 )
             else:
                 self._state = ClipperState(
@@ -203,7 +208,8 @@ class GradClipper:
                     observed=[num_observed(each.policy) for each in stages.assignments],
                     hash_weights=stages.hash_weights,
                     streak=stages.checker.streak,
-                    on_host=stages.on_host,
+                    device=stages.device,
+                    on_host=on_host,
                     is_alone=is_alone,
                     step=0 if old is None else old.step,
                 )
@@ -492,7 +498,7 @@ class GradClipper:
             self._writer.write(
                 outcome.report,
                 # after an error no call may follow
-                late=self._runner.reads_late and outcome.error is None,
+                late=not self._state.on_host and outcome.error is None,
                 judged=outcome.judged,
                 layers_due=self._state.num_steps % self._layers_every == 0,
             )

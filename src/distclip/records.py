@@ -180,6 +180,9 @@ class StepFindings(NamedTuple):
     ended_in: str | None = None
 
 
+_CPU = torch.device("cpu")
+
+
 class _TensorField:
     """A field of a report: a tensor, or Python's numbers, which become one when it is read."""
 
@@ -198,7 +201,8 @@ class _TensorField:
             value = fields[self._name] = value()
         if not isinstance(value, Tensor):
             dtype = self._dtype or report.dtype
-            value = fields[self._name] = torch.tensor(value, dtype=dtype, device="cpu")
+            device = fields.get("_device", "cpu")
+            value = fields[self._name] = torch.tensor(value, dtype=dtype, device=device)
         return value
 
     def __set__(self, report: ClipReport, value: Any) -> None:
@@ -266,15 +270,27 @@ class ClipReport:
     dtype: torch.dtype = torch.float32  # of norms, coefficients and rates
 
     @classmethod
-    def deferred(cls, numbers: Callable[[], dict[str, Any]], **others: Any) -> ClipReport:
-        """A report whose numbers are worked out when one of them is first read.
+    def deferred(
+        cls, numbers: Callable[[], dict[str, Any]], device: torch.device, **others: Any
+    ) -> ClipReport:
+        """A report whose numbers are Python's, and worked out when one of them is first read.
 
         Args:
             numbers: gives all fields that are tensors.
+            device: of the tensors, which are made when they are read.
             others: all other fields, and any of these.
         """
         report = object.__new__(cls)
-        report.__dict__.update(others, _numbers=numbers)
+        report.__dict__.update(others, _numbers=numbers, _device=device)
+        return report
+
+    def on_host(self) -> ClipReport:
+        """This report with tensors on the CPU, where its numbers are Python's: reading them there
+        waits for no device."""
+        if self.__dict__.get("_device", _CPU) == _CPU:
+            return self
+        report = object.__new__(ClipReport)
+        report.__dict__.update(self.__dict__, _device=_CPU)
         return report
 
     def __getstate__(self) -> dict[str, Any]:
@@ -352,8 +368,9 @@ class ClipReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, lists and strings. This is the host read: it waits for the
         device."""
+        here = self.on_host()
         out: dict[str, Any] = {"step": self.step} | {
-            name: getattr(self, name).tolist() for name in _TENSORS
+            name: getattr(here, name).tolist() for name in _TENSORS
         }
         if len(self.groups) == 1:
             out["clip_coef"] = out["coefs"][0]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from random import Random
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from distclip.apply.gradients import GradientApplier
 from distclip.decide.decision import decide, ever_skips
 from distclip.decide.enforce import StepChecker
-from distclip.decide.global_norms import idle_norms
+from distclip.decide.global_norms import FEW, idle_norms
 from distclip.decide.guard import SkipStreak
 from distclip.decide.warn import StepWarnings
 from distclip.errors import ConfigError
@@ -67,7 +68,10 @@ class Stages:
     clamped: frozenset[int]  # groups whose elements are clamped
     propagates: bool  # on_nonfinite="propagate"
     always_steps: bool  # every step is taken, whatever the norm
-    hash_weights: Tensor  # [2, groups] int64: of the decision's hash
+    hash_weights: list[list[int]]  # [2][groups]: of the decision's hash
+    # on a device: all thresholds are constants, so that what the host must know at once it can
+    # decide by itself
+    decides_on_host: bool
 
     @property
     def options(self) -> ClipOptions:
@@ -150,8 +154,9 @@ def build_stages(
     if tolerance is not None:
         # a power sum moves p times as much as its norm: below p = 1 the tolerance shrinks with it
         tolerance *= min(1.0, options.norm_type)
-    draw = torch.Generator().manual_seed(1)
-    weights = torch.randint(1 << 62, (2, layout.num_groups), generator=draw, device="cpu")
+    draw = Random(1)
+    weights = [[draw.getrandbits(62) | 1 for _ in plan.groups] for _ in range(2)]
+    constant = all(each.constant is not None for each in assignments)
     return Stages(
         inputs=inputs,
         plan=plan,
@@ -193,6 +198,7 @@ def build_stages(
             in_total_mask=mask,
             bits=bits,
             dtype=torch.float64 if facts.is_double else torch.float32,
+            device=device,
         ),
         param_ids=_ids_by_group(members, plan),
         clamped=clamped,
@@ -200,7 +206,8 @@ def build_stages(
         # a step that a policy may leave out is decided on the host at once, unless all optimizers
         # fold
         always_steps=propagates and not ever_skips(assignments, idle, initial),
-        hash_weights=weights.bitwise_or(1).to(device),
+        hash_weights=weights,
+        decides_on_host=constant and len(plan.groups) <= FEW,
     )
 
 

@@ -51,8 +51,8 @@ class StepRunner:
         self, channel: Channel, stages: Stages, state: ClipperState, writer: ReportWriter
     ) -> None:
         self._channel, self._stages, self._state = channel, stages, state
+        self._now = HostNow(stages, state)
         self._late = None if stages.on_host else DeviceLate(stages, state, writer)
-        self._timing: HostNow | DeviceLate = self._late or HostNow(stages, state)
         # the host may know of a step one call later
         self.reads_late = self._late is not None
         self._device, self._on_cuda = stages.device, stages.device.type == "cuda"
@@ -88,7 +88,7 @@ class StepRunner:
                 report (`StepChecker.check`); NonFiniteError too, of the previous one, which is
                 written.
         """
-        stages, state, timing = self._stages, self._state, self._timing
+        stages, state = self._stages, self._state
         capturing = self.reads_late and self.is_capturing
         if capturing and not allow_late:
             raise ConfigError(
@@ -107,6 +107,7 @@ class StepRunner:
             # each other
             request = replace(request, judged_late=True)
 
+        timing = self._timing_of(request, allow_late, capturing)
         if self._has_rank_norms and stages.measurer.lacks_rank_norms(request):
             request = replace(request, reduced_nothing=True)
 
@@ -123,7 +124,7 @@ class StepRunner:
             raise request.error or GradientError("; ".join(measurement.errors))
 
         # The one collective
-        message = self._reduce(message, request)
+        message = self._reduce(message, request, reads=timing is self._now)
 
         # The same norms, and so the same decision, on every rank
         norms = read_norms(
@@ -169,17 +170,38 @@ class StepRunner:
             error=checked.error,
         )
 
-    def _reduce(self, message: Message, request: Request) -> Message:
-        channel = self._channel
+    def _timing_of(
+        self, request: Request, allow_late: bool, capturing: bool
+    ) -> HostNow | DeviceLate:
+        """How this call is judged. On a device the host decides by itself what it must know at
+        once, until a call comes that is left to the device: one that is judged late, or with a
+        scaler, whose scale is there. From then on the counters are on the device, where the replays
+        of a captured graph find them, and all calls are decided there."""
+        state = self._state
+        if self._late is None:
+            return self._now
+        is_left = request.scaler.enabled or (allow_late and not request.read_only)
+        if is_left and state.on_host:
+            if capturing and state.num_steps:
+                raise ConfigError(
+                    f"{request.operation}() inside a CUDA graph, and the steps before it were "
+                    "decided on the host: take one step of this kind before the capture, so that "
+                    "the clipper's counters are on the device"
+                )
+            state.move_to_device()
+        return self._now if state.on_host else self._late
+
+    def _reduce(self, message: Message, request: Request, reads: bool) -> Message:
+        """`reads`: numbers come back as Python's."""
+        channel, op = self._channel, self._stages.layout.norm.reduce_op
+        what = f"{request.operation} at step {self._state.step}"
+        if isinstance(message, Tensor):
+            if channel.group is not None:
+                message = message.to(channel.comm_device(self._device))
+                channel.all_reduce_(message, op, what)
+            return Readback.read_now(message) if reads else message.to(self._device)
         if channel.group is None:
             return message
-        op, what = (
-            self._stages.layout.norm.reduce_op,
-            f"{request.operation} at step {self._state.step}",
-        )
-        if isinstance(message, Tensor):
-            vector = message.to(channel.comm_device(self._device))
-            return channel.all_reduce_(vector, op, what).to(self._device)
         here = self._host_vector
         here.write(message)
         if self._sends_from_host:
@@ -205,7 +227,9 @@ class _CheckedStep(NamedTuple):
 
 
 class HostNow:
-    """Numbers are Python's: each step is checked before anything else happens."""
+    """Numbers are Python's: each step is checked before anything else happens. On a device too,
+    where the host has to know at once and thresholds are constants: it waits for the message, and
+    decides in less time than the device's small operations would take."""
 
     def __init__(self, stages: Stages, state: ClipperState) -> None:
         self._stages, self._state = stages, state

@@ -69,7 +69,7 @@ def migrated(make, late, scheduled, fold):
     assert not hooks(optimizer)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, True, "device"])
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize(
     "make, fold",
@@ -87,7 +87,7 @@ def test_an_optimizer_step_that_was_left_in_is_told_once(make, fold, late, sched
 
 
 @pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, True, "device"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_scaler_step_that_was_left_in_is_told(plain, late, fused):
     """The first steps overflow: the scaler steps nothing then."""

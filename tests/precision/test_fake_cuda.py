@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.amp.grad_scaler import OptState
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -260,3 +260,94 @@ def test_the_check_catches(fake, act, what):
     with Watched() as seen, suppress(RuntimeError):  # of what has no value
         act(x)
     assert seen.found == {what}
+
+
+# What the host decides by itself
+
+
+class Launched(TorchDispatchMode):
+    """Names of the operations on the device, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and getattr(getattr(out, "device", None), "type", "") == "cuda":
+            self.names.append(str(func))
+        return out
+
+
+def told(monkeypatch, norm, nonfinite=0.0):
+    """A reduced message of one rank in place of the one that is read: nothing has a value here."""
+    reads = []
+
+    def read_now(vector):
+        reads.append(vector)
+        return [norm**2, 0.0, 0.0, 2.0, nonfinite, *[0.0] * (vector.numel() - 5)]
+
+    monkeypatch.setattr(host.Readback, "read_now", staticmethod(read_now))
+    return reads
+
+
+@pytest.mark.parametrize("norm", [0.5, 5.0])
+@pytest.mark.parametrize("call", ["clip_", "clip_ with an optimizer", "step", "measure"])
+def test_what_the_host_decides_by_itself_is_read_once(fake, monkeypatch, norm, call):
+    clipper, members, optimizer = clipped(max_norm=1.0, fold="never")
+    reads = told(monkeypatch, norm)
+    calls = {
+        "clip_": clipper.clip_,
+        "clip_ with an optimizer": lambda: clipper.clip_(optimizer),
+        "step": lambda: clipper.step(optimizer),
+        "measure": clipper.measure,
+    }
+    versions = [p.grad._version for p in members]
+    assert watched(calls[call]) == set()
+    assert len(reads) == 2 and {vector.device.type for vector in reads} == {"cuda"}
+    written = [p.grad._version > version for p, version in zip(members, versions)]
+    assert written == [norm > 1 and call != "measure"] * 2
+    if call == "measure":
+        report = clipper.measure()
+    else:
+        report = clipper.last_report
+        assert report.__dict__["skipped"] is False
+        assert clipper._state.history.clip_rate == (norm > 1)
+    assert report.__dict__["total_norm"] == norm
+    assert {report.total_norm.device.type, report.coefs.device.type} == {"cuda"}
+    assert report.on_host().norm_after.device.type == "cpu"
+
+
+def test_a_bad_step_is_skipped_by_the_host(fake, monkeypatch):
+    clipper, members, _ = clipped(max_norm=1.0)
+    told(monkeypatch, 1.0, nonfinite=1.0)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [1.0, math.nan])  # culprits' sums
+    with pytest.warns(RuntimeWarning, match="step 1 is skipped: 1 gradient tensor is not finite"):
+        clipper.clip_()
+    assert all(p.grad is None for p in members)
+    assert clipper._state.history.num_skips == 1
+
+
+def test_few_operations_stand_around_the_sums(fake, monkeypatch):
+    """Of a clip that changes nothing. Where torch computes the sums they are operations too."""
+    clipper, members, _ = clipped(max_norm=1.0)
+    told(monkeypatch, 0.5)
+    clipper.clip_()
+    with Launched() as sums:
+        clipper._stages.measurer.collector.collect().tensors.power_sums(2.0)
+    with Launched() as whole:
+        clipper.clip_()
+    assert sums.names, "vacuous"
+    assert len(whole.names) - len(sums.names) <= 12, whole.names
+
+
+def test_counters_go_to_the_device_at_the_first_step_that_is_judged_late(fake, monkeypatch):
+    clipper, _, optimizer = clipped(max_norm=1.0)
+    told(monkeypatch, 5.0)
+    clipper.clip_()
+    assert clipper._state.on_host and clipper._state.history.num_calls == 1
+    clipper.step(optimizer)
+    history = clipper._state.history
+    assert not clipper._state.on_host and history.num_calls.device.type == "cuda"
+    assert history.clip_rate.device.type == clipper._state.last_hash.device.type == "cuda"
+    assert watched(lambda: clipper.step(optimizer)) == set()

@@ -69,7 +69,7 @@ def torchs_way(sets, optimizers, scaler, max_norm, used):
     return norm
 
 
-@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("waits", [False, True, "device"])
 @pytest.mark.parametrize("draw", range(60))
 @skips.told(0)
 def test_a_random_run_equals_torchs(draw, waits):

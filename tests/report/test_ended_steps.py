@@ -182,7 +182,7 @@ def when_a_sink_leaves(kind, when, late):
     return None
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, True, "device"])
 @pytest.mark.parametrize("when", ["write", "begin"])
 def test_a_sink_that_exits_does_not_hide_the_error_on_one_rank(ranks, when, late):
     answers = ranks.run(when_a_sink_leaves, SystemExit, when, late)
@@ -190,7 +190,7 @@ def test_a_sink_that_exits_does_not_hide_the_error_on_one_rank(ranks, when, late
     assert [written for *_, written in answers] == [["NonFiniteError"], [], [], []]
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, True, "device"])
 def test_an_interrupt_in_a_sink_is_raised_and_shows_the_error(ranks, late):
     first, *others = ranks.run(when_a_sink_leaves, KeyboardInterrupt, "write", late)
     assert first == ("KeyboardInterrupt", "NonFiniteError", [])
@@ -249,7 +249,7 @@ def after_caught_errors(late):
     return caught, skips, int(report.skips), int(saved["history.skips"]), int(after.skips)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, True, "device"])
 def test_skips_that_raised_are_counted_when_training_goes_on(ranks, late):
     answers = ranks.run(after_caught_errors, late)
     # judged late, the call that raises does nothing of its own: the third NaN never came
@@ -360,7 +360,7 @@ def fate_of(what, late):
         gc.enable()
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, True, "device"])
 @pytest.mark.parametrize("what", ["step", "clip_", "measure", "audit"])
 def test_a_caught_error_goes_at_once(ranks, what, late):
     assert ranks.run(fate_of, what, late) == [True] * 4

@@ -68,6 +68,7 @@ def read_norms(
     norm = layout.norm
     checks = layout.read_checks(message)
     sums: Column = message[layout.groups]
+    on_host = isinstance(message, list)
     if layout.on_host and len(sums) > FEW:
         sums = torch.tensor(sums, dtype=torch.float64, device="cpu")
 
@@ -80,12 +81,12 @@ def read_norms(
     else:
         counted = counted_in_total(sums, in_total, in_total_mask)
         total = finished(norm.combine(counted))
-        if layout.on_host:
+        if on_host:
             total = float(total)
     stats, split_unit_coefs = message[layout.stats], None
     if units is not None:
         stats, split_unit_coefs = _with_split_units(stats, units, assignments)
-        stats = as_column(stats, layout.on_host)
+        stats = as_column(stats, on_host)
     if len(stats):
         stats = each(lambda values: rounded(values, bits), stats)
     return GlobalNorms(

@@ -112,14 +112,16 @@ class ClipperState:
         groups: the names that the state belongs to.
         initial: the policies' states at the start.
         observed: of each so many tensors, the first, are kept at steps that are not taken too.
-        hash_weights: [2, groups] int64, of the decision's hash, on the compute device.
+        hash_weights: [2][groups] whole numbers, of the decision's hash.
         streak: of steps that were not taken.
-        on_host: counters are Python's numbers.
+        device: where gradients are measured, and counters stand that are not on the host.
+        on_host: counters are Python's numbers, to begin with.
         is_alone: there is no other rank whose decisions could differ.
         step: calls so far.
 
     Attributes:
         last_hash: 16 bits of the last decision; on a device [] float64, written in place.
+        on_host: as it is now.
     """
 
     def __init__(
@@ -127,8 +129,9 @@ class ClipperState:
         groups: tuple[str, ...],
         initial: State,
         observed: Sequence[int],
-        hash_weights: Tensor,
+        hash_weights: Sequence[Sequence[int]],
         streak: SkipStreak,
+        device: torch.device,
         on_host: bool,
         is_alone: bool,
         step: int = 0,
@@ -136,18 +139,25 @@ class ClipperState:
         self.groups, self.policies, self.step, self.streak = groups, initial, step, streak
         self._is_alone, self._observed = is_alone, tuple(observed)
         self.num_steps = 0  # calls that `history` counts: all that are not read-only
-        self.history = StepHistory(hash_weights.device, on_host)
-        self._weights = hash_weights
-        self._host_weights: list[int] = hash_weights.flatten().tolist() if on_host else []
-        self.last_hash: Any = 0
-        if not on_host:
-            self.last_hash = torch.zeros((), dtype=torch.float64, device=hash_weights.device)
+        self.on_host = on_host
+        self._host_weights = [weight for row in hash_weights for weight in row]
+        self._weights = torch.tensor(hash_weights, dtype=torch.int64, device=device)
+        # both kinds are made at set-up: inside a captured graph none could be
+        self._history_there = StepHistory(device, on_host=False)
+        self.history = StepHistory(device, on_host) if on_host else self._history_there
+        self._hash_there = torch.zeros((), dtype=torch.float64, device=device)
+        self.last_hash: Any = 0 if on_host else self._hash_there
 
     def to(
-        self, hash_weights: Tensor, streak: SkipStreak, on_host: bool, is_alone: bool
+        self,
+        hash_weights: Sequence[Sequence[int]],
+        streak: SkipStreak,
+        device: torch.device,
+        on_host: bool,
+        is_alone: bool,
     ) -> ClipperState:
         """The same for a new plan of the same groups, perhaps on another device."""
-        policies = state_to(self.policies, hash_weights.device)
+        policies = state_to(self.policies, device)
         streak.length = self.streak.length
         there = ClipperState(
             self.groups,
@@ -155,6 +165,7 @@ class ClipperState:
             self._observed,
             hash_weights,
             streak,
+            device,
             on_host,
             is_alone,
             self.step,
@@ -162,6 +173,14 @@ class ClipperState:
         there.history.load(self.history.tensors())
         there.num_steps = self.num_steps
         return there
+
+    def move_to_device(self) -> None:
+        """Counters become tensors there. Copies to the device, but none before the first step."""
+        assert self.on_host
+        if self.history.num_calls:
+            self._history_there.load(self.history.tensors())
+            self._hash_there.fill_(self.last_hash)
+        self.history, self.last_hash, self.on_host = self._history_there, self._hash_there, False
 
     def copies(self) -> State:
         """For policies: an answer may hold on to its state, and is put to use after `update`."""

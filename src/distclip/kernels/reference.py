@@ -144,12 +144,8 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None
             for values in _values_in_place(tensor):
                 alike[values.device, values.dtype, factor].append(values)
     for (device, dtype, factor), same in alike.items():
-        _multiply_all_(
-            same,
-            torch.tensor(factor, dtype=torch.float64, device="cpu")
-            .to(compute_dtype(dtype))
-            .to(device, non_blocking=True),
-        )
+        # filled in there: what is copied to a device would make the host wait
+        _multiply_all_(same, torch.full((), factor, dtype=compute_dtype(dtype), device=device))
 
 
 def _multiply_all_(tensors: list[Tensor], factor: Tensor) -> None:

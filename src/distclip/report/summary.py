@@ -29,7 +29,7 @@ class ReportMaker:
         in_total, in_total_mask: [groups] bool, on the host and on the compute device: which groups
             count in the total; None where all do.
         bits: how many a norm keeps.
-        dtype: of the report's norms.
+        dtype: of the report's norms; device: of all of its tensors.
     """
 
     plan: Plan
@@ -37,6 +37,7 @@ class ReportMaker:
     in_total_mask: Tensor | None
     bits: int
     dtype: torch.dtype
+    device: torch.device
 
     def make(
         self,
@@ -70,7 +71,9 @@ class ReportMaker:
         if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
             return ClipReport(**numbers(), **others)
         # what is read most often is there without the rest
-        return ClipReport.deferred(numbers, total_norm=norms.total, skipped=flags.skipped, **others)
+        return ClipReport.deferred(
+            numbers, self.device, total_norm=norms.total, skipped=flags.skipped, **others
+        )
 
     def _numbers(
         self,

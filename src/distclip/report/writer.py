@@ -72,11 +72,11 @@ class ReportWriter:
             layers_due: sinks get the watched layers even if the step does not matter.
         """
         self.flush()
-        queued = _QueuedReport(report, judged, layers_due)
         if late:
+            queued = _QueuedReport(report, judged, layers_due)
             self._late.enqueue(report.packed(), queued)
         else:
-            self._write_to_sinks(queued)
+            self._write_to_sinks(_QueuedReport(report.on_host(), judged, layers_due))
 
     def add_findings(self, step: int, findings: StepFindings) -> None:
         """What was found of a step when it was judged, one call late: its report is not written
