@@ -119,12 +119,15 @@ class StepRunner:
         if request.note is not None:
             notes.keep(state.step, request.note)
         has_notes = bool(notes.kept) and notes.has_some(state.step)
-        measurement, message = stages.measurer.measure(state.step, request, last_hash, has_notes)
+        reads = self._late is not None and timing is self._now
+        measurement, message = stages.measurer.measure(
+            state.step, request, last_hash, has_notes, reads and self._channel.group is None
+        )
         if capturing and (measurement.errors or request.error):  # nobody would read them later
             raise request.error or GradientError("; ".join(measurement.errors))
 
         # The one collective
-        message = self._reduce(message, request, reads=timing is self._now)
+        message = self._reduce(message, request, reads)
 
         # The same norms, and so the same decision, on every rank
         norms = read_norms(

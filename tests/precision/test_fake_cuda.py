@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.amp.grad_scaler import OptState
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -274,18 +274,22 @@ class Launched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and getattr(getattr(out, "device", None), "type", "") == "cuda":
+        seen = (out, *args, *(args[0] if args and isinstance(args[0], (list, tuple)) else ()))
+        devices = {t.device.type for t in seen if isinstance(t, torch.Tensor)}
+        is_work = not func.is_view and func is not torch.ops.prim.device.default
+        if is_work and "cuda" in devices:
             self.names.append(str(func))
         return out
 
 
-def told(monkeypatch, norm, nonfinite=0.0):
-    """A reduced message of one rank in place of the one that is read: nothing has a value here."""
+def told(monkeypatch, norm):
+    """A message of one rank in place of the one that is read: nothing has a value here."""
     reads = []
 
     def read_now(vector):
         reads.append(vector)
-        return [norm**2, 0.0, 0.0, 2.0, nonfinite, *[0.0] * (vector.numel() - 5)]
+        assert vector.numel() == 5  # what does not depend on gradients is not read
+        return [norm**2, 0.0, 0.0, 2.0, 0.0]
 
     monkeypatch.setattr(host.Readback, "read_now", staticmethod(read_now))
     return reads
@@ -294,7 +298,7 @@ def told(monkeypatch, norm, nonfinite=0.0):
 @pytest.mark.parametrize("norm", [0.5, 5.0])
 @pytest.mark.parametrize("call", ["clip_", "clip_ with an optimizer", "step", "measure"])
 def test_what_the_host_decides_by_itself_is_read_once(fake, monkeypatch, norm, call):
-    clipper, members, optimizer = clipped(max_norm=1.0, fold="never")
+    clipper, _, optimizer = clipped(max_norm=1.0, fold="never")
     reads = told(monkeypatch, norm)
     calls = {
         "clip_": clipper.clip_,
@@ -302,11 +306,11 @@ def test_what_the_host_decides_by_itself_is_read_once(fake, monkeypatch, norm, c
         "step": lambda: clipper.step(optimizer),
         "measure": clipper.measure,
     }
-    versions = [p.grad._version for p in members]
-    assert watched(calls[call]) == set()
+    with Launched() as launched:
+        assert watched(calls[call]) == set()
     assert len(reads) == 2 and {vector.device.type for vector in reads} == {"cuda"}
-    written = [p.grad._version > version for p, version in zip(members, versions)]
-    assert written == [norm > 1 and call != "measure"] * 2
+    scaled = [name for name in launched.names if "foreach_mul" in name]
+    assert bool(scaled) == (norm > 1 and call != "measure")
     if call == "measure":
         report = clipper.measure()
     else:
@@ -318,19 +322,10 @@ def test_what_the_host_decides_by_itself_is_read_once(fake, monkeypatch, norm, c
     assert report.on_host().norm_after.device.type == "cpu"
 
 
-def test_a_bad_step_is_skipped_by_the_host(fake, monkeypatch):
-    clipper, members, _ = clipped(max_norm=1.0)
-    told(monkeypatch, 1.0, nonfinite=1.0)
-    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [1.0, math.nan])  # culprits' sums
-    with pytest.warns(RuntimeWarning, match="step 1 is skipped: 1 gradient tensor is not finite"):
-        clipper.clip_()
-    assert all(p.grad is None for p in members)
-    assert clipper._state.history.num_skips == 1
-
-
 def test_few_operations_stand_around_the_sums(fake, monkeypatch):
-    """Of a clip that changes nothing. Where torch computes the sums they are operations too."""
-    clipper, members, _ = clipped(max_norm=1.0)
+    """Of a clip that changes nothing, beside the read. Where torch computes the sums, they are
+    operations too."""
+    clipper, _, _ = clipped(max_norm=1.0)
     told(monkeypatch, 0.5)
     clipper.clip_()
     with Launched() as sums:
@@ -338,7 +333,7 @@ def test_few_operations_stand_around_the_sums(fake, monkeypatch):
     with Launched() as whole:
         clipper.clip_()
     assert sums.names, "vacuous"
-    assert len(whole.names) - len(sums.names) <= 12, whole.names
+    assert len(whole.names) - len(sums.names) <= 5, whole.names
 
 
 def test_counters_go_to_the_device_at_the_first_step_that_is_judged_late(fake, monkeypatch):

@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import mul, neg
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
+from distclip.exchange.readback import Readback
 from distclip.kernels import kernels_for
 from distclip.kernels.native import WeightedSums
 from distclip.p_norm import PNorm, p_norm
@@ -150,8 +151,9 @@ class MessageLayout:
         tokens: Sequence[Number],
         part_sums: Tensor | None = None,
         rank_norms: Tensor | None = None,
+        reads: bool = False,
     ) -> Message:
-        """No host sync but where messages are lists.
+        """No host sync but where messages are lists, and with `reads`.
 
         Args:
             power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
@@ -162,6 +164,7 @@ class MessageLayout:
             found_inf: above 0 where something else than a piece is not finite here.
             has_error: this rank found something wrong; has_notes: it has notes that it would send.
             tokens: whole numbers below 65536; the device's are 0-dim.
+            reads: the message is not sent, and is wanted as Python's numbers. One read of a device.
         """
         start = self.layers.stop
         if rank_norms is not None:
@@ -175,16 +178,20 @@ class MessageLayout:
             else:
                 sums = self._spread(power_sums, part_sums).tolist()
             found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))
-            further = [] if stats is None else stats.tolist()
             found = max(found, float(found_inf or 0))
-            checks = [*presence, found, float(has_error), float(has_notes)]
-            own: Any = tokens
-            beside = map(neg, own) if self.norm.is_max else map(mul, own, own)
-            numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *beside]
-            return list(map(float, numbers))
+            further = [] if stats is None else stats.tolist()
+            here = sums, further, presence, found
+            return self._listed(*here, has_error, has_notes, tokens)
         pieces, found = self._spread(power_sums, part_sums), _count_nonfinite(power_sums)
         if found_inf is not None:
             found = torch.maximum(found, torch.as_tensor(found_inf))
+        if reads:
+            assert isinstance(presence, Tensor)
+            stats = pieces[:0] if stats is None else stats
+            parts = pieces, stats, presence, found.reshape(1)
+            numbers = iter(Readback.read_now(torch.cat(parts)))
+            sums, further, at_hand, (found,) = (list(islice(numbers, len(part))) for part in parts)
+            return self._listed(sums, further, at_hand, found, has_error, has_notes, tokens)
         # filled in on the device: a tensor made from a list would make the host wait for it
         new = pieces.new_full
         there = [t if isinstance(t, Tensor) else new((), float(t)) for t in tokens]
@@ -195,6 +202,23 @@ class MessageLayout:
         parts = [pieces[:start], *([] if stats is None else [stats]), pieces[start:]]
         assert isinstance(presence, Tensor)
         return torch.cat([*parts, presence, last, beside_here])
+
+    def _listed(
+        self,
+        sums: list[float],
+        further: list[float],
+        presence: Message,
+        found: float,
+        has_error: bool,
+        has_notes: bool,
+        tokens: Sequence[Number],
+    ) -> list[float]:
+        """A message of Python's numbers."""
+        start, own = self.layers.stop, cast("Sequence[Any]", tokens)
+        checks = [*presence, found, float(has_error), float(has_notes)]
+        beside = map(neg, own) if self.norm.is_max else map(mul, own, own)
+        numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *beside]
+        return list(map(float, numbers))
 
     def _spread(self, power_sums: Tensor, part_sums: Tensor | None) -> Tensor:
         """[groups + layers, and drift where they are sums]: what pieces add up to.

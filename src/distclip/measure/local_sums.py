@@ -106,12 +106,13 @@ class LocalMeasurer:
         return not self.rank_norms.has_since(self._stepped)
 
     def measure(
-        self, step: int, request: Request, last_hash: Number, has_notes: bool
+        self, step: int, request: Request, last_hash: Number, has_notes: bool, reads: bool = False
     ) -> tuple[LocalMeasurement, Message]:
         """The measurement and this rank's message. Never communicates, raises nothing.
 
         Args:
             has_notes: this rank has notes, should the step matter.
+            reads: as for `MessageLayout.pack`.
         """
         out = LocalMeasurement(step, request, last_hash, self._zeros, self._zeros)
         if self.rows is not None:
@@ -149,6 +150,7 @@ class LocalMeasurer:
             self._tokens(step, request, last_hash),
             out.part_sums,
             None if self.rank_norms is None else self._own_norm(self.rank_norms, request),
+            reads,
         )
         return out, message
 
