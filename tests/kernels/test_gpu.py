@@ -276,6 +276,40 @@ def test_steps_wait_for_nothing_and_do_what_they_do_on_the_cpu(policy, mode):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_what_the_host_decides_by_itself_is_what_the_cpu_does():
+    """`clip_` with a constant threshold, a bad step among the calls, and a step that folds after
+    them: the counters go to the device then."""
+    runs = []
+    for device in ("cpu", "cuda"):
+        layers, lines = model(device), []
+        clipper, optimizer = distclip.GradClipper(layers, 1.0, sinks=[lines.append]), None
+        for step in range(6):
+            give(layers, step)
+            if step == 3:
+                layers[2].weight.grad[3, 4] = math.nan
+                with pytest.warns(RuntimeWarning, match="step 4 is skipped"):
+                    report = clipper.clip_()
+                assert all(p.grad is None for p in layers.parameters())
+                for p in layers.parameters():
+                    p.grad = torch.zeros_like(p)
+                continue
+            report = clipper.clip_()
+            assert report.total_norm.device.type == device
+        grads = [p.grad.cpu() for p in layers.parameters()]
+        optimizer = optimizer_of(layers)
+        last = clipper.step(optimizer)
+        clipper.measure()
+        numbers = [line.to_dict() for line in [*lines, report.on_host(), last]]
+        runs.append((numbers, grads, [p.detach().cpu() for p in layers.parameters()]))
+    (lines, grads, params), (lines_there, grads_there, params_there) = runs
+    for line, there in zip(lines, lines_there, strict=False):
+        for name in ("total_norm", "norm_after", "clip_coef", "clip_rate"):
+            assert there[name] == pytest.approx(line[name], rel=1e-6, nan_ok=True), name
+        assert [there[n] for n in ("skipped", "skips")] == [line[n] for n in ("skipped", "skips")]
+    for a, b in zip([*grads, *params], [*grads_there, *params_there], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_with_a_scaler_waits_for_nothing():
     layers = model("cuda")
     clipper, optimizer, scaler = (
