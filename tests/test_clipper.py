@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -331,3 +332,44 @@ def test_a_deep_copy_of_model_and_clipper_clips_the_copy(steps):
 def _fill(model, value):
     for p in model.parameters():
         p.grad = torch.full_like(p, value)
+
+
+class RatioOfNorms(distclip.FixedNorm):
+    """Asks its clipper for the norm of the parameters while it looks at the gradients."""
+
+    num_stats = 1
+
+    def local_stats(self, own):
+        seen.append(float(clippers[0].measure(of="param").total_norm))
+        return torch.zeros(own.groups, 1, dtype=torch.float64)
+
+
+seen, clippers = [], []
+
+
+def test_a_measurement_within_a_measurement_changes_nothing():
+    params = named([3.0, 4.0], [12.0])
+    for _, p in params:
+        p.data.fill_(1.0)
+    clippers[:] = [distclip.GradClipper(params, policy=RatioOfNorms(1.0))]
+    seen.clear()
+    for _ in range(2):  # the second finds its gradients again
+        report = clippers[0].clip_()
+    assert seen == pytest.approx([3**0.5] * len(seen)) and seen
+    assert float(report.total_norm) == pytest.approx(1.0)
+
+
+def test_measurements_from_two_threads_do_not_mix():
+    params = named([3.0, 4.0], [12.0])
+    for _, p in params:
+        p.data.fill_(1.0)
+    clipper, found = distclip.GradClipper(params, 1.0, process_group=distclip.LOCAL), []
+
+    def of_parameters():
+        found.extend(float(clipper.measure(of="param").total_norm) for _ in range(300))
+
+    thread = threading.Thread(target=of_parameters)
+    thread.start()
+    norms = {float(clipper.measure().total_norm) for _ in range(300)}
+    thread.join()
+    assert norms == {13.0} and found == pytest.approx([3**0.5] * 300)

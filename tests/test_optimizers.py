@@ -678,3 +678,22 @@ def test_wrong_on_one_rank_is_told_on_all(ranks, what):
             "ConfigError: "
         )
         assert text == start + ON_BUILDING[what][1]
+
+
+class SteppingModule(torch.optim.SGD, nn.Module):
+    """A module all the same."""
+
+
+@pytest.mark.parametrize("call", ["clip_", "step"])
+@pytest.mark.parametrize("kind", ["a module", "no step"])
+def test_what_looks_like_one_of_torchs_optimizers_is_looked_at_too(call, kind):
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    optimizer = (SteppingModule if kind == "a module" else torch.optim.SGD)([p], 1.0)
+    if kind == "no step":
+        optimizer.step = None
+    clipper = distclip.GradClipper([("p", p)], 1.0)
+    words = "which is no optimizer" if kind == "no step" else "is a module|a SteppingModule"
+    with pytest.raises(distclip.ConfigError, match=words):
+        getattr(clipper, call)(optimizer)
+    assert p.grad.tolist() == [3.0, 4.0]

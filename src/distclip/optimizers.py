@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distclip.errors import ConfigError
@@ -246,11 +245,7 @@ def as_optimizers(given: Any) -> tuple[Any, ...]:
         return ()
     if type(given) in (list, tuple):
         return tuple(given)
-    if (
-        isinstance(given, Optimizer)
-        or is_optimizer(given)
-        or isinstance(given, (Tensor, nn.Module, str, Mapping))
-    ):
+    if is_optimizer(given) or isinstance(given, (Tensor, nn.Module, str, Mapping)):
         return (given,)
     items = as_list(given)
     return (given,) if items is None else tuple(items)
@@ -271,7 +266,7 @@ def is_optimizer(thing: Any) -> bool:
 def check_optimizers(operation: str, optimizers: Sequence[Any]) -> None:
     """ConfigError if something else than an optimizer was passed, or one twice."""
     for thing in optimizers:
-        if not (isinstance(thing, Optimizer) or is_optimizer(thing)):
+        if not is_optimizer(thing):
             raise ConfigError(f"{operation}() was given {_describe_mistake(thing)}")
         if getattr(thing, "_overlap_with_ddp", False):  # torch's ZeroRedundancyOptimizer
             raise ConfigError(

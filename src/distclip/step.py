@@ -28,7 +28,7 @@ from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
-from distclip.errors import ConfigError, DistclipError, GradientError
+from distclip.errors import ConfigError, DistclipError, ExchangeError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import HostVector, Readback
@@ -208,7 +208,12 @@ class StepRunner:
         here = self._host_vector
         here.write(message)
         if self._sends_from_host:
-            channel.all_reduce_(here.tensor, op, what)
+            try:
+                channel.all_reduce_(here.tensor, op, what)
+            except ExchangeError:
+                # what timed out may still write there
+                self._host_vector = HostVector(self._stages.layout.num_words)
+                raise
             return here.read()
         vector = here.tensor.to(channel.comm_device(self._device))
         return Readback.read_now(channel.all_reduce_(vector, op, what))

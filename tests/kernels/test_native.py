@@ -250,12 +250,3 @@ def test_wrong_lengths_are_refused():
         r"each, or one for all",
     ):
         layout.clamp_([0, 0], torch.ones(3))
-
-
-@pytest.mark.parametrize("p", NORMS)
-def test_sums_are_written_where_they_are_wanted(p):
-    tensors = [randn(size, torch.float32, seed=size) for size in SIZES]
-    layout, pointers = layout_of(tensors), addresses(tensors)
-    out = torch.full((len(SIZES),), -1.0, dtype=torch.float64)
-    assert layout.power_sums(pointers, p, out) is out
-    assert torch.equal(out, layout.power_sums(pointers, p))

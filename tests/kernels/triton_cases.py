@@ -116,16 +116,6 @@ def of_all_sizes(dtype, p):
     return worst([numbers(count, dtype, count) for count in COUNTS], p)
 
 
-def written(dtype):
-    """Sums that were written where they were wanted, and new ones."""
-    tensors = [numbers(count, dtype, count) for count in (3, BLOCK + 1)]
-    layout, pointers = listed(tensors)
-    out = torch.full((2,), -1.0, dtype=torch.float64)
-    given = layout.power_sums(pointers, 2.0, out)
-    assert given.data_ptr() == out.data_ptr()
-    return out.tolist(), layout.power_sums(pointers, 2.0).tolist()
-
-
 def unaligned(dtype, p):
     whole = numbers(CHUNK + FLIGHT + 9, dtype)
     views = [whole[1:], whole[3 : BLOCK + 3], whole[5:6]]

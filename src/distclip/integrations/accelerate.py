@@ -311,8 +311,9 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         passed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if not self.accelerator.sync_gradients:
             return torch.full((), math.nan, device=self.accelerator.device)
-        last = self.whole_clips.get(id(passed[0])) if passed else None
+        last = self.whole_clips.pop(id(passed[0]), None) if passed else None
         if last is not None and last.is_repeated(passed, self.accelerator._optimizers):
+            self.whole_clips[id(passed[0])] = last
             prepared = last.prepared
             prepared.accepts_norm(max_norm, float(norm_type), whole=True)
             return self._clip_grads(last.selected, last.owners, (), prepared.clipper).total_norm
@@ -365,6 +366,8 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         every = set[int]().union(*(owner.held for owner in owners))
         if not others and selected.keys() <= every:
             optimizers = self.accelerator._optimizers
+            if len(self.whole_clips) >= _MOST_PARTS:  # passed in another order at each step
+                self.whole_clips.clear()
             known = _WholeClip(passed, optimizers, prepared, selected, owners)
             self.whole_clips[id(passed[0])] = known
         return report

@@ -88,16 +88,12 @@ class TensorList:
         )
         return cls(tensors, kernel_plan, pointers, fallback)
 
-    def power_sums(self, p: float, out: Tensor | None = None) -> Tensor:
+    def power_sums(self, p: float) -> Tensor:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is
-        not; never communicates.
-
-        Args:
-            out: contiguous float64 [n] there, which a kernel writes to and returns.
-        """
+        not; never communicates."""
         if self.kernel_plan is None:
             return reference.power_sums(self.tensors, p)
-        sums = self.kernel_plan.power_sums(self.pointers, p, out)
+        sums = self.kernel_plan.power_sums(self.pointers, p)
         if self.fallback:
             self._put(sums, reference.power_sums(self._fallback_tensors(), p))
         return sums

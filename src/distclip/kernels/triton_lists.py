@@ -91,9 +91,9 @@ class KernelPlan:
         if device.type == "cuda":
             self.scale_([0] * self.size, 1.0)
 
-    def power_sums(self, pointers: Sequence[int], p: float, out: Tensor | None = None) -> Tensor:
+    def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
         """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or
-        inf. NaN stays NaN. `out`: contiguous, to write to and return in place of a new one."""
+        inf. NaN stays NaN."""
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
         programs, constants = self._programs, (self._types, float(p), self._double)
         sizes = (programs.CHUNK, programs.BLOCK, programs.PART)
@@ -101,7 +101,7 @@ class KernelPlan:
             self._launch_chunks(
                 programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes)
             )
-            return self._sum_partials(partials, 1, int(p == math.inf), out).view(-1)
+            return self._sum_partials(partials, 1, int(p == math.inf)).view(-1)
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
         """What a clamp c of each element x would do: float64 [n, 6], as `measure.clamped_sums`.
@@ -151,13 +151,9 @@ class KernelPlan:
                 _num_processors(self.device) * side_by_side,
             )
 
-    def _sum_partials(
-        self, partials: Tensor, rows: int, most: int, out: Tensor | None = None
-    ) -> Tensor:
+    def _sum_partials(self, partials: Tensor, rows: int, most: int) -> Tensor:
         """[n, rows] float64; the first `most` rows are maxima."""
-        sums = out
-        if sums is None:
-            sums = torch.empty(self.size, rows, dtype=torch.float64, device=self.device)
+        sums = torch.empty(self.size, rows, dtype=torch.float64, device=self.device)
         args = (partials, self._tables[1], sums, self._chunks)
         self._run_program(
             self._programs.tensor_sums,

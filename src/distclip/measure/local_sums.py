@@ -80,8 +80,6 @@ class LocalMeasurer:
     late_parameters: LateParameters
     wrappers: Sequence[ReducingWrapper]
     _zeros: Tensor = field(init=False)  # [pieces]
-    # [pieces]: for each step's sums on the host, where it is judged before the next one
-    _sums: Tensor | None = field(init=False)
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _here: Tensor = field(init=False)  # [ranks] bool: this one, where ranks' norms are asked for
     _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
@@ -90,7 +88,6 @@ class LocalMeasurer:
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
-        self._sums = torch.zeros_like(self._zeros) if self.layout.on_host else None
         self._num_replicas = [share.num_replicas for share in self.plan.shares]
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
@@ -205,8 +202,7 @@ class LocalMeasurer:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
         tensors = grads.tensors if rows is None else rows.split(grads)
-        out = self._sums if len(tensors.tensors) == len(self.plan.pieces) else None
-        own = tensors.power_sums(norm.p, out)
+        own = tensors.power_sums(norm.p)
         if own.device != self.device:
             own = own.to(self.device)
         if rows is None and grads.grad_set.portion is None and request.leaves_grads:

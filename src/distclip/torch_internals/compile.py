@@ -14,10 +14,9 @@ R = TypeVar("R")
 
 
 def without_grad(function: Callable[P, R]) -> Callable[P, R]:
-    """`torch.no_grad`, whose own decorator makes eight times as many calls of Python at each
-    call."""
+    """`torch.no_grad`, whose own decorator makes eight times as many calls of Python at each call.
+    Without `wraps`: torch.compile takes what has `__wrapped__` for a cache, and warns of it."""
 
-    @wraps(function)
     def call_without(*args: P.args, **kwargs: P.kwargs) -> R:
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)

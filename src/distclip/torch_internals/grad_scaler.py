@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -46,7 +45,6 @@ def unwrap_optimizer(optimizer: Any) -> list[Any]:
     return links
 
 
-@lru_cache(maxsize=64)
 def _forwards(kind: type) -> bool:
     return any((base.__module__, base.__qualname__) in _FORWARDING for base in kind.__mro__)
 
