@@ -325,6 +325,11 @@ def test_a_deep_copy_of_model_and_clipper_clips_the_copy(steps):
     assert float(its.clip_().total_norm) == pytest.approx(11 * 14**0.5)
     assert float(get_total_norm([p.grad for p in other.parameters()])) == pytest.approx(1.0)
     assert all((p.grad == 7.0).all() for p in model.parameters())
+    _fill(other, 0.01)  # nothing to clip
+    assert float(its.clip_().clip_rate) == pytest.approx((steps + 1) / (steps + 2))
+    kept = its.state_dict()
+    assert int(kept["history.calls"]) == steps + 2
+    assert int(kept["history.clipped"].sum()) == steps + 1
     assert float(clipper.clip_().total_norm) == pytest.approx(7 * 14**0.5)
     assert float(get_total_norm([p.grad for p in model.parameters()])) == pytest.approx(1.0)
 

@@ -483,7 +483,7 @@ class GradClipper:
                 "optimizer out"
             )
             error = self._channel.tell_once(GradientError(text))
-            self.last_report = replace(outcome.report, ended_in=type(error).__name__)
+            self.last_report = outcome.report.ended(type(error).__name__)
             try:
                 raise error
             except GradientError:

@@ -181,6 +181,22 @@ class StepFindings(NamedTuple):
 
 
 _CPU = torch.device("cpu")
+_FEW = 32  # numbers that are filled in on a device one by one
+
+
+def _as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, or a list of them. The host does not wait for the device, as it would for what is
+    copied there from ordinary memory."""
+    if device.type == "cpu":
+        return torch.tensor(value, dtype=dtype, device=device)
+    if not isinstance(value, list):
+        return torch.full((), value, dtype=torch.float64, device=device).to(dtype)
+    numbers: list[float] = value
+    if 0 < len(numbers) <= _FEW:
+        parts = [torch.full((), n, dtype=torch.float64, device=device) for n in numbers]
+        return torch.stack(parts).to(dtype)
+    pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=len(numbers) > 0)
+    return pinned.to(device, non_blocking=True)
 
 
 class _TensorField:
@@ -201,8 +217,7 @@ class _TensorField:
             value = fields[self._name] = value()
         if not isinstance(value, Tensor):
             dtype = self._dtype or report.dtype
-            device = fields.get("_device", "cpu")
-            value = fields[self._name] = torch.tensor(value, dtype=dtype, device=device)
+            value = fields[self._name] = _as_tensor(value, dtype, fields.get("_device", _CPU))
         return value
 
     def __set__(self, report: ClipReport, value: Any) -> None:
@@ -285,12 +300,18 @@ class ClipReport:
         return report
 
     def on_host(self) -> ClipReport:
-        """This report with tensors on the CPU, where its numbers are Python's: reading them there
-        waits for no device."""
-        if self.__dict__.get("_device", _CPU) == _CPU:
-            return self
+        """This report with tensors on the CPU, where its numbers are Python's: reading them waits
+        for no device. The same report where they are the device's."""
+        return self if self.__dict__.get("_device", _CPU) == _CPU else self._with(_device=_CPU)
+
+    def ended(self, error: str) -> ClipReport:
+        """This report of a step that ended in an error of that class."""
+        return self._with(ended_in=error)
+
+    def _with(self, **changes: Any) -> ClipReport:
+        """A copy of which nothing is read."""
         report = object.__new__(ClipReport)
-        report.__dict__.update(self.__dict__, _device=_CPU)
+        report.__dict__.update(self.__dict__, **changes)
         return report
 
     def __getstate__(self) -> dict[str, Any]:
@@ -380,7 +401,7 @@ class ClipReport:
             "norm_type": self.norm_type,
         }
         out |= {"matters": self.matters, "deviation": self.deviation}
-        rank, deviation = self._farthest_rank
+        rank, deviation = here._farthest_rank
         out |= {"outlier_rank": rank, "rank_deviation": deviation}
         out["action"] = ACTIONS[out.pop("rung")]
         out["culprits"] = [culprit._asdict() for culprit in self.culprits]

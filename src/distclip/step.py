@@ -1,10 +1,10 @@
 """One step from top to bottom: measure → exchange → read norms → decide → check → remember →
 report.
 
-All of it happens before a gradient is touched. Two things differ between devices, and both are
-chosen at set-up: `HostNow` reads the reduced message at once, and from there on numbers are
-Python's; `DeviceLate` keeps them on the device, and the host reads what it must know afterwards,
-now or at the next call.
+All of it happens before a gradient is touched. When the host reads differs between devices and
+calls: `HostNow` reads the reduced message at once, and from there on numbers are Python's;
+`DeviceLate` keeps them on the device, and the host reads what it must know afterwards, now or at
+the next call.
 """
 
 from __future__ import annotations
@@ -178,18 +178,19 @@ class StepRunner:
     ) -> HostNow | DeviceLate:
         """How this call is judged. On a device the host decides by itself what it must know at
         once, until a call comes that is left to the device: one that is judged late, or with a
-        scaler, whose scale is there. From then on the counters are on the device, where the replays
-        of a captured graph find them, and all calls are decided there."""
+        scaler, whose scale is there, or inside a graph. From then on the counters are on the
+        device, where replays find them, and until `rebuild` all calls are decided there."""
         state = self._state
         if self._late is None:
             return self._now
-        is_left = request.scaler.enabled or (allow_late and not request.read_only)
+        is_late = allow_late and (capturing or not request.read_only)
+        is_left = request.scaler.enabled or is_late
         if is_left and state.on_host:
             if capturing and state.num_steps:
                 raise ConfigError(
-                    f"{request.operation}() inside a CUDA graph, and the steps before it were "
-                    "decided on the host: take one step of this kind before the capture, so that "
-                    "the clipper's counters are on the device"
+                    f"{request.operation}() inside a CUDA graph, and the clipper's counters are on "
+                    "the host: before the capture take one step() with fused optimizers, or one "
+                    "clip_() with on_nonfinite='propagate'"
                 )
             state.move_to_device()
         return self._now if state.on_host else self._late

@@ -1,7 +1,8 @@
 """Numbers of a step: Python's floats and bools, or torch's tensors, by the same rules.
 
-On the CPU a step's handful of numbers is read once and then is plain arithmetic (`HostNow` in
-`step`); on CUDA everything stays on the device (`DeviceLate`). A rule is written once, with
+A step's handful of numbers is read once and then is plain arithmetic (`HostNow` in `step`: on the
+CPU, and on CUDA for much of what the host must know at once), or everything stays on the device
+(`DeviceLate`). A rule is written once, with
 Python's operators where these mean the same for both (`flag ^ True` is "not": `~` of Python's bool
 is a number), and with the functions below where they do not. A column holds one number for each
 group: a list of floats, or a tensor.

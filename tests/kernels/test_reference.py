@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distclip.kernels.reference import power_sums
+from distclip.kernels.reference import power_sums, scale_
 from distclip.p_norm import norm_of, rounded
 from parity.oracle import NORMS, total_norm
 
@@ -164,3 +164,10 @@ def test_what_rounding_leaves(bits):
     largest = torch.finfo(torch.float64).max
     kept = torch.tensor([math.inf, largest, 0.0], dtype=torch.float64)
     assert torch.equal(rounded(kept, bits), kept)
+
+
+def test_a_factor_beyond_the_range_of_a_dtype_is_inf_there():
+    for value in (1e39, torch.tensor([1e39], dtype=torch.float64)):
+        tensor = torch.ones(2)
+        scale_([tensor], value if isinstance(value, torch.Tensor) else [value])
+        assert tensor.tolist() == [math.inf] * 2

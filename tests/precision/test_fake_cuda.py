@@ -320,6 +320,10 @@ def test_what_the_host_decides_by_itself_is_read_once(fake, monkeypatch, norm, c
     assert report.__dict__["total_norm"] == norm
     assert {report.total_norm.device.type, report.coefs.device.type} == {"cuda"}
     assert report.on_host().norm_after.device.type == "cpu"
+    with Watched() as seen:
+        numbers = [report.clipped, report.nonfinite, report.threshold, report.cosine]
+    assert seen.found == set(), "what is read later waits for nothing either"
+    assert {number.dtype for number in numbers} == {torch.bool, torch.int64, torch.float32}
 
 
 def test_few_operations_stand_around_the_sums(fake, monkeypatch):

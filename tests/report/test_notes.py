@@ -263,6 +263,27 @@ def test_a_captured_step_takes_no_note():
         clipper.step(optimizer)
 
 
+def test_what_is_measured_in_a_capture_is_left_to_the_device():
+    """Nothing can be read there; and counters that are on the host by then would have to be copied
+    at each replay."""
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    clipper, later = (judged_late(distclip.GradClipper([("w", p)], 1.0)) for _ in range(2))
+    with patch.object(StepRunner, "is_capturing", True):
+        assert isinstance(clipper.measure().__dict__["total_norm"], torch.Tensor)
+    later.clip_()
+    with (
+        patch.object(StepRunner, "is_capturing", True),
+        pytest.raises(distclip.ConfigError) as seen,
+    ):
+        later.measure()
+    assert str(seen.value).splitlines()[0] == (
+        "measure() inside a CUDA graph, and the clipper's counters are on the host: before the "
+        "capture take one step() with fused optimizers, or one clip_() with "
+        "on_nonfinite='propagate'"
+    )
+
+
 def test_what_is_captured_prepares_no_read():
     """A replay's numbers are read by nobody at the next call: packing them would be launches at
     each one."""

@@ -39,6 +39,16 @@ class _FlagRing:
         if on_host:
             self.flags = torch.frombuffer(self._bytes, dtype=torch.bool)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has one memory too, of its own."""
+        return _FlagRing._from_flags, (self.flags.clone(), self._on_host)
+
+    @classmethod
+    def _from_flags(cls, flags: Tensor, on_host: bool) -> _FlagRing:
+        ring = cls(flags.device, on_host)
+        ring.flags.copy_(flags)
+        return ring
+
     def exchange(self, turn: Any, flag: Any) -> Number:
         """Put the flag of a turn in its place: 1 where one was there before, else 0."""
         if isinstance(turn, Tensor):

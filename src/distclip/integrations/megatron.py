@@ -415,6 +415,7 @@ class _AttachedOptimizer:
             )
         finally:
             self._measures = False
+        report = report.on_host()
         skipped, total = bool(report.skipped), float(report.total_norm)
         overflow = skipped and (bool(int(report.nonfinite)) or not math.isfinite(total))
         for scaler in scalers:

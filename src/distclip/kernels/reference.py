@@ -144,8 +144,10 @@ def scale_(tensors: Sequence[Tensor], factors: Sequence[float] | Tensor) -> None
             for values in _values_in_place(tensor):
                 alike[values.device, values.dtype, factor].append(values)
     for (device, dtype, factor), same in alike.items():
-        # filled in there: what is copied to a device would make the host wait
-        _multiply_all_(same, torch.full((), factor, dtype=compute_dtype(dtype), device=device))
+        # filled in there: what is copied to a device would make the host wait; in float64, since
+        # torch does not fill in what a narrower dtype holds as inf
+        there = torch.full((), factor, dtype=torch.float64, device=device)
+        _multiply_all_(same, there.to(compute_dtype(dtype)))
 
 
 def _multiply_all_(tensors: list[Tensor], factor: Tensor) -> None:

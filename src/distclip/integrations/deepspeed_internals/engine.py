@@ -228,10 +228,9 @@ class EngineAdapter:
     def decide_step(self, scale: float = 1.0) -> ClipReport:
         dynamic = bool(self.engine.fp16_enabled() and self.engine.dynamic_loss_scale())
         report = self.clipper.decide(1 / scale, dynamic_loss_scale=dynamic)
+        here = report.on_host()
         self._policy_skip = (
-            bool(report.skipped)
-            and not int(report.nonfinite)
-            and bool(report.total_norm.isfinite())
+            bool(here.skipped) and not int(here.nonfinite) and bool(here.total_norm.isfinite())
         )
         return report
 
@@ -275,9 +274,10 @@ class EngineAdapter:
             report = self.clipper.last_report
             if report is not None and report is not before:
                 # inf for a step that is not finite, as in DeepSpeed
-                norm = float(report.total_norm)
+                here = report.on_host()
+                norm = float(here.total_norm)
                 self.optimizer._global_grad_norm = (
-                    math.inf if int(report.nonfinite) or math.isnan(norm) else norm
+                    math.inf if int(here.nonfinite) or math.isnan(norm) else norm
                 )
 
     def take_step(self, *args: Any, **kwargs: Any) -> Any:

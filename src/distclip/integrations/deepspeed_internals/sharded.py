@@ -22,7 +22,7 @@ def _flat_norm(report: ClipReport) -> Tensor:
     whether the norm is finite."""
     return (
         report.total_norm.new_full((), float("inf"))
-        if bool(report.skipped)
+        if bool(report.on_host().skipped)
         else torch.ones_like(report.total_norm)
     )
 
@@ -106,7 +106,7 @@ class ZeRO12Adapter(EngineAdapter):
             self._grads |= {id(part.master): grad.reshape(-1) for part, grad in zip(mine, grads)}
         report = self.decide_step(float(o.loss_scale))
         # with bf16 the optimizer ignores a norm that is not finite unless it checks for overflow
-        o.check_grad_overflow = bool(report.skipped) or self._own_checks
+        o.check_grad_overflow = bool(report.on_host().skipped) or self._own_checks
         return _flat_norm(report)
 
     def apply_clip(self, grad_groups_flat: Sequence[Tensor], total_norm: Any) -> None:
