@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
 from typing import Final, Literal, TypeVar
@@ -192,6 +193,7 @@ def format_ranks(ranks: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
+@lru_cache(maxsize=4096)  # set-up asks for names, groups and shapes again and again
 def hash64(text: str) -> int:
     """8 bytes of a hash, as an int64."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
