@@ -286,17 +286,17 @@ class ClipReport:
 
     @classmethod
     def deferred(
-        cls, numbers: Callable[[], dict[str, Any]], device: torch.device, **others: Any
+        cls, numbers: Callable[[], dict[str, Any]], device: torch.device | None, **others: Any
     ) -> ClipReport:
-        """A report whose numbers are Python's, and worked out when one of them is first read.
+        """A report whose numbers are worked out when one of them is first read.
 
         Args:
             numbers: gives all fields that are tensors.
-            device: of the tensors, which are made when they are read.
+            device: where numbers are Python's: of the tensors that are made when they are read.
             others: all other fields, and any of these.
         """
         report = object.__new__(cls)
-        report.__dict__.update(others, _numbers=numbers, _device=device)
+        report.__dict__.update(others, _numbers=numbers, _device=device or _CPU)
         return report
 
     def on_host(self) -> ClipReport:

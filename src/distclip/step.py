@@ -157,7 +157,7 @@ class StepRunner:
             state.update(decision, policies, checked.flags)
         found = checked.findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms, decision, checked.flags, state, found, request.read_only
+            norms, decision, checked.flags, state, found, request.read_only, capturing
         )
         return StepOutcome(
             request=checked.request,

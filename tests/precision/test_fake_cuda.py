@@ -350,3 +350,16 @@ def test_counters_go_to_the_device_at_the_first_step_that_is_judged_late(fake, m
     assert not clipper._state.on_host and history.num_calls.device.type == "cuda"
     assert history.clip_rate.device.type == clipper._state.last_hash.device.type == "cuda"
     assert watched(lambda: clipper.step(optimizer)) == set()
+
+
+def test_a_report_that_nobody_reads_is_not_worked_out(fake):
+    clipper, _, optimizer = clipped(max_norm=1.0)
+    for _ in range(2):
+        clipper.step(optimizer)
+    with Launched() as unread:
+        clipper.step(optimizer)
+    with Launched() as read:
+        report = clipper.step(optimizer)
+        assert report.norm_after.device.type == "cuda"
+    assert len(read.names) - len(unread.names) >= 20
+    assert watched(lambda: clipper.step(optimizer).coefs) == set()

@@ -20,6 +20,8 @@ from distclip.exchange.readback import Readback
 from late import judged_late
 from parity.layouts import given
 
+WATCH = distclip.Watch(distclip.per_parameter())
+
 
 def waiting(params, **options):
     return judged_late(distclip.GradClipper(params, **{"max_norm": 1.0} | options))
@@ -249,3 +251,23 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
             fine = is_fine(layout(False).read_checks(told), 1e-5)
             assert bool(fine) == (verdict is StepVerdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts
+
+
+@pytest.mark.parametrize("late", [True, "device"])
+@pytest.mark.parametrize("call", ["step", "clip_"])
+@pytest.mark.parametrize("policy", [distclip.FixedNorm(2.0), distclip.AutoClip(60.0, window=4)])
+def test_a_report_says_the_same_whenever_it_is_read(policy, call, late):
+    """Later steps write to the counters and to the policy's state."""
+    read = {}
+    for at_once in (True, False):
+        p = nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([p], 0.1, fused=True)
+        clipper = judged_late(distclip.GradClipper([("w", p)], policy=policy, watch=WATCH), late)
+        reports = []
+        for step in range(8):
+            p.grad = torch.tensor([3.0, 4.0]) * (step % 3 + 0.1)
+            report = getattr(clipper, call)(optimizer)
+            reports.append(report.to_dict() if at_once else report)
+        read[at_once] = reports if at_once else [report.to_dict() for report in reports]
+    assert read[True] == read[False]
+    assert len({line["clip_rate"] for line in read[True]}) > 2, "vacuous"

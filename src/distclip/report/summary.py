@@ -47,14 +47,19 @@ class ReportMaker:
         state: ClipperState,
         findings: StepFindings,
         read_only: bool,
+        capturing: bool,
     ) -> ClipReport:
-        """Nothing is read on the host; on the CPU nothing is worked out before it is read.
+        """Nothing is read on the host; nothing is worked out before it is read, but inside a
+        captured graph, whose replays write to the report's tensors.
 
         Args:
             state: after the step was recorded in it.
         """
         rate, skips = state.history.clip_rate, state.history.num_skips
         action = None if read_only else decision.action
+        on_host = not isinstance(rate, Tensor)
+        if isinstance(rate, Tensor) and isinstance(skips, Tensor):  # a later step writes to them
+            rate, skips = rate.clone(), skips.clone()
         numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
         others: dict[str, Any] = {
             "step": state.step,
@@ -68,12 +73,11 @@ class ReportMaker:
             "ended_in": findings.ended_in,
             "dtype": self.dtype,
         }
-        if isinstance(rate, Tensor):  # a later step, or a graph's replay, writes to what is there
+        if capturing:
             return ClipReport(**numbers(), **others)
-        # what is read most often is there without the rest
-        return ClipReport.deferred(
-            numbers, self.device, total_norm=norms.total, skipped=flags.skipped, **others
-        )
+        if on_host:  # what is read most often is there without the rest
+            others |= {"total_norm": norms.total, "skipped": flags.skipped}
+        return ClipReport.deferred(numbers, self.device if on_host else None, **others)
 
     def _numbers(
         self,
