@@ -456,7 +456,8 @@ def repeated():
 
     for _ in range(3):
         clip(every)
-    clip(every[:2])
+    clip(every[:2])  # begins as the others do: what was known of them goes
+    clip(every)
     clip(every)
     # another optimizer, of another model, which is clipped in turn with this one
     other = net(5)
