@@ -147,7 +147,11 @@ class StepRunner:
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
         try:
-            checked = timing.check(request, measurement, norms, decision, allow_late, capturing)
+            step = request, measurement, norms, decision
+            if isinstance(timing, HostNow):
+                checked = timing.check(*step)
+            else:
+                checked = timing.check(*step, allow_late, capturing)
         except DistclipError:
             if not request.read_only:  # as one that is judged late, which was counted before
                 flags = resolve(decision, norms.finite, norms.finite, False, False)
@@ -237,8 +241,8 @@ class _CheckedStep(NamedTuple):
 
 class HostNow:
     """Numbers are Python's: each step is checked before anything else happens. On a device too,
-    where the host has to know at once and thresholds are constants: it waits for the message, and
-    decides in less time than the device's small operations would take."""
+    where the host has to know at once and thresholds are constants: it waits for the message
+    anyway, and then asks the device for nothing but the scaling."""
 
     def __init__(self, stages: Stages, state: ClipperState) -> None:
         self._stages, self._state = stages, state
@@ -249,8 +253,6 @@ class HostNow:
         measurement: LocalMeasurement,
         norms: GlobalNorms,
         decision: ClipDecision,
-        allow_late: bool,
-        capturing: bool,
     ) -> _CheckedStep:
         finite: Any = norms.finite
         flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
