@@ -19,7 +19,6 @@ T = TypeVar("T", float, Tensor)
 # Policies see norms of so many bits: what the parameters' precision warrants, less those that
 # depend on the order of a sum.
 SINGLE_BITS, DOUBLE_BITS = 24, 48
-_FLOAT, _INT = struct.Struct("<d"), struct.Struct("<q")
 
 
 @dataclass(frozen=True)
@@ -121,4 +120,14 @@ def _rounding(bits: int) -> tuple[float, int, int, int, int]:
 
 def bits_of(numbers: Sequence[float]) -> list[int]:
     """Python floats as the int64 that `view(torch.int64)` makes of float64."""
-    return list(struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers)))
+    floats, ints = _codecs(len(numbers))
+    return list(ints.unpack(floats.pack(*numbers)))
+
+
+@lru_cache(maxsize=16)
+def _codecs(count: int) -> tuple[struct.Struct, struct.Struct]:
+    """Of so many float64 and int64 side by side."""
+    return struct.Struct(f"<{count}d"), struct.Struct(f"<{count}q")
+
+
+_FLOAT, _INT = _codecs(1)

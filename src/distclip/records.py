@@ -286,17 +286,21 @@ class ClipReport:
 
     @classmethod
     def deferred(
-        cls, numbers: Callable[[], dict[str, Any]], device: torch.device | None, **others: Any
+        cls,
+        numbers: Callable[[], dict[str, Any]],
+        others: dict[str, Any],
+        device: torch.device | None = None,
     ) -> ClipReport:
         """A report whose numbers are worked out when one of them is first read.
 
         Args:
             numbers: gives all fields that are tensors.
+            others: all other fields, and any of these; the report's from now on.
             device: where numbers are Python's: of the tensors that are made when they are read.
-            others: all other fields, and any of these.
         """
         report = object.__new__(cls)
-        report.__dict__.update(others, _numbers=numbers, _device=device or _CPU)
+        others["_numbers"], others["_device"] = numbers, device or _CPU
+        object.__setattr__(report, "__dict__", others)
         return report
 
     def on_host(self) -> ClipReport:

@@ -100,7 +100,7 @@ class Request:
             return self.grad_scale
         return None if self._unscaled_pieces else self.factor()
 
-    @property
+    @cached_property
     def leaves_grads(self) -> bool:
         """All factors are 1."""
         return not self.scaler.enabled and self.grad_scale == 1
@@ -206,8 +206,9 @@ class RequestMaker:
             and grad_scale == 1
             and type(of) is str
         )
-        if plain and (operation, of) in self._plain:
-            return self._plain[operation, of]
+        known = self._plain.get((operation, of)) if plain else None
+        if known is not None:
+            return known
         request = self._make_checked(operation, optimizers, scaler, grad_scale, of, note, flags)
         if plain and request.error is None:
             self._plain[operation, of] = request

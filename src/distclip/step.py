@@ -10,6 +10,7 @@ the next call.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,13 @@ from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, DistclipError, ExchangeError, GradientError
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
-from distclip.exchange.readback import HostVector, Readback
+from distclip.exchange.readback import (
+    HostVector,
+    KnownNumbers,
+    Readback,
+    fill_in,
+    pack_numbers,
+)
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.records import StepFindings
 from distclip.report.writer import ReportWriter
@@ -107,7 +114,9 @@ class StepRunner:
             # each other
             request = replace(request, judged_late=True)
 
-        timing = self._timing_of(request, allow_late, capturing)
+        timing = self._now
+        if self._late is not None:
+            timing = self._timing_of(self._late, request, allow_late, capturing)
         if self._has_rank_norms and stages.measurer.lacks_rank_norms(request):
             request = replace(request, reduced_nothing=True)
 
@@ -146,47 +155,49 @@ class StepRunner:
             norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
+        grads, read = measurement.grads, None
         try:
             step = request, measurement, norms, decision
             if isinstance(timing, HostNow):
-                checked = timing.check(*step)
+                flags, findings, error = timing.check(*step)
             else:
-                checked = timing.check(*step, allow_late, capturing)
+                flags, findings, error, read = timing.check(*step, allow_late, capturing)
         except DistclipError:
             if not request.read_only:  # as one that is judged late, which was counted before
                 flags = resolve(decision, norms.finite, norms.finite, False, False)
                 state.update(decision, policies, ended(flags))
             raise
         if not request.read_only:
-            state.update(decision, policies, checked.flags)
-        found = checked.findings or NOTHING_FOUND
+            state.update(decision, policies, flags)
+        found = findings or NOTHING_FOUND
         report = stages.reports.make(
-            norms, decision, checked.flags, state, found, request.read_only, capturing
+            norms, decision, flags, state, found, request.read_only, capturing
         )
+        finite = norms.finite
+        if read is not None:
+            request, decision, finite, flags = read
         return StepOutcome(
-            request=checked.request,
-            decision=checked.decision,
-            finite=checked.finite,
-            flags=checked.host_flags,
-            on_host=checked.on_host,
-            grads=checked.grads,
+            request=request,
+            decision=decision,
+            finite=finite,
+            flags=flags,
+            on_host=read is not None or timing is self._now,
+            grads=grads,
             units=measurement.units,
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
-            judged=checked.findings is not None,
-            error=checked.error,
+            judged=findings is not None,
+            error=error,
         )
 
     def _timing_of(
-        self, request: Request, allow_late: bool, capturing: bool
+        self, late: DeviceLate, request: Request, allow_late: bool, capturing: bool
     ) -> HostNow | DeviceLate:
-        """How this call is judged. On a device the host decides by itself what it must know at
-        once, until a call comes that is left to the device: one that is judged late, or with a
+        """How this call is judged on a device, where the host decides by itself what it must know
+        at once, until a call comes that is left to the device: one that is judged late, or with a
         scaler, whose scale is there, or inside a graph. From then on the counters are on the
         device, where replays find them, and until `rebuild` all calls are decided there."""
         state = self._state
-        if self._late is None:
-            return self._now
         is_late = allow_late and (capturing or not request.read_only)
         is_left = request.scaler.enabled or is_late
         if is_left and state.on_host:
@@ -197,7 +208,7 @@ class StepRunner:
                     "clip_() with on_nonfinite='propagate'"
                 )
             state.move_to_device()
-        return self._now if state.on_host else self._late
+        return self._now if state.on_host else late
 
     def _reduce(self, message: Message, request: Request, reads: bool) -> Message:
         """`reads`: numbers come back as Python's."""
@@ -224,19 +235,21 @@ class StepRunner:
         return Readback.read_now(channel.all_reduce_(vector, op, what))
 
 
-class _CheckedStep(NamedTuple):
-    """A step that may go on, or ends in an error. `request`, `decision`, `finite` and `host_flags`
-    are Python's numbers where `on_host`; `flags` are what the state and the report take."""
+class _ReadStep(NamedTuple):
+    """What the device knows of a step, as Python's numbers: by these the host carries it out."""
 
     request: Request
     decision: ClipDecision
-    finite: Any
+    finite: bool
     flags: StepFlags
-    host_flags: StepFlags
-    on_host: bool
-    grads: Any
-    findings: StepFindings | None  # None where it is judged at the next call
-    error: DistclipError | None = None
+
+
+class _HostDecision(NamedTuple):
+    """Of what the device decided, what the host needs to carry it out."""
+
+    coefs: list[float]  # [groups]
+    clipped: bool
+    inv_scale: float  # of the loss scale; 1 without a scaler
 
 
 class HostNow:
@@ -253,7 +266,8 @@ class HostNow:
         measurement: LocalMeasurement,
         norms: GlobalNorms,
         decision: ClipDecision,
-    ) -> _CheckedStep:
+    ) -> tuple[StepFlags, StepFindings, DistclipError | None]:
+        """What becomes of the step, what was found, and the error in which it ends."""
         finite: Any = norms.finite
         flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
@@ -263,10 +277,7 @@ class HostNow:
         ranks = list(map(float, norms.rank_norms))
         numbers = HostNumbers(left_out, skipped, total, rate, float(cosine), state.num_steps, ranks)
         findings, error = self._stages.checker.check(measurement, norms.checks, numbers)
-        if error is not None:
-            flags = ended(flags)
-        grads = measurement.grads
-        return _CheckedStep(request, decision, finite, flags, flags, True, grads, findings, error)
+        return flags if error is None else ended(flags), findings, error
 
 
 class DeviceLate:
@@ -275,17 +286,18 @@ class DeviceLate:
 
     def __init__(self, stages: Stages, state: ClipperState, writer: ReportWriter) -> None:
         self._stages, self._state, self._writer = stages, state, writer
-        self._late: Readback[LocalMeasurement] = Readback()
+        self._late: Readback[tuple[LocalMeasurement, KnownNumbers]] = Readback()
 
     def check_previous(self) -> None:
         """Judge what the previous call left; its step was not taken if it was bad."""
         late = self._late.dequeue()
         if late is None:
             return
-        checks, numbers, _ = self._unpack(late.numbers)
-        findings, error = self._stages.checker.check(late.what, checks, numbers, late=True)
-        if not late.what.request.read_only:
-            self._writer.add_findings(late.what.step, findings)
+        measurement, known = late.what
+        checks, numbers, _ = self._unpack(late.numbers, known)
+        findings, error = self._stages.checker.check(measurement, checks, numbers, late=True)
+        if not measurement.request.read_only:
+            self._writer.add_findings(measurement.step, findings)
         if error is not None:
             try:
                 raise error
@@ -303,7 +315,9 @@ class DeviceLate:
         decision: ClipDecision,
         allow_late: bool,
         capturing: bool,
-    ) -> _CheckedStep:
+    ) -> tuple[StepFlags, StepFindings | None, DistclipError | None, _ReadStep | None]:
+        """The same, of which nothing but the flags is known where it is judged at the next call;
+        and what was read."""
         finite: Any = norms.finite
         if request.error is not None and bool(norms.checks.agreed):
             allow_late = False  # all ranks made this mistake; others than its may judge it later
@@ -312,10 +326,11 @@ class DeviceLate:
         flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
         if not allow_late:
             return self._check_now(request, measurement, norms, decision, flags)
-        grads, measurement.grads = measurement.grads, None
+        measurement.grads = None
         if not capturing:
-            self._late.enqueue(self._pack(request, norms, decision, flags), measurement)
-        return _CheckedStep(request, decision, finite, flags, flags, False, grads, None)
+            vector, known = self._pack(request, norms, decision, flags)
+            self._late.enqueue(vector, (measurement, known))
+        return flags, None, None, None
 
     def _check_now(
         self,
@@ -324,65 +339,54 @@ class DeviceLate:
         norms: GlobalNorms,
         decision: ClipDecision,
         flags: StepFlags,
-    ) -> _CheckedStep:
+    ) -> tuple[StepFlags, StepFindings, DistclipError | None, _ReadStep]:
         """One read, of everything that the host wants to know."""
-        packed = self._pack(request, norms, decision, flags)
-        checks, numbers, rest = self._unpack(Readback.read_now(packed))
+        vector, known = self._pack(request, norms, decision, flags)
+        checks, numbers, decided = self._unpack(Readback.read_now(vector), known)
         findings, error = self._stages.checker.check(measurement, checks, numbers)
-        *coefs, clipped, skipped, inv_scale = rest
         finite = bool(checks.finite)
         if request.scaler.inv_scale is not None:
-            request = replace(request, scaler=request.scaler.with_inv_scale(inv_scale))
-        decision = decision._replace(coef=coefs)
-        host_flags = StepFlags(finite, flags.found_inf, bool(skipped), bool(clipped))
+            scaler = request.scaler.with_inv_scale(decided.inv_scale)
+            request = replace(request, scaler=scaler)
+        decision = decision._replace(coef=decided.coefs)
+        host_flags = StepFlags(finite, flags.found_inf, numbers.skipped, decided.clipped)
         if error is not None:
             flags, host_flags = ended(flags), ended(host_flags)
-        grads = measurement.grads
-        return _CheckedStep(
-            request, decision, finite, flags, host_flags, True, grads, findings, error
-        )
+        return flags, findings, error, _ReadStep(request, decision, finite, host_flags)
 
     def _pack(
         self, request: Request, norms: GlobalNorms, decision: ClipDecision, flags: StepFlags
-    ) -> Tensor:
-        """float64: the check words, what warnings look at, and the decision."""
-        device, one = self._stages.device, torch.ones
-        new = one((), dtype=torch.float64, device=device).new_full
-        scale = request.scaler.inv_scale
-        skip = decision.skip
-        numbers: list[Any] = [
-            *norms.checks,
-            new((), 0.0) if skip is None else skip,
-            norms.total,
-            self._state.history.clip_rate,
-            smallest_of(decision.cosine) if decision.clamped else new((), 1.0),
-            flags.clipped,
-            flags.skipped,
-            new((), 1.0) if scale is None else scale,
-            len(norms.rank_norms),
-            *norms.rank_norms,
-        ]
-        numbers = [n if isinstance(n, Tensor) else new((), float(n)) for n in numbers]
-        coef: Any = decision.coef
-        return torch.cat([torch.stack([n.double().reshape(()) for n in numbers]), coef])
+    ) -> tuple[Tensor, KnownNumbers]:
+        """The check words, what warnings look at, and the decision."""
+        *words, agreed, finite = norms.checks
+        scale, skip, coef = request.scaler.inv_scale, decision.skip, decision.coef
+        cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
+        rate, ranks = self._state.history.clip_rate, norms.rank_norms
+        assert isinstance(coef, Tensor) and isinstance(ranks, Tensor)
+        left_out = False if skip is None else skip
+        return pack_numbers(
+            numbers=[*words, norms.total, rate, cosine, 1.0 if scale is None else scale],
+            flags=[agreed, finite, left_out, flags.clipped, flags.skipped],
+            columns=[coef, ranks],
+        )
 
-    def _unpack(self, numbers: list[float]) -> tuple[CheckWords, HostNumbers, list[float]]:
-        """The coefficients, and whether the step is clipped and skipped and the scale's inverse,
-        stand last."""
-        count = len(CheckWords._fields)
-        *words, agreed, finite = numbers[:count]
-        left_out, total, rate, cosine, clipped, skipped, inv_scale, ranks = numbers[
-            count : count + 8
-        ]
-        end = count + 8 + int(ranks)
-        checks = CheckWords(*words, agreed=bool(agreed), finite=bool(finite))
+    def _unpack(
+        self, read: list[float], known: KnownNumbers
+    ) -> tuple[CheckWords, HostNumbers, _HostDecision]:
+        """What `_pack` packed, of the numbers that were read."""
+        numbers = iter(fill_in(known, read))
+        words = list(islice(numbers, len(CheckWords._fields) - 2))
+        total, rate, cosine, inv_scale = islice(numbers, 4)
+        agreed, finite, left_out, clipped, skipped = map(bool, islice(numbers, 5))
+        coefs = list(islice(numbers, self._stages.layout.num_groups))
+        checks = CheckWords(*words, agreed=agreed, finite=finite)
         seen = HostNumbers(
-            left_out=bool(left_out),
-            skipped=bool(skipped),
+            left_out=left_out,
+            skipped=skipped,
             total_norm=total,
             clip_rate=rate,
             cosine=cosine,
             num_steps=self._state.num_steps,
-            rank_norms=numbers[count + 8 : end],
+            rank_norms=list(numbers),
         )
-        return checks, seen, [*numbers[end:], clipped, skipped, inv_scale]
+        return checks, seen, _HostDecision(coefs, clipped, inv_scale)

@@ -11,6 +11,7 @@ group: a list of floats, or a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from operator import eq, mul
 from typing import Any, TypeAlias
 
@@ -48,7 +49,7 @@ def multiply(column: Column, other: Column | float) -> Column:
     """Entry by entry, or each by one number."""
     if isinstance(column, Tensor):
         return column * _operand(other)
-    others: Any = other if isinstance(other, (list, Tensor)) else [other] * len(column)
+    others: Any = other if isinstance(other, (list, Tensor)) else repeat(other)
     return list(map(mul, column, others))
 
 
@@ -59,7 +60,9 @@ def each(function: Callable[[Any], Any], column: Column) -> Column:
 
 def any_of(column: FlagColumn) -> Flag:
     """Whether some entry is true."""
-    return column.any() if isinstance(column, Tensor) else any(column)
+    if isinstance(column, Tensor):
+        return column.reshape(()) if column.numel() == 1 else column.any()
+    return any(column)
 
 
 def all_equal(one: Column, other: Column) -> Flag:

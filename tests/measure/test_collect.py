@@ -189,6 +189,20 @@ def test_gradients_that_stay_are_known_again_and_watched(monkeypatch):
     assert gone() is None and norm(clipper) == 2.0
 
 
+def test_one_gradient_that_is_gone_among_those_that_stay():
+    """It was freed, so what remembers it gives None, which is what the parameter has now."""
+    first, second, third = params_of(torch.tensor([3.0]), torch.tensor([12.0]), torch.tensor([4.0]))
+    clipper = distclip.GradClipper([first, second, third], math.inf)
+    assert [norm(clipper) for _ in range(3)] == [13.0] * 3
+    second[1].grad = None
+    assert [norm(clipper) for _ in range(3)] == [5.0] * 3
+    second[1].grad = torch.tensor([12.0])
+    first[1].grad = None
+    assert [norm(clipper) for _ in range(3)] == pytest.approx([math.sqrt(160)] * 3)
+    first[1].grad = torch.tensor([3.0])
+    assert [norm(clipper) for _ in range(3)] == [13.0] * 3
+
+
 @pytest.mark.parametrize("act", ["clip_", "step", "measure", "decide"])
 def test_gradients_are_not_kept_alive(act):
     named = params_of(torch.ones(1000))

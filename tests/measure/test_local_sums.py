@@ -1,5 +1,6 @@
 """What goes wrong while this rank measures travels in the message and is raised afterwards."""
 
+import math
 import traceback
 
 import pytest
@@ -52,3 +53,61 @@ def test_it_is_raised_on_all_ranks_from_what_one_of_them_met(ranks):
     assert {text for text, *_ in rows} == {"step 1: rank 3: KeyError: 'window'"}
     assert [cause for _, cause, _ in rows] == ["NoneType"] * 3 + ["KeyError"]
     assert all(untouched for *_, untouched in rows)
+
+
+class Measuring(distclip.FixedNorm):
+    """Measures other gradients by the same clipper, while a step is measured and while it is
+    decided."""
+
+    num_stats = 1
+    clippers = []  # noqa: RUF012
+
+    def _measure(self):
+        if self.clippers:
+            clipper, p = self.clippers.pop()
+            own, p.grad = p.grad, torch.full_like(p, 100.0)
+            assert clipper.measure().total_norm == 200
+            p.grad = own
+            self.clippers.append((clipper, p))
+
+    def local_stats(self, own):
+        self._measure()
+        return torch.zeros(own.groups, 1, dtype=torch.float64)
+
+    def decide(self, norms, state):
+        self._measure()
+        return super().decide(norms, state)
+
+
+def test_memory_of_an_earlier_call_is_not_written_while_it_is_in_use():
+    p = nn.Parameter(torch.ones(4))
+    clipper = distclip.GradClipper([("p", p)], policy=Measuring(1.0), sinks=[lambda report: None])
+    Measuring.clippers = [(clipper, p)]
+    try:
+        for _ in range(3):
+            p.grad = torch.full((4,), 5.0)
+            assert clipper.clip_().total_norm == 10
+            assert p.grad.tolist() == [0.5] * 4
+        p.grad = torch.tensor([1.0, math.nan, 1.0, 1.0])
+        (culprit,) = clipper.clip_().culprits
+        assert (culprit.parameter, culprit.kind) == ("p", "NaN")
+    finally:
+        Measuring.clippers = []
+
+
+def test_memory_is_taken_again_once_nobody_holds_it():
+    p = nn.Parameter(torch.ones(4))
+    clipper = distclip.GradClipper([("p", p)], 1.0)
+    measurer = clipper._stages.measurer
+    places = set()
+    for inference in (True, False, True, False):
+        p.grad = torch.full((4,), 5.0)
+        with torch.inference_mode(inference):
+            clipper.clip_()
+        places.add(measurer._sums.data_ptr())
+        assert not measurer._sums.is_inference()
+    assert len(places) == 1
+    held = measurer._memory_for(1)
+    again = measurer._memory_for(1)
+    assert held is not again
+    assert measurer._memory_for(2).shape == (2,)

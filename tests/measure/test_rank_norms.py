@@ -206,10 +206,10 @@ def test_chance_is_no_outlier():
     assert report.rank_norms.numel() == 0 and report.outlier_rank is None
     for _ in range(200):
         noise = 0.1 * torch.randn(64, generator=draw)
-        spread = distclip.ClipReport.deferred(dict, torch.device("cpu"), rank_norms=(5 + noise))
+        spread = distclip.ClipReport.deferred(dict, {"rank_norms": 5 + noise})
         told_of += spread.outlier_rank is not None
         noise[7] += 1.5
-        off = distclip.ClipReport.deferred(dict, torch.device("cpu"), rank_norms=(5 + noise))
+        off = distclip.ClipReport.deferred(dict, {"rank_norms": 5 + noise})
         assert off.outlier_rank == 7
     assert told_of <= 2
 

@@ -190,10 +190,10 @@ def resolve(
         read_only: nothing is touched.
         propagates: whatever is wrong, the step is taken unless a policy leaves it out.
     """
-    nothing = ok & False
     if read_only:
+        nothing = ok & False
         return StepFlags(ok, nothing, nothing, nothing)
-    found_inf, acts = (nothing, finite) if propagates else (ok ^ True, ok)
+    found_inf, acts = (finite & False, finite) if propagates else (ok ^ True, ok)
     some_clipped = any_of(decision.clipped)
     if not isinstance(acts, Tensor):  # many groups stand in a tensor on the host too
         some_clipped = bool(some_clipped)

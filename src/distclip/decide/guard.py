@@ -28,35 +28,35 @@ class StepVerdict(Enum):
 _VERDICTS = tuple(StepVerdict)
 
 
-def _violations(checks: CheckWords, tolerance: float | None) -> list[Flag]:
-    """Which rules the reduced words break, in the order of `StepVerdict`: the one list of them, for
-    the host and the device.
+def _kept_rules(checks: CheckWords, tolerance: float | None) -> list[Flag]:
+    """Which rules the reduced words keep, in the order of `StepVerdict`: the one list of them, for
+    the host and the device. NaN keeps none.
 
     Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
     """
-    broken = [
-        checks.agreed ^ True,
-        checks.errors != 0,
-        checks.finite ^ True,
-        (abs(checks.presence) <= PRESENCE_TOLERANCE) ^ True,  # so that NaN breaks it
+    kept = [
+        checks.agreed,
+        checks.errors == 0,
+        checks.finite,
+        abs(checks.presence) <= PRESENCE_TOLERANCE,
     ]
     if tolerance is not None:
-        broken.append((abs(checks.drift) <= tolerance * checks.power_sum) ^ True)
-    return broken
+        kept.append(abs(checks.drift) <= tolerance * checks.power_sum)
+    return kept
 
 
 def verdict_of(checks: CheckWords, tolerance: float | None) -> StepVerdict:
     """The first rule that is broken, from Python's numbers that are equal on every rank."""
-    broken = _violations(checks, tolerance)
-    return _VERDICTS[broken.index(True)] if True in broken else StepVerdict.FINE
+    kept = _kept_rules(checks, tolerance)
+    return _VERDICTS[kept.index(False)] if False in kept else StepVerdict.FINE
 
 
 def is_fine(checks: CheckWords, tolerance: float | None) -> Flag:
     """Whether no rule is broken: on the device, without a host sync."""
-    any_broken, *others = _violations(checks, tolerance)
-    for broken in others:
-        any_broken = any_broken | broken
-    return any_broken ^ True
+    fine, *others = _kept_rules(checks, tolerance)
+    for kept in others:
+        fine = fine & kept
+    return fine
 
 
 @dataclass(slots=True)

@@ -90,7 +90,7 @@ class StepHistory:
     def _set_rate(self) -> None:
         calls: Any = self.num_calls
         if isinstance(calls, Tensor):
-            self.clip_rate.copy_(self._num_clipped / calls.clamp(min=1, max=WINDOW))
+            torch.div(self._num_clipped, calls.clamp(min=1, max=WINDOW), out=self.clip_rate)
         else:
             self.clip_rate = self._num_clipped / min(max(calls, 1), WINDOW)
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from operator import mul, neg
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -211,14 +211,13 @@ class MessageLayout:
         found: float,
         has_error: bool,
         has_notes: bool,
-        tokens: Sequence[Number],
+        tokens: Sequence[Any],
     ) -> list[float]:
         """A message of Python's numbers."""
-        start, own = self.layers.stop, cast("Sequence[Any]", tokens)
-        checks = [*presence, found, float(has_error), float(has_notes)]
-        beside = map(neg, own) if self.norm.is_max else map(mul, own, own)
-        numbers = [*sums[:start], *further, *sums[start:], *checks, *tokens, *beside]
-        return list(map(float, numbers))
+        start = self.layers.stop
+        checks: list[Any] = [*presence, found, float(has_error), float(has_notes)]
+        beside = map(neg, tokens) if self.norm.is_max else map(mul, tokens, tokens)
+        return [*sums[:start], *further, *sums[start:], *checks, *tokens, *beside]
 
     def _spread(self, power_sums: Tensor, part_sums: Tensor | None) -> Tensor:
         """[groups + layers, and drift where they are sums]: what pieces add up to.
@@ -260,7 +259,7 @@ class MessageLayout:
             agreed = True
         elif self.norm.is_max:
             agreed = all_equal(tokens, multiply(beside, -1.0))
-        else:  # all are equal iff W Σv² = (Σv)²: whole numbers, exact
+        else:  # all are equal iff W Σv² = (Σv)²: whole numbers, rounded once at most
             agreed = all_equal(multiply(beside, float(self.num_ranks)), multiply(tokens, tokens))
         sums = message[self.groups]
         power_sum = sums[0] if self.num_groups == 1 else self.norm.combine(sums)

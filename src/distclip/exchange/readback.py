@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+from distclip.values import Flag, Number
 
 T = TypeVar("T")
 
@@ -39,6 +41,31 @@ class HostVector:
 
     def read(self) -> list[float]:
         return list(self._codec.unpack(self._bytes))
+
+
+# Of numbers that some call packed: those of the host, None where the vector has them.
+KnownNumbers: TypeAlias = "list[float | None]"
+
+
+def pack_numbers(
+    numbers: Sequence[Number], flags: Sequence[Flag], columns: Sequence[Tensor]
+) -> tuple[Tensor, KnownNumbers]:
+    """One float64 vector of all that is on the device: what the host knows is not sent there to be
+    read again. `fill_in` puts both in this order.
+
+    Args:
+        flags: of which one at least is on the device.
+    """
+    known = [None if isinstance(n, Tensor) else float(n) for n in (*numbers, *flags)]
+    parts = [number.reshape(1) for number in numbers if isinstance(number, Tensor)]
+    told = torch.stack([flag for flag in flags if isinstance(flag, Tensor)])
+    return torch.cat([*parts, told.double(), *columns]), known
+
+
+def fill_in(known: KnownNumbers, read: Sequence[float]) -> list[float]:
+    """All that was packed, of the vector's numbers."""
+    there = iter(read)
+    return [next(there) if number is None else number for number in known] + list(there)
 
 
 @dataclass(frozen=True, slots=True)

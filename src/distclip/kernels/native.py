@@ -123,13 +123,17 @@ class KernelPlan:
         """A copy is prepared anew."""
         return plan_for, self._given
 
-    def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
+    def power_sums(self, pointers: Sequence[int], p: float, out: Tensor | None = None) -> Tensor:
         """Return sum |g|^p of each tensor, or max |g| where `p` is inf: float64 [n] on the CPU.
 
         An inf or NaN makes its sum non-finite; no elements and no gradient give 0. float64
         gradients overflow where torch's do.
+
+        Args:
+            out: such a tensor, contiguous, that is filled and returned.
         """
-        out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
+        if out is None:
+            out = torch.empty(self.tensors, dtype=torch.float64, device="cpu")
         self._run_operation(SUMS, pointers, p, None, out)
         return out
 
@@ -223,8 +227,8 @@ class KernelPlan:
 
 
 class WeightedSums:
-    """Rows of weights, for vectors of the host: their products as Python's floats. Calls may come
-    from several threads at once.
+    """Rows of weights, for vectors of the host: their products as Python's floats. One call at a
+    time.
 
     Args:
         weights: float64 [rows, n] on the CPU.
@@ -234,8 +238,9 @@ class WeightedSums:
     def __init__(self, weights: Tensor, is_native: bool) -> None:
         self._weights = weights.contiguous()
         rows, count = weights.shape
-        self._products = ctypes.c_double * rows
-        self._weigh_args = rows, count, self._weights.data_ptr()
+        self._products = (ctypes.c_double * rows)()
+        self._args = rows, count, self._weights.data_ptr()
+        self._products_address = ctypes.addressof(self._products)
         lib = load_library()
         self._weigh = lib.distclip_weigh if is_native and not isinstance(lib, str) else None
 
@@ -247,9 +252,8 @@ class WeightedSums:
         """[rows]: Σ weight · value, in float64. `values`: contiguous float64 [n] on the CPU."""
         if self._weigh is None:
             return torch.mv(self._weights, values).tolist()
-        out = self._products()
-        self._weigh(*self._weigh_args, values.data_ptr(), ctypes.addressof(out))
-        return out[:]
+        self._weigh(*self._args, values.data_ptr(), self._products_address)
+        return self._products[:]
 
 
 @functools.lru_cache(maxsize=64)

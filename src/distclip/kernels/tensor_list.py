@@ -88,12 +88,16 @@ class TensorList:
         )
         return cls(tensors, kernel_plan, pointers, fallback)
 
-    def power_sums(self, p: float) -> Tensor:
+    def power_sums(self, p: float, out: Tensor | None = None) -> Tensor:
         """[n]: sum |g|^p of each tensor, max |g| where p is inf. Not finite where an element is
-        not; never communicates."""
+        not; never communicates.
+
+        Args:
+            out: memory that a kernel may put the answer into; contiguous float64 [n] there.
+        """
         if self.kernel_plan is None:
             return reference.power_sums(self.tensors, p)
-        sums = self.kernel_plan.power_sums(self.pointers, p)
+        sums = self.kernel_plan.power_sums(self.pointers, p, out)
         if self.fallback:
             self._put(sums, reference.power_sums(self._fallback_tensors(), p))
         return sums

@@ -91,9 +91,15 @@ class KernelPlan:
         if device.type == "cuda":
             self.scale_([0] * self.size, 1.0)
 
-    def power_sums(self, pointers: Sequence[int], p: float) -> Tensor:
+    def power_sums(self, pointers: Sequence[int], p: float, out: Tensor | None = None) -> Tensor:
         """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or
-        inf. NaN stays NaN."""
+        inf. NaN stays NaN.
+
+        Args:
+            out: such a tensor, contiguous, that is filled and returned.
+        """
+        if out is None:
+            out = torch.empty(self.size, dtype=torch.float64, device=self.device)
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
         programs, constants = self._programs, (self._types, float(p), self._double)
         sizes = (programs.CHUNK, programs.BLOCK, programs.PART)
@@ -101,7 +107,8 @@ class KernelPlan:
             self._launch_chunks(
                 programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes)
             )
-            return self._sum_partials(partials, 1, int(p == math.inf)).view(-1)
+            self._sum_partials(partials, out.view(-1, 1), int(p == math.inf))
+        return out
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
         """What a clamp c of each element x would do: float64 [n, 6], as `measure.clamped_sums`.
@@ -110,11 +117,13 @@ class KernelPlan:
             values: float64 [n] on the device: the bounds.
         """
         partials = torch.zeros(6, self._chunks, dtype=torch.float64, device=self.device)
+        out = torch.empty(self.size, 6, dtype=torch.float64, device=self.device)
         programs, args = self._programs, (values, partials, self._chunks)
         constants = (_value_stride(values), self._types, float(p), programs.CHUNK, programs.PART)
         with _on_device(self.device):
             self._launch_chunks(programs.chunk_clamps, programs.WARPS, pointers, args, constants)
-            return self._sum_partials(partials, 6, 2 if p == math.inf else 0)
+            self._sum_partials(partials, out, 2 if p == math.inf else 0)
+        return out
 
     def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
         """Multiply in place, in float32 (float64 tensors in float64), rounded to nearest even.
@@ -151,18 +160,16 @@ class KernelPlan:
                 _num_processors(self.device) * side_by_side,
             )
 
-    def _sum_partials(self, partials: Tensor, rows: int, most: int) -> Tensor:
-        """[n, rows] float64; the first `most` rows are maxima."""
-        sums = torch.empty(self.size, rows, dtype=torch.float64, device=self.device)
-        args = (partials, self._tables[1], sums, self._chunks)
+    def _sum_partials(self, partials: Tensor, out: Tensor, most: int) -> None:
+        """Into `out`, [n, rows] float64; the first `most` rows are maxima."""
+        args = (partials, self._tables[1], out, self._chunks)
         self._run_program(
             self._programs.tensor_sums,
             self._programs.WARPS,
-            (self.size, rows),
+            (self.size, out.shape[1]),
             args,
             (most, self._programs.LANES),
         )
-        return sums
 
     def _launch_chunks(
         self,

@@ -171,21 +171,24 @@ class GradientCollector:
         self._steps = StepsSinceSetup(modules, members, plan.pieces)
         # by which gradients are there
         self._caches: dict[bytes, tuple[GradientSet, GradientCache]] = {}
+        self._every = bytes([1] * len(members))  # the key where all are there
         self._latest: GradientSet | None = None
 
     def collect(self) -> CollectedGrads:
         """A gradient that two parameters share is taken once."""
         grads = list(map(self.grad_of, self.members))
+        stay = all(map(is_, map(dict.get, self._tables, self._keys), self._held))
+        # most often all are there, which shows in what is compared
+        known = self._caches.get(self._every) if stay else None
+        listed = None if known is None else known[1].match_grads(grads)
+        if known is not None and listed is not None:
+            return CollectedGrads(known[0], listed)
         has = bytes(map(is_not, grads, repeat(None)))
-        known = self._caches.get(has)
-        stay = map(is_, map(dict.get, self._tables, self._keys), self._held)
-        if known is not None and all(stay):
-            grad_set, cache = known
-            found = cache.match_grads(
-                grads if 0 not in has else [grad for grad in grads if grad is not None]
-            )
-            if found is not None:
-                return CollectedGrads(grad_set, found)
+        known = self._caches.get(has) if stay and 0 in has else None
+        if known is not None:
+            listed = known[1].match_grads([grad for grad in grads if grad is not None])
+            if listed is not None:
+                return CollectedGrads(known[0], listed)
         return self._collect_checked(grads, has)
 
     def collect_subset(self, mine: Sequence[int]) -> CollectedGrads:

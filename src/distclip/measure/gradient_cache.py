@@ -87,7 +87,8 @@ class GradientCache:
         )
 
     def match_grads(self, given: list[Any]) -> TensorList | None:
-        """This rank's parts of the gradients; None where anything is not as expected."""
+        """This rank's parts of the gradients; None where anything is not as expected, a gradient
+        that is missing among it."""
         last = self.last
         try:
             if last is not None and last.all and all(map(is_, map(_DEREFERENCE, last.all), given)):
@@ -96,7 +97,8 @@ class GradientCache:
                 if same_place and list(map(_BYTES, grads)) == last.sizes:
                     return TensorList(grads, self.kernel_plan, last.pointers, self.fallback)
             return self._match_layout(given)
-        except (AttributeError, RuntimeError):  # a kind of tensor that the lists do not foresee
+        # None, or a kind of tensor that the lists do not foresee
+        except (AttributeError, RuntimeError, TypeError):
             return None
 
     def _match_layout(self, given: list[Any]) -> TensorList | None:

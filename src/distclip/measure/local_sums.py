@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from distclip.setup.unfinished_backward import ReducingWrapper, unfinished_error
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.values import Number, as_tensor, multiply
 
+_OWN_REFERENCES = 2  # the measurer's, and that of the function that counts
 _REMEMBERED = 64  # descriptions of calls: a grad_scale may be another one at each step
 _MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
 
@@ -82,12 +84,14 @@ class LocalMeasurer:
     _zeros: Tensor = field(init=False)  # [pieces]
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _here: Tensor = field(init=False)  # [ranks] bool: this one, where ranks' norms are asked for
+    _sums: Tensor = field(init=False)  # memory of an earlier call's power sums
     _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
     _all_parameters: GradientSet = field(init=False)
     _description_tokens: dict[str, float] = field(init=False, default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
+        self._sums = self._zeros[:0]
         self._num_replicas = [share.num_replicas for share in self.plan.shares]
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
@@ -202,7 +206,8 @@ class LocalMeasurer:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
         tensors = grads.tensors if rows is None else rows.split(grads)
-        own = tensors.power_sums(norm.p)
+        out = self._memory_for(len(tensors.tensors)) if self.layout.on_host else None
+        own = tensors.power_sums(norm.p, out)
         if own.device != self.device:
             own = own.to(self.device)
         if rows is None and grads.grad_set.portion is None and request.leaves_grads:
@@ -220,6 +225,14 @@ class LocalMeasurer:
         if rows is None:
             return own, None
         return rows.of_grads(own, unique), rows.in_places(own, unique)
+
+    def _memory_for(self, size: int) -> Tensor:
+        """[size] float64 on the CPU, with anything in it: that of an earlier call where nobody
+        holds it any more. torch's allocation would be a fifteenth of a small step."""
+        if self._sums.numel() != size or getrefcount(self._sums) > _OWN_REFERENCES:
+            with torch.inference_mode(False):  # it is written again outside of that
+                self._sums = torch.empty(size, dtype=torch.float64, device="cpu")
+        return self._sums
 
     def _no_presence(self) -> Message:
         """Of a rank that could not look."""

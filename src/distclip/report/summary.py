@@ -61,7 +61,7 @@ class ReportMaker:
         if isinstance(rate, Tensor) and isinstance(skips, Tensor):  # a later step writes to them
             rate, skips = rate.clone(), skips.clone()
         numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
-        others: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
             "layers": self.plan.layers,
@@ -74,10 +74,10 @@ class ReportMaker:
             "dtype": self.dtype,
         }
         if capturing:
-            return ClipReport(**numbers(), **others)
+            return ClipReport(**numbers(), **fields)
         if on_host:  # what is read most often is there without the rest
-            others |= {"total_norm": norms.total, "skipped": flags.skipped}
-        return ClipReport.deferred(numbers, self.device if on_host else None, **others)
+            fields["total_norm"], fields["skipped"] = norms.total, flags.skipped
+        return ClipReport.deferred(numbers, fields, self.device if on_host else None)
 
     def _numbers(
         self,
