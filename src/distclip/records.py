@@ -181,6 +181,7 @@ class StepFindings(NamedTuple):
 
 
 _CPU = torch.device("cpu")
+_FITS = 1e38  # below it a number has a float32, which `torch.full` insists on
 _FEW = 32  # numbers that are filled in on a device one by one
 
 
@@ -188,6 +189,8 @@ def _as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, or a list of them. The host does not wait for the device, as it would for what is
     copied there from ordinary memory."""
     if device.type == "cpu":
+        if not isinstance(value, list) and -_FITS < value < _FITS:
+            return torch.full((), value, dtype=dtype, device=device)  # in two thirds of the time
         return torch.tensor(value, dtype=dtype, device=device)
     if not isinstance(value, list):
         return torch.full((), value, dtype=torch.float64, device=device).to(dtype)

@@ -100,7 +100,7 @@ class Request:
             return self.grad_scale
         return None if self._unscaled_pieces else self.factor()
 
-    @cached_property
+    @property
     def leaves_grads(self) -> bool:
         """All factors are 1."""
         return not self.scaler.enabled and self.grad_scale == 1
@@ -240,15 +240,8 @@ class RequestMaker:
                 raise ConfigError(f"{operation}(of={of!r}): it is 'grad' or 'param'")
             for name, flag in flags.items():
                 check_flag(f"{operation}(): {name}", flag)
-            is_plain, is_number = (
-                isinstance(grad_scale, (int, float)),
-                hasattr(grad_scale, "__float__"),
-            )
-            if not is_plain or not 0 < as_number(grad_scale) < math.inf:
-                raise ConfigError(
-                    f"grad_scale={grad_scale!r} must be positive and finite"
-                    + (", a number of Python's" if not is_plain and is_number else "")
-                )
+            if type(grad_scale) is not float or not 0 < grad_scale < math.inf:
+                grad_scale = _checked_grad_scale(grad_scale)
             state = ScalerState(scaler, optimizers, self.device, self.on_host)
             steps_others = False
             for o in owned:
@@ -263,7 +256,7 @@ class RequestMaker:
                 operation,
                 owned,
                 state,
-                float(grad_scale),
+                grad_scale,
                 target=of,
                 note=None if note is None else _note_text(operation, note),
                 guards_unmanaged=guards,
@@ -276,6 +269,16 @@ class RequestMaker:
             problem.__cause__ = error
         unscaled = ScalerState(None, owned, self.device, self.on_host)
         return Request(operation, owned, unscaled, error=problem, guards_unmanaged=guards)
+
+
+def _checked_grad_scale(given: Any) -> float:
+    """ConfigError for what is no number of Python's, not positive or not finite."""
+    is_plain = isinstance(given, (int, float))
+    value = as_number(given)
+    if not is_plain or not 0 < value < math.inf:
+        kind = ", a number of Python's" if not is_plain and hasattr(given, "__float__") else ""
+        raise ConfigError(f"grad_scale={given!r} must be positive and finite{kind}")
+    return value
 
 
 def _note_text(operation: str, note: Any) -> str:

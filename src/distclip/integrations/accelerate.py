@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -251,8 +252,7 @@ class _WholeClip:
             objects.append(optimizer)
             for group in optimizer.param_groups:
                 objects += group["params"]
-        for table in self._tables:
-            objects += table.values()
+        objects.extend(chain.from_iterable(map(dict.values, self._tables)))
         return objects
 
 

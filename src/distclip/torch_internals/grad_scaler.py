@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ _FORWARDING = {
     ("lightning.fabric.wrappers", "_FabricOptimizer"),
     ("lightning_fabric.wrappers", "_FabricOptimizer"),
 }
+_NAME_OF = attrgetter("__module__", "__qualname__")
 # what each of torch's optimizers keeps: of parameters, and no optimizers
 _OWN = ("state", "param_groups", "defaults")
 
@@ -46,7 +48,7 @@ def unwrap_optimizer(optimizer: Any) -> list[Any]:
 
 
 def _forwards(kind: type) -> bool:
-    return any((base.__module__, base.__qualname__) in _FORWARDING for base in kind.__mro__)
+    return not _FORWARDING.isdisjoint(map(_NAME_OF, kind.__mro__))
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
