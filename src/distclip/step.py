@@ -173,6 +173,8 @@ class StepRunner:
         report = stages.reports.make(
             norms, decision, flags, state, found, request.read_only, capturing
         )
+        if measurement.memory is not None:
+            stages.measurer.spare_memory.append(measurement.memory)
         finite = norms.finite
         if read is not None:
             request, decision, finite, flags = read

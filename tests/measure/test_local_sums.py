@@ -95,7 +95,7 @@ def test_memory_of_an_earlier_call_is_not_written_while_it_is_in_use():
         Measuring.clippers = []
 
 
-def test_memory_is_taken_again_once_nobody_holds_it():
+def test_memory_is_taken_again_once_a_call_is_over():
     p = nn.Parameter(torch.ones(4))
     clipper = distclip.GradClipper([("p", p)], 1.0)
     measurer = clipper._stages.measurer
@@ -104,10 +104,8 @@ def test_memory_is_taken_again_once_nobody_holds_it():
         p.grad = torch.full((4,), 5.0)
         with torch.inference_mode(inference):
             clipper.clip_()
-        places.add(measurer._sums.data_ptr())
-        assert not measurer._sums.is_inference()
+        (memory,) = measurer.spare_memory
+        places.add(memory.data_ptr())
+        assert not memory.is_inference()
     assert len(places) == 1
-    held = measurer._memory_for(1)
-    again = measurer._memory_for(1)
-    assert held is not again
-    assert measurer._memory_for(2).shape == (2,)
+    assert measurer._memory_for(2).shape == (2,) and not measurer.spare_memory

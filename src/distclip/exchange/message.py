@@ -267,8 +267,8 @@ class MessageLayout:
             root = self.norm.finish(power_sum)
             power_sum = select(root - root == 0, power_sum, math.inf)
         drift, presence, num_grads, nonfinite, errors, notes = (*leading, *message[self.checks])
-        # x - x is 0 but for inf and NaN
-        finite = (power_sum - power_sum == 0) & (nonfinite == 0)
+        # x - x is 0 but for inf and NaN, and the count is to be 0 too
+        finite = power_sum - power_sum == nonfinite
         return CheckWords(
             power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
         )

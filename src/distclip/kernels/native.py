@@ -227,8 +227,8 @@ class KernelPlan:
 
 
 class WeightedSums:
-    """Rows of weights, for vectors of the host: their products as Python's floats. One call at a
-    time.
+    """Rows of weights, for vectors of the host: their products as Python's floats. Calls may come
+    from several threads at once.
 
     Args:
         weights: float64 [rows, n] on the CPU.
@@ -238,9 +238,8 @@ class WeightedSums:
     def __init__(self, weights: Tensor, is_native: bool) -> None:
         self._weights = weights.contiguous()
         rows, count = weights.shape
-        self._products = (ctypes.c_double * rows)()
+        self._products = ctypes.c_double * rows
         self._args = rows, count, self._weights.data_ptr()
-        self._products_address = ctypes.addressof(self._products)
         lib = load_library()
         self._weigh = lib.distclip_weigh if is_native and not isinstance(lib, str) else None
 
@@ -252,8 +251,9 @@ class WeightedSums:
         """[rows]: Σ weight · value, in float64. `values`: contiguous float64 [n] on the CPU."""
         if self._weigh is None:
             return torch.mv(self._weights, values).tolist()
-        self._weigh(*self._args, values.data_ptr(), self._products_address)
-        return self._products[:]
+        out = self._products()
+        self._weigh(*self._args, values.data_ptr(), ctypes.addressof(out))
+        return out[:]
 
 
 @functools.lru_cache(maxsize=64)

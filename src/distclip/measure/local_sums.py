@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from sys import getrefcount
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from distclip.setup.unfinished_backward import ReducingWrapper, unfinished_error
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.values import Number, as_tensor, multiply
 
-_OWN_REFERENCES = 2  # the measurer's, and that of the function that counts
 _REMEMBERED = 64  # descriptions of calls: a grad_scale may be another one at each step
 _MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
 
@@ -56,6 +54,7 @@ class LocalMeasurement:
     units: UnitMeasurement | None = None
     # [parts] float64: power sums of what watched layers cut; None where nothing is cut here
     part_sums: Tensor | None = None
+    memory: Tensor | None = None  # of the power sums, for a later call once this one is over
 
 
 @dataclass(slots=True)
@@ -84,14 +83,14 @@ class LocalMeasurer:
     _zeros: Tensor = field(init=False)  # [pieces]
     _num_replicas: list[int] = field(init=False)  # [pieces]
     _here: Tensor = field(init=False)  # [ranks] bool: this one, where ranks' norms are asked for
-    _sums: Tensor = field(init=False)  # memory of an earlier call's power sums
+    # what calls that are over put their power sums into; append and pop are atomic
+    spare_memory: list[Tensor] = field(init=False, default_factory=lambda: [])
     _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
     _all_parameters: GradientSet = field(init=False)
     _description_tokens: dict[str, float] = field(init=False, default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
-        self._sums = self._zeros[:0]
         self._num_replicas = [share.num_replicas for share in self.plan.shares]
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
@@ -128,7 +127,7 @@ class LocalMeasurer:
             if grads is not None:
                 out.grads, grad_set = grads, grads.grad_set
             if grads is not None and not out.errors and request.error is None:
-                own, out.part_sums = self._power_sums(grads, request)
+                own, out.part_sums = self._power_sums(grads, request, out)
                 if request.scaler.enabled or request.steps_others:
                     found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
@@ -199,15 +198,19 @@ class LocalMeasurer:
                 )
         return CollectedGrads(self._all_parameters, TensorList.of(local))
 
-    def _power_sums(self, grads: CollectedGrads, request: Request) -> tuple[Tensor, Tensor | None]:
-        """[unique] float64, unscaled; and [parts] where some are cut into rows."""
+    def _power_sums(
+        self, grads: CollectedGrads, request: Request, out: LocalMeasurement
+    ) -> tuple[Tensor, Tensor | None]:
+        """[unique] float64, unscaled; and [parts] where some are cut into rows. Perhaps in memory
+        that `out` is given for it."""
         unique, rows = grads.grad_set.unique, self.rows
         if not grads.tensors.tensors:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
         tensors = grads.tensors if rows is None else rows.split(grads)
-        out = self._memory_for(len(tensors.tensors)) if self.layout.on_host else None
-        own = tensors.power_sums(norm.p, out)
+        if self.layout.on_host:
+            out.memory = self._memory_for(len(tensors.tensors))
+        own = tensors.power_sums(norm.p, out.memory)
         if own.device != self.device:
             own = own.to(self.device)
         if rows is None and grads.grad_set.portion is None and request.leaves_grads:
@@ -227,12 +230,16 @@ class LocalMeasurer:
         return rows.of_grads(own, unique), rows.in_places(own, unique)
 
     def _memory_for(self, size: int) -> Tensor:
-        """[size] float64 on the CPU, with anything in it: that of an earlier call where nobody
-        holds it any more. torch's allocation would be a fifteenth of a small step."""
-        if self._sums.numel() != size or getrefcount(self._sums) > _OWN_REFERENCES:
-            with torch.inference_mode(False):  # it is written again outside of that
-                self._sums = torch.empty(size, dtype=torch.float64, device="cpu")
-        return self._sums
+        """[size] float64 on the CPU, with anything in it. torch's allocation would be a fifteenth
+        of a small step."""
+        try:
+            memory = self.spare_memory.pop()
+            if memory.numel() == size:
+                return memory
+        except IndexError:
+            pass
+        with torch.inference_mode(False):  # it is written again outside of that
+            return torch.empty(size, dtype=torch.float64, device="cpu")
 
     def _no_presence(self) -> Message:
         """Of a rank that could not look."""
