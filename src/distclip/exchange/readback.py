@@ -99,12 +99,12 @@ class Readback(Generic[T]):
         if vector.device.type != "cuda":
             self._left = (vector.clone(), None, what)
             return
-        if not self._ring or self._ring[0].numel() != vector.numel():
-            size, dtype = vector.numel(), vector.dtype
+        size, dtype = vector.numel(), vector.dtype
+        if not self._ring or self._ring[0].numel() < size:
             self._ring = [
                 torch.empty(size, dtype=dtype, device="cpu", pin_memory=True) for _ in range(2)
             ]
-        copy = self._ring[self._turn]
+        copy = self._ring[self._turn][:size]
         self._turn = 1 - self._turn
         copy.copy_(vector, non_blocking=True)
         # the vector's device need not be the current one

@@ -208,7 +208,8 @@ class LocalMeasurer:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
         tensors = grads.tensors if rows is None else rows.split(grads)
-        if self.layout.on_host:
+        # gradients may be elsewhere by now than parameters were at set-up
+        if self.layout.on_host and tensors.tensors[0].is_cpu:
             out.memory = self._memory_for(len(tensors.tensors))
         own = tensors.power_sums(norm.p, out.memory)
         if own.device != self.device:
