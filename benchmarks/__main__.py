@@ -93,21 +93,29 @@ def child(name: str, quick: bool, kernels: str | None) -> dict[str, Any]:
         return json.loads(target.read_text())
 
 
-def measured(names: list[str], quick: bool, kernels: str | None) -> dict[str, Any]:
+def measured(names: list[str], quick: bool, kernels: str | None) -> tuple[dict[str, Any], bool]:
+    """What was found, and whether all cases came to their end: one that fails is told, and hides
+    none of the others."""
     found: dict[str, Any] = {"quick": quick, "machine": None, "rows": []}
+    all_ended = True
     for name in names:
         modes = ["torch", "native"] if kernels == "both" else [kernels]
         for mode in modes if CASES[name].by_kernels else modes[-1:]:
             start = time.monotonic()
             print(f"{name}{f' ({mode})' if mode else ''} ...", end=" ", flush=True, file=sys.stderr)
-            one = child(name, quick, mode)
+            try:
+                one = child(name, quick, mode)
+            except SystemExit as failure:
+                print(failure, file=sys.stderr)
+                all_ended = False
+                continue
             print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
             found["rows"] += one.pop("rows")
             here = one.pop("machine")
             # the least disturbed
             found["machine"] = max(found["machine"] or here, here, key=lambda m: m["read_gb_s"][0])
             found |= one
-    return found
+    return found, all_ended
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,13 +134,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         options.json.write_text(json.dumps(run(options.cases[0], options.quick, options.kernels)))
         return 0
+    all_ended = True
     if options.read is not None:
         found = json.loads(options.read.read_text())
         if options.cases:
             found["rows"] = [row for row in found["rows"] if row["case"] in options.cases]
     else:
         names = options.cases or list(CASES)
-        found = measured(names, options.quick, options.kernels)
+        found, all_ended = measured(names, options.quick, options.kernels)
+        if not found["rows"]:
+            return 1
         if options.keep and options.json is not None and options.json.exists():
             before = json.loads(options.json.read_text())
             found["rows"] += [row for row in before.pop("rows") if row["case"] not in names]
@@ -159,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         draw(rows, options.plot)
     if options.write is not None:
         write(options.write, found, rows, options.plot)
-    return 0
+    return 0 if all_ended else 1
 
 
 def write(target: Path, found: dict[str, Any], rows: list[Row], plot: Path | None) -> None:

@@ -14,6 +14,7 @@ from benchmarks.records import Row
 from benchmarks.single import rows_of
 from benchmarks.timing import Contender, Effort, interleaved
 from distclip.kernels.tensor_list import TensorList
+from distclip.p_norm import p_norm
 
 READ, BY_RANK = "one read of the gradients", "RankNorms"
 PLAIN, WATCHED = "step", "step, watched, with a note and a ladder"
@@ -44,12 +45,12 @@ def by_rank(effort: Effort, kernels: str) -> list[Row]:
         grads = [p.grad for p in params if p.grad is not None]
         size, read = sum(g.numel() for g in grads), sum(b.numel() for b in buckets.values())
         assert size == read, (size, read)
-        here = torch.device("cpu")
+        norm, here = p_norm(2.0), torch.device("cpu")
 
         def see() -> None:
             for index, buffer in buckets.items():
                 rank_norms._see(index, buffer, 1.0)
-            rank_norms.take(here, 1.0)
+            rank_norms.take(norm, here, 1.0)
 
         times = interleaved(
             [
