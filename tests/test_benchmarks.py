@@ -22,8 +22,9 @@ from benchmarks.worlds import held_by, world
 ROOT = Path(__file__).parents[1]
 
 
-# each way of building a clipper that the cases have; with the others it takes minutes
-QUICK = ("overhead", "fsdp2", "groups", "setup", "tiny")
+# each way of building a clipper that the cases have, and what follows inner names; with the others
+# it takes minutes
+QUICK = ("overhead", "fsdp2", "groups", "setup", "tiny", "watching")
 
 
 def benchmarks(*arguments, check=True):
