@@ -30,7 +30,7 @@ _VERDICTS = tuple(StepVerdict)
 
 def _kept_rules(checks: CheckWords, tolerance: float | None) -> list[Flag]:
     """Which rules the reduced words keep, in the order of `StepVerdict`: the one list of them, for
-    the host and the device. NaN keeps none.
+    the host and the device. A NaN keeps no rule.
 
     Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
     """
