@@ -356,14 +356,14 @@ class GradClipper:
         request, applier = outcome.request, self._stages.applier
         pieces = (request.optimizers[k].pieces for k in fused_groups)
         applier.apply_(outcome, frozenset[int]().union(*pieces))
-        stop: Any = None if outcome.on_host else outcome.flags.skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
+        stop = applier.fused_stop(outcome)
         for k, owned in enumerate(request.optimizers):
             # a framework's wrapper would ask the scaler again
             step = (owned.optimizer if request.scaler.enabled else owned.given).step
             if k in fused_groups:
                 scaled = bool(request.scaler.is_scaled[k])
-                factor = applier.fused_factor(outcome, fused_groups[k], scaled)
-                fused.step_fused(owned.optimizer, factor, stop, step)
+                divisor = applier.fused_divisor(outcome, fused_groups[k], scaled)
+                fused.step_fused(owned.optimizer, divisor, stop, step)
             else:
                 step()
 

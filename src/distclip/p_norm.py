@@ -93,7 +93,7 @@ def rounded(norms: T, bits: int) -> T:
     chance: what is within `near` last places of one counts as one, and goes to even. Only the
     precision is bounded, not the range: inf, NaN and what would round up to inf stay as they are.
     """
-    largest, shift, odd, up, kept = _rounding(bits)
+    largest, shift, odd, up, kept = rounding_of(bits)
     if isinstance(norms, Tensor):
         given: Any = norms.view(torch.int64)
     elif norms <= largest:
@@ -107,7 +107,7 @@ def rounded(norms: T, bits: int) -> T:
 
 
 @lru_cache(maxsize=4)
-def _rounding(bits: int) -> tuple[float, int, int, int, int]:
+def rounding_of(bits: int) -> tuple[float, int, int, int, int]:
     """What `rounded` works with: the largest float64 of so many bits; how far its bits are shifted
     for the one that says whether down would leave an odd number, and that bit, twice `near`; what
     is added to all; and which bits are kept."""

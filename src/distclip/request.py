@@ -91,7 +91,9 @@ class Request:
         """What unscales a gradient that still carries the loss scale, or one that does not;
         `grad_scale` included."""
         inv_scale = self.scaler.inv_scale
-        return self.grad_scale if inv_scale is None or not scaled else inv_scale * self.grad_scale
+        if inv_scale is None or not scaled:
+            return self.grad_scale
+        return inv_scale if self.grad_scale == 1 else inv_scale * self.grad_scale
 
     @cached_property
     def common_factor(self) -> Number | None:

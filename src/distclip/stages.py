@@ -15,6 +15,7 @@ from torch import Tensor
 from distclip.apply.gradients import GradientApplier
 from distclip.decide.decision import decide, ever_skips
 from distclip.decide.enforce import StepChecker
+from distclip.decide.fixed_on_device import FixedOnDevice, fixed_on_device
 from distclip.decide.global_norms import FEW, idle_norms
 from distclip.decide.guard import SkipStreak
 from distclip.decide.warn import StepWarnings
@@ -72,6 +73,7 @@ class Stages:
     # on a device: all thresholds are constants, so that what the host must know at once it can
     # decide by itself
     decides_on_host: bool
+    fixed: FixedOnDevice | None  # the kernel that decides by them, where the host does not
 
     @property
     def options(self) -> ClipOptions:
@@ -208,6 +210,7 @@ def build_stages(
         always_steps=propagates and not ever_skips(assignments, idle, initial),
         hash_weights=weights,
         decides_on_host=constant and len(plan.groups) <= FEW,
+        fixed=fixed_on_device(layout, assignments, mask, bits, tolerance, propagates),
     )
 
 

@@ -26,6 +26,7 @@ from distclip.decide.decision import (
     resolve,
 )
 from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
+from distclip.decide.fixed_on_device import ReadyStep
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
@@ -139,20 +140,25 @@ class StepRunner:
         message = self._reduce(message, request, reads)
 
         # The same norms, and so the same decision, on every rank
-        norms = read_norms(
-            message,
-            stages.layout,
-            stages.in_total,
-            stages.in_total_mask,
-            stages.units,
-            stages.assignments,
-            stages.bits,
-        )
-        decision, policies = decide(stages.assignments, norms, state.copies())
-        if request.target == "param":
-            decision = no_decision(norms)
-        if request.target == "param" or request.reduced_nothing:
-            norms = norms._replace(rank_norms=norms.rank_norms[:0])
+        ready: ReadyStep | None = None
+        if isinstance(timing, DeviceLate) and self._fits_kernel(request):
+            norms, decision, ready = timing.decide_fixed(message, request, allow_late)
+            policies = state.policies
+        else:
+            norms = read_norms(
+                message,
+                stages.layout,
+                stages.in_total,
+                stages.in_total_mask,
+                stages.units,
+                stages.assignments,
+                stages.bits,
+            )
+            decision, policies = decide(stages.assignments, norms, state.copies())
+            if request.target == "param":
+                decision = no_decision(norms)
+            if request.target == "param" or request.reduced_nothing:
+                norms = norms._replace(rank_norms=norms.rank_norms[:0])
 
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
         grads, read = measurement.grads, None
@@ -161,7 +167,7 @@ class StepRunner:
             if isinstance(timing, HostNow):
                 flags, findings, error = timing.check(*step)
             else:
-                flags, findings, error, read = timing.check(*step, allow_late, capturing)
+                flags, findings, error, read = timing.check(*step, ready, allow_late, capturing)
         except DistclipError:
             if not request.read_only:  # as one that is judged late, which was counted before
                 flags = resolve(decision, norms.finite, norms.finite, False, False)
@@ -189,8 +195,14 @@ class StepRunner:
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
             judged=findings is not None,
+            ready=ready if read is None else None,
             error=error,
         )
+
+    def _fits_kernel(self, request: Request) -> bool:
+        """Whether the device's own kernel decides, where there is one."""
+        is_usual = request.target == "grad" and not request.reduced_nothing
+        return self._stages.fixed is not None and is_usual and request.error is None
 
     def _timing_of(
         self, late: DeviceLate, request: Request, allow_late: bool, capturing: bool
@@ -315,35 +327,55 @@ class DeviceLate:
         measurement: LocalMeasurement,
         norms: GlobalNorms,
         decision: ClipDecision,
+        ready: ReadyStep | None,
         allow_late: bool,
         capturing: bool,
     ) -> tuple[StepFlags, StepFindings | None, DistclipError | None, _ReadStep | None]:
         """The same, of which nothing but the flags is known where it is judged at the next call;
-        and what was read."""
-        finite: Any = norms.finite
-        if request.error is not None and bool(norms.checks.agreed):
-            allow_late = False  # all ranks made this mistake; others than its may judge it later
-        tolerance = self._stages.checker.tolerance
-        ok = is_fine(norms.checks, tolerance) if allow_late else finite
-        flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
+        and what was read.
+
+        Args:
+            ready: of the kernel, where that has decided.
+        """
+        if ready is not None:
+            flags, packed = ready.flags, (ready.vector, ready.known)
+        else:
+            finite: Any = norms.finite
+            if request.error is not None and bool(norms.checks.agreed):
+                allow_late = False  # all ranks made this mistake; others than its may judge it late
+            tolerance = self._stages.checker.tolerance
+            ok = is_fine(norms.checks, tolerance) if allow_late else finite
+            flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
+            packed = None
         if not allow_late:
-            return self._check_now(request, measurement, norms, decision, flags)
+            packed = packed or self._pack(request, norms, decision, flags)
+            return self._check_now(request, measurement, decision, flags, *packed)
         measurement.grads = None
         if not capturing:
-            vector, known = self._pack(request, norms, decision, flags)
+            vector, known = packed or self._pack(request, norms, decision, flags)
             self._late.enqueue(vector, (measurement, known))
         return flags, None, None, None
+
+    def decide_fixed(
+        self, message: Message, request: Request, allow_late: bool
+    ) -> tuple[GlobalNorms, ClipDecision, ReadyStep]:
+        """By the kernel for constant thresholds."""
+        fixed, scale = self._stages.fixed, request.scaler.inv_scale
+        assert fixed is not None and isinstance(message, Tensor)
+        assert scale is None or isinstance(scale, Tensor)
+        rate = self._state.history.clip_rate
+        return fixed.decide(message, scale, rate, request.read_only, allow_late)
 
     def _check_now(
         self,
         request: Request,
         measurement: LocalMeasurement,
-        norms: GlobalNorms,
         decision: ClipDecision,
         flags: StepFlags,
+        vector: Tensor,
+        known: KnownNumbers,
     ) -> tuple[StepFlags, StepFindings, DistclipError | None, _ReadStep]:
         """One read, of everything that the host wants to know."""
-        vector, known = self._pack(request, norms, decision, flags)
         checks, numbers, decided = self._unpack(Readback.read_now(vector), known)
         findings, error = self._stages.checker.check(measurement, checks, numbers)
         finite = bool(checks.finite)

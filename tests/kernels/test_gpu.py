@@ -332,6 +332,71 @@ def test_a_step_with_a_scaler_waits_for_nothing():
     )
 
 
+@KERNELS
+@pytest.mark.filterwarnings(skips.IGNORED)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_norm": 1.0},
+        {"max_norm": 1.0, "norm_type": math.inf},
+        {"max_norm": 1.0, "norm_type": 1.0},
+        {"max_norm": 1.0, "groups": distclip.per_parameter()},
+        {
+            "max_norm": 1.0,
+            "groups": distclip.per_parameter(),
+            "watch": distclip.Watch(distclip.per_layer()),
+        },
+        {"policy": distclip.ZClip(warmup=2)},
+    ],
+    ids=["norm", "inf", "one", "groups", "watched", "zclip"],
+)
+def test_the_kernels_of_a_steps_numbers_give_torchs_bits(monkeypatch, options, scaled):
+    """Reports, parameters and counters of steps with a bad one among them, and of `measure`."""
+    runs = []
+    for choice in ("", "torch"):
+        monkeypatch.setenv("DISTCLIP_KERNELS", choice)
+        layers = model("cuda")
+        clipper, optimizer = distclip.GradClipper(layers, **options), optimizer_of(layers)
+        assert (clipper._stages.layout._packer is None) == (choice == "torch")
+        # sums of elements are another order of adding there: those of torch for both
+        monkeypatch.setattr(
+            TensorList, "power_sums", lambda own, p, out=None: power_sums(own.tensors, p)
+        )
+        scaler = torch.amp.GradScaler("cuda", init_scale=8.0) if scaled else None
+        reports = []
+        for step in range(7):
+            if scaled:
+                scaler.scale(torch.ones((), device="cuda"))
+            give(layers, step, bad=step == 4)
+            reports.append(clipper.step(optimizer, scaler=scaler))
+            if step == 5:
+                reports.append(clipper.measure())
+        runs.append(
+            (
+                [repr(report.to_dict()) for report in reports],
+                [p.cpu() for p in layers.parameters()],
+                {name: repr(value) for name, value in clipper.state_dict().items()},
+            )
+        )
+    (reports, params, state), (others, theirs, their_state) = runs
+    assert reports == others and state == their_state
+    assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
+    assert clipper._state.history.num_skips.item() == 1
+
+
+@KERNELS
+def test_a_deep_copy_after_a_step_that_is_judged_late():
+    layers = model("cuda")
+    clipper, optimizer = distclip.GradClipper(layers, 1.0), optimizer_of(layers)
+    give(layers, 1)
+    clipper.step(optimizer)
+    others, other = deepcopy((layers, clipper))
+    give(others, 1)
+    assert float(other.clip_().total_norm) == pytest.approx(float(clipper.last_report.total_norm))
+    clipper.measure()
+
+
 @pytest.mark.filterwarnings(skips.IGNORED)
 @pytest.mark.parametrize("policy", ["fixed", "zclip", "autoclip", "spikes", "warmup"])
 def test_a_captured_graph_does_what_the_steps_do(policy):

@@ -2,21 +2,19 @@
 GPUs that are not here."""
 
 import math
-import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import pytest
 import torch
 
 from distclip.kernels import triton_lists
 from kernels import triton_cases as cases
+from kernels.elsewhere import Elsewhere
 
 pytestmark = pytest.mark.skipif(not triton_lists.has_triton(), reason="triton is not installed")
 SHORT = {
@@ -26,25 +24,6 @@ SHORT = {
     torch.float16: "fp16",
 }
 EVERY = pytest.mark.parametrize("dtype", cases.DTYPES, ids=SHORT.get)
-
-
-class Elsewhere:
-    """One process that stays up: the flag of triton's interpreter counts when a kernel is
-    defined."""
-
-    def __init__(self, **environment):
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), cases.start)
-        before = dict(os.environ)
-        # of the process from its start on: importing torch may import triton already
-        os.environ.update(environment)
-        try:
-            self.pool.submit(os.getpid).result(timeout=900)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-    def run(self, function, *args):
-        return self.pool.submit(function, *args).result(timeout=900)
 
 
 @pytest.fixture(scope="module")

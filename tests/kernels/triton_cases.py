@@ -397,7 +397,7 @@ def in_a_capture():
     layout = KernelPlan([4], [torch.float32], torch.device("cpu"))
     known, other = torch.ones(4), torch.full((4,), 2.0)
     eager = layout._device_addresses([known.data_ptr()])
-    triton_lists._is_capturing = lambda device: True
+    triton_lists.is_capturing = lambda device: True
     triton_lists._RESERVE._free = torch.zeros(1, dtype=torch.int64)
     same = layout._device_addresses([known.data_ptr()]) is eager
     own = layout._device_addresses([other.data_ptr()])
@@ -420,16 +420,23 @@ def in_a_capture():
     )
 
 
-WORDS = {
-    "pointers": "*i64",
-    "owners": "*i32",
-    "firsts": "*i64",
-    "counts": "*i64",
-    "codes": "*i32",
-    "partials": "*fp64",
-    "sums": "*fp64",
-    "values": "*fp64",
-    "chunks": "i32",
+# what each argument is; one name may be another thing in a program of another file
+FLOATS = (
+    "partials sums values power_sums part_sums drift_weights further presence found_inf last_hash "
+    "inv_scale words thresholds clip_rate vector columns coefs num_clipped told"
+)
+KINDS = {
+    **dict.fromkeys(FLOATS.split(), "*fp64"),
+    **dict.fromkeys(("pointers", "firsts", "counts", "num_calls", "num_skips"), "*i64"),
+    **dict.fromkeys(("owners", "codes", "order"), "*i32"),
+    **dict.fromkeys(("in_total", "flags", "clipped", "skipped", "ring"), "*u8"),
+    "for_optimizers": "*fp32",
+    **dict.fromkeys(("chunks", "pieces", "further_count", "has_error", "has_notes"), "i32"),
+    **dict.fromkeys(("step", "call", "mixes", "read_only", "late"), "i32"),
+}
+OWN_KINDS = {
+    "pack_words": {"firsts": "*i32", "weights": "*fp64"},
+    "record_step": {"weights": "*i64"},
 }
 UNALIGNED = ("values", "chunks")  # as the kernels are declared
 
@@ -441,14 +448,16 @@ def compiled(kernel, target, warps, constants):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from distclip.kernels import triton_programs
+    from distclip.kernels import step_programs, triton_programs
 
-    function = getattr(triton_programs, kernel)
-    signature = {name: WORDS.get(name, "constexpr") for name in function.arg_names}
+    of_step = hasattr(step_programs, kernel)
+    function = getattr(step_programs if of_step else triton_programs, kernel)
+    kinds = KINDS | OWN_KINDS.get(kernel, {})
+    signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)
-        if name in WORDS and name not in UNALIGNED
+        if name in kinds and name not in UNALIGNED and not of_step
     }
     if kernel == "tensor_sums":
         del aligned[(0,)]

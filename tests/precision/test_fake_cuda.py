@@ -20,11 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import functional
+from distclip.decide import fixed_on_device, state
+from distclip.exchange import message
 from distclip.exchange import readback as host
+from distclip.kernels import triton_launch
 from distclip.kernels.tensor_list import TensorList
+from distclip.kernels.triton_lists import has_triton
 from distclip.setup.parameters import ParamScan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 aten = torch.ops.aten
 SOURCE = Path(distclip.__file__).parent
 
@@ -352,6 +357,97 @@ def test_the_operations_of_a_folded_step(fake):
         clipper.step(optimizer)
     assert sums.names, "vacuous"
     assert len(whole.names) - len(sums.names) <= 61, whole.names
+
+
+# Where kernels compute a step's numbers
+
+
+@pytest.fixture
+def kernels(fake, monkeypatch):
+    """Names of what is launched: of torch's operations, but for memory that is only allocated, and
+    of the kernels, which find no memory here and are told alone. Power sums, and what is done to
+    gradients, stay torch's here; they are one or two launches where kernels do them."""
+    names = []
+
+    class Counted(Launched):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            names.extend(name for name in self.names if "empty" not in name)
+            self.names.clear()
+            return out
+
+    def power_sums(listed, p, out=None):
+        names.extend(("chunk_sums", "tensor_sums"))
+        return torch.empty(len(listed.tensors), dtype=torch.float64, device="cuda")
+
+    def run(launcher, program, *args):
+        names.append(program.__name__)
+
+    monkeypatch.setattr(TensorList, "power_sums", power_sums)
+    monkeypatch.setattr(TensorList, "scale_", lambda listed, by: names.append("change_chunks"))
+    monkeypatch.setattr(triton_launch.Launcher, "run", run)
+    for file in (message, fixed_on_device, state):
+        monkeypatch.setattr(file, "kernels_for", lambda dtypes, device: "triton")
+    with Counted():
+        yield names
+
+
+OF_A_STEP = ["chunk_sums", "tensor_sums", "pack_words", "decide_fixed", "record_step"]
+
+
+def launched(names, step):
+    """By one call after three others."""
+    for _ in range(3):
+        step()
+    names.clear()
+    step()
+    assert [name for name in names if name in OF_A_STEP] == OF_A_STEP
+    return [name for name in names if name not in OF_A_STEP]
+
+
+@needs_triton
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_launches_of_a_folded_step(kernels, norm_type):
+    """Beside the copy of what the host reads later: `left` takes its place here."""
+    clipper, _, optimizer = clipped(max_norm=1.0, norm_type=norm_type)
+    assert launched(kernels, lambda: clipper.step(optimizer)) == ["aten.clone.default"]
+
+
+@needs_triton
+@pytest.mark.parametrize("groups", ["all", "per_parameter"])
+def test_launches_of_a_clip_that_propagates(kernels, groups):
+    options = {} if groups == "all" else {"groups": distclip.per_parameter()}
+    clipper, _, _ = clipped(max_norm=1.0, on_nonfinite="propagate", **options)
+    others = launched(kernels, clipper.clip_)
+    index = [] if groups == "all" else ["aten.index.Tensor"]
+    assert others == ["aten.clone.default", *index, "change_chunks"]
+
+
+@needs_triton
+def test_launches_of_a_step_with_a_scaler(kernels):
+    clipper, _, optimizer = clipped(max_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler._scale = torch.full((), 2.0, device="cuda")
+
+    def step():
+        scaler._per_optimizer_states.clear()
+        clipper.step(optimizer, scaler=scaler, update_scaler=False)
+
+    assert len(launched(kernels, step)) + len(OF_A_STEP) <= 11
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "policy", [distclip.ZClip(), distclip.AutoClip()], ids=["zclip", "autoclip"]
+)
+def test_other_policies_have_the_message_and_the_counters(kernels, policy):
+    clipper, _, optimizer = clipped(policy=policy)
+    for _ in range(3):
+        clipper.step(optimizer)
+    kernels.clear()
+    clipper.step(optimizer)
+    found = [name for name in kernels if name in OF_A_STEP]
+    assert found == [name for name in OF_A_STEP if name != "decide_fixed"]
 
 
 def test_memory_of_the_host_is_not_given_to_what_is_elsewhere(monkeypatch):

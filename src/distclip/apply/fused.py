@@ -45,22 +45,21 @@ def can_fold(optimizer: Optimizer, param_ids: Collection[int]) -> bool:
 
 
 def step_fused(
-    optimizer: Optimizer, factor: Tensor | None, stop: Tensor | None, step: Callable[[], object]
+    optimizer: Optimizer, divisor: Tensor | None, stop: Tensor | None, step: Callable[[], object]
 ) -> None:
-    """`optimizer.step()` on gradients multiplied by `factor`; nothing moves where `stop` is above
-    0. No host sync.
+    """`optimizer.step()` on gradients divided by `divisor`; nothing moves where `stop` is above 0.
+    No host sync.
 
     Args:
         step: the optimizer's own, or that of a wrapper which forwards to it and keeps count.
-        factor: [] float64, applied at float32; None is 1 (on the CPU a fused step with a factor is
-            slower).
+        divisor: [] float32; None is 1 (on the CPU a fused step with a divisor is slower).
         stop: [] float32, or None where the step is known to be taken.
     """
     if stop is not None:
         _prepare_momentum(optimizer)
     try:
-        if factor is not None:
-            optimizer.grad_scale = factor.reciprocal().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        if divisor is not None:
+            optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]
         if stop is not None:
             optimizer.found_inf = stop  # pyright: ignore[reportAttributeAccessIssue]
         step()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.fixed_on_device import ReadyStep
 from distclip.errors import DistclipError
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientSet
@@ -34,11 +35,14 @@ class StepOutcome(NamedTuple):
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
     judged: bool  # the report says what was found; else that is known at the next call, or never
+    ready: ReadyStep | None = None  # what a kernel has worked out already; None: not on the device
     error: DistclipError | None = None  # raised once the report is written; nothing is applied
 
     @property
     def coefs(self) -> Column:
         """[groups], 1 where the step is not finite."""
+        if self.ready is not None:
+            return self.ready.coefs
         coef = self.decision.coef
         return coef if self.finite is True else select_column(self.finite, coef, 1.0)
 
@@ -56,19 +60,32 @@ class GradientApplier:
     units: UnitClipper | None
     device: torch.device
 
-    def fused_factor(self, outcome: StepOutcome, group: int, scaled: bool) -> Tensor | None:
-        """[] float64: what an optimizer multiplies its gradients by, or None where that is known to
+    def fused_divisor(self, outcome: StepOutcome, group: int, scaled: bool) -> Tensor | None:
+        """[] float32: what an optimizer divides its gradients by, or None where that is known to
         be 1.
 
         Args:
             scaled: they still carry the loss scale.
         """
+        if outcome.ready is not None and outcome.request.grad_scale == 1:
+            return outcome.ready.divisors[scaled][group]
         factor = outcome.coefs[group] * outcome.request.factor(scaled)
-        if isinstance(factor, Tensor):
-            return factor
-        if factor == 1:
+        if not isinstance(factor, Tensor):
+            if factor == 1:
+                return None
+            factor = torch.tensor(factor, dtype=torch.float64, device=self.device)
+        return factor.reciprocal().to(torch.float32)
+
+    def fused_stop(self, outcome: StepOutcome) -> Tensor | None:
+        """[] float32: above 0 where an optimizer is to move nothing; None where the step is known
+        to be taken."""
+        if outcome.on_host:
             return None
-        return torch.tensor(factor, dtype=torch.float64, device=self.device)
+        if outcome.ready is not None:
+            return outcome.ready.stop
+        skipped = outcome.flags.skipped
+        assert isinstance(skipped, Tensor)
+        return skipped.float()
 
     def apply_(self, outcome: StepOutcome, fused_pieces: frozenset[int] = frozenset()) -> None:
         """In place. `fused_pieces` are left to their optimizers."""
@@ -104,10 +121,14 @@ class GradientApplier:
                 return first * common
         per_grad: Column
         if isinstance(coefs, Tensor):
-            per_grad = coefs[grad_set.group_index]
+            alone = coefs.numel() == 1  # a view, in place of a launch
+            per_grad = coefs.expand(len(groups)) if alone else coefs[grad_set.group_index]
         else:
             per_grad = [coefs[group] for group in groups]
         scales = request.grad_factors(grad_set.unique)
+        is_plain = not isinstance(common, Tensor) and common == 1
+        if is_plain and isinstance(per_grad, Tensor) and not fused_pieces:
+            return per_grad
         if isinstance(scales, list):
             scales = fill(per_grad, scales[0]) if common is not None else scales
         if isinstance(per_grad, Tensor) and isinstance(scales, list):

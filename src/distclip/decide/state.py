@@ -21,6 +21,8 @@ from distclip.decide.guard import WINDOW, SkipStreak
 from distclip.decide.rule_changes import RuleChange, describe_changes, rule_changes
 from distclip.decide.warn import user_stacklevel
 from distclip.errors import ConfigError
+from distclip.kernels import kernels_for
+from distclip.kernels.step_kernels import StepRecorder
 from distclip.p_norm import bits_of
 from distclip.policies.assignment import PolicyAssignment, describe_assignments
 from distclip.policies.policy import describe
@@ -78,6 +80,28 @@ class StepHistory:
         self.num_calls, self.num_skips = zero, zero if on_host else zero.clone()
         self._num_clipped: Any = 0.0 if on_host else zero.double()
         self.clip_rate: Any = 0.0 if on_host else zero.double()
+        self._told: tuple[Tensor, Tensor] | None = None  # by a kernel, at the last step
+
+    def record_by(
+        self,
+        recorder: StepRecorder,
+        decision: ClipDecision,
+        flags: StepFlags,
+        last_hash: Tensor,
+    ) -> None:
+        """`record`, and the decision's hash, on the device in one launch."""
+        judged: Any = flags.clipped, flags.skipped
+        columns: Any = decision.coef, decision.threshold
+        counters: Any = self.num_calls, self.num_skips, self._num_clipped, self.clip_rate
+        self._told = recorder.record(judged, columns, counters, self._ring.flags, last_hash)
+
+    def take_latest(self) -> tuple[Number, Number]:
+        """The clip rate and the skips as they are, which no later step writes to."""
+        told, self._told = self._told, None
+        rate, skips = told or (self.clip_rate, self.num_skips)
+        if told is None and isinstance(rate, Tensor) and isinstance(skips, Tensor):
+            rate, skips = rate.clone(), skips.clone()
+        return rate, skips
 
     def record(self, clipped: Flag, skipped: Flag) -> None:
         """One more step."""
@@ -104,6 +128,7 @@ class StepHistory:
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """What `tensors` gave, perhaps on another device."""
+        self._told = None
         self._ring.flags.copy_(saved["clipped"])
         numbers = saved["calls"], saved["skips"], saved["clipped"].sum(dtype=torch.float64)
         own: Any = self.num_calls, self.num_skips, self._num_clipped
@@ -156,6 +181,8 @@ class ClipperState:
         self._history_there = StepHistory(device, on_host=False)
         self.history = StepHistory(device, on_host) if on_host else self._history_there
         self._hash_there = torch.zeros((), dtype=torch.float64, device=device)
+        # None: torch's operations do it
+        self._recorder = _recorder_for(None if is_alone else self._weights, device)
         self.last_hash: Any = 0 if on_host else self._hash_there
 
     def to(
@@ -203,13 +230,16 @@ class ClipperState:
             policies: their next states; they stay where the step is not taken.
         """
         self.num_steps += 1
-        self.history.record(flags.clipped, flags.skipped)
-        if not self._is_alone:
-            token = self._hash_of(decision)
-            if isinstance(self.last_hash, Tensor):
-                self.last_hash.copy_(token)
-            else:
-                self.last_hash = token
+        if self._recorder is not None and not self.on_host:
+            self.history.record_by(self._recorder, decision, flags, self.last_hash)
+        else:
+            self.history.record(flags.clipped, flags.skipped)
+            if not self._is_alone:
+                token = self._hash_of(decision)
+                if isinstance(self.last_hash, Tensor):
+                    self.last_hash.copy_(token)
+                else:
+                    self.last_hash = token
         if any(policies):
             self._keep(select_state(flags.taken, self.policies, policies, self._observed))
 
@@ -286,6 +316,11 @@ class ClipperState:
                 for i, state in enumerate(self.policies)
             )
         )
+
+
+def _recorder_for(hash_weights: Tensor | None, device: torch.device) -> StepRecorder | None:
+    has_kernel = kernels_for((torch.float64,), device) == "triton"
+    return StepRecorder(hash_weights, WINDOW, device) if has_kernel else None
 
 
 def _checked_record(given: Mapping[str, Any], own: Mapping[str, Any]) -> list[RuleChange]:

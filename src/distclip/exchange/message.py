@@ -31,12 +31,14 @@ from torch import Tensor
 from distclip.exchange.readback import Readback
 from distclip.kernels import kernels_for
 from distclip.kernels.native import WeightedSums
-from distclip.p_norm import PNorm, p_norm
+from distclip.kernels.step_kernels import MessagePacker
+from distclip.p_norm import PNorm, bits_of, p_norm
 from distclip.values import Flag, Number, all_equal, multiply, select
 
 Message: TypeAlias = "list[float] | Tensor"  # [words] float64
 
-NUM_TOKENS = 3  # call counter, operation, last decision
+NUM_TOKENS = 3  # call counter, operation, last decision (and the loss scale)
+_MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
 # the weights are at least 1/8: one missing gradient shows, and rounding does not
 PRESENCE_TOLERANCE = 1e-6
 
@@ -92,6 +94,7 @@ class MessageLayout:
     # by these, where one group is all that pieces add up to; None elsewhere, and on a device
     _totals: WeightedSums | None = field(init=False)
     _bits: tuple[Tensor, Tensor] = field(init=False)  # 0 and 1, on the compute device
+    _packer: MessagePacker | None = field(init=False)  # None: torch's operations do it
 
     def __post_init__(self) -> None:
         sizes = (self.num_groups, self.num_layers, self.num_stats, self.num_rank_norms)
@@ -104,7 +107,8 @@ class MessageLayout:
         totals_alone = (
             self.on_host and self.num_groups == 1 and not self.num_layers and not norm.is_max
         )
-        is_native = kernels_for((torch.float64,), self.share.device) == "native"
+        kernels = kernels_for((torch.float64,), self.share.device)
+        totals = WeightedSums(share_and_weight, kernels == "native") if totals_alone else None
         for name, value in {
             "norm": norm,
             "groups": slice(0, ends[0]),
@@ -115,10 +119,25 @@ class MessageLayout:
             "tokens": slice(-2 * NUM_TOKENS, -NUM_TOKENS),
             "beside_tokens": slice(-NUM_TOKENS, None),
             "_share_and_weight": share_and_weight,
-            "_totals": WeightedSums(share_and_weight, is_native) if totals_alone else None,
+            "_totals": totals,
             "_bits": tuple(bits.unbind()),
+            "_packer": self._make_packer() if kernels == "triton" and not self.on_host else None,
         }.items():
             object.__setattr__(self, name, value)
+
+    def _make_packer(self) -> MessagePacker:
+        return MessagePacker(
+            share=self.share,
+            drift_weight=self.drift_weight,
+            group_of=self.group_of,
+            layer_of=self.layer_of,
+            layer_share=self.layer_share,
+            num_groups=self.num_groups,
+            num_layers=self.num_layers,
+            is_max=math.isinf(self.norm_type),
+            num_words=self.num_words,
+            mixer=_MIXER,
+        )
 
     @property
     def num_words(self) -> int:
@@ -149,6 +168,7 @@ class MessageLayout:
         has_error: bool,
         has_notes: bool,
         tokens: Sequence[Number],
+        inv_scale: Number | None = None,
         part_sums: Tensor | None = None,
         rank_norms: Tensor | None = None,
         reads: bool = False,
@@ -164,6 +184,7 @@ class MessageLayout:
             found_inf: above 0 where something else than a piece is not finite here.
             has_error: this rank found something wrong; has_notes: it has notes that it would send.
             tokens: whole numbers below 65536; the device's are 0-dim.
+            inv_scale: of the loss scale, which is mixed into the last token.
             reads: the message is not sent, and is wanted as Python's numbers. One read of a device.
         """
         start = self.layers.stop
@@ -171,6 +192,9 @@ class MessageLayout:
             if self.norm.is_max:  # a maximum over ranks may lose a NaN
                 rank_norms = rank_norms.nan_to_num(nan=math.inf, posinf=math.inf)
             stats = rank_norms if stats is None else torch.cat([stats, rank_norms])
+        packs_at_once = self._packer is not None and not reads
+        if inv_scale is not None and not packs_at_once:
+            tokens = [*tokens[:-1], _mixed(tokens[-1], inv_scale)]
         if self.on_host:
             sums: list[float]
             if self._totals is not None:
@@ -182,6 +206,10 @@ class MessageLayout:
             further = [] if stats is None else stats.tolist()
             here = sums, further, presence, found
             return self._listed(*here, has_error, has_notes, tokens)
+        if self._packer is not None and packs_at_once:
+            assert isinstance(presence, Tensor)
+            here = power_sums, part_sums, stats, presence
+            return self._packer.pack(*here, found_inf, has_error, has_notes, tokens, inv_scale)
         pieces, found = self._spread(power_sums, part_sums), _count_nonfinite(power_sums)
         if found_inf is not None:
             found = torch.maximum(found, torch.as_tensor(found_inf))
@@ -272,6 +300,13 @@ class MessageLayout:
         return CheckWords(
             power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
         )
+
+
+def _mixed(token: Any, inv_scale: Any) -> Any:
+    """16 bits that depend on both."""
+    on_device = isinstance(inv_scale, Tensor)
+    bits = inv_scale.view(torch.int64) if on_device else bits_of([inv_scale])[0]
+    return (token + (bits * _MIXER >> 40 & 0xFFFF)) % 0x10000
 
 
 def num_further_words(norm_type: float, num_stats: int) -> int:

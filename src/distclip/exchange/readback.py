@@ -89,6 +89,10 @@ class Readback(Generic[T]):
         self._turn = 0
         self._left: tuple[Tensor, Any, T] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has nothing to judge: what is left here is judged here."""
+        return Readback, ()
+
     @staticmethod
     def read_now(vector: Tensor) -> list[float]:
         """Its numbers. On CUDA this waits for the device, once."""

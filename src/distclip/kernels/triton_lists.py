@@ -19,7 +19,6 @@ import importlib.util
 import math
 from array import array
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +26,12 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.kernels.triton_launch import (
+    Launcher,
+    current_stream,
+    is_capturing,
+    send_to_device,
+)
 
 # the same numbers as in `triton_programs`
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -62,7 +67,7 @@ class KernelPlan:
     ) -> None:
         import distclip.kernels.triton_programs as programs
 
-        if _is_capturing(device):
+        if is_capturing(device):
             raise ConfigError(_WARM_UP)
         self.device, self.size = device, len(counts)
         self._programs: Any = programs
@@ -81,15 +86,18 @@ class KernelPlan:
             torch.arange(self.size, dtype=torch.int32, device="cpu"), chunks
         )
         tables = (owners, firsts, count, torch.tensor(codes, dtype=torch.int32, device="cpu"))
-        self._tables = [_send_to_device(table, device) for table in tables]
+        self._tables = [send_to_device(table, device) for table in tables]
         # addresses, the stream, the addresses on the device
         self._sent: tuple[array[int], int, Tensor] | None = None
-        self._runners: dict[tuple[object, ...], Any] = {}  # compiled programs, ready to be launched
+        self._launcher = Launcher(device)
         self._double = has_fast_float64(device)
         self._ready = _record_event(device)
         # compiled here, since a first launch may come in a capture, where nothing can be loaded
         if device.type == "cuda":
             self.scale_([0] * self.size, 1.0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelPlan:
+        return self  # tensors come with each call: plans are shared anyhow
 
     def power_sums(self, pointers: Sequence[int], p: float, out: Tensor | None = None) -> Tensor:
         """Sum |x|^p of each tensor, or max |x| for p = inf: float64 [n] on the device; 0 < p ≤ 8 or
@@ -103,11 +111,10 @@ class KernelPlan:
         partials = torch.empty(self._chunks, dtype=torch.float64, device=self.device)
         programs, constants = self._programs, (self._types, float(p), self._double)
         sizes = (programs.CHUNK, programs.BLOCK, programs.PART)
-        with _on_device(self.device):
-            self._launch_chunks(
-                programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes)
-            )
-            self._sum_partials(partials, out.view(-1, 1), int(p == math.inf))
+        self._launch_chunks(
+            programs.chunk_sums, programs.WARPS, pointers, (partials,), (*constants, *sizes)
+        )
+        self._sum_partials(partials, out.view(-1, 1), int(p == math.inf))
         return out
 
     def clamped_sums(self, pointers: Sequence[int], values: Tensor, p: float) -> Tensor:
@@ -120,9 +127,8 @@ class KernelPlan:
         out = torch.empty(self.size, 6, dtype=torch.float64, device=self.device)
         programs, args = self._programs, (values, partials, self._chunks)
         constants = (_value_stride(values), self._types, float(p), programs.CHUNK, programs.PART)
-        with _on_device(self.device):
-            self._launch_chunks(programs.chunk_clamps, programs.WARPS, pointers, args, constants)
-            self._sum_partials(partials, out, 2 if p == math.inf else 0)
+        self._launch_chunks(programs.chunk_clamps, programs.WARPS, pointers, args, constants)
+        self._sum_partials(partials, out, 2 if p == math.inf else 0)
         return out
 
     def scale_(self, pointers: Sequence[int], factors: float | Tensor) -> None:
@@ -147,23 +153,22 @@ class KernelPlan:
 
     def _change_values(self, pointers: Sequence[int], values: Tensor, clamp: bool) -> None:
         values = values.double()  # as a rule they are; a launch does not look
-        values = _send_to_device(values, self.device) if values.device.type == "cpu" else values
+        values = send_to_device(values, self.device) if values.device.type == "cpu" else values
         programs, (written, warps, side_by_side) = self._programs, self._written
         constants = (_value_stride(values), self._types, clamp, programs.CHUNK, written)
-        with _on_device(self.device):
-            self._launch_chunks(
-                programs.change_chunks,
-                warps,
-                pointers,
-                (values, self._chunks),
-                constants,
-                _num_processors(self.device) * side_by_side,
-            )
+        self._launch_chunks(
+            programs.change_chunks,
+            warps,
+            pointers,
+            (values, self._chunks),
+            constants,
+            _num_processors(self.device) * side_by_side,
+        )
 
     def _sum_partials(self, partials: Tensor, out: Tensor, most: int) -> None:
         """Into `out`, [n, rows] float64; the first `most` rows are maxima."""
         args = (partials, self._tables[1], out, self._chunks)
-        self._run_program(
+        self._launcher.run(
             self._programs.tensor_sums,
             self._programs.WARPS,
             (self.size, out.shape[1]),
@@ -184,26 +189,7 @@ class KernelPlan:
         addresses, chunks = self._device_addresses(pointers), self._chunks
         if chunks:
             grid = (chunks if most is None else min(chunks, most), 1)
-            self._run_program(program, warps, grid, (addresses, *self._tables, *args), constants)
-
-    def _run_program(
-        self,
-        program: Any,
-        warps: int,
-        grid: tuple[int, int],
-        args: tuple[Any, ...],
-        constants: tuple[Any, ...],
-    ) -> None:
-        """Triton specializes on the arguments of the first launch only: all later ones have the
-        same types and alignment."""
-        key = (program.__name__, grid, *constants)
-        runner = self._runners.get(key)
-        if runner is not None:
-            runner(*args, *constants, stream=_current_stream(self.device))
-            return
-        compiled = program[grid](*args, *constants, num_warps=warps, enable_fp_fusion=False)
-        if compiled is not None:  # as it is under the interpreter
-            self._runners[key] = compiled[(*grid, 1)]
+            self._launcher.run(program, warps, grid, (addresses, *self._tables, *args), constants)
 
     def _device_addresses(self, pointers: Sequence[int]) -> Tensor:
         """[n] int64: the addresses on the device. Copied only where they changed.
@@ -213,7 +199,7 @@ class KernelPlan:
         """
         addresses = pointers if isinstance(pointers, array) else array("Q", pointers)
         known = self._sent
-        if _is_capturing(self.device):
+        if is_capturing(self.device):
             if known is not None and known[0] == addresses:
                 _GRAPHS.append((self, known))
                 return known[2]
@@ -221,14 +207,14 @@ class KernelPlan:
             host.copy_(_as_int64(addresses))
             _GRAPHS.append((self, host))
             return host.to(self.device, non_blocking=True)
-        stream = _current_stream(self.device)
+        stream = current_stream(self.device)
         if known is not None and known[0] == addresses and known[1] == stream:
             return known[2]
         if self.device.type == "cuda":
             _RESERVE.ensure_room(self.size)
             self._follow_stream()
         addresses = addresses[:]  # the caller's may change
-        sent = _send_to_device(_as_int64(addresses), self.device)
+        sent = send_to_device(_as_int64(addresses), self.device)
         self._sent = (addresses, stream, sent)
         return sent
 
@@ -308,24 +294,6 @@ def _value_stride(values: Tensor) -> int:
     return values.stride(0) if values.ndim else 0
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def _record_event(device: torch.device) -> Any:
     """An event after all copies so far."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-def _send_to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. torch's allocator does not reuse the pinned memory before the copy is
-    done, so nothing waits for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

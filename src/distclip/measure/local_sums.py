@@ -23,7 +23,6 @@ from distclip.measure.rank_norms import RankNorms
 from distclip.measure.rows import RowSums
 from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.optimizers import params_added_later, params_without_plan
-from distclip.p_norm import bits_of
 from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.policy import LocalGrads, LocalStats, UnitPolicy
 from distclip.policies.validate import validate_stats
@@ -36,7 +35,6 @@ from distclip.torch_internals.dtensor import local_tensor
 from distclip.values import Number, as_tensor, multiply
 
 _REMEMBERED = 64  # descriptions of calls: a grad_scale may be another one at each step
-_MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
 
 
 @dataclass(slots=True)
@@ -148,6 +146,7 @@ class LocalMeasurer:
             bool(out.errors or request.error),
             has_notes,
             self._tokens(step, request, last_hash),
+            request.scaler.inv_scale,
             out.part_sums,
             None if self.rank_norms is None else self._own_norm(self.rank_norms, request),
             reads,
@@ -287,16 +286,11 @@ class LocalMeasurer:
 
     def _tokens(self, step: int, request: Request, last_hash: Number) -> list[Number]:
         """16 bits each that must be equal on all ranks: the call counter, what is called with which
-        options, and the last decision, into which the loss scale is mixed."""
-        scale: Any = request.scaler.inv_scale
-        mixed: Any = last_hash
-        if scale is not None:
-            bits = scale.view(torch.int64) if isinstance(scale, Tensor) else bits_of([scale])[0]
-            mixed = (mixed + (bits * _MIXER >> 40 & 0xFFFF)) % 0x10000
+        options, and the last decision."""
         what = self._description_tokens.get(request.description)
         if what is None:
             if len(self._description_tokens) >= _REMEMBERED:
                 self._description_tokens.clear()
             what = float(hash64(request.description + self.config) & 0xFFFF)
             self._description_tokens[request.description] = what
-        return [float(step & 0xFFFF), what, mixed]
+        return [float(step & 0xFFFF), what, last_hash]

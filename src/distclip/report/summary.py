@@ -55,11 +55,9 @@ class ReportMaker:
         Args:
             state: after the step was recorded in it.
         """
-        rate, skips = state.history.clip_rate, state.history.num_skips
+        rate, skips = state.history.take_latest()
         action = None if read_only else decision.action
         on_host = not isinstance(rate, Tensor)
-        if isinstance(rate, Tensor) and isinstance(skips, Tensor):  # a later step writes to them
-            rate, skips = rate.clone(), skips.clone()
         numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
         fields: dict[str, Any] = {
             "step": state.step,

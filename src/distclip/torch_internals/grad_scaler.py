@@ -186,19 +186,16 @@ class ScalerState:
                     f"here: gradients would be unscaled twice. Call scaler.unscale_() with the "
                     f"{outer}, or leave unscaling to the clipper"
                 )
-        # on the scale's own device: scale() copies it to another without waiting, and the host
-        # would read it before the copy is done
-        one = torch.ones((), dtype=torch.float32, device=scaler._scale.device)
-        inv_scale = scaler.scale(one).double().reciprocal().to(device)
+        inv_scale = scaler._scale.double().reciprocal().to(device)
         self.inv_scale = float(inv_scale) if on_host else inv_scale
 
-    def found_inf(self, device: torch.device) -> Tensor:
+    def found_inf(self, device: torch.device) -> Tensor | None:
         """[] float64: above 0 where the user's own `unscale_` met inf or NaN on this rank, in
-        whichever parameter."""
-        found = torch.zeros((), dtype=torch.float64, device=device)
-        for values in self._found:  # still empty where nothing was unscaled yet
-            for value in values:
-                found = torch.maximum(found, value.to(device, torch.float64).reshape(()))
+        whichever parameter. None where nothing was unscaled yet."""
+        found: Tensor | None = None
+        for value in chain.from_iterable(self._found):
+            here = value.to(device, torch.float64).reshape(())
+            found = here if found is None else torch.maximum(found, here)
         return found
 
     def with_inv_scale(self, inv_scale: float) -> ScalerState:
@@ -218,9 +215,10 @@ class ScalerState:
         """
         if not self._records:
             return
-        value = torch.as_tensor(found_inf).to(torch.float32, copy=True)
+        value = torch.as_tensor(found_inf)
         for record in self._records:
-            record["found_inf_per_device"] = {value.device: value.clone()}
+            own = value.to(torch.float32, copy=True)
+            record["found_inf_per_device"] = {own.device: own}
             record["stage"] = OptState.STEPPED if stepped else OptState.UNSCALED
 
 
