@@ -124,6 +124,8 @@ def messages():
         finite = want.isfinite() & added
         off = (got - want).abs()[finite] / torch.maximum(want.abs()[finite], scale)
         same = bits(got[~finite].nan_to_num(7.0)) == bits(want[~finite].nan_to_num(7.0))
+        read = torch.tensor(layout.pack(**args, reads=True), dtype=torch.float64)
+        same = same and bits(read.nan_to_num(7.0)) == bits(got.nan_to_num(7.0))
         out.append((off.max().item() if finite.any() else 0.0, same, int(finite.sum())))
     return out
 

@@ -424,6 +424,20 @@ def test_launches_of_a_clip_that_propagates(kernels, groups):
 
 
 @needs_triton
+@pytest.mark.parametrize("norm", [0.5, 5.0])
+def test_launches_of_a_clip_that_the_host_decides(kernels, monkeypatch, norm):
+    message = [norm**2, 0.0, 0.0, 2.0] + [0.0] * 9
+    monkeypatch.setattr(host.Readback, "read_now", staticmethod(lambda vector: message))
+    clipper, _, _ = clipped(max_norm=1.0)
+    for _ in range(3):
+        clipper.clip_()
+    kernels.clear()
+    clipper.clip_()
+    scaled = ["change_chunks"] if norm > 1 else []
+    assert kernels == ["chunk_sums", "tensor_sums", "pack_words", *scaled]
+
+
+@needs_triton
 def test_launches_of_a_step_with_a_scaler(kernels):
     clipper, _, optimizer = clipped(max_norm=1.0)
     scaler = torch.amp.GradScaler("cpu")

@@ -192,8 +192,12 @@ class MessageLayout:
             if self.norm.is_max:  # a maximum over ranks may lose a NaN
                 rank_norms = rank_norms.nan_to_num(nan=math.inf, posinf=math.inf)
             stats = rank_norms if stats is None else torch.cat([stats, rank_norms])
-        packs_at_once = self._packer is not None and not reads
-        if inv_scale is not None and not packs_at_once:
+        if self._packer is not None:
+            assert isinstance(presence, Tensor)
+            here = power_sums, part_sums, stats, presence
+            words = self._packer.pack(*here, found_inf, has_error, has_notes, tokens, inv_scale)
+            return Readback.read_now(words) if reads else words
+        if inv_scale is not None:
             tokens = [*tokens[:-1], _mixed(tokens[-1], inv_scale)]
         if self.on_host:
             sums: list[float]
@@ -206,10 +210,6 @@ class MessageLayout:
             further = [] if stats is None else stats.tolist()
             here = sums, further, presence, found
             return self._listed(*here, has_error, has_notes, tokens)
-        if self._packer is not None and packs_at_once:
-            assert isinstance(presence, Tensor)
-            here = power_sums, part_sums, stats, presence
-            return self._packer.pack(*here, found_inf, has_error, has_notes, tokens, inv_scale)
         pieces, found = self._spread(power_sums, part_sums), _count_nonfinite(power_sums)
         if found_inf is not None:
             found = torch.maximum(found, torch.as_tensor(found_inf))

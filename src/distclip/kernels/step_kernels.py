@@ -104,6 +104,7 @@ class MessagePacker:
         """
         words = power_sums.new_empty(self._num_words)
         step, call, last = tokens
+        on_device = isinstance(last, Tensor)
         nothing = self._nothing
         args = (
             power_sums,
@@ -115,7 +116,7 @@ class MessagePacker:
             nothing if further is None else further,
             presence,
             nothing if found_inf is None else self._on_device(found_inf),
-            self._on_device(last),
+            last if on_device else nothing,
             nothing if inv_scale is None else self._on_device(inv_scale),
             words,
             self._pieces,
@@ -124,6 +125,7 @@ class MessagePacker:
             int(has_notes),
             int(step),
             int(call),
+            -1 if on_device else int(last),
             int(inv_scale is not None),
         )
         self._program.run(args, self._constants)

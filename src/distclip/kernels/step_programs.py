@@ -39,7 +39,8 @@ def _largest_sent(x):
 
 @triton.jit(
     do_not_specialize=[
-        "pieces", "further_count", "has_error", "has_notes", "step", "call", "mixes",
+        "pieces", "further_count", "has_error", "has_notes", "step", "call", "last",
+        "mixes",
     ],
     do_not_specialize_on_alignment=[
         "power_sums", "part_sums", "order", "weights", "drift_weights", "firsts", "further",
@@ -48,8 +49,8 @@ def _largest_sent(x):
 )  # fmt: skip
 def pack_words(
     power_sums, part_sums, order, weights, drift_weights, firsts, further, presence, found_inf,
-    last_hash, inv_scale, words, pieces, further_count, has_error, has_notes, step, call, mixes,
-    GROUPS: tl.constexpr, LAYERS: tl.constexpr, IS_MAX: tl.constexpr, MIXER: tl.constexpr,
+    last_hash, inv_scale, words, pieces, further_count, has_error, has_notes, step, call, last,
+    mixes, GROUPS: tl.constexpr, LAYERS: tl.constexpr, IS_MAX: tl.constexpr, MIXER: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """words, float64: this rank's message, as `exchange/message.py` describes it. A grid of one
@@ -60,7 +61,7 @@ def pack_words(
     and how much of each counts; firsts [groups + layers + 1] int32: where in them they begin;
     drift_weights [pieces], further [further_count], presence [2, or 1 of maxima]; found_inf,
     last_hash and inv_scale []. has_error, has_notes, mixes: 0 or 1; inv_scale is mixed into the
-    last token or not. step and call: the other tokens.
+    last token or not. step, call, last: the tokens; where last is below 0 it is last_hash.
     """
     here = tl.program_id(0)
     lanes = tl.arange(0, LANES)
@@ -116,7 +117,7 @@ def pack_words(
         to += 3
         first = step.to(tl.float64)
         second = call.to(tl.float64)
-        third = tl.load(last_hash)
+        third = tl.where(last < 0, tl.load(last_hash), last.to(tl.float64))
         if mixes != 0:
             bits = tl.load(inv_scale).to(tl.int64, bitcast=True)
             mixed = third.to(tl.int64) + (((bits * MIXER) >> 40) & 0xFFFF)
