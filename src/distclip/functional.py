@@ -224,11 +224,19 @@ class _GivenTensors:
         self.has_dtensors = dtensor_class() in self._kinds
 
     @cached_property
+    def on_cpu(self) -> bool:
+        # a device is made anew at each look, which takes twenty times as long as the flag
+        return all(map(attrgetter("is_cpu"), self.distinct))
+
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(map(attrgetter("dtype"), self.distinct))
+
+    @cached_property
     def on_known_devices(self) -> bool:
         """Whether all are on devices that distclip computes on; else torch's own functions
         serve."""
-        # a device is made anew at each look, which takes twenty times as long as the flag
-        if all(map(attrgetter("is_cpu"), self.distinct)):
+        if self.on_cpu:
             return True
         devices = set(map(attrgetter("device"), self.distinct))
         return all(device.type in DEVICES for device in devices)
@@ -236,7 +244,12 @@ class _GivenTensors:
     @cached_property
     def local(self) -> TensorList:
         """This rank's parts."""
-        return _local_list(self.distinct, self._kinds)
+        return _local_list(self)
+
+    @property
+    def are_plain(self) -> bool:
+        """All are tensors of torch's own type: their own local parts."""
+        return self._kinds == {Tensor}
 
 
 def _grads_of(params: list[Tensor]) -> _GivenTensors:
@@ -244,8 +257,11 @@ def _grads_of(params: list[Tensor]) -> _GivenTensors:
 
 
 @without_grad
-def _local_list(tensors: list[Tensor], kinds: set[type]) -> TensorList:
-    return TensorList.of(tensors if kinds == {Tensor} else list(map(local_tensor, tensors)))
+def _local_list(given: _GivenTensors) -> TensorList:
+    tensors = given.distinct
+    if given.are_plain:
+        return TensorList.of(tensors, given.dtypes, given.on_cpu)
+    return TensorList.of(list(map(local_tensor, tensors)))
 
 
 def _whole(norm: Tensor) -> Tensor:
@@ -256,7 +272,7 @@ def _whole(norm: Tensor) -> Tensor:
 def _norm_here(given: _GivenTensors, p: float) -> Tensor:
     """Of plain tensors: 0-dim, of the dtype in which torch would give it, float32 at least."""
     norm = norm_of(p_norm(p).combine(given.local.power_sums(p)), p)
-    return norm.to(_norm_dtype(given.distinct))
+    return norm.to(_norm_dtype(given.dtypes))
 
 
 @without_grad
@@ -279,7 +295,9 @@ def _norm_over_meshes(given: list[Tensor], p: float) -> Tensor:
     parts = [_over_mesh(mesh, tensors, p).to(device) for mesh, tensors in meshes.items()]
     if plain:
         parts.append(p_norm(p).combine(TensorList.of(plain).power_sums(p)).to(device))
-    norm = norm_of(p_norm(p).combine(torch.stack(parts)), p).to(_norm_dtype(given))
+    norm = norm_of(p_norm(p).combine(torch.stack(parts)), p).to(
+        _norm_dtype([tensor.dtype for tensor in given])
+    )
     if len(meshes) == 1 and not plain:
         from torch.distributed.tensor import DTensor, Replicate
 
@@ -288,9 +306,9 @@ def _norm_over_meshes(given: list[Tensor], p: float) -> Tensor:
     return norm
 
 
-def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+def _norm_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     dtype = torch.float32
-    for own in set(map(attrgetter("dtype"), tensors)):
+    for own in set(dtypes):
         dtype = torch.promote_types(dtype, own.to_real())
     return dtype
 

@@ -55,15 +55,27 @@ class TensorList:
         )
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> TensorList:
+    def of(
+        cls,
+        tensors: Sequence[Tensor],
+        dtypes: tuple[torch.dtype, ...] | None = None,
+        on_cpu: bool = False,
+    ) -> TensorList:
         """Of any tensors: those that are one dense block of memory of a dtype that the kernel knows
-        are left to it."""
+        are left to it.
+
+        Args:
+            dtypes: of the tensors, where they are at hand.
+            on_cpu: all are known to be there.
+        """
         if not tensors:
             return cls((), None, array("Q"), ())
         home = tensors[0].device
+        if dtypes is None:
+            dtypes = tuple(map(_DTYPE, tensors))
         fallback = (
             []
-            if _plain(tensors, home)
+            if _plain(tensors, set(dtypes), home, on_cpu)
             else [i for i, tensor in enumerate(tensors) if not is_block(tensor, home)]
         )
         left = set(fallback)
@@ -72,11 +84,8 @@ class TensorList:
             if not fallback
             else tuple(0 if i in left else t.numel() for i, t in enumerate(tensors))
         )
-        dtypes = (
-            tuple(map(_DTYPE, tensors))
-            if not fallback
-            else tuple(torch.float32 if i in left else t.dtype for i, t in enumerate(tensors))
-        )
+        if fallback:
+            dtypes = tuple(torch.float32 if i in left else d for i, d in enumerate(dtypes))
         kernel_plan = kernels.plan_for(counts, dtypes, home)
         if kernel_plan is None:
             return cls(tensors, None, array("Q"), range(len(tensors)))
@@ -175,13 +184,15 @@ class TensorList:
             sums[i] = value
 
 
-def _plain(tensors: Sequence[Tensor], home: torch.device) -> bool:
+def _plain(
+    tensors: Sequence[Tensor], dtypes: set[torch.dtype], home: torch.device, on_cpu: bool
+) -> bool:
     """Whether all are contiguous real tensors on `home`; told in a fraction of the time that one by
     one takes."""
     if not PLAIN.issuperset(map(type, tensors)) or {torch.strided} != set(map(_LAYOUT, tensors)):
         return False
-    real = not any(dtype.is_complex for dtype in set(map(_DTYPE, tensors)))
-    here = (
+    real = not any(dtype.is_complex for dtype in dtypes)
+    here = on_cpu or (
         all(map(_ON_CPU, tensors)) if home.type == "cpu" else set(map(_DEVICE, tensors)) == {home}
     )
     return real and here and all(map(Tensor.is_contiguous, tensors))
