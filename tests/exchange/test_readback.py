@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from distclip.exchange.readback import HostVector
+from distclip.exchange.readback import HostVector, Readback
 
 
 def test_numbers_and_tensor_share_their_memory():
@@ -33,3 +33,12 @@ def test_a_copy_has_memory_of_its_own():
     other.write([3.0, 4.0])
     assert (vector.tensor.tolist(), other.tensor.tolist()) == ([1.0, 2.0], [3.0, 4.0])
     assert torch.equal(other.tensor, torch.tensor(other.read(), dtype=torch.float64))
+
+
+def test_what_is_left_to_be_judged_is_not_a_copys():
+    readback = Readback()
+    readback.enqueue(torch.tensor([1.0, 2.0]), "step 1")
+    other = copy.deepcopy(readback)
+    assert other.dequeue() is None
+    left = readback.dequeue()
+    assert left.numbers == [1.0, 2.0] and left.what == "step 1"

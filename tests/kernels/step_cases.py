@@ -2,6 +2,7 @@
 triton's interpreter, beside torch's operations. As these stand in `exchange/` and `decide/`, they
 are the oracle: what the kernels give must be the same bits, but for sums of several numbers."""
 
+import copy
 import math
 import random
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch import nn
 
 import distclip
 import interpreted
+from distclip import kernels
 from distclip.decide import state
 from distclip.decide.decision import decide, resolve
 from distclip.decide.fixed_on_device import fixed_on_device
@@ -312,3 +314,25 @@ def on_ranks(rank_differs):
         for step in range(4)
     ]
     return norms, oracle, [p.tolist() for p in model.parameters()], error, list(launched)
+
+
+def a_deep_copy():
+    """Norms that a clipper and its copy give, after a step that was left to be judged; all kernels
+    are triton's, those of lists of tensors too."""
+    interpreted.begin()
+    kernels.kernels_for = lambda dtypes, device: "triton"
+    model = nn.Linear(3, 2)
+    clipper = judged_late(distclip.GradClipper(model, 1.0, on_nonfinite="propagate"))
+    _fill(model, 5.0)
+    clipper.clip_()
+    assert clipper._runner._late._late._left is not None, "vacuous"
+    other, its = copy.deepcopy((model, clipper))
+    _fill(model, 7.0)
+    _fill(other, 11.0)
+    norms = [float(one.clip_().total_norm) for one in (clipper, its, clipper)]
+    return norms, [int(one.state_dict()["history.calls"]) for one in (clipper, its)]
+
+
+def _fill(model, value):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, value)

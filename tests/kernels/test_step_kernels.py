@@ -52,6 +52,14 @@ def test_counters(interpreted):
     assert off == [] and 0.6 < rate < 0.8 and skips > 20 and last_hash
 
 
+def test_a_deep_copy():
+    elsewhere = Elsewhere(TRITON_INTERPRET="1")  # it replaces what others ask
+    norms, calls = elsewhere.run(cases.a_deep_copy)
+    elsewhere.pool.shutdown()
+    root = 8**0.5
+    assert norms == pytest.approx([7 * root, 11 * root, 1.0]) and calls == [3, 2]
+
+
 @pytest.fixture(scope="module")
 def ranks():
     with patch.dict(os.environ, TRITON_INTERPRET="1"), World(2) as world:
@@ -124,8 +132,6 @@ ROUNDING = dict(zip(("LARGEST", "SHIFT", "ODD", "UP", "KEPT"), rounding_of(24), 
 @pytest.mark.parametrize("is_max", [False, True], ids=["sum", "max"])
 def test_the_message_compiles(compiler, target, size, is_max):
     constants = {
-        "GROUPS": 3,
-        "LAYERS": 2,
         "IS_MAX": is_max,
         "MIXER": -(1 << 62) - 1,
         "LANES": size[0],
@@ -141,14 +147,15 @@ def test_the_message_compiles(compiler, target, size, is_max):
 def test_the_decision_compiles(compiler, target, size, norm_type):
     """Each operation is rounded by itself, and to nearest: other ranks may use torch's."""
     constants = {
-        "GROUPS": 3, "LAYERS": 2, "RANK_NORMS": 2, "RANKS": 4, "IS_MAX": norm_type == math.inf,
+        "IS_MAX": norm_type == math.inf,
         "IS_SQUARE": norm_type == 2, "PROPAGATES": False, "TOLERANCE": 1e-5, "PRESENCE": 1e-6,
         **ROUNDING, "LANES": size[0],
     }  # fmt: skip
-    ptx, _, (_, spilled) = compiler.run(
+    ptx, _, (_, stack) = compiler.run(
         triton_cases.compiled, "decide_fixed", target, size[1], constants
     )
-    assert not spilled and "div.rn.f64" in ptx and not re.search(r"\.approx|\bfma\.|\bmad\.f", ptx)
+    assert stack <= 64  # a quotient in float64 may be a call, which is given a few words
+    assert "div.rn.f64" in ptx and not re.search(r"\.approx|\bfma\.|\bmad\.f", ptx)
     assert ("sqrt.rn.f64" in ptx) == (norm_type == 2)
     if norm_type == 2:  # 1e-5 and 1e-6 as float64: as float32 they would be others
         assert "0d3EB0C6F7A0B5ED8D" in ptx and "0d3EE4F8B588E368F1" in ptx
@@ -156,7 +163,7 @@ def test_the_decision_compiles(compiler, target, size, norm_type):
 
 @TARGETS
 def test_the_counters_compile(compiler, target, size):
-    constants = {"GROUPS": 3, "WINDOW": 500, "HASHES": True, "LANES": size[0]}
+    constants = {"WINDOW": 500, "HASHES": True, "LANES": size[0]}
     ptx, _, (_, spilled) = compiler.run(
         triton_cases.compiled, "record_step", target, size[1], constants
     )

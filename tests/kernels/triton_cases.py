@@ -432,7 +432,21 @@ KINDS = {
     **dict.fromkeys(("in_total", "flags", "clipped", "skipped", "ring"), "*u8"),
     "for_optimizers": "*fp32",
     **dict.fromkeys(("chunks", "pieces", "further_count", "has_error", "has_notes"), "i32"),
-    **dict.fromkeys(("step", "call", "last", "mixes", "read_only", "late"), "i32"),
+    **dict.fromkeys(
+        (
+            "step",
+            "call",
+            "last",
+            "mixes",
+            "read_only",
+            "late",
+            "groups",
+            "layers",
+            "rank_norms",
+            "ranks",
+        ),
+        "i32",
+    ),
 }
 OWN_KINDS = {
     "pack_words": {"firsts": "*i32", "weights": "*fp64"},

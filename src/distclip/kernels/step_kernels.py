@@ -78,7 +78,7 @@ class MessagePacker:
         self._drift_weight = drift_weight
         self._nothing = torch.zeros(2, dtype=torch.float64, device=device)
         self._num_words, self._pieces = num_words, share.numel()
-        self._constants = (num_groups, num_layers, is_max, mixer)
+        self._sums, self._constants = (num_groups, num_layers), (is_max, mixer)
         sums = num_groups + num_layers
         self._program = _Program("pack_words", device, start, sums + 1)
         self._further = num_words - sums - (10 if is_max else 12)
@@ -127,6 +127,7 @@ class MessagePacker:
             int(call),
             -1 if on_device else int(last),
             int(inv_scale is not None),
+            *self._sums,
         )
         self._program.run(args, self._constants)
         return words
@@ -192,8 +193,9 @@ class FixedDecider:
         self._in_total = in_total.view(torch.uint8)
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self._vector_size = _NUMBERS + groups + num_rank_norms
+        self._sizes = (groups, num_layers, num_rank_norms, num_ranks)
         self._constants = (
-            groups, num_layers, num_rank_norms, num_ranks, is_max, is_square, propagates,
+            is_max, is_square, propagates,
             -1.0 if drift_tolerance is None else drift_tolerance, presence_tolerance, *rounding,
         )  # fmt: skip
         self._program = _Program("decide_fixed", device, groups)
@@ -223,7 +225,7 @@ class FixedDecider:
         args = (
             words, thresholds, self._in_total, clip_rate,
             self._one if inv_scale is None else inv_scale,
-            vector, columns, flags, for_optimizers, int(read_only), int(late),
+            vector, columns, flags, for_optimizers, int(read_only), int(late), *self._sizes,
         )  # fmt: skip
         self._program.run(args, self._constants)
         numbers, coefs = vector[:_NUMBERS], vector[_NUMBERS : _NUMBERS + groups]
@@ -261,7 +263,7 @@ class StepRecorder:
 
         groups = 0 if weights is None else weights.shape[1]
         self._weights = new((1,), torch.int64) if weights is None else weights
-        self._constants = (groups, window, weights is not None)
+        self._groups, self._constants = groups, (window, weights is not None)
         self._program = _Program("record_step", device, groups)
         if device.type == "cuda":  # compiled here: a first launch may come in a capture
             number, column = new(()), new((groups,))
@@ -294,6 +296,8 @@ class StepRecorder:
         clipped, skipped = (flag.view(torch.uint8) for flag in flags)
         coefs, thresholds = (column.contiguous() for column in columns)
         args = (clipped, skipped, coefs, thresholds, self._weights, *counters)
-        self._program.run((*args, ring.view(torch.uint8), last_hash, told), self._constants)
+        self._program.run(
+            (*args, ring.view(torch.uint8), last_hash, told, self._groups), self._constants
+        )
         rate, skips = told.unbind()
         return rate, skips

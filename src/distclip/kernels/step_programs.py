@@ -40,7 +40,7 @@ def _largest_sent(x):
 @triton.jit(
     do_not_specialize=[
         "pieces", "further_count", "has_error", "has_notes", "step", "call", "last",
-        "mixes",
+        "mixes", "groups", "layers",
     ],
     do_not_specialize_on_alignment=[
         "power_sums", "part_sums", "order", "weights", "drift_weights", "firsts", "further",
@@ -50,8 +50,7 @@ def _largest_sent(x):
 def pack_words(
     power_sums, part_sums, order, weights, drift_weights, firsts, further, presence, found_inf,
     last_hash, inv_scale, words, pieces, further_count, has_error, has_notes, step, call, last,
-    mixes, GROUPS: tl.constexpr, LAYERS: tl.constexpr, IS_MAX: tl.constexpr, MIXER: tl.constexpr,
-    LANES: tl.constexpr,
+    mixes, groups, layers, IS_MAX: tl.constexpr, MIXER: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """words, float64: this rank's message, as `exchange/message.py` describes it. A grid of one
     program for each group and layer, and one for all other words.
@@ -65,16 +64,15 @@ def pack_words(
     """
     here = tl.program_id(0)
     lanes = tl.arange(0, LANES)
-    if here < GROUPS + LAYERS:
+    if here < groups + layers:
         begin = tl.load(firsts + here)
         end = tl.load(firsts + here + 1)
         acc = tl.zeros((LANES,), tl.float64)
         for at in range(begin, end, LANES):
             inside = at + lanes < end
             addend = tl.load(order + at + lanes, mask=inside, other=0)
-            own = tl.load(power_sums + addend, mask=inside & (here < GROUPS), other=0.0)
-            if LAYERS > 0:
-                own += tl.load(part_sums + addend, mask=inside & (here >= GROUPS), other=0.0)
+            own = tl.load(power_sums + addend, mask=inside & (here < groups), other=0.0)
+            own += tl.load(part_sums + addend, mask=inside & (here >= groups), other=0.0)
             if IS_MAX:
                 own = _largest_sent(own)
                 acc = tl.where(own > acc, own, acc)
@@ -94,7 +92,7 @@ def pack_words(
             found += tl.where(_is_finite(own), 0.0, 1.0)
             if not IS_MAX:
                 drift += own * tl.load(drift_weights + at + lanes, mask=inside, other=0.0)
-        to = words + GROUPS + LAYERS
+        to = words + groups + layers
         for at in range(0, further_count, LANES):
             inside = at + lanes < further_count
             own = tl.load(further + at + lanes, mask=inside, other=0.0)
@@ -156,18 +154,18 @@ def _norm_of(
 
 
 @triton.jit
-def _agree(words, at, RANKS: tl.constexpr, IS_MAX: tl.constexpr):
+def _agree(words, at, ranks, IS_MAX: tl.constexpr):
     token = tl.load(words + at)
     beside = tl.load(words + at + 3)
     if IS_MAX:
         out = token == -beside
     else:
-        out = beside * _number(RANKS) == token * token
+        out = beside * ranks.to(tl.float64) == token * token
     return out
 
 
 @triton.jit(
-    do_not_specialize=["read_only", "late"],
+    do_not_specialize=["read_only", "late", "groups", "layers", "rank_norms", "ranks"],
     do_not_specialize_on_alignment=[
         "words", "thresholds", "in_total", "clip_rate", "inv_scale", "vector", "columns", "flags",
         "for_optimizers",
@@ -175,8 +173,7 @@ def _agree(words, at, RANKS: tl.constexpr, IS_MAX: tl.constexpr):
 )  # fmt: skip
 def decide_fixed(
     words, thresholds, in_total, clip_rate, inv_scale,
-    vector, columns, flags, for_optimizers, read_only, late,
-    GROUPS: tl.constexpr, LAYERS: tl.constexpr, RANK_NORMS: tl.constexpr, RANKS: tl.constexpr,
+    vector, columns, flags, for_optimizers, read_only, late, groups, layers, rank_norms, ranks,
     IS_MAX: tl.constexpr, IS_SQUARE: tl.constexpr, PROPAGATES: tl.constexpr,
     TOLERANCE: tl.constexpr, PRESENCE: tl.constexpr,
     LARGEST: tl.constexpr, SHIFT: tl.constexpr, ODD: tl.constexpr, UP: tl.constexpr,
@@ -197,12 +194,12 @@ def decide_fixed(
     by; the same for those that carry the loss scale.
     """
     lanes = tl.arange(0, LANES)
-    checks = words + GROUPS + LAYERS + RANK_NORMS
+    checks = words + groups + layers + rank_norms
     # how the groups add up
     power = tl.zeros((LANES,), tl.float64)
     counted = tl.zeros((LANES,), tl.float64)
-    for at in range(0, GROUPS, LANES):
-        inside = at + lanes < GROUPS
+    for at in range(0, groups, LANES):
+        inside = at + lanes < groups
         sums = tl.load(words + at + lanes, mask=inside, other=0.0)
         counts = tl.load(in_total + at + lanes, mask=inside, other=0) != 0
         some = tl.where(counts, sums, 0.0)
@@ -233,10 +230,8 @@ def decide_fixed(
     nonfinite = tl.load(at_count + 1)
     errors = tl.load(at_count + 2)
     notes = tl.load(at_count + 3)
-    agreed = tl.full((), True, tl.int1)
-    if RANKS > 1:
-        for token in tl.static_range(3):
-            agreed = agreed & _agree(at_count, 4 + token, RANKS, IS_MAX)
+    agreed = _agree(at_count, 4, ranks, IS_MAX) & _agree(at_count, 5, ranks, IS_MAX)
+    agreed = (agreed & _agree(at_count, 6, ranks, IS_MAX)) | (ranks == 1)
     finite = power_sum - power_sum == nonfinite
     fine = agreed & (errors == 0) & finite & (tl.abs(presence) <= _number(PRESENCE))
     if TOLERANCE >= 0:
@@ -254,8 +249,8 @@ def decide_fixed(
     # each group
     unscale = tl.load(inv_scale)
     some_clipped = tl.zeros((LANES,), tl.int32)
-    for at in range(0, GROUPS, LANES):
-        inside = at + lanes < GROUPS
+    for at in range(0, groups, LANES):
+        inside = at + lanes < groups
         sums = tl.load(words + at + lanes, mask=inside, other=0.0)
         threshold = tl.load(thresholds + at + lanes, mask=inside, other=float("inf"))
         norms = _norm_of(sums, IS_SQUARE, LARGEST, SHIFT, ODD, UP, KEPT)
@@ -266,12 +261,12 @@ def decide_fixed(
         applied = tl.where(finite, coef, 1.0)
         tl.store(vector + 16 + at + lanes, coef, mask=inside)
         tl.store(columns + at + lanes, norms, mask=inside)
-        tl.store(columns + GROUPS + at + lanes, norms * coef, mask=inside)
-        tl.store(columns + 2 * GROUPS + at + lanes, applied, mask=inside)
+        tl.store(columns + groups + at + lanes, norms * coef, mask=inside)
+        tl.store(columns + 2 * groups + at + lanes, applied, mask=inside)
         tl.store(flags + 6 + at + lanes, is_clipped.to(tl.uint8), mask=inside)
         divisors = for_optimizers + 1 + at + lanes
         tl.store(divisors, (1.0 / applied).to(tl.float32), mask=inside)
-        tl.store(divisors + GROUPS, (1.0 / (applied * unscale)).to(tl.float32), mask=inside)
+        tl.store(divisors + groups, (1.0 / (applied * unscale)).to(tl.float32), mask=inside)
     clipped = (tl.max(some_clipped, 0) != 0) & acts
 
     tl.store(vector, power_sum)
@@ -290,10 +285,10 @@ def decide_fixed(
     tl.store(vector + 13, _number(0.0))
     tl.store(vector + 14, clipped.to(tl.float64))
     tl.store(vector + 15, found_inf.to(tl.float64))
-    for at in range(0, RANK_NORMS, LANES):
-        inside = at + lanes < RANK_NORMS
-        own = tl.load(words + GROUPS + LAYERS + at + lanes, mask=inside, other=0.0)
-        tl.store(vector + 16 + GROUPS + at + lanes, own, mask=inside)
+    for at in range(0, rank_norms, LANES):
+        inside = at + lanes < rank_norms
+        own = tl.load(words + groups + layers + at + lanes, mask=inside, other=0.0)
+        tl.store(vector + 16 + groups + at + lanes, own, mask=inside)
     tl.store(flags, agreed.to(tl.uint8))
     tl.store(flags + 1, finite.to(tl.uint8))
     tl.store(flags + 2, ok.to(tl.uint8))
@@ -304,6 +299,7 @@ def decide_fixed(
 
 
 @triton.jit(
+    do_not_specialize=["groups"],
     do_not_specialize_on_alignment=[
         "clipped", "skipped", "coefs", "thresholds", "weights", "num_calls", "num_skips",
         "num_clipped", "clip_rate", "ring", "last_hash", "told",
@@ -311,8 +307,8 @@ def decide_fixed(
 )  # fmt: skip
 def record_step(
     clipped, skipped, coefs, thresholds, weights,
-    num_calls, num_skips, num_clipped, clip_rate, ring, last_hash, told,
-    GROUPS: tl.constexpr, WINDOW: tl.constexpr, HASHES: tl.constexpr, LANES: tl.constexpr,
+    num_calls, num_skips, num_clipped, clip_rate, ring, last_hash, told, groups,
+    WINDOW: tl.constexpr, HASHES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One more step in the counters, in place. A grid of one program.
 
@@ -340,13 +336,13 @@ def record_step(
     if HASHES:
         lanes = tl.arange(0, LANES)
         acc = tl.zeros((LANES,), tl.int64)
-        for at in range(0, GROUPS, LANES):
-            inside = at + lanes < GROUPS
+        for at in range(0, groups, LANES):
+            inside = at + lanes < groups
             coef = tl.load(coefs + at + lanes, mask=inside, other=0.0)
             threshold = tl.load(thresholds + at + lanes, mask=inside, other=0.0)
             weight = tl.load(weights + at + lanes, mask=inside, other=0)
             acc += coef.to(tl.int64, bitcast=True) * weight
-            weight = tl.load(weights + GROUPS + at + lanes, mask=inside, other=0)
+            weight = tl.load(weights + groups + at + lanes, mask=inside, other=0)
             acc += threshold.to(tl.int64, bitcast=True) * weight
         total = tl.sum(acc, 0)
         tl.store(last_hash, ((total >> 40) & 0xFFFF).to(tl.float64))
