@@ -8,20 +8,24 @@ step and removed after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from itertools import repeat
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from distclip.torch_internals.dtensor import is_dtensor
+from distclip.torch_internals.dtensor import is_dtensor_class
 
 # exactly these: RMSprop, NAdam, Muon and subclasses may ignore both attributes in silence
 _KINDS = (SGD, Adam, AdamW, Adagrad)
-_LOW = (torch.float16, torch.bfloat16)
+_LOW = frozenset({torch.float16, torch.bfloat16})
+_GRAD, _IS_SPARSE, _DTYPE = attrgetter("grad"), attrgetter("is_sparse"), attrgetter("dtype")
 
 
-def can_fold(optimizer: Optimizer, param_ids: Collection[int]) -> bool:
+def can_fold(optimizer: Optimizer, param_ids: AbstractSet[int]) -> bool:
     """Whether one coefficient, applied by the optimizer itself, is the whole clip of its gradients.
 
     Args:
@@ -29,18 +33,23 @@ def can_fold(optimizer: Optimizer, param_ids: Collection[int]) -> bool:
     """
     if type(optimizer) not in _KINDS:
         return False
-    for group in optimizer.param_groups:
-        if group.get("fused") is not True:  # load_state_dict can turn it off
-            return False
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if id(param) not in param_ids or param.grad.is_sparse or param.is_complex():
-                return False
-            if isinstance(optimizer, (SGD, Adagrad)) and is_dtensor(param):
-                return False  # not implemented in torch
-            if isinstance(optimizer, SGD) and param.device.type == "cpu" and param.dtype in _LOW:
-                return False  # torch leaves most elements unchanged
+    groups = optimizer.param_groups
+    if any(group.get("fused") is not True for group in groups):  # load_state_dict can turn it off
+        return False
+    params: list[Tensor] = [param for group in groups for param in group["params"]]
+    grads = list(map(_GRAD, params))
+    if any(map(is_, grads, repeat(None))):
+        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    if not param_ids >= set(map(id, params)):
+        return False
+    if any(map(_IS_SPARSE, grads)) or any(map(Tensor.is_complex, params)):
+        return False
+    if isinstance(optimizer, (SGD, Adagrad)) and any(map(is_dtensor_class, set(map(type, params)))):
+        return False  # not implemented in torch
+    if isinstance(optimizer, SGD) and not _LOW.isdisjoint(map(_DTYPE, params)):
+        # torch leaves most elements unchanged there
+        return not any(param.is_cpu and param.dtype in _LOW for param in params)
     return True
 
 

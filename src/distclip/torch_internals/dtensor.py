@@ -39,6 +39,12 @@ def is_dtensor(value: object) -> TypeIs[DTensor]:
     return kind is not None and isinstance(value, kind)
 
 
+def is_dtensor_class(kind: type) -> bool:
+    """Whether its objects are DTensors."""
+    dtensor = dtensor_class()
+    return dtensor is not None and issubclass(kind, dtensor)
+
+
 def local_tensor(grad: Tensor) -> Tensor:
     """The plain tensor of this rank: a DTensor's shard, waited for where a collective still fills
     it."""
