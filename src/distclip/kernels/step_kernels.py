@@ -83,7 +83,8 @@ class MessagePacker:
         self._program = _Program("pack_words", device, start, sums + 1)
         self._further = num_words - sums - (10 if is_max else 12)
         if device.type == "cuda":  # compiled here: a first launch may come in a capture
-            self.pack(share, None, None, self._nothing, None, False, False, [0, 0, 0])
+            further = share.new_zeros(self._further)
+            self.pack(share, layer_share, further, self._nothing, None, False, False, [0, 0, 0])
 
     def pack(
         self,
@@ -100,7 +101,8 @@ class MessagePacker:
         """As `MessageLayout.pack` on a device. No host sync.
 
         Args:
-            further: [words of policies and ranks] float64; None is none.
+            part_sums: None where parts are the pieces.
+            further: [words of policies and ranks] float64; None where the message has none.
         """
         words = power_sums.new_empty(self._num_words)
         step, call, last = tokens
