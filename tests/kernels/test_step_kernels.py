@@ -33,7 +33,7 @@ def test_messages(interpreted):
     """Sums of any groups and layers, stats, ranks' norms, inf and NaN, what a scaler met, tokens
     with a loss scale."""
     seen = interpreted.run(cases.messages)
-    assert max(off for off, _, _ in seen) < 2e-16 and all(same for _, same, _ in seen)
+    assert max(off for off, _, _ in seen) < 1e-15 and all(same for _, same, _ in seen)
     assert sum(count for _, _, count in seen) > 500, "vacuous"
 
 
@@ -46,9 +46,10 @@ def test_decisions(interpreted):
         assert 10 < sum(part) < len(seen) - 10, "vacuous"
 
 
-def test_counters(interpreted):
+@pytest.mark.parametrize("num_groups", [3, 2500])
+def test_counters(interpreted, num_groups):
     """Beyond the window of the clip rate."""
-    off, rate, skips, last_hash = interpreted.run(cases.counters)
+    off, rate, skips, last_hash = interpreted.run(cases.counters, num_groups)
     assert off == [] and 0.6 < rate < 0.8 and skips > 20 and last_hash
 
 

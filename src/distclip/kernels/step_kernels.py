@@ -82,9 +82,10 @@ class MessagePacker:
         sums = num_groups + num_layers
         self._program = _Program("pack_words", device, start, sums + 1)
         self._further = num_words - sums - (10 if is_max else 12)
-        if device.type == "cuda":  # compiled here: a first launch may come in a capture
-            further = share.new_zeros(self._further)
-            self.pack(share, layer_share, further, self._nothing, None, False, False, [0, 0, 0])
+        self._parts = layer_share.numel() if num_layers else self._pieces
+        # compiled here: a first launch may come in a capture
+        further = share.new_zeros(self._further)
+        self.pack(share, layer_share, further, self._nothing, None, False, False, [0, 0, 0])
 
     def pack(
         self,
@@ -104,6 +105,9 @@ class MessagePacker:
             part_sums: None where parts are the pieces.
             further: [words of policies and ranks] float64; None where the message has none.
         """
+        # what is left out is not read: else it would be memory of others
+        assert further is not None or not self._further
+        assert part_sums is not None or self._parts == self._pieces
         words = power_sums.new_empty(self._num_words)
         step, call, last = tokens
         on_device = isinstance(last, Tensor)
@@ -201,8 +205,8 @@ class FixedDecider:
             -1.0 if drift_tolerance is None else drift_tolerance, presence_tolerance, *rounding,
         )  # fmt: skip
         self._program = _Program("decide_fixed", device, groups)
-        if device.type == "cuda":  # compiled here: a first launch may come in a capture
-            self.decide(thresholds.new_zeros(num_words), self._one, None, False, False)
+        # compiled here: a first launch may come in a capture
+        self.decide(thresholds.new_zeros(num_words), self._one, None, False, False)
 
     def decide(
         self,
@@ -267,11 +271,11 @@ class StepRecorder:
         self._weights = new((1,), torch.int64) if weights is None else weights
         self._groups, self._constants = groups, (window, weights is not None)
         self._program = _Program("record_step", device, groups)
-        if device.type == "cuda":  # compiled here: a first launch may come in a capture
-            number, column = new(()), new((groups,))
-            flag, count = new((), torch.bool), new((), torch.int64)
-            counters, ring = (count, count, number, number), new((window,), torch.bool)
-            self.record((flag, flag), (column, column), counters, ring, number)
+        # compiled here: a first launch may come in a capture
+        number, column = new(()), new((groups,))
+        flag, count = new((), torch.bool), new((), torch.int64)
+        counters, ring = (count, count, number, number), new((window,), torch.bool)
+        self.record((flag, flag), (column, column), counters, ring, number)
 
     def record(
         self,
@@ -296,7 +300,8 @@ class StepRecorder:
         """
         told = last_hash.new_empty(2)
         clipped, skipped = (flag.view(torch.uint8) for flag in flags)
-        coefs, thresholds = (column.contiguous() for column in columns)
+        # a policy of the user's may answer otherwise than at set-up; as a rule these do nothing
+        coefs, thresholds = (column.double().contiguous() for column in columns)
         args = (clipped, skipped, coefs, thresholds, self._weights, *counters)
         self._program.run(
             (*args, ring.view(torch.uint8), last_hash, told, self._groups), self._constants

@@ -198,6 +198,7 @@ def decide_fixed(
     # how the groups add up
     power = tl.zeros((LANES,), tl.float64)
     counted = tl.zeros((LANES,), tl.float64)
+    lost = tl.zeros((LANES,), tl.int32)
     for at in range(0, groups, LANES):
         inside = at + lanes < groups
         sums = tl.load(words + at + lanes, mask=inside, other=0.0)
@@ -206,12 +207,15 @@ def decide_fixed(
         if IS_MAX:
             power = tl.where(sums > power, sums, power)
             counted = tl.where(some > counted, some, counted)
+            lost = lost | (sums != sums).to(tl.int32)
         else:
             power += sums
             counted += some
     if IS_MAX:
-        power_sum = tl.max(power, 0)
-        total_sum = tl.max(counted, 0)
+        # ranks send no NaN; if there is one all the same, nothing is right
+        nothing = tl.where(tl.max(lost, 0) != 0, _number(float("nan")), _number(0.0))
+        power_sum = tl.max(power, 0) + nothing
+        total_sum = tl.max(counted, 0) + nothing
     else:
         power_sum = tl.sum(power, 0)
         total_sum = tl.sum(counted, 0)
