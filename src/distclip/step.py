@@ -47,6 +47,9 @@ from distclip.request import Request
 from distclip.stages import Stages
 from distclip.values import smallest_of
 
+# What captured graphs read at each replay: one may outlive its clipper, or what `rebuild()` leaves.
+_READ_BY_GRAPHS: list[Any] = []
+
 
 class StepRunner:
     """Made at set-up.
@@ -133,8 +136,13 @@ class StepRunner:
         measurement, message = stages.measurer.measure(
             state.step, request, last_hash, has_notes, reads and self._channel.group is None
         )
-        if capturing and (measurement.errors or request.error):  # nobody would read them later
-            raise request.error or GradientError("; ".join(measurement.errors))
+        if capturing:
+            if measurement.errors or request.error:  # nobody would read them later
+                raise request.error or GradientError("; ".join(measurement.errors))
+            tables = stages.layout, stages.fixed, stages.assignments, stages.in_total_mask
+            _READ_BY_GRAPHS.append(
+                (tables, state, measurement.grads and measurement.grads.grad_set)
+            )
 
         # The one collective
         message = self._reduce(message, request, reads)

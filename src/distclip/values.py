@@ -2,10 +2,10 @@
 
 A step's handful of numbers is read once and then is plain arithmetic (`HostNow` in `step`: on the
 CPU, and on CUDA for much of what the host must know at once), or everything stays on the device
-(`DeviceLate`). A rule is written once, with
-Python's operators where these mean the same for both (`flag ^ True` is "not": `~` of Python's bool
-is a number), and with the functions below where they do not. A column holds one number for each
-group: a list of floats, or a tensor.
+(`DeviceLate`). A rule is written once (the default ones again as a kernel of the device, which
+tests hold to the same bits), with Python's operators where these mean the same for both
+(`flag ^ True` is "not": `~` of Python's bool is a number), and with the functions below where they
+do not. A column holds one number for each group: a list of floats, or a tensor.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Notes: this rank's own words about a step, of all ranks where the step matters, and nowhere
 else."""
 
+import gc
 import json
 import math
 from pathlib import Path
 from unittest.mock import patch
+from weakref import ref
 
 import pytest
 import torch
@@ -298,6 +300,21 @@ def test_what_is_captured_prepares_no_read():
         assert not packed
         clipper.step(optimizer)
     assert packed, "vacuous"
+
+
+def test_what_a_graph_reads_outlives_the_clipper():
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0))
+    with patch.object(StepRunner, "is_capturing", True):
+        clipper.step(torch.optim.SGD([p], 1.0, fused=True))
+    state, layout = clipper._state, clipper._stages.layout
+    read = [ref(tensor) for tensor in (layout.share, state.history.num_calls)]
+    kept = ref(clipper)
+    del clipper, state, layout
+    gc.collect()
+    assert kept() is None, "vacuous"
+    assert all(tensor() is not None for tensor in read)
 
 
 # What the log alone tells

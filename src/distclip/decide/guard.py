@@ -29,8 +29,9 @@ _VERDICTS = tuple(StepVerdict)
 
 
 def _kept_rules(checks: CheckWords, tolerance: float | None) -> list[Flag]:
-    """Which rules the reduced words keep, in the order of `StepVerdict`: the one list of them, for
-    the host and the device. A NaN keeps no rule.
+    """Which rules the reduced words keep, in the order of `StepVerdict`: the list for the host and
+    for torch's operations on a device (`decide_fixed` in `kernels/step_programs.py` has them once
+    more). A NaN keeps no rule.
 
     Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
     """
