@@ -26,7 +26,7 @@ from distclip.decide.decision import (
     resolve,
 )
 from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
-from distclip.decide.fixed_on_device import ReadyStep
+from distclip.decide.fixed_on_device import flags_of
 from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
@@ -34,12 +34,14 @@ from distclip.errors import ConfigError, DistclipError, ExchangeError, GradientE
 from distclip.exchange.channel import Channel
 from distclip.exchange.message import CheckWords, Message
 from distclip.exchange.readback import (
+    NOTHING_KNOWN,
     HostVector,
     KnownNumbers,
     Readback,
     fill_in,
     pack_numbers,
 )
+from distclip.kernels.step_kernels import FixedStep
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.records import StepFindings
 from distclip.report.writer import ReportWriter
@@ -148,7 +150,7 @@ class StepRunner:
         message = self._reduce(message, request, reads)
 
         # The same norms, and so the same decision, on every rank
-        ready: ReadyStep | None = None
+        ready: FixedStep | None = None
         if isinstance(timing, DeviceLate) and self._fits_kernel(request):
             norms, decision, ready = timing.decide_fixed(message, request, allow_late)
             policies = state.policies
@@ -335,7 +337,7 @@ class DeviceLate:
         measurement: LocalMeasurement,
         norms: GlobalNorms,
         decision: ClipDecision,
-        ready: ReadyStep | None,
+        ready: FixedStep | None,
         allow_late: bool,
         capturing: bool,
     ) -> tuple[StepFlags, StepFindings | None, DistclipError | None, _ReadStep | None]:
@@ -346,7 +348,7 @@ class DeviceLate:
             ready: of the kernel, where that has decided.
         """
         if ready is not None:
-            flags, packed = ready.flags, (ready.vector, ready.known)
+            flags, packed = flags_of(ready), (ready.vector, NOTHING_KNOWN)
         else:
             finite: Any = norms.finite
             if request.error is not None and bool(norms.checks.agreed):
@@ -366,7 +368,7 @@ class DeviceLate:
 
     def decide_fixed(
         self, message: Message, request: Request, allow_late: bool
-    ) -> tuple[GlobalNorms, ClipDecision, ReadyStep]:
+    ) -> tuple[GlobalNorms, ClipDecision, FixedStep]:
         """By the kernel for constant thresholds."""
         fixed, scale = self._stages.fixed, request.scaler.inv_scale
         assert fixed is not None and isinstance(message, Tensor)

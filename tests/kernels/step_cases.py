@@ -17,12 +17,12 @@ import interpreted
 from distclip import kernels
 from distclip.decide import state
 from distclip.decide.decision import decide, resolve
-from distclip.decide.fixed_on_device import fixed_on_device
+from distclip.decide.fixed_on_device import fixed_on_device, flags_of
 from distclip.decide.global_norms import read_norms
 from distclip.decide.guard import is_fine
 from distclip.exchange import message
 from distclip.exchange.message import MessageLayout
-from distclip.exchange.readback import fill_in, pack_numbers
+from distclip.exchange.readback import NOTHING_KNOWN, fill_in, pack_numbers
 from distclip.groups import Exempt
 from distclip.policies.assignment import assign_policies
 from late import judged_late
@@ -230,14 +230,14 @@ def decisions():
             "clipped": (decision.clipped, want.clipped),
             "norms_after": (decision.norms_after, want.norms_after),
             "cosine": (decision.cosine, want.cosine),
-            "applied": (ready.coefs, applied),
+            "applied": (ready.applied, applied),
             "divisors": (ready.divisors[0], applied.reciprocal().float()),
             "scaled": (ready.divisors[1], (applied * unscale).reciprocal().float()),
             "stop": (ready.stop, flags.skipped.float()),
             "layers": (norms.layer_sums, want_norms.layer_sums),
         }
         pairs |= {
-            name: (getattr(ready.flags, name), getattr(flags, name)) for name in flags._fields
+            name: (getattr(flags_of(ready), name), getattr(flags, name)) for name in flags._fields
         }
         if alone:  # of several groups sums may differ in their last bits
             pairs["vector"] = ready.vector, vector
@@ -246,7 +246,7 @@ def decisions():
         pairs["further"] = ready.vector[8:], vector[8:]
         pairs["checks"] = torch.stack(norms.checks[1:7]), torch.stack(as_tensors(checks[1:7]))
         pairs["ranks"] = norms.rank_norms, want_norms.rank_norms
-        filled = torch.tensor(fill_in(ready.known, ready.vector.tolist()), dtype=torch.float64)
+        filled = torch.tensor(fill_in(NOTHING_KNOWN, ready.vector.tolist()), dtype=torch.float64)
         pairs["known"] = filled, ready.vector
         off = [
             name

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distclip.decide.decision import ClipDecision, StepFlags
-from distclip.decide.fixed_on_device import ReadyStep
 from distclip.errors import DistclipError
+from distclip.kernels.step_kernels import FixedStep
 from distclip.kernels.tensor_list import TensorList
 from distclip.measure.collect import CollectedGrads, GradientSet
 from distclip.measure.units import UnitClipper, UnitMeasurement
@@ -35,14 +35,14 @@ class StepOutcome(NamedTuple):
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
     judged: bool  # the report says what was found; else that is known at the next call, or never
-    ready: ReadyStep | None = None  # what a kernel has worked out already; None: not on the device
+    ready: FixedStep | None = None  # what the device's kernel has worked out; None: it did not
     error: DistclipError | None = None  # raised once the report is written; nothing is applied
 
     @property
     def coefs(self) -> Column:
         """[groups], 1 where the step is not finite."""
         if self.ready is not None:
-            return self.ready.coefs
+            return self.ready.applied
         coef = self.decision.coef
         return coef if self.finite is True else select_column(self.finite, coef, 1.0)
 

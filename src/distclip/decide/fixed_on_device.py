@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,24 +13,10 @@ from torch import Tensor
 from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms
 from distclip.exchange.message import PRESENCE_TOLERANCE, CheckWords, MessageLayout
-from distclip.exchange.readback import KnownNumbers
 from distclip.kernels import kernels_for
-from distclip.kernels.step_kernels import FixedDecider
+from distclip.kernels.step_kernels import FixedDecider, FixedStep
 from distclip.p_norm import rounding_of
 from distclip.policies.assignment import PolicyAssignment
-
-
-class ReadyStep(NamedTuple):
-    """What is at hand once the device has decided."""
-
-    flags: StepFlags
-    vector: Tensor  # what the host reads: all that `known` names
-    known: KnownNumbers
-    coefs: Tensor  # [groups] float64, 1 where the step is not finite
-    # [groups] float32: their inverse, by which optimizers divide; of gradients that are unscaled,
-    # and of those that carry the loss scale
-    divisors: tuple[Tensor, Tensor]
-    stop: Tensor  # [] float32: 1 where the step is not taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +34,19 @@ class FixedOnDevice:
         clip_rate: Tensor,
         read_only: bool,
         late: bool,
-    ) -> tuple[GlobalNorms, ClipDecision, ReadyStep]:
+    ) -> tuple[GlobalNorms, ClipDecision, FixedStep]:
         """Of a reduced message. No host sync.
 
         Args:
             late: the step is judged at the next call: the device leaves it out whatever is wrong.
+
+        Returns:
+            With the norms and the decision all that the kernel has worked out, `flags_of` it and
+            what the host reads among that.
         """
         layout = self.layout
         step = self.decider.decide(message, clip_rate, inv_scale, read_only, late)
-        agreed, finite, ok, found_inf, skipped, clipped = step.flags
+        agreed, finite = step.flags[:2]
         words = CheckWords(*step.words, agreed=agreed, finite=finite)
         norms = GlobalNorms(
             per_group=step.norms,
@@ -81,15 +70,13 @@ class FixedOnDevice:
             unitwise=frozenset(),
             skip=None,
         )
-        ready = ReadyStep(
-            flags=StepFlags(ok, found_inf, skipped, clipped),
-            vector=step.vector,
-            known=[None] * (step.vector.numel() - layout.num_groups - layout.num_rank_norms),
-            coefs=step.applied,
-            divisors=step.divisors,
-            stop=step.stop,
-        )
-        return norms, decision, ready
+        return norms, decision, step
+
+
+def flags_of(step: FixedStep) -> StepFlags:
+    """What becomes of the step."""
+    _, _, ok, found_inf, skipped, clipped = step.flags
+    return StepFlags(ok, found_inf, skipped, clipped)
 
 
 def fixed_on_device(

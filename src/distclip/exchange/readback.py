@@ -45,6 +45,7 @@ class HostVector:
 
 # Of numbers that some call packed: those of the host, None where the vector has them.
 KnownNumbers: TypeAlias = "list[float | None]"
+NOTHING_KNOWN: KnownNumbers = []  # the vector has all of them
 
 
 def pack_numbers(
