@@ -5,6 +5,7 @@ are the oracle: what the kernels give must be the same bits, but for sums of sev
 import copy
 import math
 import random
+from datetime import timedelta
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -290,6 +291,16 @@ def counters(num_groups):
         if seen[0] != seen[1]:
             off.append(step)
     return off, float(rate), int(skips), int(sides[0].last_hash)
+
+
+def join_ranks(store, rank):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
 
 
 def on_ranks(rank_differs):
