@@ -27,6 +27,7 @@ LONG = (
     "integrations/test_transformers.py",
     "integrations/test_lightning.py",
     "kernels/test_triton.py",
+    "kernels/test_step_kernels.py",
 )
 
 
