@@ -26,7 +26,7 @@ versions=("$@")
 needs="numpy<2.4 pytest pytest-xdist accelerate deepspeed lightning transformers matplotlib tensorboard hatchling tqdm rich jsonargparse pyyaml msgspec"
 selection=(tests/{parity,precision,policies,faults,setup,measure,decide,apply,report,torch_internals})
 if [ -n "$core" ]; then
-  selection+=(tests/kernels/test_{reference,native,triton}.py)
+  selection+=(tests/kernels/test_{reference,native,triton,step_kernels}.py)
 else
   selection+=(tests/kernels tests/integrations tests/cli/test_doctor.py)
 fi
