@@ -20,13 +20,6 @@ pytestmark = pytest.mark.skipif(not triton_lists.has_triton(), reason="triton is
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    elsewhere = Elsewhere(TRITON_INTERPRET="1")
-    yield elsewhere
-    elsewhere.pool.shutdown()
-
-
 def test_messages(interpreted):
     """Sums of any groups and layers, stats, ranks' norms, inf and NaN, what a scaler met, tokens
     with a loss scale."""
@@ -115,15 +108,6 @@ def test_the_tests_of_late_steps_hold():
     counts = done.stdout.partition("launched: ")[2].partition("\n")[0]
     launched = dict(pair.split() for pair in counts.split(", "))
     assert len(launched) == 3 and min(map(int, launched.values())) > 50, done.stdout[-300:]
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    elsewhere = Elsewhere(
-        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))
-    )
-    yield elsewhere
-    elsewhere.pool.shutdown()
 
 
 FEW, MANY = (128, 1), (1024, 4)

@@ -26,22 +26,6 @@ SHORT = {
 EVERY = pytest.mark.parametrize("dtype", cases.DTYPES, ids=SHORT.get)
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    elsewhere = Elsewhere(TRITON_INTERPRET="1")
-    yield elsewhere
-    elsewhere.pool.shutdown()
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    elsewhere = Elsewhere(
-        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))
-    )
-    yield elsewhere
-    elsewhere.pool.shutdown()
-
-
 def test_the_cases_reach_the_edges_of_chunks_and_blocks(interpreted):
     assert interpreted.run(cases.sizes) == (
         cases.CHUNK,
