@@ -5,6 +5,7 @@ launch/torchrun.sh --config configs/fsdp2.yaml --training.lr 0.001
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import math
@@ -13,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -195,10 +197,18 @@ def run(config: Config) -> None:
         train(config, device)
     finally:
         if dist.is_initialized():
-            # a model that outlives its process groups leaves work to gloo's threads, which abort
-            # when the interpreter ends under them
-            gc.collect()
+            gc.collect()  # a model that outlives its process groups leaves work to their threads
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this rank, without the interpreter's own end: caches of torch (of device meshes) and of
+    DeepSpeed hold process groups until then, and a thread of gloo that drops the last of its work
+    under it asks for the interpreter's lock, gets an exit of its thread instead, and aborts."""
+    atexit._run_exitfuncs()  # last lines of sinks
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -213,4 +223,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
