@@ -519,7 +519,8 @@ class GradClipper:
 
     def _run(self, request: Request, allow_late: bool) -> StepOutcome:
         self._decided = None
-        self._stages.inputs.join.refuse_join(request.operation)
+        if self._stages.inputs.join is not None:
+            self._stages.inputs.join.refuse_join(request.operation)
         if self._partials is not None:
             reduces = request.target == "grad" and request.error is None
             self._partials.reduce_partial_(self._state.step + 1, request.description, reduces)

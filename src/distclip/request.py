@@ -102,7 +102,7 @@ class Request:
             return self.grad_scale
         return None if self._unscaled_pieces else self.factor()
 
-    @property
+    @cached_property
     def leaves_grads(self) -> bool:
         """All factors are 1."""
         return not self.scaler.enabled and self.grad_scale == 1

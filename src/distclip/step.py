@@ -164,7 +164,7 @@ class StepRunner:
                 stages.assignments,
                 stages.bits,
             )
-            decision, policies = decide(stages.assignments, norms, state.copies())
+            decision, policies = decide(stages.assignments, norms, state.policies)
             if request.target == "param":
                 decision = no_decision(norms)
             if request.target == "param" or request.reduced_nothing:

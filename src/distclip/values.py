@@ -65,11 +65,13 @@ def any_of(column: FlagColumn) -> Flag:
     return any(column)
 
 
-def all_equal(one: Column, other: Column) -> Flag:
-    """Whether two columns are the same, entry by entry. NaN equals nothing."""
+def same_products(one: Column, by: Column | float, other: Column, times: Column | float) -> Flag:
+    """Whether `one` · `by` = `other` · `times`, entry by entry. NaN equals nothing."""
     if isinstance(one, Tensor):
-        return one.eq(_operand(other)).all()
-    return all(map(eq, one, other))
+        return (one * _operand(by)).eq(_operand(other) * _operand(times)).all()
+    mine: Any = by if isinstance(by, list) else repeat(by)
+    theirs: Any = times if isinstance(times, list) else repeat(times)
+    return all(map(eq, map(mul, one, mine), map(mul, other, theirs)))
 
 
 def sum_of(column: Column) -> Number:

@@ -11,7 +11,7 @@ from torch import Tensor
 from distclip.decide.global_norms import GlobalNorms
 from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.fixed import clip_coefficient
-from distclip.policies.state import State
+from distclip.policies.state import State, clone_state
 from distclip.records import Clamp, Norms, Scale, UnitScale
 from distclip.values import (
     Column,
@@ -70,7 +70,8 @@ def decide(
             next_states.append(state)
             continue
         shown = norms.shown_to(assignment)
-        answer, next_state = assignment.policy.decide(shown, state)
+        # a copy: an answer may hold on to its state, which is written to before it is put to use
+        answer, next_state = assignment.policy.decide(shown, clone_state(state) if state else state)
         answers.append(_columns_of(answer, shown, on_host=not isinstance(own, Tensor)))
         next_states.append(next_state)
         if answer.skip is not None:

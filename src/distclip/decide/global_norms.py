@@ -72,15 +72,16 @@ def read_norms(
     if layout.on_host and len(sums) > FEW:
         sums = torch.tensor(sums, dtype=torch.float64, device="cpu")
 
-    def finished(power_sums: Any) -> Any:
-        return rounded(norm.finish(power_sums), bits)
-
-    per_group = each(finished, sums)
+    # no function of both: it would be made and called anew at each step
+    if isinstance(sums, Tensor):
+        per_group: Column = rounded(norm.finish(sums), bits)
+    else:
+        per_group = [rounded(norm.finish(power_sum), bits) for power_sum in sums]
     if in_total is None and len(sums) == 1:
         total = per_group[0]
     else:
         counted = counted_in_total(sums, in_total, in_total_mask)
-        total = finished(norm.combine(counted))
+        total = rounded(norm.finish(norm.combine(counted)), bits)
         if on_host:
             total = float(total)
     stats, split_unit_coefs = message[layout.stats], None

@@ -26,7 +26,7 @@ from distclip.kernels.step_kernels import StepRecorder
 from distclip.p_norm import bits_of
 from distclip.policies.assignment import PolicyAssignment, describe_assignments
 from distclip.policies.policy import describe
-from distclip.policies.state import State, clone_state, select_state, state_to
+from distclip.policies.state import State, select_state, state_to
 from distclip.setup.options import ClipOptions
 from distclip.values import Flag, Number
 
@@ -218,10 +218,6 @@ class ClipperState:
             self._history_there.load(self.history.tensors())
             self._hash_there.fill_(self.last_hash)
         self.history, self.last_hash, self.on_host = self._history_there, self._hash_there, False
-
-    def copies(self) -> State:
-        """For policies: an answer may hold on to its state, and is put to use after `update`."""
-        return tuple(map(clone_state, self.policies)) if any(self.policies) else self.policies
 
     def update(self, decision: ClipDecision, policies: State, flags: StepFlags) -> None:
         """One more step that is not read-only.

@@ -33,7 +33,7 @@ from distclip.kernels import kernels_for
 from distclip.kernels.native import WeightedSums
 from distclip.kernels.step_kernels import MessagePacker
 from distclip.p_norm import PNorm, bits_of, p_norm
-from distclip.values import Flag, Number, all_equal, multiply, select
+from distclip.values import Flag, Number, same_products, select
 
 Message: TypeAlias = "list[float] | Tensor"  # [words] float64
 
@@ -286,9 +286,9 @@ class MessageLayout:
         if self.num_ranks == 1:
             agreed = True
         elif self.norm.is_max:
-            agreed = all_equal(tokens, multiply(beside, -1.0))
+            agreed = same_products(tokens, 1.0, beside, -1.0)
         else:  # all are equal iff W Σv² = (Σv)²: whole numbers, rounded once at most
-            agreed = all_equal(multiply(beside, float(self.num_ranks)), multiply(tokens, tokens))
+            agreed = same_products(tokens, tokens, beside, float(self.num_ranks))
         sums = message[self.groups]
         power_sum = sums[0] if self.num_groups == 1 else self.norm.combine(sums)
         if self.norm_type < 1:  # it may be finite where the norm, its p-th root, is not

@@ -46,7 +46,7 @@ class SetupInputs:
     ranges: list[UnitRange | None]  # [pieces]: their units, where their group is scaled by units
     plan: Plan
     device: torch.device  # the compute device
-    join: JoinGuard = field(default_factory=lambda: JoinGuard(()))
+    join: JoinGuard | None = None  # None: nothing here can be inside `join()`
     wrappers: tuple[ReducingWrapper, ...] = ()  # modules that may leave gradients unfinished
     out_of_reach: str = ""  # about parameters that no clip can reach, on this rank
 
@@ -83,8 +83,9 @@ def build_plan(
         ConfigError, PlacementError: on the rank where it was found; AgreementError on the others.
             ConfigError inside `join()`, before anything is sent.
     """
-    join = JoinGuard(modules_in(params), tensors_in(params)) if channel.size > 1 else JoinGuard(())
-    join.refuse_join("GradClipper")
+    join = JoinGuard.of_model(modules_in(params), tensors_in(params)) if channel.size > 1 else None
+    if join is not None:
+        join.refuse_join("GradClipper")
     local, error = _LocalSetup(), None
     try:
         if channel.rank == 0:

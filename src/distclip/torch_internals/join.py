@@ -4,7 +4,7 @@ and no others."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,21 +17,33 @@ class JoinGuard:
     """Knows whether a step is taken inside `join()`, where a collective over all ranks would hang.
 
     Args:
-        modules: that the clipper was given.
-        params: its parameters, which a module that was not given (DDP around the one that was) may
-            hold too. Finding such a module looks at every object, once.
+        joinables: modules that can be inside it.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], params: Iterable[Tensor] = ()) -> None:
+    def __init__(self, joinables: Sequence[Joinable]) -> None:
+        self._joinables = joinables
+        # each one's latest context, where that is known to be over
+        self._over: list[Any] = [None] * len(joinables)
+
+    @classmethod
+    def of_model(
+        cls, modules: Iterable[nn.Module], params: Iterable[Tensor] = ()
+    ) -> JoinGuard | None:
+        """None where nothing in the model can be inside `join()`.
+
+        Args:
+            modules: that the clipper was given.
+            params: its parameters, which a module that was not given (DDP around the one that was)
+                may hold too. Finding such a module looks at every object, once.
+        """
         every = {id(m): m for module in modules for m in module.modules()}
         mine = {id(param) for param in params}
         around: list[Any] = (
             [thing for thing in _every(Joinable) if isinstance(thing, nn.Module)] if mine else []
         )
         every |= {id(m): m for m in around if any(id(param) in mine for param in m.parameters())}
-        self._joinables = [m for m in every.values() if isinstance(m, Joinable)]
-        # each one's latest context, where that is known to be over
-        self._over: list[Any] = [None] * len(self._joinables)
+        joinables = [m for m in every.values() if isinstance(m, Joinable)]
+        return cls(joinables) if joinables else None
 
     def refuse_join(self, operation: str) -> None:
         """ConfigError inside `join()`; on every rank that takes the step, before anything is
