@@ -38,3 +38,14 @@ def test_rows_that_are_views_count_as_they_are(is_native):
     columns = torch.arange(26.0, dtype=torch.float64).view(13, 2)
     values = torch.ones(13, dtype=torch.float64)
     assert WeightedSums(columns.t(), is_native).of(values) == columns.sum(0).tolist()
+
+
+@pytest.mark.parametrize("is_native", WAYS)
+@pytest.mark.parametrize("columns", [[], [4], [11, 2, 7]])
+def test_some_entries_by_their_own_weights(is_native, columns):
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.rand(2, 13, dtype=torch.float64, generator=draw)
+    values = torch.rand(len(columns), dtype=torch.float64, generator=draw)
+    want = (weights[:, columns] * values).sum(1).tolist()
+    some = WeightedSums(weights, is_native).select(torch.tensor(columns, dtype=torch.int64))
+    assert some.of(values) == pytest.approx(want, rel=1e-13, abs=0)

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
+from kernels.native_cases import NO_LIBRARY
 from parity.layouts import given
 
 
@@ -109,3 +111,34 @@ def test_memory_is_taken_again_once_a_call_is_over():
         assert not memory.is_inference()
     assert len(places) == 1
     assert measurer._memory_for(2).shape == (2,) and not measurer.spare_memory
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(NO_LIBRARY, reason="no library")
+@pytest.mark.parametrize("absent", [(), (1,), (0, 3)], ids=str)
+def test_a_small_step_on_the_cpu_makes_no_operation_of_torch(absent):
+    """As it often is under FSDP1, a rank may have no part of some parameters."""
+    draw = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(5, 3, generator=draw)) for _ in range(5)]
+    clipper = distclip.GradClipper(params, 0.5)
+    for _ in range(4):
+        grads = [None if i in absent else torch.randn(5, 3, generator=draw) for i in range(5)]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else grad.clone()
+        with Operations() as seen:
+            report = clipper.clip_()
+    assert seen.names == []
+    there = [grad for grad in grads if grad is not None]
+    total = torch.cat([grad.double().flatten() for grad in there]).norm()
+    assert float(report.total_norm) == pytest.approx(float(total), rel=1e-6) and total > 1
+    for p, grad in zip(params, grads, strict=True):
+        assert grad is None or torch.allclose(p.grad.double(), grad.double() * (0.5 / total))

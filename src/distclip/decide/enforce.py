@@ -174,7 +174,7 @@ class StepChecker:
         must_raise = self.streak.count_nonfinite(backs_off)
         culprits: tuple[Culprit, ...] = ()
         if self.streak.length == 1 or must_raise:
-            sums, present = measurement.power_sums.tolist(), measurement.mask.tolist()
+            sums, present = measurement.power_sums.tolist(), measurement.grad_set.mask.tolist()
             culprits = audit.gather_culprits(self.channel, self.plan, sums, present, self.device)
         if must_raise:
             return culprits, self.channel.tell_once(self.streak.error(step, nonfinite, culprits))
@@ -209,7 +209,7 @@ class StepChecker:
         else:
             assert measurement is not None
             norms = norm_of(measurement.power_sums, self.plan.norm_type)
-            present = measurement.mask.tolist()
+            present = measurement.grad_set.mask.tolist()
             prints = {
                 i: (square, 0.0) for i, square in enumerate(norms.square().tolist()) if present[i]
             }

@@ -91,8 +91,9 @@ class MessageLayout:
     tokens: slice = field(init=False)
     beside_tokens: slice = field(init=False)
     _share_and_weight: Tensor = field(init=False)  # [2, pieces]
-    # by these, where one group is all that pieces add up to; None elsewhere, and on a device
-    _totals: WeightedSums | None = field(init=False)
+    # all pieces' group sum and drift, where one group is all that they add up to; None elsewhere,
+    # and on a device
+    totals: WeightedSums | None = field(init=False)
     _bits: tuple[Tensor, Tensor] = field(init=False)  # 0 and 1, on the compute device
     _packer: MessagePacker | None = field(init=False)  # None: torch's operations do it
 
@@ -119,7 +120,7 @@ class MessageLayout:
             "tokens": slice(-2 * NUM_TOKENS, -NUM_TOKENS),
             "beside_tokens": slice(-NUM_TOKENS, None),
             "_share_and_weight": share_and_weight,
-            "_totals": totals,
+            "totals": totals,
             "_bits": tuple(bits.unbind()),
             "_packer": self._make_packer() if kernels == "triton" and not self.on_host else None,
         }.items():
@@ -168,6 +169,7 @@ class MessageLayout:
         has_error: bool,
         has_notes: bool,
         tokens: Sequence[Number],
+        totals: WeightedSums | None = None,
         inv_scale: Number | None = None,
         part_sums: Tensor | None = None,
         rank_norms: Tensor | None = None,
@@ -176,7 +178,9 @@ class MessageLayout:
         """No host sync but where messages are lists, and with `reads`.
 
         Args:
-            power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient.
+            power_sums: [pieces] float64 power sums (maxima), 0 where there is no gradient; with
+                `totals` those of its pieces.
+            totals: `self.totals`, or what it selects: by which power sums add up.
             rank_norms: [ranks] float64: this rank's own norm in its place, 0 elsewhere.
             part_sums: [parts] the same of watched parts, where these are not the pieces.
             stats: [stats] float64; None is none.
@@ -201,8 +205,8 @@ class MessageLayout:
             tokens = [*tokens[:-1], _mixed(tokens[-1], inv_scale)]
         if self.on_host:
             sums: list[float]
-            if self._totals is not None:
-                sums = self._totals.of(power_sums)
+            if totals is not None:
+                sums = totals.of(power_sums)
             else:
                 sums = self._spread(power_sums, part_sums).tolist()
             found = 0.0 if all(map(math.isfinite, sums)) else float(_count_nonfinite(power_sums))

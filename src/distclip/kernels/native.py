@@ -247,6 +247,10 @@ class WeightedSums:
         """A copy has memory of its own."""
         return WeightedSums, (self._weights, self._weigh is not None)
 
+    def select(self, columns: Tensor) -> WeightedSums:
+        """For vectors of these entries alone. `columns`: int64 on the CPU."""
+        return WeightedSums(self._weights[:, columns], self._weigh is not None)
+
     def of(self, values: Tensor) -> list[float]:
         """[rows]: Σ weight · value, in float64. `values`: contiguous float64 [n] on the CPU."""
         if self._weigh is None:

@@ -52,11 +52,12 @@ class GradientSet:
         portions: of `unique`, what such gradients count; () where all count 1. `portion`: the same
             on the compute device, float64.
         groups: of `unique`, their groups; `group_index`: the same, int64 on the compute device.
+        totals: of `unique`, the layout's.
     """
 
     __slots__ = (
-        "group_index", "groups", "index", "indices", "mask", "misplaced", "portion", "portions",
-        "presence", "selections", "skip_masks", "unique",
+        "_zeros", "group_index", "groups", "index", "indices", "mask", "misplaced", "portion",
+        "portions", "presence", "selections", "skip_masks", "totals", "unique",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +76,9 @@ class GradientSet:
         self.unique, self.indices = tuple(unique), tuple(indices)
         self.index = None if whole else _to_device(self.unique, torch.int64, device)
         self.mask = mask.to(device)
+        self._zeros, self.totals = torch.zeros_like(self.mask), layout.totals
+        if self.index is not None and self.totals is not None:
+            self.totals = self.totals.select(self.index)
         self.presence = layout.presence_words(self.mask)
         self.misplaced, self.portions = misplaced, portions
         self.portion = _to_device(portions, torch.float64, device) if portions else None
@@ -83,6 +87,10 @@ class GradientSet:
         self.group_index = all_groups if self.index is None else all_groups[self.index]
         self.selections: dict[tuple[int, ...], PolicySelection] = {}
         self.skip_masks: dict[frozenset[int], Tensor] = {}
+
+    def in_places(self, values: Tensor) -> Tensor:
+        """[unique] float64, each in its piece's place: [pieces], 0 elsewhere."""
+        return values if self.index is None else self._zeros.index_copy(0, self.index, values)
 
     def key(self) -> tuple[object, ...]:
         """Equal for equal ones."""

@@ -44,8 +44,8 @@ class LocalMeasurement:
     step: int
     request: Request
     last_hash: Number  # of the decision before
-    power_sums: Tensor  # [pieces] float64
-    mask: Tensor  # [pieces] float64: 1 where there is a gradient
+    grad_set: GradientSet  # of what was measured; all parameters where nothing could be
+    own_sums: Tensor | None = None  # [unique] float64: power sums; None where nothing could be
     grads: CollectedGrads | None = None  # None once they may have changed
     errors: list[str] = field(default_factory=list)  # what this rank found wrong
     cause: Exception | None = None  # the exception among them
@@ -53,6 +53,13 @@ class LocalMeasurement:
     # [parts] float64: power sums of what watched layers cut; None where nothing is cut here
     part_sums: Tensor | None = None
     memory: Tensor | None = None  # of the power sums, for a later call once this one is over
+
+    @property
+    def power_sums(self) -> Tensor:
+        """[pieces] float64, 0 where there is no gradient, or nothing could be measured."""
+        if self.own_sums is None:
+            return torch.zeros_like(self.grad_set.mask)
+        return self.grad_set.in_places(self.own_sums)
 
 
 @dataclass(slots=True)
@@ -112,40 +119,37 @@ class LocalMeasurer:
             has_notes: this rank has notes, should the step matter.
             reads: as for `MessageLayout.pack`.
         """
-        out = LocalMeasurement(step, request, last_hash, self._zeros, self._zeros)
+        out = LocalMeasurement(step, request, last_hash, self._all_parameters)
         if self.rows is not None:
             out.part_sums = self._zeros.new_zeros(self.rows.num_parts)
-        grad_set = self._all_parameters
         stats: Tensor | None = None
         found_inf: Number | None = None
         if self.layout.num_stats:
             stats = self._zeros.new_zeros(self.layout.num_stats)
         try:
             grads, out.errors = self._collect(request)
-            if grads is not None:
-                out.grads, grad_set = grads, grads.grad_set
+            out.grads = grads
             if grads is not None and not out.errors and request.error is None:
                 own, out.part_sums = self._power_sums(grads, request, out)
                 if request.scaler.enabled or request.steps_others:
                     found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
                     out.units = self._add_stats(stats, grads, request)
-                # each in its piece's place, 0 elsewhere
-                index = grad_set.index
-                out.power_sums = own if index is None else self._zeros.index_copy(0, index, own)
-                out.mask = grad_set.mask
+                out.own_sums, out.grad_set = own, grads.grad_set
         except Exception as error:
             out.errors = [*out.errors, f"{type(error).__name__}: {error}"]
             out.cause = error
-        measured = out.mask is not self._zeros
+        own, grad_set = out.own_sums, out.grad_set
+        totals = None if own is None else grad_set.totals
         message = self.layout.pack(
-            out.power_sums,
+            out.power_sums if own is None or totals is None else own,
             stats,
-            grad_set.presence if measured else self._no_presence(),
+            self._no_presence() if own is None else grad_set.presence,
             found_inf,
             bool(out.errors or request.error),
             has_notes,
             self._tokens(step, request, last_hash),
+            totals,
             request.scaler.inv_scale,
             out.part_sums,
             None if self.rank_norms is None else self._own_norm(self.rank_norms, request),
