@@ -18,5 +18,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
 fi
 .venv/bin/python -m distclip.kernels.build >/dev/null || # only if the sources changed
   echo "distclip: the native kernels could not be compiled (is there a C compiler?); torch's operations serve, slower" >&2
+# for the ranks of tests: where Python is told to write no bytecode, each would compile it all anew
+.venv/bin/python -m compileall -q src launch
 PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -14,20 +14,25 @@ from distclip.testing import World
 
 # more than half a minute each, the longest first: one that began last would leave a core idle
 LONG = (
-    "precision/test_strategies.py",
     "launch/test_configs.py",
     "launch/test_launchers.py",
-    "integrations/test_deepspeed.py",
-    "integrations/test_torchft.py",
+    "integrations/test_accelerate.py",
+    "precision/test_strategies.py",
+    "integrations/test_transformers.py",
+    "policies/test_resume.py",
     "examples/test_examples.py",
     "cli/test_doctor.py",
+    "kernels/test_triton.py",
+    "launch/test_strategies.py",
+    "kernels/test_step_kernels.py",
+    "integrations/test_lightning.py",
+    "integrations/test_deepspeed.py",
     "launch/test_train.py",
     "launch/test_matrix.py",
-    "integrations/test_accelerate.py",
-    "integrations/test_transformers.py",
-    "integrations/test_lightning.py",
-    "kernels/test_triton.py",
-    "kernels/test_step_kernels.py",
+    "test_benchmarks.py",
+    "integrations/test_deepspeed_parallel.py",
+    "integrations/test_torchft.py",
+    "docs/test_site.py",
 )
 
 

@@ -92,7 +92,7 @@ def test_the_tests_of_late_steps_hold():
     random runs against torch's own unscale, clip and step, and all of folded steps."""
     files = ("precision/test_random_runs.py", "apply/test_fused.py")
     names = [str(ROOT / "tests" / file) for file in files]
-    some = ["-k", "test_fused or (device and not 2 and not 3 and not 4)"]
+    some = ["-k", "test_fused or (device and not 2 and not 3 and not 4 and not 5)"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreted", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *names, *some],

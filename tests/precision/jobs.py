@@ -84,7 +84,7 @@ BAD = {
     17: Poison("grad", 3, math.inf, half=1),
     18: Poison("loss", 0, math.nan),
     60: Poison("grad", 1, math.nan, half=1),
-    199: Poison("grad", 0, math.inf),
+    99: Poison("grad", 0, math.inf),
 }
 
 
@@ -107,7 +107,7 @@ class Job:
         )
         self.clipper = distclip.GradClipper(self.model, **{"max_norm": 0.25} | extra | self.options)
         self.scaler = (
-            torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=40)
+            torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=25)
             if self.precision == "fp16"
             else None
         )

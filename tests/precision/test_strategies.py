@@ -1,4 +1,4 @@
-"""Every strategy and precision: two hundred steps, of which some go wrong on one rank, end as if
+"""Every strategy and precision: a hundred steps, of which some go wrong on one rank, end as if
 those had never happened."""
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 import skips
 from precision.jobs import BAD, STRATEGIES, Job
 
-STEPS = 200
+STEPS = 100
 
 
 @skips.told()

@@ -294,7 +294,7 @@ def test_torchs_hooks_are_there_as_long_as_a_clipper_is():
     assert hooks() == before
 
 
-# Sharding frameworks swap parameters themselves: each strategy's two hundred steps in
+# Sharding frameworks swap parameters themselves: each strategy's hundred steps in
 # precision/test_strategies.py raise no alarm
 
 
