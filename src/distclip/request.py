@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
+from distclip.exchange.channel import hash64
 from distclip.kernels.tensor_list import TensorList
 from distclip.optimizers import (
     OptimizerIndex,
@@ -78,6 +79,11 @@ class Request:
         if self.reduced_nothing:
             text += ", no gradient reduced before it (RankNorms)"
         return f"{text} [{self.error}]" if self.error else text
+
+    @cached_property
+    def token(self) -> int:
+        """16 bits of the description: what travels of it."""
+        return hash64(self.description) & 0xFFFF
 
     @cached_property
     def _unscaled_pieces(self) -> frozenset[int]:

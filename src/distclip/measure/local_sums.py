@@ -34,8 +34,6 @@ from distclip.setup.unfinished_backward import ReducingWrapper, unfinished_error
 from distclip.torch_internals.dtensor import local_tensor
 from distclip.values import Number, as_tensor, multiply
 
-_REMEMBERED = 64  # descriptions of calls: a grad_scale may be another one at each step
-
 
 @dataclass(slots=True)
 class LocalMeasurement:
@@ -92,7 +90,7 @@ class LocalMeasurer:
     spare_memory: list[Tensor] = field(init=False, default_factory=lambda: [])
     _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
     _all_parameters: GradientSet = field(init=False)
-    _description_tokens: dict[str, float] = field(init=False, default_factory=lambda: {})
+    _config_token: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
@@ -100,6 +98,7 @@ class LocalMeasurer:
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
         self._all_parameters = self.collector.all_parameters()
+        self._config_token = hash64(self.config) & 0xFFFF
         if self.rank_norms is not None:
             self._stepped = self.rank_norms.last_stepped
 
@@ -139,6 +138,9 @@ class LocalMeasurer:
         except Exception as error:
             out.errors = [*out.errors, f"{type(error).__name__}: {error}"]
             out.cause = error
+        # 16 bits each that must be equal on all ranks: the call counter, what is called with which
+        # options, and the last decision
+        tokens = [float(step & 0xFFFF), float(request.token ^ self._config_token), last_hash]
         own, grad_set = out.own_sums, out.grad_set
         totals = None if own is None else grad_set.totals
         message = self.layout.pack(
@@ -148,7 +150,7 @@ class LocalMeasurer:
             found_inf,
             bool(out.errors or request.error),
             has_notes,
-            self._tokens(step, request, last_hash),
+            tokens,
             totals,
             request.scaler.inv_scale,
             out.part_sums,
@@ -287,14 +289,3 @@ class LocalMeasurer:
             groups=len(assignment.groups),
             norm_type=self.layout.norm_type,
         )
-
-    def _tokens(self, step: int, request: Request, last_hash: Number) -> list[Number]:
-        """16 bits each that must be equal on all ranks: the call counter, what is called with which
-        options, and the last decision."""
-        what = self._description_tokens.get(request.description)
-        if what is None:
-            if len(self._description_tokens) >= _REMEMBERED:
-                self._description_tokens.clear()
-            what = float(hash64(request.description + self.config) & 0xFFFF)
-            self._description_tokens[request.description] = what
-        return [float(step & 0xFFFF), what, last_hash]
