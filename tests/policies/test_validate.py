@@ -375,6 +375,31 @@ def test_states_that_move_on_and_are_answers_too(policy, waits):
     )
 
 
+class InPlace:
+    """Writes to its state, which `Policy` asks it not to."""
+
+    def init(self, groups, device):
+        return (torch.zeros(groups, dtype=torch.float64, device=device),)
+
+    def decide(self, norms, state):
+        (count,) = state
+        count.add_(1)
+        return distclip.Scale(torch.ones_like(count), count.clone()), state
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("around", [None, distclip.SkipSpikes], ids=str)
+def test_what_set_up_asks_a_policy_leaves_no_trace_in_its_state(on_nonfinite, around):
+    policy = around(InPlace()) if around else InPlace()
+    p = torch.nn.Parameter(torch.zeros(3))
+    clipper = distclip.GradClipper([("a", p)], policy=policy, on_nonfinite=on_nonfinite)
+    counts = []
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        counts.append(clipper.clip_().threshold.item())
+    assert counts == [1.0, 2.0, 3.0]
+
+
 def test_copies_and_kept_states_are_of_the_same_kind():
     from distclip.policies.state import clone_state, select_state
 

@@ -63,7 +63,8 @@ def _check_policy(policy: Any, norms: Norms, state: tuple[Tensor, ...]) -> None:
                 f"{who}: init() made state[{j}] on {tensor.device}; make it on "
                 f"{device}, the device it is given"
             )
-    given = policy.decide(norms, state)
+    # a copy: one that writes to its state, though it should not, is to begin where `init` left it
+    given = policy.decide(norms, clone_state(state))
     if not isinstance(given, tuple) or len(given) != 2:
         raise ConfigError(
             f"{who}: decide() returned {_kind_of(given)}; return two things, a "
