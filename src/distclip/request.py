@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigError
-from distclip.exchange.channel import hash64
 from distclip.kernels.tensor_list import TensorList
 from distclip.optimizers import (
     OptimizerIndex,
@@ -30,10 +29,16 @@ from distclip.torch_internals.grad_scaler import NO_SCALER, ScalerState
 from distclip.values import Column, Number
 
 
-@dataclass(frozen=True)  # without slots: what follows from it is worked out once
+@dataclass(eq=False)  # not frozen: each call may make one, which would take it twice the time
 class Request:
     """Equal on every rank but for the note, or the call is refused: `description` travels as a hash
-    in the message."""
+    in the message. Not written to once it is made.
+
+    Attributes:
+        read_only: nothing is touched, skipped or counted.
+        leaves_grads: all factors are 1.
+        description: what this rank called, in words.
+    """
 
     operation: str
     optimizers: tuple[OptimizerParams, ...] = ()
@@ -53,15 +58,16 @@ class Request:
     steps_others: bool = True
     # RankNorms has seen no reduction since the last step: there are no norms of ranks
     reduced_nothing: bool = False
+    read_only: bool = field(init=False)
+    leaves_grads: bool = field(init=False)
+    description: str = field(init=False)
 
-    @cached_property
-    def read_only(self) -> bool:
-        """Nothing is touched, skipped or counted."""
-        return self.operation in ("measure", "audit")
+    def __post_init__(self) -> None:
+        self.read_only = self.operation in ("measure", "audit")
+        self.leaves_grads = not self.scaler.enabled and self.grad_scale == 1
+        self.description = self._describe()
 
-    @cached_property
-    def description(self) -> str:
-        """What this rank called, in words."""
+    def _describe(self) -> str:
         what = self.operation if self.target == "grad" else f"{self.operation} of parameters"
         details: list[str] = []
         if self.optimizers:
@@ -79,11 +85,6 @@ class Request:
         if self.reduced_nothing:
             text += ", no gradient reduced before it (RankNorms)"
         return f"{text} [{self.error}]" if self.error else text
-
-    @cached_property
-    def token(self) -> int:
-        """16 bits of the description: what travels of it."""
-        return hash64(self.description) & 0xFFFF
 
     @cached_property
     def _unscaled_pieces(self) -> frozenset[int]:
@@ -107,11 +108,6 @@ class Request:
         if not self.scaler.enabled:
             return self.grad_scale
         return None if self._unscaled_pieces else self.factor()
-
-    @cached_property
-    def leaves_grads(self) -> bool:
-        """All factors are 1."""
-        return not self.scaler.enabled and self.grad_scale == 1
 
     def grad_factors(self, pieces: Sequence[int]) -> Column:
         """[pieces]: of each gradient."""

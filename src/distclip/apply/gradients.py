@@ -92,7 +92,7 @@ class GradientApplier:
         request, decision, grads = outcome.request, outcome.decision, outcome.grads
         acts = not outcome.on_host or bool(outcome.flags.clipped)
         # nothing is clipped, and `grad_scale` may undo the loss scale: they stay as they are
-        stay = not acts and request.common_factor == 1
+        stay = not acts and (request.leaves_grads or request.common_factor == 1)
         if not (stay or grads is None or fused_pieces.issuperset(grads.grad_set.unique)):
             factors = self._factors(outcome, grads.grad_set, fused_pieces)
             # each unit by its own coefficient: then these gradients are done
@@ -114,7 +114,7 @@ class GradientApplier:
     ) -> Any:
         """A number for all gradients, or [unique] numbers, or float64 [unique] on the device."""
         request, coefs, groups = outcome.request, outcome.coefs, grad_set.groups
-        common = request.common_factor
+        common = 1.0 if request.leaves_grads else request.common_factor
         if isinstance(coefs, list) and common is not None and not fused_pieces:
             first = coefs[0]
             if coefs.count(first) == len(coefs):

@@ -90,7 +90,7 @@ class LocalMeasurer:
     spare_memory: list[Tensor] = field(init=False, default_factory=lambda: [])
     _stepped: int = field(init=False, default=0)  # RankNorms' round of the last step
     _all_parameters: GradientSet = field(init=False)
-    _config_token: int = field(init=False)
+    _config_hash: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros(len(self.plan.pieces), dtype=torch.float64, device=self.device)
@@ -98,7 +98,7 @@ class LocalMeasurer:
         here = [i == self.rank for i in range(self.layout.num_rank_norms)]
         self._here = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.device)
         self._all_parameters = self.collector.all_parameters()
-        self._config_token = hash64(self.config) & 0xFFFF
+        self._config_hash = hash64(self.config)
         if self.rank_norms is not None:
             self._stepped = self.rank_norms.last_stepped
 
@@ -140,7 +140,8 @@ class LocalMeasurer:
             out.cause = error
         # 16 bits each that must be equal on all ranks: the call counter, what is called with which
         # options, and the last decision
-        tokens = [float(step & 0xFFFF), float(request.token ^ self._config_token), last_hash]
+        called = (hash64(request.description) ^ self._config_hash) & 0xFFFF
+        tokens = [float(step & 0xFFFF), float(called), last_hash]
         own, grad_set = out.own_sums, out.grad_set
         totals = None if own is None else grad_set.totals
         message = self.layout.pack(
