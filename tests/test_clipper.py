@@ -1,9 +1,11 @@
 """One process: coefficient, modes, groups, policies, state, sinks, and refusals of arguments."""
 
 import copy
+import gc
 import io
 import json
 import math
+import pickle
 import threading
 
 import pytest
@@ -309,6 +311,45 @@ def test_sparse_gradients_that_are_not_coalesced(dtype):
     assert report.total_norm == 5 and p.grad.to_dense()[4].tolist() == [1.5, 2.0]
     distclip.GradClipper([("w", p)], policy=distclip.FixedValue(1.75)).clip_()
     assert p.grad.to_dense()[4].tolist() == [1.5, 1.75]
+
+
+COPIES = {
+    "deep copy": copy.deepcopy,
+    "pickle": lambda things: pickle.loads(pickle.dumps(things)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_copy_steps_its_own_optimizer_and_watches_its_own_model(copied, fused, steps):
+    torch.manual_seed(steps)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, fused=fused)
+    clipper = distclip.GradClipper(model, policy=distclip.AutoClip(50.0))
+    for step in range(steps):
+        _fill(model, step + 5.0)
+        clipper.step(optimizer)
+    other, its, stepped = copied((model, clipper, optimizer))
+    del clipper  # the copy does not live by what watches for the first one
+    gc.collect()
+    before = [p.detach().clone() for p in model.parameters()]
+    for size in (9.0, 3.0):
+        reference, want = [p.detach().clone() for p in other.parameters()], size * 14**0.5
+        _fill(other, size)
+        report = its.step(stepped)
+        assert float(report.total_norm) == pytest.approx(want)
+        now = [p.detach() for p in other.parameters()]
+        moved = [float((a - b).norm()) for a, b in zip(reference, now, strict=True)]
+        assert min(moved) > 0
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
+    other.register_parameter("unused", nn.Parameter(torch.zeros(2)))  # without a gradient
+    _fill(other, 1.0)
+    other.unused.grad = None
+    its.step(stepped)
+    other.unused.grad = torch.ones(2)
+    with pytest.raises(distclip.GradientError, match="unused joined the model after"):
+        its.step(stepped)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

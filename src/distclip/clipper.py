@@ -513,7 +513,7 @@ class GradClipper:
             for k, owned in enumerate(request.optimizers)
             if owned.group is not None
             and owned.group not in stages.clamped
-            and fused.can_fold(owned.optimizer, stages.param_ids[owned.group])
+            and fused.can_fold(owned.optimizer, stages.requests.index.ids_by_group[owned.group])
             and (not self._runner.reads_late or fused.skip_is_safe(owned.optimizer))
         }
 

@@ -4,6 +4,7 @@ groups change."""
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -59,6 +60,9 @@ class OptimizerIndex:
         by_tensor: parameters were passed without modules, in which replacements would show;
             optimizers' parameters are compared at each call.
         grad_of: where a parameter's gradient is; None for `.grad`.
+
+    Attributes:
+        ids_by_group: identities of the parameters of each group that has some here.
     """
 
     def __init__(
@@ -71,8 +75,16 @@ class OptimizerIndex:
         self._members = members
         self._piece_of = {id(param): i for i, param in enumerate(members)}
         self._group_of = group_of
+        self.ids_by_group: dict[int, set[int]] = defaultdict(set)
+        for param, group in zip(members, group_of, strict=True):
+            self.ids_by_group[group].add(id(param))
         self._by_tensor, self._grad_of = by_tensor, grad_of
         self._entries: dict[int, _IndexEntry] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy's parameters have identities of their own."""
+        given = self._members, self._group_of, self._by_tensor, self._grad_of
+        return OptimizerIndex, given
 
     def params_of(self, given: Any) -> OptimizerParams:
         """What the optimizer steps, a wrapper's inner ones too."""

@@ -65,7 +65,6 @@ class Stages:
     checker: StepChecker
     applier: GradientApplier
     reports: ReportMaker
-    param_ids: list[frozenset[int]]  # [groups] identities of the parameters
     clamped: frozenset[int]  # groups whose elements are clamped
     propagates: bool  # on_nonfinite="propagate"
     always_steps: bool  # every step is taken, whatever the norm
@@ -202,7 +201,6 @@ def build_stages(
             dtype=torch.float64 if facts.is_double else torch.float32,
             device=device,
         ),
-        param_ids=_ids_by_group(members, plan),
         clamped=clamped,
         propagates=propagates,
         # a step that a policy may leave out is decided on the host at once, unless all optimizers
@@ -257,13 +255,6 @@ def _message_layout(
         on_host=on_host,
         num_rank_norms=num_ranks if by_rank else 0,
     )
-
-
-def _ids_by_group(members: Sequence[Tensor], plan: Plan) -> list[frozenset[int]]:
-    ids: list[set[int]] = [set() for _ in plan.groups]
-    for param, group in zip(members, plan.group_of, strict=True):
-        ids[group].add(id(param))
-    return list(map(frozenset, ids))
 
 
 class _Facts(NamedTuple):

@@ -36,6 +36,10 @@ class SecondStepWatch:
         self._told: list[str] = []  # the hooks': they do not hold this object
         weakref.finalize(self, _remove, self._handles).atexit = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has optimizers of its own to watch."""
+        return SecondStepWatch, (self._left,)
+
     def begin(self, members: Sequence[Tensor], request: Request, was_skipped: bool) -> None:
         """After a step.
 

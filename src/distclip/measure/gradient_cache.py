@@ -86,6 +86,11 @@ class GradientCache:
             device=device,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has met no gradients yet."""
+        layout = self.types, self.shapes, self.strides, self.dtypes, self.specs
+        return GradientCache, (*layout, self.kernel_plan, self.fallback, self.filled, self.device)
+
     def match_grads(self, given: list[Any]) -> TensorList | None:
         """This rank's parts of the gradients; None where anything is not as expected, a gradient
         that is missing among it."""

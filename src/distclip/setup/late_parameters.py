@@ -73,6 +73,10 @@ class LateParameters:
         if modules:
             REGISTRATIONS.add_watcher(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy's modules have identities of their own, and are compared with what these held."""
+        return _copied, (self._modules, self._module_entries, self._grad_of)
+
     def late_errors(self, of_params: bool = False) -> list[str]:
         """A text if parameters joined. `of_params`: parameters are measured, and need no gradient
         to count."""
@@ -97,6 +101,10 @@ class LateParameters:
             if new
             else []
         )
+
+    def look_again(self) -> None:
+        """Compare everything at the next call."""
+        self._seen, self._held = -1, []
 
     def _late_paths(self, of_params: bool) -> list[str]:
         return [
@@ -146,3 +154,13 @@ class LateParameters:
             return of_params or self._grad_of(param) is not None
         except Exception:  # it does not know this parameter
             return True
+
+
+def _copied(
+    modules: Sequence[nn.Module],
+    entries: Sequence[ModuleEntry],
+    grad_of: Callable[[Tensor], Tensor | None],
+) -> LateParameters:
+    copy = LateParameters(modules, entries, grad_of)
+    copy.look_again()
+    return copy
