@@ -18,15 +18,15 @@ LAUNCHED: list[str] = []  # names of the programs
 @functools.cache
 def begin():
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    from distclip.kernels.triton_launch import Launcher
+    from distclip.kernels.triton_launch import KernelLauncher
 
-    run = Launcher.run
+    run = KernelLauncher.run
 
     def counted(self, program, *args):
         LAUNCHED.append(program.fn.__name__)
         return run(self, program, *args)
 
-    Launcher.run = counted
+    KernelLauncher.run = counted
     for file in (message, fixed_on_device, state):  # which ask for these kernels
         file.kernels_for = lambda dtypes, device: "triton"
     np.seterr(all="ignore")  # inf - inf is NaN, as it is meant

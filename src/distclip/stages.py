@@ -257,7 +257,7 @@ def _message_layout(
     )
 
 
-class _Facts(NamedTuple):
+class _AgreedFacts(NamedTuple):
     """Of all ranks."""
 
     is_double: bool  # some rank has float64 parameters
@@ -269,7 +269,7 @@ class _Facts(NamedTuple):
 
 def _agree_on_facts(
     inputs: SetupInputs, num_sinks: int, grad_of: GradOf | None, channel: Channel
-) -> _Facts:
+) -> _AgreedFacts:
     """Set-up's last message."""
     members, device = inputs.members, inputs.device
     doubles = (torch.float64, torch.complex128)
@@ -278,9 +278,9 @@ def _agree_on_facts(
     is_trained = grad_of is not None or any(p.requires_grad or p.grad is not None for p in members)
     reaches_some = any(p.requires_grad and not optimizers_in_backward(p) for p in members)
     steps_early = bool(inputs.out_of_reach)
-    own = _Facts(is_double, num_sinks > 0, is_trained, steps_early, reaches_some)
+    own = _AgreedFacts(is_double, num_sinks > 0, is_trained, steps_early, reaches_some)
     if channel.size == 1:
         return own
     words = torch.tensor(own, dtype=torch.int64, device="cpu")
     told = channel.gather_ints(words, device, "the set-up's last message")
-    return _Facts(*map(bool, told.any(0)))._replace(has_sinks=bool(told[0, 1]))
+    return _AgreedFacts(*map(bool, told.any(0)))._replace(has_sinks=bool(told[0, 1]))

@@ -385,7 +385,7 @@ def kernels(fake, monkeypatch):
 
     monkeypatch.setattr(TensorList, "power_sums", power_sums)
     monkeypatch.setattr(TensorList, "scale_", lambda listed, by: names.append("change_chunks"))
-    monkeypatch.setattr(triton_launch.Launcher, "run", run)
+    monkeypatch.setattr(triton_launch.KernelLauncher, "run", run)
     for file in (message, fixed_on_device, state):
         monkeypatch.setattr(file, "kernels_for", lambda dtypes, device: "triton")
     with Counted():

@@ -20,7 +20,7 @@ _FLAGS = 6  # of `decide_fixed`, beside one for each group
 _NUMBERS = 16  # of its vector, beside groups and ranks
 
 
-class _Program:
+class _StepProgram:
     """One of `step_programs`, on one device, for so many numbers side by side."""
 
     def __init__(self, name: str, device: torch.device, count: int, programs: int = 1) -> None:
@@ -80,7 +80,7 @@ class MessagePacker:
         self._num_words, self._pieces = num_words, share.numel()
         self._sums, self._constants = (num_groups, num_layers), (is_max, mixer)
         sums = num_groups + num_layers
-        self._program = _Program("pack_words", device, start, sums + 1)
+        self._program = _StepProgram("pack_words", device, start, sums + 1)
         self._further = num_words - sums - (10 if is_max else 12)
         self._parts = layer_share.numel() if num_layers else self._pieces
         # compiled here: a first launch may come in a capture
@@ -204,7 +204,7 @@ class FixedDecider:
             is_max, is_square, propagates,
             -1.0 if drift_tolerance is None else drift_tolerance, presence_tolerance, *rounding,
         )  # fmt: skip
-        self._program = _Program("decide_fixed", device, groups)
+        self._program = _StepProgram("decide_fixed", device, groups)
         # compiled here: a first launch may come in a capture
         self.decide(thresholds.new_zeros(num_words), self._one, None, False, False)
 
@@ -270,7 +270,7 @@ class StepRecorder:
         groups = 0 if weights is None else weights.shape[1]
         self._weights = new((1,), torch.int64) if weights is None else weights
         self._groups, self._constants = groups, (window, weights is not None)
-        self._program = _Program("record_step", device, groups)
+        self._program = _StepProgram("record_step", device, groups)
         # compiled here: a first launch may come in a capture
         number, column = new(()), new((groups,))
         flag, count = new((), torch.bool), new((), torch.int64)

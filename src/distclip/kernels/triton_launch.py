@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Launcher:
+class KernelLauncher:
     """Starts programs, and keeps what each was compiled to. Nothing waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -44,9 +44,9 @@ class Launcher:
 
 
 @cache
-def launcher_for(device: torch.device) -> Launcher:
+def launcher_for(device: torch.device) -> KernelLauncher:
     """One for each device, of programs whose constants are few."""
-    return Launcher(device)
+    return KernelLauncher(device)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigError
 from distclip.kernels.triton_launch import (
-    Launcher,
+    KernelLauncher,
     current_stream,
     is_capturing,
     send_to_device,
@@ -89,7 +89,7 @@ class KernelPlan:
         self._tables = [send_to_device(table, device) for table in tables]
         # addresses, the stream, the addresses on the device
         self._sent: tuple[array[int], int, Tensor] | None = None
-        self._launcher = Launcher(device)
+        self._launcher = KernelLauncher(device)
         self._double = has_fast_float64(device)
         self._ready = _record_event(device)
         # compiled here, since a first launch may come in a capture, where nothing can be loaded
