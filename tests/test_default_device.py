@@ -241,9 +241,7 @@ def test_host_copies(elsewhere):
     with elsewhere():
         mirror.enqueue(vector, "step 1")
         late = mirror.dequeue()
-    assert (
-        late is not None and late.numbers == [1.0, 2.0] and Readback.read_now(vector) == [1.0, 2.0]
-    )
+    assert late == ([1.0, 2.0], "step 1") and Readback.read_now(vector) == [1.0, 2.0]
 
 
 @pytest.mark.skipif(not triton_lists.has_triton(), reason="triton is not installed")

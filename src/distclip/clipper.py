@@ -431,8 +431,8 @@ class GradClipper:
                 "clipped twice"
             )
         self._applied.update(mine)
-        grads = self._stages.measurer.collector.collect_subset(mine)
-        self._stages.applier.apply_(self._decided._replace(grads=grads))
+        grad_set, grads = self._stages.measurer.collector.collect_subset(mine)
+        self._stages.applier.apply_(self._decided._replace(grad_set=grad_set, grads=grads))
 
     @outside_graphs
     def measure(self, of: Literal["grad", "param"] = "grad") -> ClipReport:
@@ -457,7 +457,8 @@ class GradClipper:
         copies are not equal."""
         request = self._stages.requests.make("audit")
         outcome = self._run(request, allow_late=False)
-        self._stages.checker.compare_replicas(request, self._state.step, outcome.grads)
+        grad_set, step = outcome.grad_set, self._state.step
+        self._stages.checker.compare_replicas(request, step, grad_set, outcome.grads)
 
     def _params_to_drop(self, outcome: StepOutcome) -> list[Tensor]:
         """Parameters whose `.grad` can be set to None. GradientError, on all ranks alike and once

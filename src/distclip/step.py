@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ from distclip.decide.decision import (
     no_decision,
     resolve,
 )
-from distclip.decide.enforce import NOTHING_FOUND, HostNumbers
+from distclip.decide.enforce import NOTHING_FOUND
 from distclip.decide.fixed_on_device import flags_of
-from distclip.decide.global_norms import GlobalNorms, read_norms
+from distclip.decide.global_norms import NUM_CHECKS, GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, DistclipError, ExchangeError, GradientError
 from distclip.exchange.channel import Channel
-from distclip.exchange.message import CheckWords, Message
+from distclip.exchange.message import Message
 from distclip.exchange.readback import (
     NOTHING_KNOWN,
     HostVector,
@@ -48,6 +48,11 @@ from distclip.report.writer import ReportWriter
 from distclip.request import Request
 from distclip.stages import Stages
 from distclip.values import smallest_of
+
+# Of one step what the host has read, in place of what is on the device: by these it carries it out.
+HostStep: TypeAlias = tuple[Request, GlobalNorms, ClipDecision, StepFlags]
+# What is left on the device until the next call, and what the host knows of it already.
+_Enqueued: TypeAlias = tuple[GlobalNorms, ClipDecision, StepFlags, KnownNumbers]
 
 # What captured graphs read at each replay: one may outlive its clipper, or what `rebuild()` leaves.
 _READ_BY_GRAPHS: list[Any] = []
@@ -142,9 +147,7 @@ class StepRunner:
             if measurement.errors or request.error:  # nobody would read them later
                 raise request.error or GradientError("; ".join(measurement.errors))
             tables = stages.layout, stages.fixed, stages.assignments, stages.in_total_mask
-            _READ_BY_GRAPHS.append(
-                (tables, state, measurement.grads and measurement.grads.grad_set)
-            )
+            _READ_BY_GRAPHS.append((tables, state, measurement.grad_set))
 
         # The one collective
         message = self._reduce(message, request, reads)
@@ -173,7 +176,7 @@ class StepRunner:
         # Errors, warnings, culprits, and whether it matters; what becomes of the step
         grads, read = measurement.grads, None
         try:
-            step = request, measurement, norms, decision
+            step = measurement, norms, decision
             if isinstance(timing, HostNow):
                 flags, findings, error = timing.check(*step)
             else:
@@ -191,15 +194,15 @@ class StepRunner:
         )
         if measurement.memory is not None:
             stages.measurer.spare_memory.append(measurement.memory)
-        finite = norms.finite
         if read is not None:
-            request, decision, finite, flags = read
+            request, norms, decision, flags = read
         return StepOutcome(
             request=request,
             decision=decision,
-            finite=finite,
+            finite=norms.finite,
             flags=flags,
             on_host=read is not None or timing is self._now,
+            grad_set=measurement.grad_set,
             grads=grads,
             units=measurement.units,
             split_unit_coefs=norms.split_unit_coefs,
@@ -259,23 +262,6 @@ class StepRunner:
         return Readback.read_now(channel.all_reduce_(vector, op, what))
 
 
-class _ReadStep(NamedTuple):
-    """What the device knows of a step, as Python's numbers: by these the host carries it out."""
-
-    request: Request
-    decision: ClipDecision
-    finite: bool
-    flags: StepFlags
-
-
-class _HostDecision(NamedTuple):
-    """Of what the device decided, what the host needs to carry it out."""
-
-    coefs: list[float]  # [groups]
-    clipped: bool
-    inv_scale: float  # of the loss scale; 1 without a scaler
-
-
 class HostNow:
     """Numbers are Python's: each step is checked before anything else happens. On a device too,
     where the host has to know at once and thresholds are constants: it waits for the message
@@ -285,22 +271,13 @@ class HostNow:
         self._stages, self._state = stages, state
 
     def check(
-        self,
-        request: Request,
-        measurement: LocalMeasurement,
-        norms: GlobalNorms,
-        decision: ClipDecision,
+        self, measurement: LocalMeasurement, norms: GlobalNorms, decision: ClipDecision
     ) -> tuple[StepFlags, StepFindings, DistclipError | None]:
         """What becomes of the step, what was found, and the error in which it ends."""
-        finite: Any = norms.finite
-        flags = resolve(decision, finite, finite, request.read_only, self._stages.propagates)
-        cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
-        state = self._state
-        total, rate = float(norms.total), float(state.history.clip_rate)
-        left_out, skipped = bool(decision.skip), bool(flags.skipped)
-        ranks = list(map(float, norms.rank_norms))
-        numbers = HostNumbers(left_out, skipped, total, rate, float(cosine), state.num_steps, ranks)
-        findings, error = self._stages.checker.check(measurement, norms.checks, numbers)
+        finite, read_only = norms.finite, measurement.request.read_only
+        flags = resolve(decision, finite, finite, read_only, self._stages.propagates)
+        habits = self._state.history.clip_rate, self._state.num_steps
+        findings, error = self._stages.checker.check(measurement, norms, decision, flags, *habits)
         return flags if error is None else ended(flags), findings, error
 
 
@@ -310,16 +287,18 @@ class DeviceLate:
 
     def __init__(self, stages: Stages, state: ClipperState, writer: ReportWriter) -> None:
         self._stages, self._state, self._writer = stages, state, writer
-        self._late: Readback[tuple[LocalMeasurement, KnownNumbers]] = Readback()
+        self._late: Readback[tuple[LocalMeasurement, _Enqueued]] = Readback()
 
     def check_previous(self) -> None:
         """Judge what the previous call left; its step was not taken if it was bad."""
         late = self._late.dequeue()
         if late is None:
             return
-        measurement, known = late.what
-        checks, numbers, _ = self._unpack(late.numbers, known)
-        findings, error = self._stages.checker.check(measurement, checks, numbers, late=True)
+        numbers, (measurement, there) = late
+        norms, decision, flags, rate, _ = self._read(numbers, *there)
+        findings, error = self._stages.checker.check(
+            measurement, norms, decision, flags, rate, self._state.num_steps, late=True
+        )
         if not measurement.request.read_only:
             self._writer.add_findings(measurement.step, findings)
         if error is not None:
@@ -333,38 +312,53 @@ class DeviceLate:
 
     def check(
         self,
-        request: Request,
         measurement: LocalMeasurement,
         norms: GlobalNorms,
         decision: ClipDecision,
         ready: FixedStep | None,
         allow_late: bool,
         capturing: bool,
-    ) -> tuple[StepFlags, StepFindings | None, DistclipError | None, _ReadStep | None]:
+    ) -> tuple[StepFlags, StepFindings | None, DistclipError | None, HostStep | None]:
         """The same, of which nothing but the flags is known where it is judged at the next call;
         and what was read.
 
         Args:
             ready: of the kernel, where that has decided.
         """
+        request = measurement.request
         if ready is not None:
-            flags, packed = flags_of(ready), (ready.vector, NOTHING_KNOWN)
+            flags = flags_of(ready)
         else:
-            finite: Any = norms.finite
-            if request.error is not None and bool(norms.checks.agreed):
+            if request.error is not None and bool(norms.agreed):
                 allow_late = False  # all ranks made this mistake; others than its may judge it late
             tolerance = self._stages.checker.tolerance
-            ok = is_fine(norms.checks, tolerance) if allow_late else finite
-            flags = resolve(decision, finite, ok, request.read_only, self._stages.propagates)
-            packed = None
-        if not allow_late:
-            packed = packed or self._pack(request, norms, decision, flags)
-            return self._check_now(request, measurement, decision, flags, *packed)
-        measurement.grads = None
-        if not capturing:
-            vector, known = packed or self._pack(request, norms, decision, flags)
-            self._late.enqueue(vector, (measurement, known))
-        return flags, None, None, None
+            ok = is_fine(norms, tolerance) if allow_late else norms.finite
+            flags = resolve(decision, norms.finite, ok, request.read_only, self._stages.propagates)
+        if allow_late:
+            measurement.grads = None
+            if capturing:
+                return flags, None, None, None
+        vector, known = (
+            self._pack(request, norms, decision, flags)
+            if ready is None
+            else (ready.vector, NOTHING_KNOWN)
+        )
+        if allow_late:
+            self._late.enqueue(vector, (measurement, (norms, decision, flags, known)))
+            return flags, None, None, None
+        # one read, of everything that the host wants to know
+        numbers = Readback.read_now(vector)
+        norms, decision, host_flags, rate, inv_scale = self._read(
+            numbers, norms, decision, flags, known
+        )
+        findings, error = self._stages.checker.check(
+            measurement, norms, decision, host_flags, rate, self._state.num_steps
+        )
+        if request.scaler.inv_scale is not None:
+            request = replace(request, scaler=request.scaler.with_inv_scale(inv_scale))
+        if error is not None:
+            flags, host_flags = ended(flags), ended(host_flags)
+        return flags, findings, error, (request, norms, decision, host_flags)
 
     def decide_fixed(
         self, message: Message, request: Request, allow_late: bool
@@ -376,33 +370,11 @@ class DeviceLate:
         rate = self._state.history.clip_rate
         return fixed.decide(message, scale, rate, request.read_only, allow_late)
 
-    def _check_now(
-        self,
-        request: Request,
-        measurement: LocalMeasurement,
-        decision: ClipDecision,
-        flags: StepFlags,
-        vector: Tensor,
-        known: KnownNumbers,
-    ) -> tuple[StepFlags, StepFindings, DistclipError | None, _ReadStep]:
-        """One read, of everything that the host wants to know."""
-        checks, numbers, decided = self._unpack(Readback.read_now(vector), known)
-        findings, error = self._stages.checker.check(measurement, checks, numbers)
-        finite = bool(checks.finite)
-        if request.scaler.inv_scale is not None:
-            scaler = request.scaler.with_inv_scale(decided.inv_scale)
-            request = replace(request, scaler=scaler)
-        decision = decision._replace(coef=decided.coefs)
-        host_flags = StepFlags(finite, flags.found_inf, numbers.skipped, decided.clipped)
-        if error is not None:
-            flags, host_flags = ended(flags), ended(host_flags)
-        return flags, findings, error, _ReadStep(request, decision, finite, host_flags)
-
     def _pack(
         self, request: Request, norms: GlobalNorms, decision: ClipDecision, flags: StepFlags
     ) -> tuple[Tensor, KnownNumbers]:
-        """The check words, what warnings look at, and the decision."""
-        *words, agreed, finite = norms.checks
+        """What tells whether the step may be taken, what warnings look at, and the decision."""
+        *words, agreed, finite = norms[:NUM_CHECKS]
         scale, skip, coef = request.scaler.inv_scale, decision.skip, decision.coef
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
         rate, ranks = self._state.history.clip_rate, norms.rank_norms
@@ -414,23 +386,23 @@ class DeviceLate:
             columns=[coef, ranks],
         )
 
-    def _unpack(
-        self, read: list[float], known: KnownNumbers
-    ) -> tuple[CheckWords, HostNumbers, _HostDecision]:
-        """What `_pack` packed, of the numbers that were read."""
+    def _read(
+        self,
+        read: list[float],
+        norms: GlobalNorms,
+        decision: ClipDecision,
+        flags: StepFlags,
+        known: KnownNumbers,
+    ) -> tuple[GlobalNorms, ClipDecision, StepFlags, float, float]:
+        """The same three with Python's numbers in the place of what `_pack` packed, of cosines the
+        least; the clip rate, and the loss scale's inverse."""
         numbers = iter(fill_in(known, read))
-        words = list(islice(numbers, len(CheckWords._fields) - 2))
+        words = list(islice(numbers, NUM_CHECKS - 2))
         total, rate, cosine, inv_scale = islice(numbers, 4)
         agreed, finite, left_out, clipped, skipped = map(bool, islice(numbers, 5))
         coefs = list(islice(numbers, self._stages.layout.num_groups))
-        checks = CheckWords(*words, agreed=agreed, finite=finite)
-        seen = HostNumbers(
-            left_out=left_out,
-            skipped=skipped,
-            total_norm=total,
-            clip_rate=rate,
-            cosine=cosine,
-            num_steps=self._state.num_steps,
-            rank_norms=list(numbers),
-        )
-        return checks, seen, _HostDecision(coefs, clipped, inv_scale)
+        checks = dict(zip(GlobalNorms._fields, [*words, agreed, finite]))
+        norms = norms._replace(**checks, total=total, rank_norms=list(numbers))
+        decision = decision._replace(coef=coefs, cosine=[cosine], skip=left_out)
+        flags = StepFlags(finite, flags.found_inf, skipped, clipped)
+        return norms, decision, flags, rate, inv_scale

@@ -40,5 +40,4 @@ def test_what_is_left_to_be_judged_is_not_a_copys():
     readback.enqueue(torch.tensor([1.0, 2.0]), "step 1")
     other = copy.deepcopy(readback)
     assert other.dequeue() is None
-    left = readback.dequeue()
-    assert left.numbers == [1.0, 2.0] and left.what == "step 1"
+    assert readback.dequeue() == ([1.0, 2.0], "step 1")

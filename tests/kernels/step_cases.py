@@ -19,7 +19,7 @@ from distclip import kernels
 from distclip.decide import state
 from distclip.decide.decision import decide, resolve
 from distclip.decide.fixed_on_device import fixed_on_device, flags_of
-from distclip.decide.global_norms import read_norms
+from distclip.decide.global_norms import NUM_CHECKS, read_norms
 from distclip.decide.guard import is_fine
 from distclip.exchange import message
 from distclip.exchange.message import MessageLayout
@@ -213,9 +213,9 @@ def decisions():
         want_norms = read_norms(words, *given)
         want, _ = decide(assignments, want_norms, tuple(() for _ in assignments))
         finite = want_norms.finite
-        ok = is_fine(want_norms.checks, tolerance) if late else finite
+        ok = is_fine(want_norms, tolerance) if late else finite
         flags = resolve(want, finite, ok, read_only, propagates)
-        *checks, agreed, finite = want_norms.checks
+        *checks, agreed, finite = want_norms[:NUM_CHECKS]
         vector, known = pack_numbers(
             [*checks, want_norms.total, rate, 1.0, 1.0 if scale is None else scale],
             [agreed, finite, False, flags.clipped, flags.skipped],
@@ -245,7 +245,7 @@ def decisions():
             pairs["total"] = norms.total, want_norms.total
         pairs["exact words"] = ready.vector[1:7], vector[1:7]
         pairs["further"] = ready.vector[8:], vector[8:]
-        pairs["checks"] = torch.stack(norms.checks[1:7]), torch.stack(as_tensors(checks[1:7]))
+        pairs["checks"] = torch.stack(norms[1:7]), torch.stack(as_tensors(checks[1:7]))
         pairs["ranks"] = norms.rank_norms, want_norms.rank_norms
         filled = torch.tensor(fill_in(NOTHING_KNOWN, ready.vector.tolist()), dtype=torch.float64)
         pairs["known"] = filled, ready.vector

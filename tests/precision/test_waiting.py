@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
+from distclip.decide.global_norms import read_norms
 from distclip.decide.guard import StepVerdict, is_fine, verdict_of
 from distclip.exchange.message import MessageLayout
 from distclip.exchange.readback import Readback
@@ -232,6 +233,9 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
             p, 1, 0, 0, 4, torch.ones(1), torch.ones(1), one, one[:0], torch.ones(1), on_host
         )
 
+    def norms(layout, message):
+        return read_norms(message, layout, None, None, None, (), 24)
+
     good = (
         [4.0, 1.0, 0.0, 0.0, 0.0, *(5.0,) * 3, *(-5.0,) * 3]
         if math.isinf(p)
@@ -245,10 +249,10 @@ def test_the_rules_are_the_same_over_floats_and_tensors(p):
                 message[i] = value if i < len(good) - 6 else good[i] + 1
             if i == 0 and (value < 0 or (math.isnan(value) and math.isinf(p))):
                 continue  # sums are not negative, and NaN is sent as inf
-            verdict = verdict_of(layout(True).read_checks(message), 1e-5)
+            verdict = verdict_of(norms(layout(True), message), 1e-5)
             verdicts.add(verdict)
             told = torch.tensor(message, dtype=torch.float64)
-            fine = is_fine(layout(False).read_checks(told), 1e-5)
+            fine = is_fine(norms(layout(False), told), 1e-5)
             assert bool(fine) == (verdict is StepVerdict.FINE), (i, value, verdict)
     assert len(verdicts) == (4 if math.isinf(p) else 6), verdicts
 

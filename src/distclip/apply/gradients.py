@@ -14,7 +14,7 @@ from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.errors import DistclipError
 from distclip.kernels.step_kernels import FixedStep
 from distclip.kernels.tensor_list import TensorList
-from distclip.measure.collect import CollectedGrads, GradientSet
+from distclip.measure.collect import GradientSet
 from distclip.measure.units import UnitClipper, UnitMeasurement
 from distclip.records import ClipReport
 from distclip.request import Request
@@ -30,7 +30,8 @@ class StepOutcome(NamedTuple):
     finite: Flag
     flags: StepFlags
     on_host: bool  # all of this is Python's: read at once, or in one go before anything is touched
-    grads: CollectedGrads | None
+    grad_set: GradientSet
+    grads: TensorList | None  # of the set's `unique` pieces; None where nothing is to be touched
     units: UnitMeasurement | None
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
@@ -93,13 +94,13 @@ class GradientApplier:
         acts = not outcome.on_host or bool(outcome.flags.clipped)
         # nothing is clipped, and `grad_scale` may undo the loss scale: they stay as they are
         stay = not acts and (request.leaves_grads or request.common_factor == 1)
-        if not (stay or grads is None or fused_pieces.issuperset(grads.grad_set.unique)):
-            factors = self._factors(outcome, grads.grad_set, fused_pieces)
+        if not (stay or grads is None or fused_pieces.issuperset(outcome.grad_set.unique)):
+            factors = self._factors(outcome, fused_pieces)
             # each unit by its own coefficient: then these gradients are done
             if decision.unitwise and acts:
                 factors = self._scale_units(outcome, grads, factors)
             # one multiply for the coefficient, the loss scale and grad_scale together
-            grads.tensors.scale_(factors)
+            grads.scale_(factors)
             # elements are bounded after unscaling
             if decision.clamped and acts:
                 self._clamp(outcome, grads)
@@ -109,11 +110,10 @@ class GradientApplier:
             scale = inv_scale.expand(len(others)) if isinstance(inv_scale, Tensor) else inv_scale
             TensorList.of(others).scale_(scale)
 
-    def _factors(
-        self, outcome: StepOutcome, grad_set: GradientSet, fused_pieces: frozenset[int]
-    ) -> Any:
+    def _factors(self, outcome: StepOutcome, fused_pieces: frozenset[int]) -> Any:
         """A number for all gradients, or [unique] numbers, or float64 [unique] on the device."""
-        request, coefs, groups = outcome.request, outcome.coefs, grad_set.groups
+        request, coefs, grad_set = outcome.request, outcome.coefs, outcome.grad_set
+        groups = grad_set.groups
         common = 1.0 if request.leaves_grads else request.common_factor
         if isinstance(coefs, list) and common is not None and not fused_pieces:
             first = coefs[0]
@@ -144,25 +144,25 @@ class GradientApplier:
         pieces = zip(grad_set.unique, factors, strict=True)
         return [1.0 if i in fused_pieces else factor for i, factor in pieces]
 
-    def _scale_units(self, outcome: StepOutcome, grads: CollectedGrads, factors: Any) -> Any:
+    def _scale_units(self, outcome: StepOutcome, grads: TensorList, factors: Any) -> Any:
         """Scales the gradients that have a coefficient for each unit; the factors for the
         others."""
         assert self.units is not None and outcome.units is not None
-        count, unitwise = len(grads.grad_set.unique), outcome.decision.unitwise
+        grad_set, unitwise = outcome.grad_set, outcome.decision.unitwise
         each: Sequence[Number] = (
-            [factors] * count if isinstance(factors, (int, float)) else list(factors)
+            [factors] * len(grad_set.unique) if isinstance(factors, (int, float)) else list(factors)
         )
         assert outcome.split_unit_coefs is not None
         self.units.scale_units_(
-            grads, outcome.units, outcome.split_unit_coefs, outcome.finite, each
+            grad_set, grads, outcome.units, outcome.split_unit_coefs, outcome.finite, each
         )
-        done = [group in unitwise for group in grads.grad_set.groups]
+        done = [group in unitwise for group in grad_set.groups]
         if isinstance(factors, Tensor):
             return torch.where(torch.tensor(done, device="cpu").to(factors.device), 1.0, factors)
         return [1.0 if was else factor for was, factor in zip(done, each, strict=True)]
 
-    def _clamp(self, outcome: StepOutcome, grads: CollectedGrads) -> None:
-        grad_set, clamped = grads.grad_set, outcome.decision.clamped
+    def _clamp(self, outcome: StepOutcome, grads: TensorList) -> None:
+        grad_set, clamped = outcome.grad_set, outcome.decision.clamped
         threshold = as_tensor(outcome.decision.threshold, torch.float64, self.device)
         if isinstance(outcome.finite, Tensor):
             threshold = torch.where(outcome.finite, threshold, torch.inf)
@@ -170,11 +170,11 @@ class GradientApplier:
             return
         bounds = threshold[grad_set.group_index]
         if len(clamped) == len(self.plan.groups):
-            grads.tensors.clamp_(bounds)
+            grads.clamp_(bounds)
             return
         mine = [n for n, group in enumerate(grad_set.groups) if group in clamped]
         at = torch.tensor(mine, dtype=torch.int64, device="cpu").to(bounds.device)
-        TensorList.of([grads.tensors.tensors[n] for n in mine]).clamp_(bounds[at])
+        TensorList.of([grads.tensors[n] for n in mine]).clamp_(bounds[at])
 
 
 def drop_step_grads(request: Request, members: Sequence[Tensor]) -> None:

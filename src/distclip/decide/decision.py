@@ -27,7 +27,8 @@ from distclip.values import (
 
 
 class ClipDecision(NamedTuple):
-    """What happens to the gradients, one entry a group."""
+    """What happens to the gradients, one entry a group: of all groups, or at first of one
+    policy's."""
 
     coef: Column  # 1 where the group is clamped or scaled by units
     threshold: Column
@@ -41,16 +42,7 @@ class ClipDecision(NamedTuple):
     action: Number | None = None
 
 
-class _PolicyAnswer(NamedTuple):
-    """One policy's, for its groups: the columns of `ClipDecision`."""
-
-    coef: Column
-    threshold: Column
-    clipped: FlagColumn
-    norms_after: Column
-    cosine: Column
-
-
+_NUM_COLUMNS = 5  # of a decision's fields
 _NO_GROUPS: frozenset[int] = frozenset()
 
 
@@ -58,39 +50,24 @@ def decide(
     assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State
 ) -> tuple[ClipDecision, State]:
     """Pure: equal norms and states on all ranks give equal decisions. No host sync on a device."""
-    answers: list[_PolicyAnswer] = []
+    decisions: list[ClipDecision] = []
     next_states: list[tuple[Tensor, ...]] = []
-    skips: list[Flag] = []
-    actions: list[Number] = []
-    clamped = unitwise = _NO_GROUPS
     for assignment, state in zip(assignments, states, strict=True):
         own = norms.per_group if assignment.has_all else assignment.select_groups(norms.per_group)
         if assignment.constant is not None and not isinstance(own, Tensor):
-            answers.append(_constant_answer(own, assignment.constant))
+            decisions.append(_by_constant(own, assignment.constant))
             next_states.append(state)
             continue
         shown = norms.shown_to(assignment)
         # a copy: an answer may hold on to its state, which is written to before it is put to use
         answer, next_state = assignment.policy.decide(shown, clone_state(state) if state else state)
-        answers.append(_columns_of(answer, shown, on_host=not isinstance(own, Tensor)))
+        decisions.append(_by_answer(answer, shown, assignment.groups, norms))
         next_states.append(next_state)
-        if answer.skip is not None:
-            skip = answer.skip.any()
-            skips.append(skip if isinstance(norms.finite, Tensor) else bool(skip))
-        if answer.action is not None:
-            on_device = isinstance(norms.finite, Tensor)
-            actions.append(answer.action if on_device else int(answer.action))
-        if isinstance(answer, Clamp):
-            clamped = clamped.union(assignment.groups)
-        elif isinstance(answer, UnitScale):
-            unitwise = unitwise.union(assignment.groups)
-    columns = answers[0] if len(answers) == 1 else _side_by_side(assignments, answers, norms)
-    skip = _any_flag(skips) if skips else None
-    action = _highest(actions) if actions else None
-    return ClipDecision(*columns, clamped, unitwise, skip, action), tuple(next_states)
+    decision = decisions[0] if len(decisions) == 1 else _side_by_side(assignments, decisions, norms)
+    return decision, tuple(next_states)
 
 
-def _constant_answer(norms: list[float], threshold: float) -> _PolicyAnswer:
+def _by_constant(norms: list[float], threshold: float) -> ClipDecision:
     """A fixed threshold's, in Python's numbers."""
     coefs: list[float] = []
     after: list[float] = []
@@ -100,27 +77,43 @@ def _constant_answer(norms: list[float], threshold: float) -> _PolicyAnswer:
         coefs.append(coef)
         after.append(norm * coef)
         clipped.append(coef != 1)
-    return _PolicyAnswer(coefs, [threshold] * len(norms), clipped, after, [1.0] * len(norms))
+    thresholds, ones = [threshold] * len(norms), [1.0] * len(norms)
+    return ClipDecision(coefs, thresholds, clipped, after, ones, _NO_GROUPS, _NO_GROUPS, None)
 
 
-def _columns_of(answer: Scale | Clamp | UnitScale, norms: Norms, on_host: bool) -> _PolicyAnswer:
-    one = torch.ones_like(norms.per_group)
+def _by_answer(
+    answer: Scale | Clamp | UnitScale, shown: Norms, groups: tuple[int, ...], norms: GlobalNorms
+) -> ClipDecision:
+    """One policy's, of the norms that it was shown."""
+    one = torch.ones_like(shown.per_group)
     if isinstance(answer, Scale):
-        after = norms.per_group * answer.coef
+        after = shown.per_group * answer.coef
         columns = answer.coef, answer.threshold, answer.coef.ne(one), after, one
     elif isinstance(answer, Clamp):
         columns = one, answer.value, answer.clipped, answer.norm_after, answer.cosine
     else:
         columns = one, answer.threshold, answer.clipped, answer.norm_after, one
-    return _PolicyAnswer(*(as_column(column, on_host) for column in columns))
+    on_host = not isinstance(norms.per_group, Tensor)
+    skip: Flag | None = None if answer.skip is None else answer.skip.any()
+    action: Number | None = answer.action
+    if not isinstance(norms.finite, Tensor):  # many groups stand in a tensor on the host too
+        skip = None if skip is None else bool(skip)
+        action = None if action is None else int(action)
+    return ClipDecision(
+        *(as_column(column, on_host) for column in columns),
+        clamped=frozenset(groups) if isinstance(answer, Clamp) else _NO_GROUPS,
+        unitwise=frozenset(groups) if isinstance(answer, UnitScale) else _NO_GROUPS,
+        skip=skip,
+        action=action,
+    )
 
 
 def _side_by_side(
-    assignments: Sequence[PolicyAssignment], answers: Sequence[_PolicyAnswer], norms: GlobalNorms
-) -> _PolicyAnswer:
-    """[groups]: each policy's entries at its groups' places."""
+    assignments: Sequence[PolicyAssignment], decisions: Sequence[ClipDecision], norms: GlobalNorms
+) -> ClipDecision:
+    """Of all groups: each policy's entries at its groups' places."""
     columns: list[Any] = []
-    for values in zip(*answers, strict=True):
+    for values in zip(*(decision[:_NUM_COLUMNS] for decision in decisions), strict=True):
         if isinstance(norms.per_group, Tensor):
             out = torch.empty_like(norms.per_group, dtype=values[0].dtype)
             for assignment, value in zip(assignments, values, strict=True):
@@ -133,7 +126,15 @@ def _side_by_side(
             }
             out = [placed[group] for group in range(len(norms.per_group))]
         columns.append(out)
-    return _PolicyAnswer(*columns)
+    skips = [decision.skip for decision in decisions if decision.skip is not None]
+    actions = [decision.action for decision in decisions if decision.action is not None]
+    return ClipDecision(
+        *columns,
+        clamped=_NO_GROUPS.union(*(decision.clamped for decision in decisions)),
+        unitwise=_NO_GROUPS.union(*(decision.unitwise for decision in decisions)),
+        skip=_any_flag(skips) if skips else None,
+        action=_highest(actions) if actions else None,
+    )
 
 
 def _highest(actions: Sequence[Number]) -> Number:
@@ -161,8 +162,8 @@ def no_decision(norms: GlobalNorms) -> ClipDecision:
         clipped=nothing,
         norms_after=norms.per_group,
         cosine=one,
-        clamped=frozenset(),
-        unitwise=frozenset(),
+        clamped=_NO_GROUPS,
+        unitwise=_NO_GROUPS,
         skip=None,
     )
 

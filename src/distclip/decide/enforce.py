@@ -4,41 +4,31 @@ warnings and culprits."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from distclip.decide import audit
+from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.global_norms import GlobalNorms
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
 from distclip.decide.matters import NormWindow
 from distclip.decide.notes import NoteBook
 from distclip.decide.warn import StepWarnings
 from distclip.errors import AgreementError, DistclipError
 from distclip.exchange.channel import Channel, hash64
-from distclip.exchange.message import CheckWords
-from distclip.measure.collect import CollectedGrads
+from distclip.kernels.tensor_list import TensorList
+from distclip.measure.collect import GradientSet
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
 from distclip.records import Culprit, Note, StepFindings, farthest_rank
 from distclip.request import Request
 from distclip.setup.plan import Plan
+from distclip.values import smallest_of
 
 NOTHING_FOUND = StepFindings()
-
-
-class HostNumbers(NamedTuple):
-    """What the host has read of a step, beside the message's check words."""
-
-    left_out: bool  # by a policy
-    skipped: bool  # not taken, for whatever reason
-    total_norm: float
-    clip_rate: float  # share of the last steps that were clipped
-    cosine: float  # the least one, between raw and clamped gradients
-    num_steps: int  # that the rate counts
-    rank_norms: Sequence[float] = ()  # each rank's own, before the reduction
 
 
 @dataclass(slots=True)
@@ -63,8 +53,11 @@ class StepChecker:
     def check(
         self,
         measurement: LocalMeasurement,
-        checks: CheckWords,
-        numbers: HostNumbers,
+        norms: GlobalNorms,
+        decision: ClipDecision,
+        flags: StepFlags,
+        clip_rate: float,
+        num_steps: int,
         late: bool = False,
     ) -> tuple[StepFindings, DistclipError | None]:
         """What was found, alike on all ranks: whether the step matters, then all ranks' notes if
@@ -76,13 +69,14 @@ class StepChecker:
         whose reports go to no sink.
 
         Args:
-            checks: Python's numbers.
-            late: whether it was taken is told already, by `numbers.skipped`; else it is not if an
+            norms, decision, flags: with Python's numbers, but for columns that are not looked at.
+            clip_rate: share of the last steps that were clipped; num_steps: that it counts.
+            late: whether it was taken is told already, by `flags.skipped`; else it is not if an
                 error ends it.
         """
         request, step = measurement.request, measurement.step
         is_audit = request.operation == "audit"
-        verdict = verdict_of(checks, None if is_audit else self.tolerance)
+        verdict = verdict_of(norms, None if is_audit else self.tolerance)
         if verdict is StepVerdict.DISAGREE:
             raise audit.disagreement_error(self.channel, self._doing(measurement), self.device)
         if request.error is not None:
@@ -91,41 +85,42 @@ class StepChecker:
             errors, cause = measurement.errors, measurement.cause
             raise audit.gradient_error(self.channel, step, errors, self.device) from cause
         culprits: tuple[Culprit, ...] = ()
-        norm, error = numbers.total_norm, None
+        norm, error = float(norms.total), None
         if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
             if request.read_only:
-                raise self._difference(measurement, checks)
-            error = self._difference(measurement, checks)
+                raise self._difference(measurement, norms)
+            error = self._difference(measurement, norms)
         elif request.read_only:
             return NOTHING_FOUND, None
         else:
-            if request.steps_others or not checks.num_grads:
-                self._warn_of_request(request, checks)
+            if request.steps_others or not norms.num_grads:
+                self._warn_of_request(request, norms)
             if verdict is StepVerdict.NONFINITE:
-                culprits, error = self._count_bad_step(measurement, int(checks.nonfinite))
+                culprits, error = self._count_bad_step(measurement, int(norms.nonfinite))
                 norm = math.nan
             else:
-                error = self._count_finite_step(step, numbers)
-        skipped = numbers.skipped or (error is not None and not late)
-        ranks = numbers.rank_norms
-        outlier_rank = farthest_rank(ranks)[0] if ranks else None
+                error = self._count_finite_step(step, decision, clip_rate, num_steps)
+        skipped = bool(flags.skipped) or (error is not None and not late)
+        ranks = norms.rank_norms
+        outlier_rank = farthest_rank(list(map(float, ranks)))[0] if len(ranks) else None
         matters, deviation = self.window.judge(norm, skipped, outlier_rank)
         notes: tuple[Note, ...] = ()
-        if matters is not None and checks.notes:
+        if matters is not None and norms.notes:
             notes = self.notes.gather(self.channel, self.device)
         ended_in = None if error is None else type(error).__name__
         return StepFindings(matters, deviation, culprits, notes, ended_in), error
 
-    def _difference(self, measurement: LocalMeasurement, checks: CheckWords) -> AgreementError:
+    def _difference(self, measurement: LocalMeasurement, norms: GlobalNorms) -> AgreementError:
         """A collective: the error that names the copies that differ."""
         request, step = measurement.request, measurement.step
+        grad_set, sums = measurement.grad_set, measurement.power_sums
         try:
-            self.compare_replicas(request, step, measurement.grads, measurement)
+            self.compare_replicas(request, step, grad_set, measurement.grads, sums)
         except AgreementError as error:
             return error.with_traceback(None)  # its frames would hold the gradients, and it itself
         text = (
             f"step {step}: copies of {_things(request)} differ (drift "
-            f"{float(checks.drift):.3g} of {float(checks.power_sum):.3g}), none alone by much"
+            f"{float(norms.drift):.3g} of {float(norms.power_sum):.3g}), none alone by much"
         )
         return self.channel.tell_once(AgreementError(text))
 
@@ -140,8 +135,8 @@ class StepChecker:
             text += f", scale {1 / float(request.scaler.inv_scale):g}"
         return text
 
-    def _warn_of_request(self, request: Request, checks: CheckWords) -> None:
-        if not checks.num_grads:
+    def _warn_of_request(self, request: Request, norms: GlobalNorms) -> None:
+        if not norms.num_grads:
             self.warnings.warn_once(
                 "nothing",
                 "no parameter has a gradient on any rank: nothing was clipped. Call it after "
@@ -153,9 +148,12 @@ class StepChecker:
                 all_alike = self.channel.size == 1  # this rank's optimizers
                 self.warnings.warn_once("more", "; ".join(more), all_alike)
 
-    def _count_finite_step(self, step: int, numbers: HostNumbers) -> DistclipError | None:
-        self.warnings.check_habits(numbers.clip_rate, numbers.num_steps, numbers.cosine)
-        if not numbers.left_out:
+    def _count_finite_step(
+        self, step: int, decision: ClipDecision, clip_rate: float, num_steps: int
+    ) -> DistclipError | None:
+        cosine = float(smallest_of(decision.cosine)) if decision.clamped else 1.0
+        self.warnings.check_habits(clip_rate, num_steps, cosine)
+        if not decision.skip:
             if self.streak.length:
                 self.streak.reset()
         elif self.streak.count_spike():
@@ -192,24 +190,25 @@ class StepChecker:
         self,
         request: Request,
         step: int,
-        grads: CollectedGrads | None,
-        measurement: LocalMeasurement | None = None,
+        grad_set: GradientSet,
+        grads: TensorList | None,
+        power_sums: Tensor | None = None,
     ) -> None:
         """A collective, which reads on the host: AgreementError if copies differ, by fingerprints
         of the gradients, or by their norms where the gradients are gone already.
 
         Args:
-            measurement: for the norms; not needed with `grads`.
+            power_sums: [pieces] float64, for the norms; not needed with `grads`.
         """
         misplaced: frozenset[int] = frozenset()
         if grads is not None:
-            misplaced = grads.grad_set.misplaced
-            here = zip(grads.grad_set.unique, grads.tensors.tensors, strict=True)
+            misplaced = grad_set.misplaced
+            here = zip(grad_set.unique, grads.tensors, strict=True)
             prints = {i: audit.fingerprint(grad) for i, grad in here}
         else:
-            assert measurement is not None
-            norms = norm_of(measurement.power_sums, self.plan.norm_type)
-            present = measurement.grad_set.mask.tolist()
+            assert power_sums is not None
+            norms = norm_of(power_sums, self.plan.norm_type)
+            present = grad_set.mask.tolist()
             prints = {
                 i: (square, 0.0) for i, square in enumerate(norms.square().tolist()) if present[i]
             }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distclip.decide.decision import ClipDecision, StepFlags
 from distclip.decide.global_norms import GlobalNorms
-from distclip.exchange.message import PRESENCE_TOLERANCE, CheckWords, MessageLayout
+from distclip.exchange.message import PRESENCE_TOLERANCE, MessageLayout
 from distclip.kernels import kernels_for
 from distclip.kernels.step_kernels import FixedDecider, FixedStep
 from distclip.p_norm import rounding_of
@@ -47,16 +47,15 @@ class FixedOnDevice:
         layout = self.layout
         step = self.decider.decide(message, clip_rate, inv_scale, read_only, late)
         agreed, finite = step.flags[:2]
-        words = CheckWords(*step.words, agreed=agreed, finite=finite)
         norms = GlobalNorms(
+            *step.words,
+            agreed=agreed,
+            finite=finite,
             per_group=step.norms,
             total=step.total,
-            finite=finite,
-            nonfinite=words.nonfinite,
             stats=message[layout.stats],
             layer_sums=message[layout.layers],
             split_unit_coefs=None,
-            checks=words,
             norm_type=layout.norm_type,
             rank_norms=message[layout.rank_norms],
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.exchange.message import CheckWords, Message, MessageLayout
+from distclip.exchange.message import Message, MessageLayout
 from distclip.measure.units import UnitClipper
 from distclip.p_norm import rounded
 from distclip.policies.assignment import PolicyAssignment
@@ -16,6 +16,7 @@ from distclip.policies.policy import UnitPolicy
 from distclip.records import Norms
 from distclip.values import Column, Flag, Number, as_column, as_tensor, each, fill
 
+NUM_CHECKS = 9  # the first fields of `GlobalNorms`, which tell whether the step may be taken
 FEW = 32  # so many groups are faster as Python's numbers than as tensors
 
 
@@ -25,14 +26,22 @@ class GlobalNorms(NamedTuple):
     Norms and stats are rounded: the order in which sums are added changes with the sharding.
     """
 
+    # NUM_CHECKS of them
+    power_sum: Number  # of all groups: what drift is compared with
+    drift: Number
+    presence: Number
+    num_grads: Number
+    nonfinite: Number
+    errors: Number
+    notes: Number
+    agreed: Flag  # all ranks sent the same tokens
+    finite: Flag  # every gradient, and their power sum
+    # what policies and reports see
     per_group: Column  # before clipping
     total: Number  # over the groups that count in the total
-    finite: Flag
-    nonfinite: Number
     stats: Column  # what policies added
     layer_sums: Column  # power sums of what is watched, of which few reports show the norms
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
-    checks: CheckWords
     norm_type: float
     rank_norms: Column  # each rank's own, before the reduction; nothing where it is not asked for
 
@@ -66,7 +75,6 @@ def read_norms(
         bits: how many a norm keeps.
     """
     norm = layout.norm
-    checks = layout.read_checks(message)
     sums: Column = message[layout.groups]
     on_host = isinstance(message, list)
     if layout.on_host and len(sums) > FEW:
@@ -91,14 +99,12 @@ def read_norms(
     if len(stats):
         stats = each(lambda values: rounded(values, bits), stats)
     return GlobalNorms(
+        *layout.read_checks(message),
         per_group=per_group,
         total=total,
-        finite=checks.finite,
-        nonfinite=checks.nonfinite,
         stats=stats,
         layer_sums=message[layout.layers],
         split_unit_coefs=split_unit_coefs,
-        checks=checks,
         norm_type=layout.norm_type,
         rank_norms=message[layout.rank_norms],
     )
@@ -148,16 +154,15 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         finite = zero == 0
     elif len(groups) > FEW:
         groups = torch.zeros(layout.num_groups, dtype=torch.float64, device=device)
-    checks = CheckWords(zero, zero, zero, zero, zero, zero, zero, agreed=finite, finite=finite)
     return GlobalNorms(
+        *[zero] * (NUM_CHECKS - 2),
+        agreed=finite,
+        finite=finite,
         per_group=groups,
         total=zero,
-        finite=finite,
-        nonfinite=zero,
         stats=stats,
         layer_sums=fill(groups[:0], 0.0),
         split_unit_coefs=None,
-        checks=checks,
         norm_type=layout.norm_type,
         rank_norms=fill(groups[:0], 0.0),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from distclip.decide.global_norms import GlobalNorms
 from distclip.errors import GradientError, NonFiniteError
-from distclip.exchange.message import PRESENCE_TOLERANCE, CheckWords
+from distclip.exchange.message import PRESENCE_TOLERANCE
 from distclip.records import Culprit
 from distclip.setup.options import OnNonfinite
 from distclip.values import Flag
@@ -28,7 +29,7 @@ class StepVerdict(Enum):
 _VERDICTS = tuple(StepVerdict)
 
 
-def _kept_rules(checks: CheckWords, tolerance: float | None) -> list[Flag]:
+def _kept_rules(norms: GlobalNorms, tolerance: float | None) -> list[Flag]:
     """Which rules the reduced words keep, in the order of `StepVerdict`: the list for the host and
     for torch's operations on a device (`decide_fixed` in `kernels/step_programs.py` has them once
     more). A NaN keeps no rule.
@@ -36,25 +37,25 @@ def _kept_rules(checks: CheckWords, tolerance: float | None) -> list[Flag]:
     Drift and presence are judged on finite steps only: one replica's NaN is a bad step, no drift.
     """
     kept = [
-        checks.agreed,
-        checks.errors == 0,
-        checks.finite,
-        abs(checks.presence) <= PRESENCE_TOLERANCE,
+        norms.agreed,
+        norms.errors == 0,
+        norms.finite,
+        abs(norms.presence) <= PRESENCE_TOLERANCE,
     ]
     if tolerance is not None:
-        kept.append(abs(checks.drift) <= tolerance * checks.power_sum)
+        kept.append(abs(norms.drift) <= tolerance * norms.power_sum)
     return kept
 
 
-def verdict_of(checks: CheckWords, tolerance: float | None) -> StepVerdict:
+def verdict_of(norms: GlobalNorms, tolerance: float | None) -> StepVerdict:
     """The first rule that is broken, from Python's numbers that are equal on every rank."""
-    kept = _kept_rules(checks, tolerance)
+    kept = _kept_rules(norms, tolerance)
     return _VERDICTS[kept.index(False)] if False in kept else StepVerdict.FINE
 
 
-def is_fine(checks: CheckWords, tolerance: float | None) -> Flag:
+def is_fine(norms: GlobalNorms, tolerance: float | None) -> Flag:
     """Whether no rule is broken: on the device, without a host sync."""
-    fine, *others = _kept_rules(checks, tolerance)
+    fine, *others = _kept_rules(norms, tolerance)
     for kept in others:
         fine = fine & kept
     return fine

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from operator import mul, neg
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from distclip.kernels import kernels_for
 from distclip.kernels.native import WeightedSums
 from distclip.kernels.step_kernels import MessagePacker
 from distclip.p_norm import PNorm, bits_of, p_norm
-from distclip.values import Flag, Number, same_products, select
+from distclip.values import Number, same_products, select
 
 Message: TypeAlias = "list[float] | Tensor"  # [words] float64
 
@@ -41,20 +41,6 @@ NUM_TOKENS = 3  # call counter, operation, last decision (and the loss scale)
 _MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
 # the weights are at least 1/8: one missing gradient shows, and rounding does not
 PRESENCE_TOLERANCE = 1e-6
-
-
-class CheckWords(NamedTuple):
-    """What tells whether a step may be taken: floats and bools, or 0-dim tensors."""
-
-    power_sum: Number  # of all groups: what drift is compared with
-    drift: Number
-    presence: Number
-    num_grads: Number
-    nonfinite: Number
-    errors: Number
-    notes: Number
-    agreed: Flag  # all ranks sent the same tokens
-    finite: Flag  # every gradient, and their power sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +269,9 @@ class MessageLayout:
 
     # Unpacking
 
-    def read_checks(self, message: Message) -> CheckWords:
-        """Of a reduced message."""
+    def read_checks(self, message: Message) -> tuple[Any, ...]:
+        """Of a reduced message what tells whether its step may be taken, in the order in which
+        `decide.global_norms.GlobalNorms` has it: its power sum, six words, two flags."""
         leading = [0.0, 0.0] if self.norm.is_max else []
         tokens, beside = message[self.tokens], message[self.beside_tokens]
         if self.num_ranks == 1:
@@ -301,9 +288,7 @@ class MessageLayout:
         drift, presence, num_grads, nonfinite, errors, notes = (*leading, *message[self.checks])
         # x - x is 0 but for inf and NaN, and the count is to be 0 too
         finite = power_sum - power_sum == nonfinite
-        return CheckWords(
-            power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
-        )
+        return power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
 
 
 def _mixed(token: Any, inv_scale: Any) -> Any:

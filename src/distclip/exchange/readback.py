@@ -7,7 +7,6 @@ Set-up, failure paths (`decide.audit`) and reports that a caller reads have read
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -69,14 +68,6 @@ def fill_in(known: KnownNumbers, read: Sequence[float]) -> list[float]:
     return [next(there) if number is None else number for number in known] + list(there)
 
 
-@dataclass(frozen=True, slots=True)
-class LateNumbers(Generic[T]):  # a NamedTuple cannot be generic in Python 3.10
-    """What the previous call left to be judged."""
-
-    numbers: list[float]
-    what: T
-
-
 class Readback(Generic[T]):
     """Host copies of one vector a call.
 
@@ -116,12 +107,13 @@ class Readback(Generic[T]):
         done = torch.cuda.current_stream(vector.device).record_event()
         self._left = (copy, done, what)
 
-    def dequeue(self) -> LateNumbers[T] | None:
-        """The previous call's vector, once; waits for its copy alone, not for the device."""
+    def dequeue(self) -> tuple[list[float], T] | None:
+        """The previous call's numbers and what was left with them, once; waits for their copy
+        alone, not for the device."""
         if self._left is None:
             return None
         copy, done, what = self._left
         self._left = None
         if done is not None:
             done.synchronize()
-        return LateNumbers(copy.tolist(), what)
+        return copy.tolist(), what

@@ -8,7 +8,6 @@ once. Where anything differs, parameters are looked at one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
@@ -139,15 +138,6 @@ def _to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) 
     return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
-@dataclass(slots=True)
-class CollectedGrads:
-    """One step's gradients of this rank."""
-
-    grad_set: GradientSet
-    tensors: TensorList  # of the set's `unique` pieces
-    errors: list[str] = field(default_factory=list)
-
-
 class GradientCollector:
     """Fetches gradients and compares them with the plan. Never communicates.
 
@@ -182,24 +172,25 @@ class GradientCollector:
         self._every = bytes([1] * len(members))  # the key where all are there
         self._latest: GradientSet | None = None
 
-    def collect(self) -> CollectedGrads:
-        """A gradient that two parameters share is taken once."""
+    def collect(self) -> tuple[GradientSet, TensorList, list[str]]:
+        """Which gradients are there, this rank's tensors of the set's `unique` pieces, and what is
+        wrong. A gradient that two parameters share is taken once."""
         grads = list(map(self.grad_of, self.members))
         stay = all(map(is_, map(dict.get, self._tables, self._keys), self._held))
         # most often all are there, which shows in what is compared
         known = self._caches.get(self._every) if stay else None
         listed = None if known is None else known[1].match_grads(grads)
         if known is not None and listed is not None:
-            return CollectedGrads(known[0], listed)
+            return known[0], listed, []
         has = bytes(map(is_not, grads, repeat(None)))
         known = self._caches.get(has) if stay and 0 in has else None
         if known is not None:
             listed = known[1].match_grads([grad for grad in grads if grad is not None])
             if listed is not None:
-                return CollectedGrads(known[0], listed)
+                return known[0], listed, []
         return self._collect_checked(grads, has)
 
-    def collect_subset(self, mine: Sequence[int]) -> CollectedGrads:
+    def collect_subset(self, mine: Sequence[int]) -> tuple[GradientSet, TensorList]:
         """Of these pieces alone, as they are now; one that two share is taken once."""
         found = [
             (i, local_tensor(grad))
@@ -209,14 +200,16 @@ class GradientCollector:
         own = list({_storage_key(grad): i for i, grad in reversed(found)}.values())[::-1]
         local = {i: grad for i, grad in found}
         grad_set = GradientSet(self._layout, self._group_of, own, [i for i, _ in found])
-        return CollectedGrads(grad_set, TensorList.of([local[i] for i in own]))
+        return grad_set, TensorList.of([local[i] for i in own])
 
     def all_parameters(self) -> GradientSet:
         """As if every parameter were a gradient."""
         every = range(len(self.members))
         return GradientSet(self._layout, self._group_of, every, every)
 
-    def _collect_checked(self, grads: Sequence[Tensor | None], has: bytes) -> CollectedGrads:
+    def _collect_checked(
+        self, grads: Sequence[Tensor | None], has: bytes
+    ) -> tuple[GradientSet, TensorList, list[str]]:
         own: list[int] = []
         every: list[int] = []
         local: list[Tensor] = []
@@ -289,16 +282,16 @@ class GradientCollector:
         # making one sends its tensors to the device
         if self._latest is None or self._latest.key() != key:
             self._latest = GradientSet(self._layout, self._group_of, *key)
-        found = CollectedGrads(self._latest, TensorList.of(local), errors)
+        listed = TensorList.of(local)
         if len(self._caches) >= _REMEMBERED:
             self._caches.clear()
         self._caches.pop(has, None)
         if not errors and len(own) == len(every):
             given = [grad for grad in grads if grad is not None]
-            cache = GradientCache.from_grads(given, found.tensors, self.device)
+            cache = GradientCache.from_grads(given, listed, self.device)
             if cache is not None:
                 self._caches[has] = self._latest, cache
-        return found
+        return self._latest, listed, errors
 
     def _returns_new_tensor(self, i: int) -> str | None:
         """What is wrong with a `grad_of` that makes a new tensor at each call."""

@@ -37,8 +37,6 @@ class _LastStep:
     many bytes at the same address, needs no other look: what `.data =` or `resize_` can make of a
     tensor shows in one of these."""
 
-    first: Callable[[], Tensor | None]
-    # empty where the first was another one at the step before: then they are new at every step
     all: list[Callable[[], Tensor | None]]
     sizes: list[int]  # bytes
     addresses: list[int]
@@ -58,6 +56,8 @@ class GradientCache:
     fallback: Sequence[int]  # positions that torch computes: all, or none
     filled: int  # distinct addresses: tensors that are not empty, and one for those that are
     device: torch.device
+    first: Callable[[], Tensor | None] | None = None  # of the step before, not kept alive
+    # None where the first was another one at the step before it: then they are new at every step
     last: _LastStep | None = None
 
     @classmethod
@@ -96,7 +96,7 @@ class GradientCache:
         that is missing among it."""
         last = self.last
         try:
-            if last is not None and last.all and all(map(is_, map(_DEREFERENCE, last.all), given)):
+            if last is not None and all(map(is_, map(_DEREFERENCE, last.all), given)):
                 grads = self._local_parts(given) if self.specs else given
                 same_place = list(map(_POINTER, grads)) == last.addresses
                 if same_place and list(map(_BYTES, grads)) == last.sizes:
@@ -132,15 +132,15 @@ class GradientCache:
         if len(set(pointers)) != self.filled:  # one gradient under two parameters
             return None
         if given:
-            stay = self.last is not None and self.last.first() is given[0]
-            sizes, addresses = (list(map(_BYTES, grads)), pointers.tolist()) if stay else ([], [])
-            self.last = _LastStep(
-                TensorRef(given[0]),
-                list(map(TensorRef, given)) if stay else [],
-                sizes,
-                addresses,
-                pointers,
-            )
+            if self.first is not None and self.first() is given[0]:
+                self.last = _LastStep(
+                    all=list(map(TensorRef, given)),
+                    sizes=list(map(_BYTES, grads)),
+                    addresses=pointers.tolist(),
+                    pointers=pointers,
+                )
+            else:
+                self.first, self.last = TensorRef(given[0]), None
         return TensorList(grads, self.kernel_plan, pointers, self.fallback)
 
     def _local_parts(self, given: list[Any]) -> list[Any]:

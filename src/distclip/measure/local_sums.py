@@ -18,7 +18,7 @@ from distclip.exchange.channel import hash64
 from distclip.exchange.message import Message, MessageLayout
 from distclip.kernels.reference import SUMMED
 from distclip.kernels.tensor_list import TensorList
-from distclip.measure.collect import CollectedGrads, GradientCollector, GradientSet
+from distclip.measure.collect import GradientCollector, GradientSet
 from distclip.measure.rank_norms import RankNorms
 from distclip.measure.rows import RowSums
 from distclip.measure.units import UnitClipper, UnitMeasurement
@@ -44,7 +44,7 @@ class LocalMeasurement:
     last_hash: Number  # of the decision before
     grad_set: GradientSet  # of what was measured; all parameters where nothing could be
     own_sums: Tensor | None = None  # [unique] float64: power sums; None where nothing could be
-    grads: CollectedGrads | None = None  # None once they may have changed
+    grads: TensorList | None = None  # of the set's `unique` pieces; None once they may have changed
     errors: list[str] = field(default_factory=list)  # what this rank found wrong
     cause: Exception | None = None  # the exception among them
     units: UnitMeasurement | None = None
@@ -126,15 +126,14 @@ class LocalMeasurer:
         if self.layout.num_stats:
             stats = self._zeros.new_zeros(self.layout.num_stats)
         try:
-            grads, out.errors = self._collect(request)
-            out.grads = grads
-            if grads is not None and not out.errors and request.error is None:
-                own, out.part_sums = self._power_sums(grads, request, out)
+            grad_set, grads, out.errors = self._collect(request)
+            if not out.errors and request.error is None:
+                own, out.part_sums = self._power_sums(grad_set, grads, request, out)
                 if request.scaler.enabled or request.steps_others:
                     found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
-                    out.units = self._add_stats(stats, grads, request)
-                out.own_sums, out.grad_set = own, grads.grad_set
+                    out.units = self._add_stats(stats, grad_set, grads, request)
+                out.own_sums, out.grad_set, out.grads = own, grad_set, grads
         except Exception as error:
             out.errors = [*out.errors, f"{type(error).__name__}: {error}"]
             out.cause = error
@@ -170,29 +169,30 @@ class LocalMeasurer:
             self._stepped = rank_norms.last_stepped = rank_norms.round
         return torch.where(self._here, norm, nothing)
 
-    def _collect(self, request: Request) -> tuple[CollectedGrads | None, list[str]]:
-        """The gradients, or parameters, and what is wrong with them."""
+    def _collect(self, request: Request) -> tuple[GradientSet, TensorList, list[str]]:
+        """As `GradientCollector.collect`: the gradients, or parameters."""
         of_params = request.target == "param"
         if not of_params:
             errors = unfinished_errors(self.wrappers) if self.wrappers else []
             if errors:  # gradients may not even be where they will be
-                return None, errors
-        grads = self._parameters() if of_params else self.collector.collect()
+                return self._all_parameters, TensorList.of(()), errors
+        collect = self._parameters if of_params else self.collector.collect
+        grad_set, grads, errors = collect()
         # what stands first names the parameter; what follows from it is not reported
-        errors = grads.errors or self.late_parameters.late_errors(of_params=of_params)
+        errors = errors or self.late_parameters.late_errors(of_params=of_params)
         if request.steps_others and not errors:
             errors = params_added_later(request.optimizers)
         if self.rank_norms is not None and not of_params and not errors:
-            any_grads, has_some = bool(grads.grad_set.indices), not request.reduced_nothing
+            any_grads, has_some = bool(grad_set.indices), not request.reduced_nothing
             errors = self.rank_norms.errors(any_grads, has_some)
         if not errors:
             if request.steps_others:
                 errors = params_without_plan(request.optimizers, self.plan.pieces)
             if request.scaler.enabled:
-                errors = errors + request.still_scaled(grads.grad_set.indices, self.plan.pieces)
-        return grads, errors
+                errors = errors + request.still_scaled(grad_set.indices, self.plan.pieces)
+        return grad_set, grads, errors
 
-    def _parameters(self) -> CollectedGrads:
+    def _parameters(self) -> tuple[GradientSet, TensorList, list[str]]:
         """All parameters, as if they were gradients."""
         local = [local_tensor(p.detach()) for p in self.collector.members]
         for piece, tensor in zip(self.plan.pieces, local, strict=True):
@@ -202,28 +202,28 @@ class LocalMeasurer:
                     f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, of which no "
                     "norm can be computed; build a clipper of the parameters that have one"
                 )
-        return CollectedGrads(self._all_parameters, TensorList.of(local))
+        return self._all_parameters, TensorList.of(local), []
 
     def _power_sums(
-        self, grads: CollectedGrads, request: Request, out: LocalMeasurement
+        self, grad_set: GradientSet, grads: TensorList, request: Request, out: LocalMeasurement
     ) -> tuple[Tensor, Tensor | None]:
         """[unique] float64, unscaled; and [parts] where some are cut into rows. Perhaps in memory
         that `out` is given for it."""
-        unique, rows = grads.grad_set.unique, self.rows
-        if not grads.tensors.tensors:
+        unique, rows = grad_set.unique, self.rows
+        if not grads.tensors:
             return self._zeros[:0], None if rows is None else self._zeros.new_zeros(rows.num_parts)
         norm = self.layout.norm
-        tensors = grads.tensors if rows is None else rows.split(grads)
+        tensors = grads if rows is None else rows.split(grad_set, grads)
         # gradients may be elsewhere by now than parameters were at set-up
         if self.layout.on_host and tensors.tensors[0].is_cpu:
             out.memory = self._memory_for(len(tensors.tensors))
         own = tensors.power_sums(norm.p, out.memory)
         if own.device != self.device:
             own = own.to(self.device)
-        if rows is None and grads.grad_set.portion is None and request.leaves_grads:
+        if rows is None and grad_set.portion is None and request.leaves_grads:
             return own, None
         owner = None if rows is None else rows.owner_of(unique)
-        portion = grads.grad_set.portion
+        portion = grad_set.portion
         if portion is not None and not norm.is_max:
             own = own * (portion if owner is None else portion[owner])
         factors: Any = request.power_factors(unique, norm)
@@ -253,37 +253,41 @@ class LocalMeasurer:
         return multiply(self._all_parameters.presence, 0.0)
 
     def _add_stats(
-        self, stats: Tensor, grads: CollectedGrads, request: Request
+        self, stats: Tensor, grad_set: GradientSet, grads: TensorList, request: Request
     ) -> UnitMeasurement | None:
         """What policies want to know besides the norm, put into `stats`."""
-        pieces, common = grads.grad_set.unique, request.common_factor
+        pieces, common = grad_set.unique, request.common_factor
         if common is None or isinstance(common, Tensor):
             factors = as_tensor(request.grad_factors(pieces), torch.float64, self.device)
         else:  # made on the device: what is made from a list would have to be sent
             factors = self._zeros.new_full((len(pieces),), common)
         units = None
         if self.units is not None:
-            units = self.units.measure_units(grads, factors)
+            units = self.units.measure_units(grad_set, grads, factors)
             stats[self.layout.num_stats - 2 * self.units.num_split :] = units.words.flatten()
         for assignment in self.assignments:
             policy = assignment.policy
             if units is not None and isinstance(policy, UnitPolicy):
                 stats[assignment.stats] = units.table[assignment.index].flatten()
             elif isinstance(policy, LocalStats):
-                own = self._grads_of(assignment, grads, factors)
+                own = self._grads_of(assignment, grad_set, grads, factors)
                 stats[assignment.stats] = validate_stats(assignment, policy.local_stats(own))
         return units
 
     def _grads_of(
-        self, assignment: PolicyAssignment, grads: CollectedGrads, factors: Tensor
+        self,
+        assignment: PolicyAssignment,
+        grad_set: GradientSet,
+        grads: TensorList,
+        factors: Tensor,
     ) -> LocalGrads:
         """The gradients of one policy's groups."""
-        selection = grads.grad_set.select(assignment.groups, self._num_replicas, self.device)
-        tensors, positions = grads.tensors, selection.positions
-        if len(positions) < len(tensors.tensors):
-            tensors = TensorList.of([tensors.tensors[n] for n in positions])
+        selection = grad_set.select(assignment.groups, self._num_replicas, self.device)
+        positions = selection.positions
+        if len(positions) < len(grads.tensors):
+            grads = TensorList.of([grads.tensors[n] for n in positions])
         return LocalGrads(
-            grads=tensors,
+            grads=grads,
             group=selection.group,
             share=selection.share,
             scale=factors[selection.at],

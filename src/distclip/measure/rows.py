@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.errors import GradientError
 from distclip.kernels.tensor_list import TensorList
-from distclip.measure.collect import CollectedGrads
+from distclip.measure.collect import GradientSet
 from distclip.p_norm import PNorm
 from distclip.setup.plan import Plan
 
@@ -38,18 +38,18 @@ class RowSums:
         self._device = device
         self._places: dict[tuple[int, ...], _RowPlaces] = {}
 
-    def split(self, grads: CollectedGrads) -> TensorList:
+    def split(self, grad_set: GradientSet, grads: TensorList) -> TensorList:
         """The gradients, in the place of each that is cut its rows.
 
         Raises:
             GradientError: one that is cut is sparse, or placed otherwise than its parameter.
         """
         out: list[Tensor] = []
-        for i, tensor in zip(grads.grad_set.unique, grads.tensors.tensors, strict=True):
+        for i, tensor in zip(grad_set.unique, grads.tensors, strict=True):
             if self._rows[i] is None:
                 out.append(tensor)
                 continue
-            if tensor.is_sparse or i in grads.grad_set.misplaced:
+            if tensor.is_sparse or i in grad_set.misplaced:
                 kind = "sparse" if tensor.is_sparse else "placed otherwise than its parameter"
                 raise GradientError(
                     f"the gradient of {self._pieces[i].name} is {kind}, and per_expert cuts it "

@@ -17,7 +17,8 @@ from torch import Tensor
 from distclip.errors import GradientError
 from distclip.exchange.channel import Channel
 from distclip.kernels.reference import compute_dtype
-from distclip.measure.collect import CollectedGrads
+from distclip.kernels.tensor_list import TensorList
+from distclip.measure.collect import GradientSet
 from distclip.p_norm import rounded
 from distclip.policies.policy import UnitPolicy
 from distclip.setup.plan import Plan
@@ -75,19 +76,19 @@ class UnitClipper:
         self._group = sizes[1].repeat_interleave(sizes[0]).to(device)  # [cut units]
         self.num_split = int(sizes[0].sum())
 
-    def measure_units(self, grads: CollectedGrads, scale: Tensor) -> UnitMeasurement:
+    def measure_units(
+        self, grad_set: GradientSet, grads: TensorList, scale: Tensor
+    ) -> UnitMeasurement:
         """Never communicates, reads nothing on the host. `scale`: float64 [own gradients], the
         factor that unscales each."""
         table = torch.zeros(len(self._plan.groups), 2, dtype=torch.float64, device=self.device)
         words = torch.zeros(2, self.num_split, dtype=torch.float64, device=self.device)
         coefs: dict[int, Tensor] = {}
-        for i, grad, factor in zip(
-            grads.grad_set.unique, grads.tensors.tensors, scale.unbind(), strict=True
-        ):
+        for i, grad, factor in zip(grad_set.unique, grads.tensors, scale.unbind(), strict=True):
             span = self._ranges[i]
             if span is None:
                 continue
-            if i in grads.grad_set.misplaced:
+            if i in grad_set.misplaced:
                 raise GradientError(
                     f"the gradient of {self._plan.pieces[i].name} is placed otherwise than its "
                     f"parameter, and units are rows of the "
@@ -132,7 +133,8 @@ class UnitClipper:
 
     def scale_units_(
         self,
-        grads: CollectedGrads,
+        grad_set: GradientSet,
+        grads: TensorList,
         measured: UnitMeasurement,
         split_coefs: Tensor,
         finite: Flag,
@@ -140,7 +142,7 @@ class UnitClipper:
     ) -> None:
         """Multiply in place, each unit by its coefficient and each gradient by its factor, at
         float32 or better."""
-        own = zip(grads.grad_set.unique, grads.tensors.tensors, factors, strict=True)
+        own = zip(grad_set.unique, grads.tensors, factors, strict=True)
         for i, grad, factor in own:
             span = self._ranges[i]
             if span is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 
@@ -36,12 +36,6 @@ class Sink(Protocol):
 SinkLike: TypeAlias = "Sink | Callable[[ClipReport], object]"
 
 
-class _QueuedReport(NamedTuple):
-    report: ClipReport
-    judged: bool
-    layers_due: bool
-
-
 class ReportWriter:
     """Gives reports to the sinks: at once, or one call late where the host must not wait for the
     device.
@@ -59,7 +53,7 @@ class ReportWriter:
         ]
         self._header = header or {}
         self._begun = set[int]()  # identities
-        self._late: Readback[_QueuedReport] = Readback()
+        self._late: Readback[tuple[ClipReport, bool, bool]] = Readback()  # as `write` got it
         self._found: tuple[int, StepFindings] | None = None  # step, and what was found of it
         self.window = NormWindow()  # the clipper puts that of its steps here
 
@@ -73,10 +67,9 @@ class ReportWriter:
         """
         self.flush()
         if late:
-            queued = _QueuedReport(report, judged, layers_due)
-            self._late.enqueue(report.packed(), queued)
+            self._late.enqueue(report.packed(), (report, judged, layers_due))
         else:
-            self._write_to_sinks(_QueuedReport(report.on_host(), judged, layers_due))
+            self._write_to_sinks(report.on_host(), layers_due)
 
     def add_findings(self, step: int, findings: StepFindings) -> None:
         """What was found of a step when it was judged, one call late: its report is not written
@@ -88,10 +81,11 @@ class ReportWriter:
         late = self._late.dequeue()
         if late is None:
             return
-        report = late.what.report.unpacked(late.numbers)
-        if not late.what.judged:
+        numbers, (report, judged, layers_due) = late
+        report = report.unpacked(numbers)
+        if not judged:
             report = replace(report, **self._found_of(report)._asdict())
-        self._write_to_sinks(late.what._replace(report=report))
+        self._write_to_sinks(report, layers_due)
 
     def _found_of(self, report: ClipReport) -> StepFindings:
         step, found = self._found or (0, StepFindings())
@@ -105,12 +99,11 @@ class ReportWriter:
             found = StepFindings(*window.judge(norm, bool(report.skipped), report.outlier_rank))
         return found
 
-    def _write_to_sinks(self, queued: _QueuedReport) -> None:
+    def _write_to_sinks(self, report: ClipReport, layers_due: bool) -> None:
         """A failing sink warns once and is disabled: training is worth more than its log. One that
         exits the program does, except from a step that ends in an error: this rank raises that as
         all others do."""
-        report = queued.report
-        if report.layers and report.matters is None and not queued.layers_due:
+        if report.layers and report.matters is None and not layers_due:
             none = torch.zeros(0, dtype=report.dtype, device="cpu")
             report = replace(report, layers=(), layer_norms=none)
         for sink in list(self.sinks):
