@@ -289,7 +289,7 @@ class GradClipper:
         elif request.error is None:
             self._stages.applier.apply_(outcome)
         if request.scaler.enabled:
-            request.scaler.record_found_inf(outcome.flags.found_inf, stepped=False)
+            request.scaler.record_found_inf(outcome.status.found_inf, stepped=False)
         self._write(outcome)
         return outcome.report
 
@@ -343,7 +343,7 @@ class GradClipper:
         if request.error is None and not outcome.is_skipped:
             self._step_optimizers(outcome, fused_groups)
         if request.scaler.enabled:
-            request.scaler.record_found_inf(outcome.flags.found_inf, stepped=True)
+            request.scaler.record_found_inf(outcome.status.found_inf, stepped=True)
             if update_scaler:
                 scaler.update()
         self._write(outcome)
@@ -500,7 +500,7 @@ class GradClipper:
                 outcome.report,
                 # after an error no call may follow
                 late=not self._state.on_host and outcome.error is None,
-                judged=outcome.judged,
+                judged=outcome.status.judged,
                 layers_due=self._state.num_steps % self._layers_every == 0,
             )
 

@@ -99,7 +99,7 @@ class OptimizerIndex:
             or (self._by_tensor and not _same_params(entry.params, groups))
         ):
             entry = self._entries[id(optimizer)] = self._look_at(optimizer, groups, entry)
-        found = OptimizerParams(given, optimizer, *entry.found[2:])
+        found = entry.found._replace(given=given, optimizer=optimizer)
         return found if self._grad_of is None else found._replace(hidden=self._hidden_params(found))
 
     def _hidden_params(self, found: OptimizerParams) -> tuple[Tensor, ...]:

@@ -170,16 +170,6 @@ class Note(NamedTuple):
     cut: bool  # it was longer than 4 KiB, or there was no more room beside later ones
 
 
-class StepFindings(NamedTuple):
-    """What was found out of a step once it was judged. Equal on every rank."""
-
-    matters: str | None = None
-    deviation: float | None = None
-    culprits: tuple[Culprit, ...] = ()
-    notes: tuple[Note, ...] = ()
-    ended_in: str | None = None
-
-
 _CPU = torch.device("cpu")
 _FITS = 1e38  # below it a number has a float32, which `torch.full` insists on
 _FEW = 32  # numbers that are filled in on a device one by one

@@ -278,7 +278,13 @@ def _agree_on_facts(
     is_trained = grad_of is not None or any(p.requires_grad or p.grad is not None for p in members)
     reaches_some = any(p.requires_grad and not optimizers_in_backward(p) for p in members)
     steps_early = bool(inputs.out_of_reach)
-    own = _AgreedFacts(is_double, num_sinks > 0, is_trained, steps_early, reaches_some)
+    own = _AgreedFacts(
+        is_double=is_double,
+        has_sinks=num_sinks > 0,
+        is_trained=is_trained,
+        steps_early=steps_early,
+        reaches_some=reaches_some,
+    )
     if channel.size == 1:
         return own
     words = torch.tensor(own, dtype=torch.int64, device="cpu")

@@ -19,20 +19,19 @@ from torch import Tensor
 from distclip.apply.gradients import StepOutcome
 from distclip.decide.decision import (
     ClipDecision,
-    StepFlags,
+    StepStatus,
     decide,
     ended,
     no_decision,
     resolve,
 )
-from distclip.decide.enforce import NOTHING_FOUND
-from distclip.decide.fixed_on_device import flags_of
-from distclip.decide.global_norms import NUM_CHECKS, GlobalNorms, read_norms
+from distclip.decide.fixed_on_device import status_of
+from distclip.decide.global_norms import GlobalNorms, read_norms
 from distclip.decide.guard import is_fine
 from distclip.decide.state import ClipperState
 from distclip.errors import ConfigError, DistclipError, ExchangeError, GradientError
 from distclip.exchange.channel import Channel
-from distclip.exchange.message import Message
+from distclip.exchange.message import CHECK_WORDS, Message
 from distclip.exchange.readback import (
     NOTHING_KNOWN,
     HostVector,
@@ -43,16 +42,15 @@ from distclip.exchange.readback import (
 )
 from distclip.kernels.step_kernels import FixedStep
 from distclip.measure.local_sums import LocalMeasurement
-from distclip.records import StepFindings
 from distclip.report.writer import ReportWriter
 from distclip.request import Request
 from distclip.stages import Stages
-from distclip.values import smallest_of
+from distclip.values import Number, smallest_of
 
 # Of one step what the host has read, in place of what is on the device: by these it carries it out.
-HostStep: TypeAlias = tuple[Request, GlobalNorms, ClipDecision, StepFlags]
+HostStep: TypeAlias = tuple[Request, GlobalNorms, ClipDecision, StepStatus]
 # What is left on the device until the next call, and what the host knows of it already.
-_Enqueued: TypeAlias = tuple[GlobalNorms, ClipDecision, StepFlags, KnownNumbers]
+_Enqueued: TypeAlias = tuple[GlobalNorms, ClipDecision, StepStatus, KnownNumbers]
 
 # What captured graphs read at each replay: one may outlive its clipper, or what `rebuild()` leaves.
 _READ_BY_GRAPHS: list[Any] = []
@@ -178,36 +176,32 @@ class StepRunner:
         try:
             step = measurement, norms, decision
             if isinstance(timing, HostNow):
-                flags, findings, error = timing.check(*step)
+                status, error = timing.check(*step)
             else:
-                flags, findings, error, read = timing.check(*step, ready, allow_late, capturing)
+                status, error, read = timing.check(*step, ready, allow_late, capturing)
         except DistclipError:
             if not request.read_only:  # as one that is judged late, which was counted before
-                flags = resolve(decision, norms.finite, norms.finite, False, False)
-                state.update(decision, policies, ended(flags))
+                status = resolve(decision, norms.finite, norms.finite, False, False)
+                state.update(decision, policies, ended(status))
             raise
         if not request.read_only:
-            state.update(decision, policies, flags)
-        found = findings or NOTHING_FOUND
-        report = stages.reports.make(
-            norms, decision, flags, state, found, request.read_only, capturing
-        )
+            state.update(decision, policies, status)
+        report = stages.reports.make(norms, decision, status, state, request.read_only, capturing)
         if measurement.memory is not None:
             stages.measurer.spare_memory.append(measurement.memory)
         if read is not None:
-            request, norms, decision, flags = read
+            request, norms, decision, status = read
         return StepOutcome(
             request=request,
             decision=decision,
             finite=norms.finite,
-            flags=flags,
+            status=status,
             on_host=read is not None or timing is self._now,
             grad_set=measurement.grad_set,
             grads=grads,
             units=measurement.units,
             split_unit_coefs=norms.split_unit_coefs,
             report=report,
-            judged=findings is not None,
             ready=ready if read is None else None,
             error=error,
         )
@@ -272,13 +266,12 @@ class HostNow:
 
     def check(
         self, measurement: LocalMeasurement, norms: GlobalNorms, decision: ClipDecision
-    ) -> tuple[StepFlags, StepFindings, DistclipError | None]:
-        """What becomes of the step, what was found, and the error in which it ends."""
+    ) -> tuple[StepStatus, DistclipError | None]:
+        """What becomes of the step and what was found, and the error in which it ends."""
         finite, read_only = norms.finite, measurement.request.read_only
-        flags = resolve(decision, finite, finite, read_only, self._stages.propagates)
+        status = resolve(decision, finite, finite, read_only, self._stages.propagates)
         habits = self._state.history.clip_rate, self._state.num_steps
-        findings, error = self._stages.checker.check(measurement, norms, decision, flags, *habits)
-        return flags if error is None else ended(flags), findings, error
+        return self._stages.checker.check(measurement, norms, decision, status, *habits)
 
 
 class DeviceLate:
@@ -295,12 +288,12 @@ class DeviceLate:
         if late is None:
             return
         numbers, (measurement, there) = late
-        norms, decision, flags, rate, _ = self._read(numbers, *there)
-        findings, error = self._stages.checker.check(
-            measurement, norms, decision, flags, rate, self._state.num_steps, late=True
+        norms, decision, status, rate, _ = self._read(numbers, *there)
+        status, error = self._stages.checker.check(
+            measurement, norms, decision, status, rate, self._state.num_steps, late=True
         )
         if not measurement.request.read_only:
-            self._writer.add_findings(measurement.step, findings)
+            self._writer.add_findings(measurement.step, status)
         if error is not None:
             try:
                 raise error
@@ -318,47 +311,44 @@ class DeviceLate:
         ready: FixedStep | None,
         allow_late: bool,
         capturing: bool,
-    ) -> tuple[StepFlags, StepFindings | None, DistclipError | None, HostStep | None]:
-        """The same, of which nothing but the flags is known where it is judged at the next call;
-        and what was read.
+    ) -> tuple[StepStatus, DistclipError | None, HostStep | None]:
+        """The same, and what was read. Where the step is judged at the next call nothing was found
+        yet.
 
         Args:
             ready: of the kernel, where that has decided.
         """
         request = measurement.request
         if ready is not None:
-            flags = flags_of(ready)
+            status = status_of(ready)
         else:
             if request.error is not None and bool(norms.agreed):
                 allow_late = False  # all ranks made this mistake; others than its may judge it late
             tolerance = self._stages.checker.tolerance
             ok = is_fine(norms, tolerance) if allow_late else norms.finite
-            flags = resolve(decision, norms.finite, ok, request.read_only, self._stages.propagates)
+            status = resolve(decision, norms.finite, ok, request.read_only, self._stages.propagates)
         if allow_late:
             measurement.grads = None
             if capturing:
-                return flags, None, None, None
+                return status, None, None
         vector, known = (
-            self._pack(request, norms, decision, flags)
+            self._pack(request, norms, decision, status)
             if ready is None
             else (ready.vector, NOTHING_KNOWN)
         )
         if allow_late:
-            self._late.enqueue(vector, (measurement, (norms, decision, flags, known)))
-            return flags, None, None, None
+            self._late.enqueue(vector, (measurement, (norms, decision, status, known)))
+            return status, None, None
         # one read, of everything that the host wants to know
         numbers = Readback.read_now(vector)
-        norms, decision, host_flags, rate, inv_scale = self._read(
-            numbers, norms, decision, flags, known
-        )
-        findings, error = self._stages.checker.check(
-            measurement, norms, decision, host_flags, rate, self._state.num_steps
+        norms, decision, here, rate, inv_scale = self._read(numbers, norms, decision, status, known)
+        here, error = self._stages.checker.check(
+            measurement, norms, decision, here, rate, self._state.num_steps
         )
         if request.scaler.inv_scale is not None:
             request = replace(request, scaler=request.scaler.with_inv_scale(inv_scale))
-        if error is not None:
-            flags, host_flags = ended(flags), ended(host_flags)
-        return flags, findings, error, (request, norms, decision, host_flags)
+        status = here.with_flags_of(status if error is None else ended(status))
+        return status, error, (request, norms, decision, here)
 
     def decide_fixed(
         self, message: Message, request: Request, allow_late: bool
@@ -371,10 +361,10 @@ class DeviceLate:
         return fixed.decide(message, scale, rate, request.read_only, allow_late)
 
     def _pack(
-        self, request: Request, norms: GlobalNorms, decision: ClipDecision, flags: StepFlags
+        self, request: Request, norms: GlobalNorms, decision: ClipDecision, status: StepStatus
     ) -> tuple[Tensor, KnownNumbers]:
         """What tells whether the step may be taken, what warnings look at, and the decision."""
-        *words, agreed, finite = norms[:NUM_CHECKS]
+        words: list[Number] = [getattr(norms, name) for name in CHECK_WORDS]
         scale, skip, coef = request.scaler.inv_scale, decision.skip, decision.coef
         cosine = smallest_of(decision.cosine) if decision.clamped else 1.0
         rate, ranks = self._state.history.clip_rate, norms.rank_norms
@@ -382,7 +372,7 @@ class DeviceLate:
         left_out = False if skip is None else skip
         return pack_numbers(
             numbers=[*words, norms.total, rate, cosine, 1.0 if scale is None else scale],
-            flags=[agreed, finite, left_out, flags.clipped, flags.skipped],
+            flags=[norms.agreed, norms.finite, left_out, status.clipped, status.skipped],
             columns=[coef, ranks],
         )
 
@@ -391,18 +381,19 @@ class DeviceLate:
         read: list[float],
         norms: GlobalNorms,
         decision: ClipDecision,
-        flags: StepFlags,
+        status: StepStatus,
         known: KnownNumbers,
-    ) -> tuple[GlobalNorms, ClipDecision, StepFlags, float, float]:
+    ) -> tuple[GlobalNorms, ClipDecision, StepStatus, float, float]:
         """The same three with Python's numbers in the place of what `_pack` packed, of cosines the
         least; the clip rate, and the loss scale's inverse."""
         numbers = iter(fill_in(known, read))
-        words = list(islice(numbers, NUM_CHECKS - 2))
+        checks = dict(zip(CHECK_WORDS, islice(numbers, len(CHECK_WORDS)), strict=True))
         total, rate, cosine, inv_scale = islice(numbers, 4)
         agreed, finite, left_out, clipped, skipped = map(bool, islice(numbers, 5))
         coefs = list(islice(numbers, self._stages.layout.num_groups))
-        checks = dict(zip(GlobalNorms._fields, [*words, agreed, finite]))
-        norms = norms._replace(**checks, total=total, rank_norms=list(numbers))
+        norms = norms._replace(
+            **checks, agreed=agreed, finite=finite, total=total, rank_norms=list(numbers)
+        )
         decision = decision._replace(coef=coefs, cosine=[cosine], skip=left_out)
-        flags = StepFlags(finite, flags.found_inf, skipped, clipped)
-        return norms, decision, flags, rate, inv_scale
+        status = status._replace(ok=finite, skipped=skipped, clipped=clipped)
+        return norms, decision, status, rate, inv_scale

@@ -18,11 +18,11 @@ import interpreted
 from distclip import kernels
 from distclip.decide import state
 from distclip.decide.decision import decide, resolve
-from distclip.decide.fixed_on_device import fixed_on_device, flags_of
-from distclip.decide.global_norms import NUM_CHECKS, read_norms
+from distclip.decide.fixed_on_device import fixed_on_device, status_of
+from distclip.decide.global_norms import read_norms
 from distclip.decide.guard import is_fine
 from distclip.exchange import message
-from distclip.exchange.message import MessageLayout
+from distclip.exchange.message import CHECK_WORDS, MessageLayout
 from distclip.exchange.readback import NOTHING_KNOWN, fill_in, pack_numbers
 from distclip.groups import Exempt
 from distclip.policies.assignment import assign_policies
@@ -215,10 +215,10 @@ def decisions():
         finite = want_norms.finite
         ok = is_fine(want_norms, tolerance) if late else finite
         flags = resolve(want, finite, ok, read_only, propagates)
-        *checks, agreed, finite = want_norms[:NUM_CHECKS]
+        checks = [getattr(want_norms, name) for name in CHECK_WORDS]
         vector, known = pack_numbers(
             [*checks, want_norms.total, rate, 1.0, 1.0 if scale is None else scale],
-            [agreed, finite, False, flags.clipped, flags.skipped],
+            [want_norms.agreed, finite, False, flags.clipped, flags.skipped],
             [want.coef, want_norms.rank_norms],
         )
         vector = torch.tensor(fill_in(known, vector.tolist()), dtype=torch.float64)
@@ -238,14 +238,18 @@ def decisions():
             "layers": (norms.layer_sums, want_norms.layer_sums),
         }
         pairs |= {
-            name: (getattr(flags_of(ready), name), getattr(flags, name)) for name in flags._fields
+            name: (getattr(status_of(ready), name), getattr(flags, name))
+            for name in ("ok", "found_inf", "skipped", "clipped")
         }
         if alone:  # of several groups sums may differ in their last bits
             pairs["vector"] = ready.vector, vector
             pairs["total"] = norms.total, want_norms.total
         pairs["exact words"] = ready.vector[1:7], vector[1:7]
         pairs["further"] = ready.vector[8:], vector[8:]
-        pairs["checks"] = torch.stack(norms[1:7]), torch.stack(as_tensors(checks[1:7]))
+        pairs["checks"] = (
+            torch.stack([getattr(norms, name) for name in CHECK_WORDS[1:]]),
+            torch.stack(as_tensors(checks[1:])),
+        )
         pairs["ranks"] = norms.rank_norms, want_norms.rank_norms
         filled = torch.tensor(fill_in(NOTHING_KNOWN, ready.vector.tolist()), dtype=torch.float64)
         pairs["known"] = filled, ready.vector

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.decision import ClipDecision, StepStatus
 from distclip.errors import DistclipError
 from distclip.kernels.step_kernels import FixedStep
 from distclip.kernels.tensor_list import TensorList
@@ -28,14 +28,13 @@ class StepOutcome(NamedTuple):
     request: Request
     decision: ClipDecision
     finite: Flag
-    flags: StepFlags
+    status: StepStatus
     on_host: bool  # all of this is Python's: read at once, or in one go before anything is touched
     grad_set: GradientSet
     grads: TensorList | None  # of the set's `unique` pieces; None where nothing is to be touched
     units: UnitMeasurement | None
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
-    judged: bool  # the report says what was found; else that is known at the next call, or never
     ready: FixedStep | None = None  # what the device's kernel has worked out; None: it did not
     error: DistclipError | None = None  # raised once the report is written; nothing is applied
 
@@ -50,7 +49,7 @@ class StepOutcome(NamedTuple):
     @property
     def is_skipped(self) -> bool:
         """Known to be: nothing is to be done."""
-        return self.on_host and bool(self.flags.skipped)
+        return self.on_host and bool(self.status.skipped)
 
 
 @dataclass(slots=True)
@@ -84,14 +83,14 @@ class GradientApplier:
             return None
         if outcome.ready is not None:
             return outcome.ready.stop
-        skipped = outcome.flags.skipped
+        skipped = outcome.status.skipped
         assert isinstance(skipped, Tensor)
         return skipped.float()
 
     def apply_(self, outcome: StepOutcome, fused_pieces: frozenset[int] = frozenset()) -> None:
         """In place. `fused_pieces` are left to their optimizers."""
         request, decision, grads = outcome.request, outcome.decision, outcome.grads
-        acts = not outcome.on_host or bool(outcome.flags.clipped)
+        acts = not outcome.on_host or bool(outcome.status.clipped)
         # nothing is clipped, and `grad_scale` may undo the loss scale: they stay as they are
         stay = not acts and (request.leaves_grads or request.common_factor == 1)
         if not (stay or grads is None or fused_pieces.issuperset(outcome.grad_set.unique)):

@@ -306,9 +306,12 @@ def _culprit(said: dict[str, Any]) -> LoggedCulprit:
         return None if said.get(key) is None else printable_name(str(said[key]))
 
     return LoggedCulprit(
-        name("parameter") or "?", _whole(said.get("rank")), name("kind") or "not finite",
-        name("before"), name("after"),
-    )  # fmt: skip
+        parameter=name("parameter") or "?",
+        rank=_whole(said.get("rank")),
+        kind=name("kind") or "not finite",
+        before=name("before"),
+        after=name("after"),
+    )
 
 
 def _note(said: dict[str, Any]) -> RankNote:

@@ -159,8 +159,8 @@ def gather_culprits(
     lines: list[str] = []
     for i in bad:
         at = bisect(finite, i)
-        around = [names[k] for k in finite[max(0, at - 1) : at]], finite[at : at + 1]
-        before, after = "".join(around[0]), "".join(names[k] for k in around[1])
+        before = "".join(names[k] for k in finite[max(0, at - 1) : at])
+        after = "".join(names[k] for k in finite[at : at + 1])
         lines.append(f"{names[i]}\t{'NaN' if math.isnan(sums[i]) else 'inf'}\t{before}\t{after}")
     found: list[tuple[int, Culprit]] = []
     for rank, text in zip(
@@ -170,7 +170,10 @@ def gather_culprits(
     ):
         for i, line in enumerate(text.splitlines()):
             name, kind, before, after = line.split("\t")
-            found.append((i, Culprit(name, rank, kind, before or None, after or None)))
+            culprit = Culprit(
+                parameter=name, rank=rank, kind=kind, before=before or None, after=after or None
+            )
+            found.append((i, culprit))
     found.sort(key=lambda each: (each[0], each[1][:3]))
     return tuple(culprit for _, culprit in found[:NAMED])
 

@@ -12,7 +12,7 @@ from distclip.decide.global_norms import GlobalNorms
 from distclip.policies.assignment import PolicyAssignment
 from distclip.policies.fixed import clip_coefficient
 from distclip.policies.state import State, clone_state
-from distclip.records import Clamp, Norms, Scale, UnitScale
+from distclip.records import Clamp, Culprit, Norms, Note, Scale, UnitScale
 from distclip.values import (
     Column,
     Flag,
@@ -42,7 +42,7 @@ class ClipDecision(NamedTuple):
     action: Number | None = None
 
 
-_NUM_COLUMNS = 5  # of a decision's fields
+_COLUMNS = ("coef", "threshold", "clipped", "norms_after", "cosine")  # entries of groups
 _NO_GROUPS: frozenset[int] = frozenset()
 
 
@@ -78,7 +78,16 @@ def _by_constant(norms: list[float], threshold: float) -> ClipDecision:
         after.append(norm * coef)
         clipped.append(coef != 1)
     thresholds, ones = [threshold] * len(norms), [1.0] * len(norms)
-    return ClipDecision(coefs, thresholds, clipped, after, ones, _NO_GROUPS, _NO_GROUPS, None)
+    return ClipDecision(
+        coef=coefs,
+        threshold=thresholds,
+        clipped=clipped,
+        norms_after=after,
+        cosine=ones,
+        clamped=_NO_GROUPS,
+        unitwise=_NO_GROUPS,
+        skip=None,
+    )
 
 
 def _by_answer(
@@ -100,7 +109,7 @@ def _by_answer(
         skip = None if skip is None else bool(skip)
         action = None if action is None else int(action)
     return ClipDecision(
-        *(as_column(column, on_host) for column in columns),
+        **{name: as_column(column, on_host) for name, column in zip(_COLUMNS, columns)},
         clamped=frozenset(groups) if isinstance(answer, Clamp) else _NO_GROUPS,
         unitwise=frozenset(groups) if isinstance(answer, UnitScale) else _NO_GROUPS,
         skip=skip,
@@ -112,8 +121,9 @@ def _side_by_side(
     assignments: Sequence[PolicyAssignment], decisions: Sequence[ClipDecision], norms: GlobalNorms
 ) -> ClipDecision:
     """Of all groups: each policy's entries at its groups' places."""
-    columns: list[Any] = []
-    for values in zip(*(decision[:_NUM_COLUMNS] for decision in decisions), strict=True):
+    columns: dict[str, Any] = {}
+    for name in _COLUMNS:
+        values = [getattr(decision, name) for decision in decisions]
         if isinstance(norms.per_group, Tensor):
             out = torch.empty_like(norms.per_group, dtype=values[0].dtype)
             for assignment, value in zip(assignments, values, strict=True):
@@ -125,11 +135,11 @@ def _side_by_side(
                 for group, entry in zip(assignment.groups, value, strict=True)
             }
             out = [placed[group] for group in range(len(norms.per_group))]
-        columns.append(out)
+        columns[name] = out
     skips = [decision.skip for decision in decisions if decision.skip is not None]
     actions = [decision.action for decision in decisions if decision.action is not None]
     return ClipDecision(
-        *columns,
+        **columns,
         clamped=_NO_GROUPS.union(*(decision.clamped for decision in decisions)),
         unitwise=_NO_GROUPS.union(*(decision.unitwise for decision in decisions)),
         skip=_any_flag(skips) if skips else None,
@@ -168,24 +178,35 @@ def no_decision(norms: GlobalNorms) -> ClipDecision:
     )
 
 
-class StepFlags(NamedTuple):
-    """What becomes of a step."""
+class StepStatus(NamedTuple):
+    """What becomes of a step, and, once it was judged, what was found of it."""
 
     ok: Flag  # finite, and nothing else is wrong
     found_inf: Flag  # what a scaler is told; a step that a policy leaves out is no overflow
     skipped: Flag  # the step is not taken
     clipped: Flag  # some gradient is scaled or clamped
+    judged: bool = False  # what follows is known, as a `ClipReport` has it
+    matters: str | None = None
+    deviation: float | None = None
+    culprits: tuple[Culprit, ...] = ()
+    notes: tuple[Note, ...] = ()
+    ended_in: str | None = None
 
     @property
     def taken(self) -> Flag:
         """Policies learn from this step."""
         return self.ok & (self.skipped ^ True)
 
+    def with_flags_of(self, other: StepStatus) -> StepStatus:
+        """What was found here, beside another's flags."""
+        ok, found_inf, skipped, clipped = other.ok, other.found_inf, other.skipped, other.clipped
+        return self._replace(ok=ok, found_inf=found_inf, skipped=skipped, clipped=clipped)
+
 
 def resolve(
     decision: ClipDecision, finite: Flag, ok: Flag, read_only: bool, propagates: bool
-) -> StepFlags:
-    """Pure.
+) -> StepStatus:
+    """Pure. Not judged yet.
 
     Args:
         ok: finite, and nothing else is wrong.
@@ -194,22 +215,22 @@ def resolve(
     """
     if read_only:
         nothing = ok & False
-        return StepFlags(ok, nothing, nothing, nothing)
+        return StepStatus(ok, nothing, nothing, nothing)
     found_inf, acts = (finite & False, finite) if propagates else (ok ^ True, ok)
     some_clipped = any_of(decision.clipped)
     if not isinstance(acts, Tensor):  # many groups stand in a tensor on the host too
         some_clipped = bool(some_clipped)
     clipped = some_clipped & acts
     if decision.skip is None:
-        return StepFlags(ok, found_inf, found_inf, clipped)
+        return StepStatus(ok, found_inf, found_inf, clipped)
     skipped = found_inf | (decision.skip & finite)
-    return StepFlags(ok, found_inf, skipped, clipped & (decision.skip ^ True))
+    return StepStatus(ok, found_inf, skipped, clipped & (decision.skip ^ True))
 
 
-def ended(flags: StepFlags) -> StepFlags:
+def ended(status: StepStatus) -> StepStatus:
     """Of a step that ends in an error: whatever its norm, it is not taken."""
-    nothing = flags.ok & False
-    return StepFlags(nothing, flags.found_inf, nothing ^ True, nothing)
+    nothing = status.ok & False
+    return status._replace(ok=nothing, skipped=nothing ^ True, clipped=nothing)
 
 
 def ever_skips(assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.decide import audit
-from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.decision import ClipDecision, StepStatus, ended
 from distclip.decide.global_norms import GlobalNorms
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
 from distclip.decide.matters import NormWindow
@@ -23,12 +23,10 @@ from distclip.measure.collect import GradientSet
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
-from distclip.records import Culprit, Note, StepFindings, farthest_rank
+from distclip.records import Culprit, Note, farthest_rank
 from distclip.request import Request
 from distclip.setup.plan import Plan
 from distclip.values import smallest_of
-
-NOTHING_FOUND = StepFindings()
 
 
 @dataclass(slots=True)
@@ -55,24 +53,24 @@ class StepChecker:
         measurement: LocalMeasurement,
         norms: GlobalNorms,
         decision: ClipDecision,
-        flags: StepFlags,
+        status: StepStatus,
         clip_rate: float,
         num_steps: int,
         late: bool = False,
-    ) -> tuple[StepFindings, DistclipError | None]:
-        """What was found, alike on all ranks: whether the step matters, then all ranks' notes if
-        some have any, and the culprits of a streak's first bad one; and the error that ends it,
-        which all ranks raise once its report is written. None where it may go on.
+    ) -> tuple[StepStatus, DistclipError | None]:
+        """The status with what was found, alike on all ranks: whether the step matters, then all
+        ranks' notes if some have any, and the culprits of a streak's first bad one; and the error
+        that ends it, which all ranks raise once its report is written. None where it may go on.
 
         Raises by itself where there is no report to write: ranks made different calls, or some
         could not measure, so that the reduced sums are not the gradients'; `measure` and `audit`,
         whose reports go to no sink.
 
         Args:
-            norms, decision, flags: with Python's numbers, but for columns that are not looked at.
+            norms, decision, status: with Python's numbers, but for columns that are not looked at.
             clip_rate: share of the last steps that were clipped; num_steps: that it counts.
-            late: whether it was taken is told already, by `flags.skipped`; else it is not if an
-                error ends it.
+            late: whether it was taken is told already, by the status; else it is not if an error
+                ends it.
         """
         request, step = measurement.request, measurement.step
         is_audit = request.operation == "audit"
@@ -91,7 +89,7 @@ class StepChecker:
                 raise self._difference(measurement, norms)
             error = self._difference(measurement, norms)
         elif request.read_only:
-            return NOTHING_FOUND, None
+            return status._replace(judged=True), None
         else:
             if request.steps_others or not norms.num_grads:
                 self._warn_of_request(request, norms)
@@ -100,15 +98,18 @@ class StepChecker:
                 norm = math.nan
             else:
                 error = self._count_finite_step(step, decision, clip_rate, num_steps)
-        skipped = bool(flags.skipped) or (error is not None and not late)
+        if error is not None:
+            status = (status if late else ended(status))._replace(ended_in=type(error).__name__)
         ranks = norms.rank_norms
         outlier_rank = farthest_rank(list(map(float, ranks)))[0] if len(ranks) else None
-        matters, deviation = self.window.judge(norm, skipped, outlier_rank)
+        matters, deviation = self.window.judge(norm, bool(status.skipped), outlier_rank)
         notes: tuple[Note, ...] = ()
         if matters is not None and norms.notes:
             notes = self.notes.gather(self.channel, self.device)
-        ended_in = None if error is None else type(error).__name__
-        return StepFindings(matters, deviation, culprits, notes, ended_in), error
+        found = status._replace(
+            judged=True, matters=matters, deviation=deviation, culprits=culprits, notes=notes
+        )
+        return found, error
 
     def _difference(self, measurement: LocalMeasurement, norms: GlobalNorms) -> AgreementError:
         """A collective: the error that names the copies that differ."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.decision import ClipDecision, StepStatus
 from distclip.decide.global_norms import GlobalNorms
-from distclip.exchange.message import PRESENCE_TOLERANCE, MessageLayout
+from distclip.exchange.message import CHECK_WORDS, PRESENCE_TOLERANCE, MessageLayout
 from distclip.kernels import kernels_for
 from distclip.kernels.step_kernels import FixedDecider, FixedStep
 from distclip.p_norm import rounding_of
@@ -41,14 +41,14 @@ class FixedOnDevice:
             late: the step is judged at the next call: the device leaves it out whatever is wrong.
 
         Returns:
-            With the norms and the decision all that the kernel has worked out, `flags_of` it and
+            With the norms and the decision all that the kernel has worked out, `status_of` it and
             what the host reads among that.
         """
         layout = self.layout
         step = self.decider.decide(message, clip_rate, inv_scale, read_only, late)
         agreed, finite = step.flags[:2]
         norms = GlobalNorms(
-            *step.words,
+            **dict(zip(CHECK_WORDS, step.words, strict=True)),
             agreed=agreed,
             finite=finite,
             per_group=step.norms,
@@ -72,10 +72,10 @@ class FixedOnDevice:
         return norms, decision, step
 
 
-def flags_of(step: FixedStep) -> StepFlags:
+def status_of(step: FixedStep) -> StepStatus:
     """What becomes of the step."""
     _, _, ok, found_inf, skipped, clipped = step.flags
-    return StepFlags(ok, found_inf, skipped, clipped)
+    return StepStatus(ok, found_inf, skipped, clipped)
 
 
 def fixed_on_device(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.exchange.message import Message, MessageLayout
+from distclip.exchange.message import CHECK_WORDS, Message, MessageLayout
 from distclip.measure.units import UnitClipper
 from distclip.p_norm import rounded
 from distclip.policies.assignment import PolicyAssignment
@@ -16,7 +16,6 @@ from distclip.policies.policy import UnitPolicy
 from distclip.records import Norms
 from distclip.values import Column, Flag, Number, as_column, as_tensor, each, fill
 
-NUM_CHECKS = 9  # the first fields of `GlobalNorms`, which tell whether the step may be taken
 FEW = 32  # so many groups are faster as Python's numbers than as tensors
 
 
@@ -26,7 +25,7 @@ class GlobalNorms(NamedTuple):
     Norms and stats are rounded: the order in which sums are added changes with the sharding.
     """
 
-    # NUM_CHECKS of them
+    # what tells whether the step may be taken
     power_sum: Number  # of all groups: what drift is compared with
     drift: Number
     presence: Number
@@ -55,7 +54,14 @@ class GlobalNorms(NamedTuple):
         if not assignment.has_all:
             per_group = per_group[assignment.index]
             stats = stats[assignment.stats]
-        return Norms(per_group, total, finite, nonfinite, stats, self.norm_type)
+        return Norms(
+            per_group=per_group,
+            total=total,
+            finite=finite,
+            nonfinite=nonfinite,
+            stats=stats,
+            norm_type=self.norm_type,
+        )
 
 
 def read_norms(
@@ -99,7 +105,7 @@ def read_norms(
     if len(stats):
         stats = each(lambda values: rounded(values, bits), stats)
     return GlobalNorms(
-        *layout.read_checks(message),
+        **layout.read_checks(message),
         per_group=per_group,
         total=total,
         stats=stats,
@@ -154,8 +160,9 @@ def idle_norms(layout: MessageLayout, num_stats: int, device: torch.device) -> G
         finite = zero == 0
     elif len(groups) > FEW:
         groups = torch.zeros(layout.num_groups, dtype=torch.float64, device=device)
+    words: dict[str, Any] = dict.fromkeys(CHECK_WORDS, zero)
     return GlobalNorms(
-        *[zero] * (NUM_CHECKS - 2),
+        **words,
         agreed=finite,
         finite=finite,
         per_group=groups,

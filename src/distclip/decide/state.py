@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.decision import ClipDecision, StepStatus
 from distclip.decide.guard import WINDOW, SkipStreak
 from distclip.decide.rule_changes import RuleChange, describe_changes, rule_changes
 from distclip.decide.warn import user_stacklevel
@@ -86,14 +86,14 @@ class StepHistory:
         self,
         recorder: StepRecorder,
         decision: ClipDecision,
-        flags: StepFlags,
+        status: StepStatus,
         last_hash: Tensor,
     ) -> None:
         """`record`, and the decision's hash, on the device in one launch."""
-        judged: Any = flags.clipped, flags.skipped
+        flags: Any = status.clipped, status.skipped
         columns: Any = decision.coef, decision.threshold
         counters: Any = self.num_calls, self.num_skips, self._num_clipped, self.clip_rate
-        self._told = recorder.record(judged, columns, counters, self._ring.flags, last_hash)
+        self._told = recorder.record(flags, columns, counters, self._ring.flags, last_hash)
 
     def take_latest(self) -> tuple[Number, Number]:
         """The clip rate and the skips as they are, which no later step writes to."""
@@ -219,7 +219,7 @@ class ClipperState:
             self._hash_there.fill_(self.last_hash)
         self.history, self.last_hash, self.on_host = self._history_there, self._hash_there, False
 
-    def update(self, decision: ClipDecision, policies: State, flags: StepFlags) -> None:
+    def update(self, decision: ClipDecision, policies: State, status: StepStatus) -> None:
         """One more step that is not read-only.
 
         Args:
@@ -227,9 +227,9 @@ class ClipperState:
         """
         self.num_steps += 1
         if self._recorder is not None and not self.on_host:
-            self.history.record_by(self._recorder, decision, flags, self.last_hash)
+            self.history.record_by(self._recorder, decision, status, self.last_hash)
         else:
-            self.history.record(flags.clipped, flags.skipped)
+            self.history.record(status.clipped, status.skipped)
             if not self._is_alone:
                 token = self._hash_of(decision)
                 if isinstance(self.last_hash, Tensor):
@@ -237,7 +237,7 @@ class ClipperState:
                 else:
                     self.last_hash = token
         if any(policies):
-            self._keep(select_state(flags.taken, self.policies, policies, self._observed))
+            self._keep(select_state(status.taken, self.policies, policies, self._observed))
 
     def _hash_of(self, decision: ClipDecision) -> Any:
         """16 bits that depend on every bit of the coefficients and thresholds."""

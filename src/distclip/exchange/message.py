@@ -39,6 +39,8 @@ Message: TypeAlias = "list[float] | Tensor"  # [words] float64
 
 NUM_TOKENS = 3  # call counter, operation, last decision (and the loss scale)
 _MIXER = -7046029254386353131  # odd: every bit of a scale reaches the middle of the product
+# What tells whether a step may be taken, in the order in which it is read.
+CHECK_WORDS = ("power_sum", "drift", "presence", "num_grads", "nonfinite", "errors", "notes")
 # the weights are at least 1/8: one missing gradient shows, and rounding does not
 PRESENCE_TOLERANCE = 1e-6
 
@@ -269,9 +271,9 @@ class MessageLayout:
 
     # Unpacking
 
-    def read_checks(self, message: Message) -> tuple[Any, ...]:
-        """Of a reduced message what tells whether its step may be taken, in the order in which
-        `decide.global_norms.GlobalNorms` has it: its power sum, six words, two flags."""
+    def read_checks(self, message: Message) -> dict[str, Any]:
+        """Of a reduced message what tells whether its step may be taken: CHECK_WORDS and two flags,
+        by the names that they have in `decide.global_norms.GlobalNorms`."""
         leading = [0.0, 0.0] if self.norm.is_max else []
         tokens, beside = message[self.tokens], message[self.beside_tokens]
         if self.num_ranks == 1:
@@ -285,10 +287,12 @@ class MessageLayout:
         if self.norm_type < 1:  # it may be finite where the norm, its p-th root, is not
             root = self.norm.finish(power_sum)
             power_sum = select(root - root == 0, power_sum, math.inf)
-        drift, presence, num_grads, nonfinite, errors, notes = (*leading, *message[self.checks])
+        words = power_sum, *leading, *message[self.checks]
+        checks: dict[str, Any] = dict(zip(CHECK_WORDS, words, strict=True))
+        checks["agreed"] = agreed
         # x - x is 0 but for inf and NaN, and the count is to be 0 too
-        finite = power_sum - power_sum == nonfinite
-        return power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
+        checks["finite"] = power_sum - power_sum == checks["nonfinite"]
+        return checks
 
 
 def _mixed(token: Any, inv_scale: Any) -> Any:

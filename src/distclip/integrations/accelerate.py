@@ -379,11 +379,11 @@ class _AcceleratorScope(ClippingScope[_PreparedClipper]):
         models = tuple({id(model): model for p in prepared for model in p.modules}.values())
         owners = self._owning_optimizers(selected)
         key = _PartKey(
-            tuple(map(id, models)),
-            tuple(owner.position for owner in owners),
-            rule,
-            bound,
-            norm_type,
+            models=tuple(map(id, models)),
+            optimizers=tuple(owner.position for owner in owners),
+            rule=rule,
+            bound=bound,
+            norm_type=norm_type,
         )
         if key not in self.parts:
             options = prepared[0].options_without("groups", "norm_type", "sinks")

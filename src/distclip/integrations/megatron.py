@@ -250,13 +250,13 @@ def _find_parts(
                 marks.append("copy")
             parts.append(
                 _SteppedPart(
-                    f"{name} [{', '.join(marks)}]" if marks else name,
-                    name if counts else _TIED_TO,
-                    stepped,
-                    stepped.detach(),
-                    counts,
-                    getattr(param, "grad_norm_group", None) or _MAIN_NORM,
-                    holders * _num_copies(sub, param, groups),
+                    name=f"{name} [{', '.join(marks)}]" if marks else name,
+                    param_name=name if counts else _TIED_TO,
+                    stepped=stepped,
+                    stand_in=stepped.detach(),
+                    counts=counts,
+                    norm_group=getattr(param, "grad_norm_group", None) or _MAIN_NORM,
+                    holders=holders * _num_copies(sub, param, groups),
                 )
             )
     return parts

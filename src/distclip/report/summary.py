@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.decide.decision import ClipDecision, StepFlags
+from distclip.decide.decision import ClipDecision, StepStatus
 from distclip.decide.global_norms import GlobalNorms, counted_in_total
 from distclip.decide.state import ClipperState
 from distclip.p_norm import norm_of_norms, p_norm, rounded
-from distclip.records import ACTIONS, ClipReport, StepFindings
+from distclip.records import ACTIONS, ClipReport
 from distclip.setup.plan import Plan
 from distclip.values import Number, each, select, select_column
 
@@ -43,9 +43,8 @@ class ReportMaker:
         self,
         norms: GlobalNorms,
         decision: ClipDecision,
-        flags: StepFlags,
+        status: StepStatus,
         state: ClipperState,
-        findings: StepFindings,
         read_only: bool,
         capturing: bool,
     ) -> ClipReport:
@@ -58,30 +57,30 @@ class ReportMaker:
         rate, skips = state.history.take_latest()
         action = None if read_only else decision.action
         on_host = not isinstance(rate, Tensor)
-        numbers = partial(self._numbers, norms, decision, flags, rate, skips, action)
+        numbers = partial(self._numbers, norms, decision, status, rate, skips, action)
         fields: dict[str, Any] = {
             "step": state.step,
             "groups": self.plan.groups,
             "layers": self.plan.layers,
             "norm_type": norms.norm_type,
-            "culprits": findings.culprits,
-            "matters": findings.matters,
-            "deviation": findings.deviation,
-            "notes": findings.notes,
-            "ended_in": findings.ended_in,
+            "culprits": status.culprits,
+            "matters": status.matters,
+            "deviation": status.deviation,
+            "notes": status.notes,
+            "ended_in": status.ended_in,
             "dtype": self.dtype,
         }
         if capturing:
             return ClipReport(**numbers(), **fields)
         if on_host:  # what is read most often is there without the rest
-            fields["total_norm"], fields["skipped"] = norms.total, flags.skipped
+            fields["total_norm"], fields["skipped"] = norms.total, status.skipped
         return ClipReport.deferred(numbers, fields, self.device if on_host else None)
 
     def _numbers(
         self,
         norms: GlobalNorms,
         decision: ClipDecision,
-        flags: StepFlags,
+        status: StepStatus,
         clip_rate: Number,
         num_skips: Number,
         action: Number | None,
@@ -94,8 +93,8 @@ class ReportMaker:
         coefs = select_column(norms.finite, decision.coef, 1.0)
         own = {
             "total_norm": norms.total,
-            "norm_after": select(flags.skipped & norms.finite, 0.0, norm_after),
-            "coefs": select_column(flags.skipped, 0.0, coefs),
+            "norm_after": select(status.skipped & norms.finite, 0.0, norm_after),
+            "coefs": select_column(status.skipped, 0.0, coefs),
             "threshold": decision.threshold,
             "group_norms": norms.per_group,
             "cosine": decision.cosine,
@@ -108,9 +107,9 @@ class ReportMaker:
         rung = none
         if action is not None:
             # with "propagate" a step that is not finite is taken, whatever a policy says
-            rung = select(flags.skipped | (action != _SKIP), action, none)
+            rung = select(status.skipped | (action != _SKIP), action, none)
         counts = {"nonfinite": norms.nonfinite, "skips": num_skips, "rung": rung}
-        flag = {"clipped": flags.clipped, "skipped": flags.skipped}
+        flag = {"clipped": status.clipped, "skipped": status.skipped}
         return {
             **{name: _as(value, self.dtype) for name, value in own.items()},
             **{name: _as(value, torch.int64) for name, value in counts.items()},

@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 
+from distclip.decide.decision import StepStatus
 from distclip.decide.matters import NormWindow
 from distclip.decide.warn import warn_or_log
 from distclip.exchange.readback import Readback
-from distclip.records import ClipReport, StepFindings
+from distclip.records import ClipReport
 from distclip.setup.options import why_unwritable
 
 
@@ -54,7 +55,7 @@ class ReportWriter:
         self._header = header or {}
         self._begun = set[int]()  # identities
         self._late: Readback[tuple[ClipReport, bool, bool]] = Readback()  # as `write` got it
-        self._found: tuple[int, StepFindings] | None = None  # step, and what was found of it
+        self._found: tuple[int, StepStatus] | None = None  # step, and what was found of it
         self.window = NormWindow()  # the clipper puts that of its steps here
 
     def write(self, report: ClipReport, late: bool, judged: bool, layers_due: bool) -> None:
@@ -71,10 +72,10 @@ class ReportWriter:
         else:
             self._write_to_sinks(report.on_host(), layers_due)
 
-    def add_findings(self, step: int, findings: StepFindings) -> None:
+    def add_findings(self, step: int, status: StepStatus) -> None:
         """What was found of a step when it was judged, one call late: its report is not written
         yet."""
-        self._found = step, findings
+        self._found = step, status
 
     def flush(self) -> None:
         """Write the report that is still queued, if there is one."""
@@ -84,20 +85,25 @@ class ReportWriter:
         numbers, (report, judged, layers_due) = late
         report = report.unpacked(numbers)
         if not judged:
-            report = replace(report, **self._found_of(report)._asdict())
+            report = replace(report, **self._found_of(report))
         self._write_to_sinks(report, layers_due)
 
-    def _found_of(self, report: ClipReport) -> StepFindings:
-        step, found = self._found or (0, StepFindings())
+    def _found_of(self, report: ClipReport) -> dict[str, Any]:
+        """Fields of the report."""
+        step, status = self._found or (0, None)
         self._found = None  # a step after a checkpoint was loaded may bear this number again
-        if step != report.step:
-            # The last step before the end of the program, which no call comes to judge, or one that
-            # was judged by an error. A copy of the window says what it can: the window itself must
-            # not learn on this rank alone.
-            norm = math.nan if report.nonfinite else report.total_norm.item()
-            window = deepcopy(self.window)
-            found = StepFindings(*window.judge(norm, bool(report.skipped), report.outlier_rank))
-        return found
+        if status is not None and step == report.step:
+            names = "matters", "deviation", "culprits", "notes", "ended_in"
+            return {name: getattr(status, name) for name in names}
+        # The last step before the end of the program, which no call comes to judge, or one that was
+        # judged by an error. A copy of the window says what it can: the window itself must not
+        # learn on this rank alone.
+        norm, window = (
+            math.nan if report.nonfinite else report.total_norm.item(),
+            deepcopy(self.window),
+        )
+        matters, deviation = window.judge(norm, bool(report.skipped), report.outlier_rank)
+        return {"matters": matters, "deviation": deviation}
 
     def _write_to_sinks(self, report: ClipReport, layers_due: bool) -> None:
         """A failing sink warns once and is disabled: training is worth more than its log. One that

@@ -154,7 +154,15 @@ def _piece_of(named: NamedParam, declared: ReplicaDeclarations, rank: int) -> Pa
         description = "private" if over == (private_token(rank),) else "whole, declared"
     holding = rank_sets.make_holding(description, "whole", ())
     shape = tuple(param.shape)
-    return ParamPiece(named.name, key, holding, shape, param.numel(), shape, None)
+    return ParamPiece(
+        name=named.name,
+        key_name=key,
+        holding=holding,
+        shape=shape,
+        numel=param.numel(),
+        local_shape=shape,
+        placements=None,
+    )
 
 
 class _RankSets(NamedTuple):
@@ -168,11 +176,11 @@ class _RankSets(NamedTuple):
         """`own`: the parameter's mesh, or its unit's groups."""
         every = (*own, *self.ddp_groups, *self.declared, *self.tied)
         return ParamHolding(
-            description,
-            region,
-            every or (EVERYWHERE,),
-            (*own, *self.ddp_groups),
-            bool(self.declared),
+            description=description,
+            region=region,
+            rank_sets=every or (EVERYWHERE,),
+            module_rank_sets=(*own, *self.ddp_groups),
+            declared=bool(self.declared),
         )
 
 
@@ -188,7 +196,15 @@ def _flat_piece(named: NamedParam, key: str, shard: FlatShard, rank_sets: _RankS
             (placed.mesh, *over),
         )
     holding = rank_sets.make_holding(description, region, over)
-    return ParamPiece(named.name, key, holding, shard.shape, shard.numel, shard.local_shape, None)
+    return ParamPiece(
+        name=named.name,
+        key_name=key,
+        holding=holding,
+        shape=shard.shape,
+        numel=shard.numel,
+        local_shape=shard.local_shape,
+        placements=None,
+    )
 
 
 _IS_PARTIAL = methodcaller("is_partial")
@@ -239,13 +255,13 @@ def _dtensor_piece(
     holding = rank_sets.make_holding(placed.description, placed.region, (placed.mesh,))
     numel = torch.Size(shape).numel()
     return ParamPiece(
-        named.name,
-        key,
-        holding,
-        shape,
-        numel,
-        tuple(local.shape),
-        None if made_local else placements,
+        name=named.name,
+        key_name=key,
+        holding=holding,
+        shape=shape,
+        numel=numel,
+        local_shape=tuple(local.shape),
+        placements=None if made_local else placements,
     )
 
 

@@ -112,15 +112,15 @@ def find_replicas(tables: HoldingTables, rank: int, pieces: Sequence[ParamPiece]
         for i, component in enumerate(found)
     ]
     return ReplicaMap(
-        shares,
-        slot,
-        members,
-        int(per_name.sum()),
-        table,
-        _find_shape_conflicts(tables, rows, names, name_of, case_of, places, owner),
-        int(torch.tensor(apart, device="cpu")[case_of].sum()),
-        number,
-        torch.stack([rows[:, 4], per_name[name_of]], dim=1),
+        shares=shares,
+        slot=slot,
+        members=members,
+        slots=int(per_name.sum()),
+        components=table,
+        shape_conflicts=_find_shape_conflicts(tables, rows, names, name_of, case_of, places, owner),
+        apart=int(torch.tensor(apart, device="cpu")[case_of].sum()),
+        number=number,
+        layer_numbers=torch.stack([rows[:, 4], per_name[name_of]], dim=1),
     )
 
 
@@ -312,6 +312,8 @@ def rows_of(holders: ReplicaMap, elements: Tensor, channel: Channel) -> tuple[Ow
         line[0] += len(slots)
         line[1] += round(float(elements[slots].sum()))
     return tuple(
-        OwnershipRow(count, total, description, ranks, copies)
+        OwnershipRow(
+            parameters=count, elements=total, description=description, ranks=ranks, copies=copies
+        )
         for (description, ranks, copies), (count, total) in merged.items()
     )

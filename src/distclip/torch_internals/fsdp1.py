@@ -87,7 +87,11 @@ def _of_unit(unit: Any) -> dict[int, FlatShard]:
         # norm
         local = tuple(flat._sharded_size) if sharded else tuple(flat._unpadded_unsharded_size)
         numel = local[0] * part[1]
-        return {id(flat): FlatShard(groups, part, (numel,), numel, local)}
+        return {
+            id(flat): FlatShard(
+                groups=groups, part=part, shape=(numel,), numel=numel, local_shape=local
+            )
+        }
     shards: dict[int, FlatShard] = {}
     for param, shape, info, spec in zip(
         flat._params, flat._shapes, flat._shard_param_infos, specs, strict=True
@@ -96,5 +100,12 @@ def _of_unit(unit: Any) -> dict[int, FlatShard]:
             ((info.numel_in_shard or 0,) if info.in_shard else (0,)) if sharded else tuple(shape)
         )
         whole = shape if spec is None else spec.shape
-        shards[id(param)] = FlatShard(groups, part, tuple(whole), whole.numel(), local, spec)
+        shards[id(param)] = FlatShard(
+            groups=groups,
+            part=part,
+            shape=tuple(whole),
+            numel=whole.numel(),
+            local_shape=local,
+            spec=spec,
+        )
     return shards

@@ -25,7 +25,9 @@ def read_rank_info(timeout_s: float) -> RankInfo:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        return RankInfo(0, 1, 0, socket.gethostname(), timeout_s)
+        return RankInfo(
+            rank=0, size=1, local_rank=0, host=socket.gethostname(), timeout_s=timeout_s
+        )
     if len(given) < len(names):
         lacking = ", ".join(sorted(set(names) - set(given)))
         raise CannotRun(
@@ -38,7 +40,11 @@ def read_rank_info(timeout_s: float) -> RankInfo:
             f"RANK={rank} does not fit WORLD_SIZE={size}; ranks count from 0 to {size - 1}"
         )
     return RankInfo(
-        rank, size, int(os.environ.get("LOCAL_RANK", rank)), socket.gethostname(), timeout_s
+        rank=rank,
+        size=size,
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        host=socket.gethostname(),
+        timeout_s=timeout_s,
     )
 
 

@@ -82,12 +82,20 @@ def find_candidates(run: RunLog, recommended: float | None) -> list[NormCandidat
     if recommended is not None and recommended not in [bound for _, bound in rows]:
         rows.append((round(100 * float((norms <= recommended).mean()), 1), recommended))
     marked = recommended if recommended is not None else math.nan
-    return [
-        NormCandidate(
-            percentile, bound, float((norms > bound).mean()), *growth(run, bound), bound == marked
+    candidates: list[NormCandidate] = []
+    for percentile, bound in sorted(rows, key=lambda row: (row[1], row[0])):
+        longer_share, longer_factor = growth(run, bound)
+        candidates.append(
+            NormCandidate(
+                percentile=percentile,
+                max_norm=bound,
+                share=float((norms > bound).mean()),
+                longer_share=longer_share,
+                longer_factor=longer_factor,
+                recommended=bound == marked,
+            )
         )
-        for percentile, bound in sorted(rows, key=lambda row: (row[1], row[0]))
-    ]
+    return candidates
 
 
 def recommend_max_norm(history: NormHistory) -> NormAdvice:

@@ -201,12 +201,12 @@ class EngineAdapter:
         self, param: Tensor, group: int, flat: int, buffer: Tensor, start: int, count: int
     ) -> ParamPart:
         return ParamPart(
-            self.param_name(param),
-            param,
-            group,
-            flat,
-            start,
-            buffer.detach().narrow(0, start, count),
+            name=self.param_name(param),
+            param=param,
+            group=group,
+            flat=flat,
+            start=start,
+            master=buffer.detach().narrow(0, start, count),
         )
 
     def param_name(self, param: Tensor) -> str:

@@ -62,7 +62,14 @@ class UnfusedAdapter(WholeAdapter):
             zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
         ):
             for param, master in zip(params, masters, strict=True):
-                yield ParamPart(self.param_name(param), param, i, i, 0, master)
+                yield ParamPart(
+                    name=self.param_name(param),
+                    param=param,
+                    group=i,
+                    flat=i,
+                    start=0,
+                    master=master,
+                )
 
     def install(self, clipper: GradClipper) -> None:
         super().install(clipper)
@@ -123,7 +130,9 @@ class PlainAdapter(EngineAdapter):
     def find_parts(self) -> Iterator[ParamPart]:
         for i, group in enumerate(self.optimizer.param_groups):
             for param in group["params"]:
-                yield ParamPart(self.param_name(param), param, i, i, 0, param)
+                yield ParamPart(
+                    name=self.param_name(param), param=param, group=i, flat=i, start=0, master=param
+                )
 
     def grad_of(self, master: Tensor) -> Tensor | None:
         return master.grad
