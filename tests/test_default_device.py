@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
 import skips
-from distclip.decide.audit import fingerprint, gather_culprits
+from distclip.decide.audit import fingerprint_of, gather_culprits
 from distclip.exchange.channel import Channel
 from distclip.exchange.readback import Readback
 from distclip.kernels import triton_lists
@@ -170,7 +170,7 @@ def agreed(group, elsewhere):
         plan = make_plan(channel, pieces, [piece.name for piece in pieces], {"w": 1}, 2.0, CPU)
         said = channel.gather_texts("a" * channel.rank, CPU, "a test's texts")
         culprits = gather_culprits(channel, plan, [1.0, math.nan, 2.0], [1.0] * 3, CPU)
-        prints = fingerprint(torch.arange(6.0, device="cpu"))
+        prints = fingerprint_of(torch.arange(6.0, device="cpu"))
     return plan.shares, plan.groups, plan.rows, plan.slot_of, said, culprits, prints
 
 

@@ -48,7 +48,7 @@ from distclip.stages import Stages
 from distclip.values import Number, smallest_of
 
 # Of one step what the host has read, in place of what is on the device: by these it carries it out.
-HostStep: TypeAlias = tuple[Request, GlobalNorms, ClipDecision, StepStatus]
+_HostStep: TypeAlias = tuple[Request, GlobalNorms, ClipDecision, StepStatus]
 # What is left on the device until the next call, and what the host knows of it already.
 _Enqueued: TypeAlias = tuple[GlobalNorms, ClipDecision, StepStatus, KnownNumbers]
 
@@ -180,6 +180,7 @@ class StepRunner:
             else:
                 status, error, read = timing.check(*step, ready, allow_late, capturing)
         except DistclipError:
+            grads = measurement.grads = None  # the error's frames would hold them
             if not request.read_only:  # as one that is judged late, which was counted before
                 status = resolve(decision, norms.finite, norms.finite, False, False)
                 state.update(decision, policies, ended(status))
@@ -311,7 +312,7 @@ class DeviceLate:
         ready: FixedStep | None,
         allow_late: bool,
         capturing: bool,
-    ) -> tuple[StepStatus, DistclipError | None, HostStep | None]:
+    ) -> tuple[StepStatus, DistclipError | None, _HostStep | None]:
         """The same, and what was read. Where the step is judged at the next call nothing was found
         yet.
 
@@ -329,8 +330,8 @@ class DeviceLate:
             status = resolve(decision, norms.finite, ok, request.read_only, self._stages.propagates)
         if allow_late:
             measurement.grads = None
-            if capturing:
-                return status, None, None
+        if allow_late and capturing:
+            return status, None, None
         vector, known = (
             self._pack(request, norms, decision, status)
             if ready is None

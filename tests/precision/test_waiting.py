@@ -184,6 +184,41 @@ def test_what_was_clipped_is_said_to_be(ranks):
     assert ranks.run(clipped_and_drifting) == [(True, False, 1.0)] * 4
 
 
+def clipped_beside_a_fault(policy):
+    """The last rank cannot measure, which is told at the next call; this step is taken."""
+    model = nn.Linear(3, 2)
+    clipper = waiting(model, max_norm=None, policy=policy, on_nonfinite="propagate")
+    for p in model.parameters():
+        p.grad = torch.linspace(1, 2, p.numel()).view_as(p)
+    if dist.get_rank() == 3:
+        model.register_parameter("joined", nn.Parameter(torch.ones(2)))
+        model.joined.grad = torch.ones(2)
+    clipper.clip_(grad_scale=0.5)
+    grads = torch.cat([model.weight.grad.flatten(), model.bias.grad]).tolist()
+    return grads, refusal(clipper.clip_)
+
+
+@pytest.mark.parametrize("policy", [distclip.Normalize(0.1), distclip.FixedValue(0.01)], ids=repr)
+def test_a_rank_that_cannot_measure_clips_as_the_others(ranks, policy):
+    found = ranks.run(clipped_beside_a_fault, policy)
+    assert {tuple(grads) for grads, _ in found} == {tuple(found[0][0])}
+    assert max(found[0][0]) < 0.4, "vacuous: nothing was clipped"
+    for _, later in found:
+        assert "GradientError: step 1: rank 3: joined joined the model after" in later
+
+
+def test_units_that_could_not_be_measured_are_left_at_their_scale():
+    model = nn.Linear(3, 2)
+    clipper = waiting(model, max_norm=None, policy=distclip.AGC(0.01), on_nonfinite="propagate")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.register_parameter("joined", nn.Parameter(torch.ones(2)))
+    model.joined.grad = torch.ones(2)
+    clipper.clip_(grad_scale=0.5)
+    assert model.weight.grad.eq(0.5).all() and model.bias.grad.eq(0.5).all()
+    assert "joined joined the model after" in refusal(clipper.clip_)
+
+
 @pytest.mark.parametrize("mode", ["skip", "raise"])
 def test_a_clip_reads_once(mode, monkeypatch):
     p = nn.Parameter(torch.zeros(2))

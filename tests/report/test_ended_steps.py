@@ -381,3 +381,23 @@ def test_nothing_of_the_step_lives_on_in_the_error():
         assert grad() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("late", [False, True, "device"])
+def test_gradients_do_not_live_on_in_an_error_that_is_kept(late):
+    """Of a call that could not measure."""
+    model = nn.Linear(3, 2)
+    clipper = judged_late(distclip.GradClipper(model, 1.0), late)
+    model(torch.ones(3)).sum().backward()
+    grad = weakref.ref(model.weight.grad)
+    model.register_parameter("joined", nn.Parameter(torch.ones(2)))
+    model.joined.grad = torch.ones(2)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(distclip.GradientError, match="joined joined the model after") as kept:
+            clipper.clip_()
+        model.zero_grad()
+        assert grad() is None, kept
+    finally:
+        gc.enable()

@@ -239,6 +239,51 @@ def test_the_audit_sees_what_norms_cannot(ranks):
         assert text is not None and "w: norm" in text
 
 
+NAN, INF = float("nan"), float("inf")
+POISON = {  # on the first three ranks and on the last, and what the audit says; element 5 of "w"
+    "the same": (NAN, NAN, None),
+    "infinite alike": (INF, INF, None),
+    "large alike": (1e200, 1e200, None),
+    "on one rank": (1.0, NAN, r"w: norm \S+ on rank 0-2, norm \S+ beside inf or NaN on rank 3\n"),
+    "of other kinds": (
+        NAN,
+        -INF,
+        r"w: norm \S+ beside inf or NaN with signed sum \S+ and \S+ of inf and NaN on rank 0-2, ",
+    ),
+    "of other signs": (INF, -INF, r"of inf and NaN on rank 0-2, norm .* of inf and NaN on rank 3"),
+    "besides one that differs": (NAN, (NAN, 7.0), r"w: norm .* on rank 0-2, norm .* on rank 3\n"),
+    "elsewhere": (NAN, (1.0, NAN), r"w: norm .* on rank 0-2, norm .* on rank 3\n"),
+}
+
+
+def audited(usual, other):
+    """By the audit, of a copy; beside it each rank has a NaN of its own, which nobody shares."""
+    name, p = given("w", 40, dtype=torch.float64)
+    own = given(f"own{dist.get_rank()}", 4)
+    own[1].grad[1] = NAN
+    values = torch.tensor(odd(usual, other), dtype=torch.float64).reshape(-1)
+    p.grad[5 : 5 + len(values)] = values
+    return refusal(distclip.GradClipper([(name, p), own], 1.0).audit)
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_the_audit_compares_what_is_not_finite(ranks, what):
+    usual, other, said = POISON[what]
+    for text in ranks.run(audited, usual, other):
+        if said is None:
+            assert text is None
+        else:
+            assert text is not None and re.search(said, text), text
+            assert text.startswith("AgreementError: step 1: gradients that should be copies")
+            assert "own" not in text.partition("\nIf")[0]
+
+
+def test_the_audit_alone_has_nothing_to_compare():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([NAN, INF])
+    assert refusal(distclip.GradClipper([("w", p)], 1.0).audit) is None
+
+
 def poisoned(mode):
     name, p = given("layer.weight", 4)
     q = given(f"own{dist.get_rank()}", 4)

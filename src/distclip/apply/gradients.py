@@ -32,7 +32,7 @@ class StepOutcome(NamedTuple):
     on_host: bool  # all of this is Python's: read at once, or in one go before anything is touched
     grad_set: GradientSet
     grads: TensorList | None  # of the set's `unique` pieces; None where nothing is to be touched
-    units: UnitMeasurement | None
+    units: UnitMeasurement | None  # None too where something is wrong on this rank
     split_unit_coefs: Tensor | None  # [units that are split over ranks] float64
     report: ClipReport
     ready: FixedStep | None = None  # what the device's kernel has worked out; None: it did not
@@ -96,7 +96,7 @@ class GradientApplier:
         if not (stay or grads is None or fused_pieces.issuperset(outcome.grad_set.unique)):
             factors = self._factors(outcome, fused_pieces)
             # each unit by its own coefficient: then these gradients are done
-            if decision.unitwise and acts:
+            if decision.unitwise and acts and outcome.units is not None:
                 factors = self._scale_units(outcome, grads, factors)
             # one multiply for the coefficient, the loss scale and grad_scale together
             grads.scale_(factors)

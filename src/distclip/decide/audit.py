@@ -7,6 +7,7 @@ import math
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from distclip.setup.inventory import DECLARE
 from distclip.setup.plan import Plan
 
 NAMED = 10  # parameters or culprits that a report names
+_FITS = 1e140  # elements below it are squared and added up without an overflow
 
 _REMEDY = (
     "If gradients were not reduced (no DistributedDataParallel or fully_shard around the model; "
@@ -32,7 +34,17 @@ _REMEDY = (
 )
 
 
-Prints = Mapping[int, tuple[float, float]]  # piece → two numbers that equal gradients share
+class Fingerprint(NamedTuple):
+    """Numbers that equal gradients share."""
+
+    square: float  # of the elements that are finite: their sum of squares
+    # of these the signed squares, weighted by position: permuted and negated copies differ in it
+    signed: float = 0.0
+    # of the others (NaN, inf, -inf) their kinds, weighted likewise; 0 where all are finite
+    nonfinite: float = 0.0
+
+
+Prints = Mapping[int, Fingerprint]  # by piece
 
 
 def compare_replicas(
@@ -49,9 +61,8 @@ def compare_replicas(
     naming up to ten with their ranks.
 
     Args:
-        prints: of this rank's gradients: `fingerprint`, or (power sum, 0) where the gradients are
-            gone already.
-        tolerance: relative, of each parameter's first number.
+        prints: of this rank's gradients; of their norms alone where the gradients are gone already.
+        tolerance: relative, of each parameter's sum of squares.
         misplaced: pieces whose gradients are placed otherwise than their parameters: these, and
             what other ranks hold of them, are no copies piece by piece, and are not compared.
     """
@@ -62,11 +73,13 @@ def compare_replicas(
     for i, slot in enumerate(plan.slot_of):
         if slot in worst and plan.shares[i].num_replicas > 1:
             piece = plan.pieces[i]
-            norm, signed = (
-                (f"norm {math.sqrt(prints[i][0]):.9g}", f"{prints[i][1]:.9g}")
-                if i in prints
-                else ("no gradient", "")
-            )
+            norm, signed = "no gradient", ""
+            if i in prints:
+                square, signed_sum, nonfinite = prints[i]
+                norm, signed = f"norm {math.sqrt(square):.9g}", f"{signed_sum:.9g}"
+                if nonfinite:
+                    norm += " beside inf or NaN"
+                    signed += f" and {nonfinite:.9g} of inf and NaN"
             lines.append(f"{piece.key_name}\t{slot}\t{piece.holding.region}\t{norm}\t{signed}")
     copies: dict[tuple[str, int, str], dict[tuple[str, str], list[int]]] = defaultdict(
         lambda: defaultdict(list)
@@ -105,39 +118,47 @@ def _largest_differences(
     device: torch.device,
     misplaced: Collection[int],
 ) -> set[int]:
-    """Slots of up to ten parameters whose copies differ most. One all-reduce of five numbers a
+    """Slots of up to ten parameters whose copies differ most. One all-reduce of seven numbers a
     parameter."""
-    table = torch.zeros(5, plan.slots, dtype=torch.float64, device="cpu")
+    table = torch.zeros(7, plan.slots, dtype=torch.float64, device="cpu")
     for i in misplaced:
-        table[4, plan.slot_of[i]] += 1
+        table[6, plan.slot_of[i]] += 1
     for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
-        if i in prints:
-            square, signed = prints[i]
-            table[0, slot] += share.drift_weight * square
-            table[1, slot] += share.drift_weight * signed
-            table[2, slot] += share.drift_weight
-            table[3, slot] += square / share.num_replicas
+        if i in prints and share.num_replicas > 1:
+            square, signed, nonfinite = prints[i]
+            weighted = torch.tensor(
+                [square, signed, nonfinite, 1.0], dtype=torch.float64, device="cpu"
+            )
+            table[:4, slot] += share.drift_weight * weighted
+            table[4, slot] += square / share.num_replicas
+            table[5, slot] += nonfinite / share.num_replicas
     table = channel.all_reduce_(
         table.to(channel.comm_device(device)), "sum", "the audit's comparison"
     ).cpu()
-    off = torch.maximum(table[0].abs(), table[1].abs()) / table[3].clamp(min=1e-300)
-    off = torch.where(table[2].abs() > 1e-6, torch.inf, off.nan_to_num(nan=torch.inf))
-    off = torch.where(table[4] > 0, 0.0, off)
+    off = torch.maximum(table[0].abs(), table[1].abs()) / table[4].clamp(min=1e-300)
+    off = torch.maximum(off, table[2].abs() / table[5].clamp(min=1e-300))
+    off = torch.where(table[3].abs() > 1e-6, torch.inf, off.nan_to_num(nan=torch.inf))
+    off = torch.where(table[6] > 0, 0.0, off)
     return {int(i) for i in off.argsort(descending=True)[:NAMED] if off[i] > tolerance}
 
 
-def fingerprint(grad: Tensor) -> tuple[float, float]:
-    """Sum of squares, and of signed squares weighted by position: it also tells permuted and
-    negated copies apart."""
+def fingerprint_of(grad: Tensor) -> Fingerprint:
+    """Reads on the host."""
     grad = grad.to_dense() if grad.is_sparse else grad
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
-    square = signed = torch.zeros((), dtype=torch.float64, device=grad.device)
+    square = signed = nonfinite = torch.zeros((), dtype=torch.float64, device=grad.device)
     for start, chunk in enumerate(grad.reshape(-1).split(1 << 20)):
         x = chunk.double()
         place = torch.arange(x.numel(), device=x.device, dtype=torch.int64) + start * 7919
+        weight = 0.5 + (place * 2654435761 % 65521) / 65521
+        # a sum of these could not be compared: each kind by a number of its own
+        kind = torch.where(x > 0, 1.0, torch.where(x < 0, 2.0, 3.0))
+        fits = x.abs() < _FITS
+        nonfinite = nonfinite + torch.where(fits, 0.0, kind * weight).sum()
+        x = torch.where(fits, x, 0.0)
         square = square + x.square().sum()
-        signed = signed + (x.abs() * x * (0.5 + (place * 2654435761 % 65521) / 65521)).sum()
-    return float(square), float(signed)
+        signed = signed + (x.abs() * x * weight).sum()
+    return Fingerprint(float(square), float(signed), float(nonfinite))
 
 
 def gather_culprits(

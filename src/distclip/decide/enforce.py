@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.decide import audit
+from distclip.decide.audit import Fingerprint
 from distclip.decide.decision import ClipDecision, StepStatus, ended
 from distclip.decide.global_norms import GlobalNorms
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
@@ -114,9 +115,10 @@ class StepChecker:
     def _difference(self, measurement: LocalMeasurement, norms: GlobalNorms) -> AgreementError:
         """A collective: the error that names the copies that differ."""
         request, step = measurement.request, measurement.step
-        grad_set, sums = measurement.grad_set, measurement.power_sums
+        grad_set, grads = measurement.grad_set, measurement.grads
+        sums = None if grads is not None else measurement.power_sums
         try:
-            self.compare_replicas(request, step, grad_set, measurement.grads, sums)
+            self.compare_replicas(request, step, grad_set, grads, sums)
         except AgreementError as error:
             return error.with_traceback(None)  # its frames would hold the gradients, and it itself
         text = (
@@ -205,14 +207,12 @@ class StepChecker:
         if grads is not None:
             misplaced = grad_set.misplaced
             here = zip(grad_set.unique, grads.tensors, strict=True)
-            prints = {i: audit.fingerprint(grad) for i, grad in here}
+            prints = {i: audit.fingerprint_of(grad) for i, grad in here}
         else:
             assert power_sums is not None
-            norms = norm_of(power_sums, self.plan.norm_type)
+            squares = norm_of(power_sums, self.plan.norm_type).square().tolist()
             present = grad_set.mask.tolist()
-            prints = {
-                i: (square, 0.0) for i, square in enumerate(norms.square().tolist()) if present[i]
-            }
+            prints = {i: Fingerprint(square) for i, square in enumerate(squares) if present[i]}
         audit.compare_replicas(
             self.channel,
             self.plan,

@@ -42,7 +42,7 @@ class LocalMeasurement:
     step: int
     request: Request
     last_hash: Number  # of the decision before
-    grad_set: GradientSet  # of what was measured; all parameters where nothing could be
+    grad_set: GradientSet  # what is there; all parameters where nobody could look
     own_sums: Tensor | None = None  # [unique] float64: power sums; None where nothing could be
     grads: TensorList | None = None  # of the set's `unique` pieces; None once they may have changed
     errors: list[str] = field(default_factory=list)  # what this rank found wrong
@@ -127,13 +127,15 @@ class LocalMeasurer:
             stats = self._zeros.new_zeros(self.layout.num_stats)
         try:
             grad_set, grads, out.errors = self._collect(request)
-            if not out.errors and request.error is None:
+            # also where something is wrong: a step that is taken all the same clips them everywhere
+            out.grad_set, out.grads = grad_set, grads
+            if grads is not None and not out.errors and request.error is None:
                 own, out.part_sums = self._power_sums(grad_set, grads, request, out)
                 if request.scaler.enabled or request.steps_others:
                     found_inf = request.found_inf(self.device, self.layout.on_host)
                 if request.target == "grad" and stats is not None:
                     out.units = self._add_stats(stats, grad_set, grads, request)
-                out.own_sums, out.grad_set, out.grads = own, grad_set, grads
+                out.own_sums = own
         except Exception as error:
             out.errors = [*out.errors, f"{type(error).__name__}: {error}"]
             out.cause = error
@@ -169,13 +171,14 @@ class LocalMeasurer:
             self._stepped = rank_norms.last_stepped = rank_norms.round
         return torch.where(self._here, norm, nothing)
 
-    def _collect(self, request: Request) -> tuple[GradientSet, TensorList, list[str]]:
-        """As `GradientCollector.collect`: the gradients, or parameters."""
+    def _collect(self, request: Request) -> tuple[GradientSet, TensorList | None, list[str]]:
+        """As `GradientCollector.collect`: the gradients, or parameters; None where gradients are
+        not where they will be."""
         of_params = request.target == "param"
         if not of_params:
             errors = unfinished_errors(self.wrappers) if self.wrappers else []
-            if errors:  # gradients may not even be where they will be
-                return self._all_parameters, TensorList.of(()), errors
+            if errors:
+                return self._all_parameters, None, errors
         collect = self._parameters if of_params else self.collector.collect
         grad_set, grads, errors = collect()
         # what stands first names the parameter; what follows from it is not reported
