@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import distclip
+from distclip.decide.global_norms import GlobalNorms
+from distclip.exchange.message import CHECK_WORDS
 from late import judged_late
 
 MOST = 10
@@ -81,3 +83,8 @@ def test_few_kinds_of_records_are_made_in_a_step(method, policy, late):
     assert made >= usual, "vacuous"
     made.add("Request")  # of a plain `clip_` it is made once
     assert len(made) <= MOST, sorted(made)
+
+
+def test_what_is_checked_has_the_same_order_in_the_message_and_in_the_norms():
+    first = (*CHECK_WORDS, "agreed", "finite")
+    assert GlobalNorms._fields[: len(first)] == first

@@ -396,5 +396,5 @@ class DeviceLate:
             **checks, agreed=agreed, finite=finite, total=total, rank_norms=list(numbers)
         )
         decision = decision._replace(coef=coefs, cosine=[cosine], skip=left_out)
-        status = status._replace(ok=finite, skipped=skipped, clipped=clipped)
+        status = replace(status, ok=finite, skipped=skipped, clipped=clipped)
         return norms, decision, status, rate, inv_scale

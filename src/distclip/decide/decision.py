@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -178,8 +179,9 @@ def no_decision(norms: GlobalNorms) -> ClipDecision:
     )
 
 
-class StepStatus(NamedTuple):
-    """What becomes of a step, and, once it was judged, what was found of it."""
+@dataclass(slots=True)
+class StepStatus:
+    """What becomes of a step, and what was found of it, which `StepChecker` fills in."""
 
     ok: Flag  # finite, and nothing else is wrong
     found_inf: Flag  # what a scaler is told; a step that a policy leaves out is no overflow
@@ -200,7 +202,7 @@ class StepStatus(NamedTuple):
     def with_flags_of(self, other: StepStatus) -> StepStatus:
         """What was found here, beside another's flags."""
         ok, found_inf, skipped, clipped = other.ok, other.found_inf, other.skipped, other.clipped
-        return self._replace(ok=ok, found_inf=found_inf, skipped=skipped, clipped=clipped)
+        return replace(self, ok=ok, found_inf=found_inf, skipped=skipped, clipped=clipped)
 
 
 def resolve(
@@ -230,7 +232,7 @@ def resolve(
 def ended(status: StepStatus) -> StepStatus:
     """Of a step that ends in an error: whatever its norm, it is not taken."""
     nothing = status.ok & False
-    return status._replace(ok=nothing, skipped=nothing ^ True, clipped=nothing)
+    return replace(status, ok=nothing, skipped=nothing ^ True, clipped=nothing)
 
 
 def ever_skips(assignments: Sequence[PolicyAssignment], norms: GlobalNorms, states: State) -> bool:

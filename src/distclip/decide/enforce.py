@@ -24,7 +24,7 @@ from distclip.measure.collect import GradientSet
 from distclip.measure.local_sums import LocalMeasurement
 from distclip.optimizers import unmanaged_params
 from distclip.p_norm import norm_of
-from distclip.records import Culprit, Note, farthest_rank
+from distclip.records import Culprit, farthest_rank
 from distclip.request import Request
 from distclip.setup.plan import Plan
 from distclip.values import smallest_of
@@ -69,6 +69,7 @@ class StepChecker:
 
         Args:
             norms, decision, status: with Python's numbers, but for columns that are not looked at.
+                The status is written to.
             clip_rate: share of the last steps that were clipped; num_steps: that it counts.
             late: whether it was taken is told already, by the status; else it is not if an error
                 ends it.
@@ -83,34 +84,33 @@ class StepChecker:
         if verdict is StepVerdict.ERROR:
             errors, cause = measurement.errors, measurement.cause
             raise audit.gradient_error(self.channel, step, errors, self.device) from cause
-        culprits: tuple[Culprit, ...] = ()
         norm, error = float(norms.total), None
         if verdict in (StepVerdict.PARTIAL_GRADS, StepVerdict.DRIFT):
             if request.read_only:
                 raise self._difference(measurement, norms)
             error = self._difference(measurement, norms)
         elif request.read_only:
-            return status._replace(judged=True), None
+            status.judged = True
+            return status, None
         else:
             if request.steps_others or not norms.num_grads:
                 self._warn_of_request(request, norms)
             if verdict is StepVerdict.NONFINITE:
-                culprits, error = self._count_bad_step(measurement, int(norms.nonfinite))
+                status.culprits, error = self._count_bad_step(measurement, int(norms.nonfinite))
                 norm = math.nan
             else:
                 error = self._count_finite_step(step, decision, clip_rate, num_steps)
         if error is not None:
-            status = (status if late else ended(status))._replace(ended_in=type(error).__name__)
+            status = status if late else ended(status)
+            status.ended_in = type(error).__name__
         ranks = norms.rank_norms
         outlier_rank = farthest_rank(list(map(float, ranks)))[0] if len(ranks) else None
-        matters, deviation = self.window.judge(norm, bool(status.skipped), outlier_rank)
-        notes: tuple[Note, ...] = ()
-        if matters is not None and norms.notes:
-            notes = self.notes.gather(self.channel, self.device)
-        found = status._replace(
-            judged=True, matters=matters, deviation=deviation, culprits=culprits, notes=notes
-        )
-        return found, error
+        window, skipped = self.window, bool(status.skipped)
+        status.matters, status.deviation = window.judge(norm, skipped, outlier_rank)
+        if status.matters is not None and norms.notes:
+            status.notes = self.notes.gather(self.channel, self.device)
+        status.judged = True
+        return status, error
 
     def _difference(self, measurement: LocalMeasurement, norms: GlobalNorms) -> AgreementError:
         """A collective: the error that names the copies that differ."""

@@ -25,7 +25,7 @@ class GlobalNorms(NamedTuple):
     Norms and stats are rounded: the order in which sums are added changes with the sharding.
     """
 
-    # what tells whether the step may be taken
+    # as `MessageLayout.read_checks` gives them
     power_sum: Number  # of all groups: what drift is compared with
     drift: Number
     presence: Number
@@ -105,7 +105,7 @@ def read_norms(
     if len(stats):
         stats = each(lambda values: rounded(values, bits), stats)
     return GlobalNorms(
-        **layout.read_checks(message),
+        *layout.read_checks(message),
         per_group=per_group,
         total=total,
         stats=stats,

@@ -271,9 +271,9 @@ class MessageLayout:
 
     # Unpacking
 
-    def read_checks(self, message: Message) -> dict[str, Any]:
-        """Of a reduced message what tells whether its step may be taken: CHECK_WORDS and two flags,
-        by the names that they have in `decide.global_norms.GlobalNorms`."""
+    def read_checks(self, message: Message) -> tuple[Any, ...]:
+        """Of a reduced message what tells whether its step may be taken: CHECK_WORDS, whether ranks
+        agree, and whether all is finite."""
         leading = [0.0, 0.0] if self.norm.is_max else []
         tokens, beside = message[self.tokens], message[self.beside_tokens]
         if self.num_ranks == 1:
@@ -287,12 +287,10 @@ class MessageLayout:
         if self.norm_type < 1:  # it may be finite where the norm, its p-th root, is not
             root = self.norm.finish(power_sum)
             power_sum = select(root - root == 0, power_sum, math.inf)
-        words = power_sum, *leading, *message[self.checks]
-        checks: dict[str, Any] = dict(zip(CHECK_WORDS, words, strict=True))
-        checks["agreed"] = agreed
+        drift, presence, num_grads, nonfinite, errors, notes = (*leading, *message[self.checks])
         # x - x is 0 but for inf and NaN, and the count is to be 0 too
-        checks["finite"] = power_sum - power_sum == checks["nonfinite"]
-        return checks
+        finite = power_sum - power_sum == nonfinite
+        return power_sum, drift, presence, num_grads, nonfinite, errors, notes, agreed, finite
 
 
 def _mixed(token: Any, inv_scale: Any) -> Any:
