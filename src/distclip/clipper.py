@@ -457,8 +457,12 @@ class GradClipper:
         copies are not equal. inf and NaN are equal where they stand at the same places."""
         request = self._stages.requests.make("audit")
         outcome = self._run(request, allow_late=False)
-        grad_set, step = outcome.grad_set, self._state.step
-        self._stages.checker.compare_replicas(request, step, grad_set, outcome.grads)
+        checker, step = self._stages.checker, self._state.step
+        try:
+            checker.compare_replicas(request, step, outcome.grad_set, outcome.grads)
+        except DistclipError as error:
+            del outcome  # the error's frames would hold the gradients
+            raise error.with_traceback(None) from None
 
     def _params_to_drop(self, outcome: StepOutcome) -> list[Tensor]:
         """Parameters whose `.grad` can be set to None. GradientError, on all ranks alike and once

@@ -383,6 +383,32 @@ def test_nothing_of_the_step_lives_on_in_the_error():
         gc.enable()
 
 
+def held_by_an_error_of_copies(what, late):
+    """Whether a gradient lives on while the error is kept."""
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 1.0 + dist.get_rank())
+    clipper = judged_late(distclip.GradClipper([("w", p)], 1.0), late)
+    grad, kept = weakref.ref(p.grad), None
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            getattr(clipper, what)()
+            getattr(clipper, what)()
+        except distclip.AgreementError as error:
+            kept = error
+        p.grad = None
+        return type(kept).__name__, grad() is not None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("late", [False, True, "device"])
+@pytest.mark.parametrize("what", ["clip_", "measure", "audit"])
+def test_gradients_do_not_live_on_in_an_error_of_copies_that_is_kept(ranks, what, late):
+    assert ranks.run(held_by_an_error_of_copies, what, late) == [("AgreementError", False)] * 4
+
+
 @pytest.mark.parametrize("late", [False, True, "device"])
 def test_gradients_do_not_live_on_in_an_error_that_is_kept(late):
     """Of a call that could not measure."""
