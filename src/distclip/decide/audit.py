@@ -34,7 +34,7 @@ _REMEDY = (
 )
 
 
-class Fingerprint(NamedTuple):
+class GradFingerprint(NamedTuple):
     """Numbers that equal gradients share."""
 
     square: float  # of the elements that are finite: their sum of squares
@@ -44,7 +44,7 @@ class Fingerprint(NamedTuple):
     nonfinite: float = 0.0
 
 
-Prints = Mapping[int, Fingerprint]  # by piece
+Prints = Mapping[int, GradFingerprint]  # by piece
 
 
 def compare_replicas(
@@ -142,7 +142,7 @@ def _largest_differences(
     return {int(i) for i in off.argsort(descending=True)[:NAMED] if off[i] > tolerance}
 
 
-def fingerprint_of(grad: Tensor) -> Fingerprint:
+def fingerprint_of(grad: Tensor) -> GradFingerprint:
     """Reads on the host."""
     grad = grad.to_dense() if grad.is_sparse else grad
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
@@ -158,7 +158,7 @@ def fingerprint_of(grad: Tensor) -> Fingerprint:
         x = torch.where(fits, x, 0.0)
         square = square + x.square().sum()
         signed = signed + (x.abs() * x * weight).sum()
-    return Fingerprint(float(square), float(signed), float(nonfinite))
+    return GradFingerprint(float(square), float(signed), float(nonfinite))
 
 
 def gather_culprits(

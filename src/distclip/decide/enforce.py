@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.decide import audit
-from distclip.decide.audit import Fingerprint
+from distclip.decide.audit import GradFingerprint
 from distclip.decide.decision import ClipDecision, StepStatus, ended
 from distclip.decide.global_norms import GlobalNorms
 from distclip.decide.guard import SkipStreak, StepVerdict, verdict_of
@@ -212,7 +212,7 @@ class StepChecker:
             assert power_sums is not None
             squares = norm_of(power_sums, self.plan.norm_type).square().tolist()
             present = grad_set.mask.tolist()
-            prints = {i: Fingerprint(square) for i, square in enumerate(squares) if present[i]}
+            prints = {i: GradFingerprint(square) for i, square in enumerate(squares) if present[i]}
         audit.compare_replicas(
             self.channel,
             self.plan,
