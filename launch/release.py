@@ -50,7 +50,9 @@ def build(folder: Path) -> None:
     (sdist,) = folder.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(sdist) as archive:
-            archive.extractall(scratch, filter="data")
+            # Python before 3.11.4 has no filters; the archive is our own
+            filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(scratch, **filters)
         (tree,) = Path(scratch).iterdir()
         run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=tree)
 
