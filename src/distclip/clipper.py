@@ -454,7 +454,7 @@ class GradClipper:
     @outside_graphs
     def audit(self) -> None:
         """A collective: AgreementError, naming parameters and ranks, if gradients that should be
-        copies are not equal. inf and NaN are equal where they stand at the same places."""
+        copies are not equal. inf and NaN equal their own kind, at the same places."""
         request = self._stages.requests.make("audit")
         outcome = self._run(request, allow_late=False)
         checker, step = self._stages.checker, self._state.step

@@ -124,7 +124,7 @@ def _largest_differences(
     for i in misplaced:
         table[6, plan.slot_of[i]] += 1
     for i, (slot, share) in enumerate(zip(plan.slot_of, plan.shares, strict=True)):
-        if i in prints and share.num_replicas > 1:
+        if i in prints:
             square, signed, nonfinite = prints[i]
             weighted = torch.tensor(
                 [square, signed, nonfinite, 1.0], dtype=torch.float64, device="cpu"
